@@ -1,0 +1,196 @@
+"""Words -> one validated `Run`, or one ConfigError; nothing is loaded or written here."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from glmtuner.config.explain import explain
+from glmtuner.config.overrides import bracket_lists, check_words, parse, typed_keys
+from glmtuner.config.paths import conf_dir
+from glmtuner.config.schema import Run
+from glmtuner.errors import CheckpointError, ConfigError
+
+MOST_SWEEP_JOBS_CHECKED = 64
+# What a checkpoint's own run decides, and the values in it that belong to the new run all the same.
+FROM_CHECKPOINT = ("model", "quant", "finetuning", "generation")
+NOT_FROM_CHECKPOINT = {
+    "model.checkpoint_dir",
+    "model.reward_model",
+    "model.resume_lora_training",
+    "model.plot_loss",
+    "model.cache_dir",
+    "model.use_auth_token",
+    "quant.quantization_bit",
+    "finetuning.finetuning_type",
+}
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A validated run with what it was made from."""
+
+    run: Run
+    config: DictConfig  # the resolved config of the run, without Hydra's own part
+    hydra: DictConfig
+    words: list[str]  # as typed, commas expanded
+    typed: set[str]  # the keys among them
+
+
+def presets(searched: Sequence[Path]) -> dict[str, list[str]]:
+    """The names that each config group offers, from the YAML files of the searched folders."""
+    found: dict[str, set[str]] = {}
+    for folder in searched:
+        for group in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "dataset"):
+            names = {str(path.relative_to(group).with_suffix("")) for path in group.rglob("*.yaml")}
+            found.setdefault(group.name, set()).update(names)
+    return {group: sorted(names) for group, names in found.items() if not group.startswith((".", "hydra", "_"))}
+
+
+def searched_dirs(config_dir: str | None) -> list[Path]:
+    """conf/ of the package, then the user's `--config-dir`."""
+    if config_dir is None:
+        return [conf_dir()]
+    extra = Path(config_dir).expanduser().resolve()
+    if not extra.is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: no such folder; it holds presets such as finetuning/mine.yaml")
+    return [conf_dir(), extra]
+
+
+def check(words: Sequence[str], searched: Sequence[Path], multirun: bool) -> tuple[list[str], list[Override]]:
+    """The words with their commas settled, and Hydra's parse of them; raises on words that mean nothing."""
+    settled = bracket_lists(words, multirun)
+    overrides = parse(settled)
+    check_words(overrides, presets(searched), multirun)
+    return settled, overrides
+
+
+def compose(words: Sequence[str], *, config_dir: str | None = None, config_name: str = "config") -> Composed:
+    """The run that these words mean."""
+    searched = searched_dirs(config_dir)
+    settled, overrides = check(words, searched, multirun=False)
+    with _composer(searched) as composed:
+        config = composed(config_name, settled)
+        config = with_checkpoint(config, typed_keys(overrides), lambda extra: composed(config_name, [*extra, *settled]))
+        return finish(config, settled, typed_keys(overrides))
+
+
+def finish(config: DictConfig, words: list[str], typed: set[str]) -> Composed:
+    """The composed config as a validated `Run`; `config` has Hydra's own part under `hydra`."""
+    HydraConfig.instance().set_config(config)
+    hydra = config.hydra
+    with read_write(config), open_dict(config):
+        del config["hydra"]
+    try:
+        run = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value yet; type {error.full_key}=…") from None
+    except (OmegaConfBaseException, ConfigError) as error:
+        raise ConfigError(explain(error)) from None
+    resolved = OmegaConf.structured(run) if not isinstance(run, Run) else OmegaConf.create(config)
+    OmegaConf.resolve(resolved)
+    return Composed(run=run, config=resolved, hydra=hydra, words=words, typed=typed)
+
+
+class _composer:
+    """Hydra, initialised on the searched folders; calling it composes, with errors in our words."""
+
+    def __init__(self, searched: Sequence[Path]) -> None:
+        self.conf, *self.extra = searched
+
+    def __enter__(self) -> "_composer":
+        setup_globals()
+        self.context = initialize_config_dir(str(self.conf), version_base="1.3", job_name="glmtuner")
+        self.context.__enter__()
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        self.context.__exit__(*reason)
+
+    def __call__(self, config_name: str, words: Sequence[str]) -> DictConfig:
+        extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in self.extra)}]"] if self.extra else []
+        try:
+            return hydra_compose(config_name, overrides=[*extra, *words], return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(explain(error)) from None
+
+
+def check_sweep(words: Sequence[str], *, config_dir: str | None = None, config_name: str = "config") -> list[str]:
+    """The words of a sweep with their commas settled, after every combination (the first ones of many) was composed."""
+    searched = searched_dirs(config_dir)
+    settled, overrides = check(words, searched, multirun=True)
+    with _composer(searched) as composed:
+        for job in islice(_jobs(settled, overrides), MOST_SWEEP_JOBS_CHECKED):
+            typed = typed_keys(overrides)
+            config = composed(config_name, job)
+            config = with_checkpoint(config, typed, lambda extra, job=job: composed(config_name, [*extra, *job]))
+            finish(config, job, typed)
+    return settled
+
+
+def _jobs(words: Sequence[str], overrides: Sequence[Override]) -> Iterator[list[str]]:
+    """The words of each job of the basic sweeper's product; sweeps that only a sweeper can draw are left out."""
+    choices: list[list[str]] = []
+    for word, override in zip(words, overrides, strict=True):
+        if not override.is_sweep_override():
+            choices.append([word])
+        elif override.is_discrete_sweep():
+            choices.append([f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()])
+    for job in product(*choices):
+        yield list(job)
+
+
+def run_folder_of(checkpoint: str) -> Path | None:
+    """The run folder that a checkpoint is, or lies in: the one with a config.yaml of ours."""
+    folder = Path(checkpoint).expanduser()
+    for candidate in (folder, folder.parent, folder.parent.parent):
+        if (candidate / "config.yaml").is_file() and (candidate / "provenance.json").is_file():
+            return candidate
+    return None
+
+
+def with_checkpoint(config: DictConfig, typed: set[str], recompose: Any) -> DictConfig:
+    """The config with the model, quantization, method and generation of the last checkpoint's run, typed words aside.
+
+    `recompose(words)` composes again with more group choices in front of the typed ones.
+    """
+    checkpoints = OmegaConf.select(config, "model.checkpoint_dir") or []
+    for checkpoint in checkpoints:
+        if not Path(checkpoint).expanduser().is_dir():
+            raise CheckpointError(
+                f"model.checkpoint_dir={checkpoint}: no such folder; name a run folder such as outputs/<date>/<time>_<name>, "
+                "or a folder with an adapter_config.json or a config.json"
+            )
+    source = run_folder_of(checkpoints[-1]) if checkpoints else None
+    if source is None:
+        return config
+    saved = OmegaConf.load(source / "config.yaml")
+    bits = saved.quant.get("quantization_bit")
+    chosen = {"finetuning": saved.finetuning.finetuning_type, "quant": f"int{bits}" if bits else "none"}
+    config = recompose([f"{group}={name}" for group, name in chosen.items() if group not in typed])
+    for group in FROM_CHECKPOINT:
+        if group == "finetuning" and config.finetuning.finetuning_type != chosen["finetuning"]:
+            continue
+        if group in typed and group in ("model", "generation"):
+            continue
+        for name, value in saved[group].items():
+            key = f"{group}.{name}"
+            if key not in typed and key not in NOT_FROM_CHECKPOINT and name in config[group]:
+                OmegaConf.update(config, key, value)
+    wanted, found = saved.model.model_name_or_path, config.model.model_name_or_path
+    if wanted != found and not Path(found).expanduser().is_dir():
+        raise CheckpointError(
+            f"model.model_name_or_path={found} does not fit model.checkpoint_dir={checkpoints[-1]}, which was trained on "
+            f"{wanted}; leave the model out, and the checkpoint's own is used"
+        )
+    return config

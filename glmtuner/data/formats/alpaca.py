@@ -1,0 +1,77 @@
+"""Records with a prompt and its answer in columns: `{"instruction": …, "input": …, "output": …, "history": […]}`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from glmtuner.data.records import (
+    BadRecord,
+    Example,
+    Message,
+    Turn,
+    answered,
+    feedback_of,
+    list_of,
+    optional_text,
+    ranked,
+    shown,
+    system_turn,
+    text_of,
+    value_of,
+)
+
+if TYPE_CHECKING:
+    from glmtuner.data.catalog import DatasetSpec
+
+COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
+
+
+def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
+    """One answer, or two: in `columns.chosen` and `columns.rejected`, or as a list of answers, best first.
+
+    Of a longer list the first two answers count, as in ChatGLM-Efficient-Tuning.
+    """
+    columns = spec.columns
+    turns = [*system_turn(raw, columns.get("system")), *history(raw, columns.get("history"))]
+    turns.append((columns["prompt"], Message("user", prompt(raw, columns["prompt"], columns.get("query")))))
+    if "chosen" in columns:
+        chosen, rejected = columns["chosen"], columns["rejected"]
+        return ranked(
+            turns,
+            text_of(value_of(raw, chosen), chosen, "answer"),
+            text_of(value_of(raw, rejected), rejected, "answer"),
+        )
+    column = columns["response"]
+    answer = value_of(raw, column)
+    if isinstance(answer, list | tuple):
+        if len(answer) < 2:
+            raise BadRecord(column, f"a ranked pair needs two answers, got a list of {len(answer)}")
+        better, worse = (text_of(text, f"{column}[{index}]", "answer") for index, text in enumerate(answer[:2]))
+        return ranked(turns, better, worse)
+    if spec.ranking:
+        raise BadRecord(column, f"ranking needs a list of two answers, the better one first, got {shown(answer)}")
+    turns.append((column, Message("assistant", text_of(answer, column, "answer"))))
+    return answered(turns, feedback_of(raw, columns.get("kto_tag")))
+
+
+def prompt(raw: dict[str, Any], prompt_column: str, query_column: str | None) -> str:
+    """Prompt and query on lines of their own; one of them may be blank."""
+    query = optional_text(raw, query_column, "query")
+    if not query:
+        return text_of(value_of(raw, prompt_column), prompt_column, "prompt")
+    first = optional_text(raw, prompt_column, "prompt")
+    return f"{first}\n{query}" if first else query
+
+
+def history(raw: dict[str, Any], column: str | None) -> list[Turn]:
+    """The earlier rounds, a list of [prompt, answer]; none when the column is unnamed, absent or null."""
+    turns: list[Turn] = []
+    if not column or raw.get(column) is None:
+        return turns
+    for index, pair in enumerate(list_of(raw[column], column, "[prompt, answer] pairs")):
+        place = f"{column}[{index}]"
+        if len(list_of(pair, place, "a prompt and an answer")) != 2:
+            raise BadRecord(place, f"a prompt and an answer are expected, got a list of {len(pair)}")
+        turns.append((f"{place}[0]", Message("user", text_of(pair[0], f"{place}[0]", "prompt"))))
+        turns.append((f"{place}[1]", Message("assistant", text_of(pair[1], f"{place}[1]", "answer"))))
+    return turns

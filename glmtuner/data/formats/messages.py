@@ -1,0 +1,38 @@
+"""Conversations as OpenAI writes them: `{"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from glmtuner.data.formats.sharegpt import answer, conversation, turn
+from glmtuner.data.records import BadRecord, Example, list_of, ranked, value_of
+
+if TYPE_CHECKING:
+    from glmtuner.data.catalog import DatasetSpec
+
+COLUMNS = {"messages": "messages"}
+TAGS = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "system_tag": "system",
+}
+
+
+def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
+    """A conversation; `columns.chosen` and `columns.rejected` hold the two answers to its last turn.
+
+    Without `columns.messages` the two columns are whole conversations that share all but the last turn.
+    """
+    tags = TAGS | spec.tags
+    if "messages" in spec.columns:
+        return conversation(raw, spec, tags)
+    columns = [spec.columns["chosen"], spec.columns["rejected"]]
+    chosen, rejected = (list_of(value_of(raw, column), column, "turns") for column in columns)
+    if not chosen or chosen[:-1] != rejected[:-1]:
+        raise BadRecord(columns[1], f"its turns before the answer differ from those of {columns[0]}")
+    turns = [turn(message, f"{columns[0]}[{index}]", tags) for index, message in enumerate(chosen[:-1])]
+    last = len(chosen) - 1
+    better, worse = (answer(raw[column][last], f"{column}[{last}]", tags) for column in columns)
+    return ranked(turns, better, worse)

@@ -1,0 +1,99 @@
+"""Dialogues written out as one text, each turn after a marker.
+
+    Human: What is 1 + 1?
+    Assistant: 2
+    Human: And 2 + 2?
+    Assistant:
+
+The answer to the last turn is in a column of its own, or the dialogue holds it, or (ranked pairs) two columns hold
+dialogues that share all but the last answer. Every turn is stripped of the white space around it. A marker that begins
+with a letter counts at the start of a line only; one that begins with a sign, such as `### Human:`, counts anywhere.
+A marker that ends in a letter is followed by a colon.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from glmtuner.data.records import (
+    BadRecord,
+    Example,
+    Message,
+    Turn,
+    answered,
+    feedback_of,
+    ranked,
+    shown,
+    system_turn,
+    text_of,
+    value_of,
+)
+
+if TYPE_CHECKING:
+    from glmtuner.data.catalog import DatasetSpec
+
+COLUMNS = {"prompt": "instruction", "response": "output"}
+TAGS = {"user_tag": "Human", "assistant_tag": "Assistant"}
+ROLES = {"user_tag": ("user", "prompt"), "assistant_tag": ("assistant", "answer"), "system_tag": ("system", "text")}
+COLONS = ":\uff1a"  # ASCII and full width
+
+
+def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
+    """A conversation; its prompt column holds all of it when the entry names no column for the answer.
+
+    A query column, when the entry names one, goes on where the prompt column ends.
+    """
+    columns = spec.columns
+    tags = TAGS | spec.tags
+    system = system_turn(raw, columns.get("system"))
+    if "prompt" not in columns:
+        texts = [text_of(value_of(raw, columns[key]), columns[key], "dialogue") for key in ("chosen", "rejected")]
+        chosen, rejected = dialogue(texts[0], columns["chosen"], tags), dialogue(texts[1], columns["rejected"], tags)
+        return ranked([*system, *chosen[:-1]], *pair(chosen, rejected))
+    keys = [key for key in ("chosen", "rejected", "response") if key in columns]
+    text = joined(raw, columns["prompt"], columns.get("query"))
+    turns = [*system, *dialogue(text, columns["prompt"], tags, awaits_answer=bool(keys))]
+    answers = [text_of(value_of(raw, columns[key]), columns[key], "answer").strip() for key in keys]
+    if "chosen" in columns:
+        return ranked(turns, answers[0], answers[1])
+    if answers:
+        turns.append((columns["response"], Message("assistant", answers[0])))
+    return answered(turns, feedback_of(raw, columns.get("kto_tag")))
+
+
+def dialogue(text: str, column: str, tags: dict[str, str], awaits_answer: bool = False) -> list[Turn]:
+    """The turns of a written-out dialogue; one that awaits its answer may end in a bare assistant marker."""
+    words = {word.strip().rstrip(COLONS): key for key, word in tags.items() if key in ROLES}
+    before, *parts = markers(tuple(words)).split(text)
+    if before.strip():
+        raise BadRecord(column, f"the dialogue begins with {shown(before.strip())}, not with {tags['user_tag']!r}")
+    contents = [content.strip() for content in parts[1::2]]
+    turns: list[Turn] = []
+    for number, (word, content) in enumerate(zip(parts[::2], contents, strict=True), start=1):
+        role, what = ROLES[words[word]]
+        if awaits_answer and number == len(contents) and role == "assistant" and not content:
+            break
+        place = f"{column} (turn {number})"
+        turns.append((place, Message(role, text_of(content, place, what))))
+    return turns
+
+
+def pair(chosen: list[Turn], rejected: list[Turn]) -> tuple[str, str]:
+    """The two answers that two dialogues end in; the turns before them must be the same."""
+    if [message for _, message in chosen[:-1]] != [message for _, message in rejected[:-1]]:
+        raise BadRecord(rejected[-1][0], "the turns before this answer differ from those of the chosen dialogue")
+    for place, message in (chosen[-1], rejected[-1]):
+        if message.role != "assistant":
+            raise BadRecord(place, "the last user turn has no answer")
+    return chosen[-1][1].content, rejected[-1][1].content
+
+
+@cache
+def markers(words: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds the marker words with the white space and the colon around them; the one group is the word."""
+    with_colon = "|".join(re.escape(word) for word in words if word[-1:].isalnum())
+    without = "|".join(re.escape(word) for word in words if not word[-1:].isalnum())
+    at_line_start = all(word[:1].isalnum() for word in words)
+    raise NotImplementedError

@@ -1,0 +1,39 @@
+"""Full fine-tuning."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from glmtuner.config.schema import Finetuning, preset
+from glmtuner.finetuning.trained import TRAINED, load_model_folder, restore_trained, save_trained, train
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from glmtuner.models.family import Family
+
+
+@preset("finetuning", "full")
+@dataclass(kw_only=True)
+class Full(Finetuning):
+    """Every weight is trained."""
+
+    on_quantized: ClassVar[bool] = False
+    saved_as: ClassVar[str] = "model"
+
+    def attach(self, model: "nn.Module", family: "Family") -> "nn.Module":
+        for parameter in model.parameters():
+            train(parameter)
+        return model
+
+    def save(self, model: "nn.Module", folder: Path) -> None:
+        model.save_pretrained(folder)
+
+    def save_trained(self, model: "nn.Module", folder: Path) -> None:
+        save_trained(model, folder)
+
+    def restore(self, model: "nn.Module", folder: Path) -> None:
+        if (folder / TRAINED).is_file():
+            restore_trained(model, folder)
+        else:
+            load_model_folder(model, folder)

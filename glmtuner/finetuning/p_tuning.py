@@ -1,0 +1,85 @@
+"""P-Tuning v2: a learned prefix of keys and values in every layer.
+
+The prefix is added inside the attention call, behind the cache: tokens keep their positions (the first one is 0), every
+token sees the whole prefix, and neither the kind of cache nor gradient checkpointing has to know of it. PEFT's prefix lives
+in the cache instead, which shifts positions and cannot be checkpointed (peft#869, peft#2821).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glmtuner.config.schema import Finetuning, preset
+from glmtuner.errors import CheckpointError, ConfigError
+from glmtuner.finetuning.trained import assign, freeze_all, load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from glmtuner.models.family import Family
+
+ADAPTER = "adapter_model.safetensors"
+RAW = "prefix_encoder.safetensors"  # what is trained, before projection; PEFT's file holds what comes out of it
+DROPOUT = 0.1  # of the published ChatGLM code, in training only
+
+
+@preset("finetuning", "p_tuning")
+@dataclass(kw_only=True)
+class PTuning(Finetuning):
+    """A prefix of `pre_seq_len` learned keys and values a layer (Liu et al. 2021, arXiv:2110.07602)."""
+
+    pre_seq_len: int
+    prefix_projection: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pre_seq_len < 1:
+            raise ConfigError(f"finetuning.pre_seq_len={self.pre_seq_len}: a prefix has at least 1 token")
+
+    def attach(self, model: "nn.Module", family: "Family") -> "nn.Module":
+        from glmtuner.prefix import add_prefix
+
+        freeze_all(model)
+        add_prefix(model, family, tokens=self.pre_seq_len, projection=self.prefix_projection, dropout=DROPOUT)
+        return model
+
+    def save(self, model: "nn.Module", folder: Path) -> None:
+        from peft import PrefixTuningConfig, TaskType
+
+        encoder: Any = model.get_submodule("prefix_encoder")
+        save_tensors({"prompt_embeddings": encoder.folded()}, folder / ADAPTER)
+        save_tensors(dict(encoder.named_parameters()), folder / RAW)
+        PrefixTuningConfig(
+            task_type=TaskType.CAUSAL_LM,
+            base_model_name_or_path=model.config.name_or_path,
+            num_virtual_tokens=encoder.tokens,
+            num_layers=encoder.layers,
+            num_attention_heads=encoder.heads,
+            token_dim=encoder.heads * encoder.head_dim,
+            num_transformer_submodules=1,
+            inference_mode=True,
+        ).save_pretrained(folder)
+
+    def save_trained(self, model: "nn.Module", folder: Path) -> None:
+        self.save(model, folder)
+
+    def restore(self, model: "nn.Module", folder: Path) -> None:
+        encoder = model.get_submodule("prefix_encoder")
+        if (folder / RAW).is_file():
+            assign(dict(encoder.named_parameters()), load_tensors(folder / RAW), folder)
+        elif self.prefix_projection:
+            raise CheckpointError(
+                f"{folder} holds a prefix without its projection, so finetuning.prefix_projection=true cannot go on with it; "
+                "type finetuning.prefix_projection=false"
+            )
+        else:
+            saved: dict[str, torch.Tensor] = load_tensors(folder / ADAPTER)
+            assign(dict(encoder.named_parameters()), {"embedding.weight": saved["prompt_embeddings"]}, folder)
+
+
+def prefix_settings(folder: Path) -> dict[str, Any]:
+    """`pre_seq_len` and `prefix_projection` of a saved prefix, from its own files."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    projected = (folder / RAW).is_file() and any(name.startswith("trans") for name in load_tensors(folder / RAW))
+    return {"pre_seq_len": config["num_virtual_tokens"], "prefix_projection": projected}

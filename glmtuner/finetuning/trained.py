@@ -1,0 +1,92 @@
+"""Trained parameters in and out of files, for every method: by name, bit by bit, never by pickle."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glmtuner.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+TRAINED = "trained.safetensors"
+
+
+def freeze_all(model: "nn.Module") -> None:
+    """No parameter of the model is trained afterwards."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def train(parameter: "nn.Parameter") -> None:
+    """Train this parameter, in float32 so that small steps are not rounded away."""
+    parameter.data = parameter.data.float()
+    parameter.requires_grad_(True)
+
+
+def trained_parameters(model: "nn.Module") -> "dict[str, torch.Tensor]":
+    """Name -> parameter, for those that are trained; tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_tensors(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
+    """The tensors of a safetensors file; raises CheckpointError when it is missing or cut short."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"no {path.name} in {path.parent}; the checkpoint is not whole, use another one") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint") from None
+
+
+def save_trained(model: "nn.Module", folder: Path) -> None:
+    """Write the trained parameters to `trained.safetensors`."""
+    save_tensors(trained_parameters(model), folder / TRAINED)
+
+
+def restore_trained(model: "nn.Module", folder: Path) -> None:
+    """Copy `trained.safetensors` into the model's trained parameters; raises CheckpointError where names differ."""
+    assign(trained_parameters(model), load_tensors(folder / TRAINED), folder)
+
+
+def assign(parameters: "dict[str, torch.Tensor]", saved: "dict[str, torch.Tensor]", folder: Path) -> None:
+    """Copy saved values into parameters of the same names and shapes; anything else is a CheckpointError."""
+    import torch
+
+    missing, foreign = sorted(parameters.keys() - saved.keys()), sorted(saved.keys() - parameters.keys())
+    shapes = [name for name in parameters.keys() & saved.keys() if parameters[name].shape != saved[name].shape]
+    if missing or foreign or shapes:
+        told = [
+            f"{len(names)} {what} (such as {names[0]})"
+            for what, names in (("are missing", missing), ("belong to another model", foreign), ("have another shape", shapes))
+            if names
+        ]
+        raise CheckpointError(f"{folder} does not fit this model: of its parameters {', '.join(told)}; use another checkpoint")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+
+
+def load_model_folder(model: "nn.Module", folder: Path) -> None:
+    """Copy the weights of a transformers folder (one file or shards) into the model; raises CheckpointError."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        shards = ["model.safetensors"]
+    saved: dict[str, Any] = {}
+    for shard in shards:
+        saved |= load_tensors(folder / shard)
+    parameters = dict(model.named_parameters())
+    assign(parameters, {name: saved[name] for name in saved if name in parameters}, folder)

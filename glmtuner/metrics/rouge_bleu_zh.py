@@ -1,0 +1,43 @@
+"""ROUGE and BLEU for Chinese, as ChatGLM-Efficient-Tuning computed them."""
+
+from dataclasses import dataclass
+
+from glmtuner.config.schema import Metric, preset
+
+NAMES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
+
+
+@preset("metric", "rouge_bleu_zh")
+@dataclass(kw_only=True)
+class RougeBleuZh(Metric):
+    """ROUGE-1/2/L F1 on jieba words and BLEU-4 on characters (NLTK smoothing method 3), each times 100."""
+
+    def scores(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        """The mean over all pairs of each score, itself rounded to four decimals as in CET; empty without pairs."""
+        if not predictions:
+            return {}
+        pairs = [pair_scores(prediction, reference) for prediction, reference in zip(predictions, references, strict=True)]
+        return {name: sum(pair[name] for pair in pairs) / len(pairs) for name in NAMES}
+
+
+def pair_scores(prediction: str, reference: str) -> dict[str, float]:
+    """The four scores of one pair, in percent; an empty prediction or reference scores 0."""
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+    from rouge_chinese import Rouge
+
+    if not prediction.strip() or not reference.strip():
+        return dict.fromkeys(NAMES, 0.0)
+    rouge = Rouge().get_scores(" ".join(words(prediction)), " ".join(words(reference)))[0]
+    bleu = sentence_bleu([list(reference)], list(prediction), smoothing_function=SmoothingFunction().method3)
+    found = {name: score["f"] * 100 for name, score in rouge.items()} | {"bleu-4": bleu * 100}
+    return {name: round(found[name], 4) for name in NAMES}
+
+
+def words(text: str) -> list[str]:
+    """The text's words by jieba."""
+    import logging
+
+    import jieba
+
+    jieba.setLogLevel(logging.WARNING)  # it tells of its dictionary on stderr
+    return list(jieba.cut(text))

@@ -1,0 +1,111 @@
+"""What a model family is: where its layers are, what its linear layers are called, how it is prompted, when it stops."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from glmtuner.errors import ConfigError, UnknownName
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family; `layers`, `mlp` and `attention_block` are module paths, the rest are names of linear layers."""
+
+    name: str
+    model_types: tuple[str, ...]  # of config.json
+    layers: str  # the list of blocks, from the causal LM down
+    attention_block: str  # inside a block
+    mlp: str  # inside a block
+    attention: tuple[str, ...]  # the query, key and value projections: LoRA's default targets
+    other_linears: tuple[str, ...]  # the block's remaining linear layers
+    template: str
+    stop_tokens: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (*self.attention, *self.other_linears)
+
+    def blocks(self, model: "nn.Module") -> "list[nn.Module]":
+        """The model's blocks, first to last."""
+        return list(model.get_submodule(self.layers))
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make a family known under its name."""
+    FAMILIES[family.name] = family
+    return family
+
+
+def family_named(name: str) -> Family:
+    """The family of that name; raises UnknownName."""
+    if name not in FAMILIES:
+        raise UnknownName("model family", name, [*FAMILIES, "auto"], add_one="glmtuner/models/<family>.py")
+    return FAMILIES[name]
+
+
+def family_of(model_config: Mapping[str, Any], declared: str) -> Family | None:
+    """The family that config.json tells; the declared one where several share a model type; None for an unknown type.
+
+    Never told by a token id or a name: a folder called chatglm may hold anything.
+    """
+    model_type = model_config.get("model_type", "")
+    fitting = [family for family in FAMILIES.values() if model_type in family.model_types]
+    if declared in {family.name for family in fitting}:
+        return FAMILIES[declared]
+    return fitting[0] if fitting else None
+
+
+# What attention and MLP blocks, and their projections, are called across transformers.
+_ATTENTION_BLOCKS = ("self_attn", "self_attention", "attention", "attn")
+_MLPS = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", "Wqkv", "query", "key", "value")
+
+
+def family_from_structure(model: "nn.Module") -> Family:
+    """The family of a model that no file here knows, read off its modules; raises ConfigError where it cannot be."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and name.count(".") <= 3
+    ]
+    if not lists:
+        raise ConfigError(
+            f"model.family=auto: no list of {count} blocks in {type(model).__name__}; "
+            "declare the family in glmtuner/models/<family>.py and name it with model.family="
+        )
+    block = model.get_submodule(lists[0])[0]
+    linear = {path: path.rpartition(".")[2] for path, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    children = dict(block.named_children())
+    attention_block = next((name for name in _ATTENTION_BLOCKS if name in children), "")
+    mlp = next((name for name in _MLPS if name in children), "")
+    attention = [name for name in dict.fromkeys(linear.values()) if name in _ATTENTION]
+    if not (attention_block and mlp and attention):
+        raise ConfigError(
+            f"model.family=auto: cannot tell attention and MLP of {type(model).__name__}'s blocks "
+            f"({', '.join(children)}); declare the family in glmtuner/models/<family>.py and name it with model.family="
+        )
+    return Family(
+        name="auto",
+        model_types=(model.config.model_type,),
+        layers=lists[0],
+        attention_block=attention_block,
+        mlp=mlp,
+        attention=tuple(attention),
+        other_linears=tuple(dict.fromkeys(name for name in linear.values() if name not in attention)),
+        template="tokenizer",
+    )
+
+
+def with_template(family: Family, template: str | None) -> Family:
+    """The family with another chat template, when one was asked for."""
+    return family if template is None else replace(family, template=template)

@@ -1,0 +1,334 @@
+"""Chat templates: how turns become tokens, the same for training, prediction and chat.
+
+A template of ours is a list of pieces: control tokens, looked up by name, and text, which never becomes a control token
+whatever a user writes in it. A model that no template here knows keeps its tokenizer's own (jinja) template.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from glmtuner.errors import ConfigError, UnknownName
+
+IGNORE_INDEX = -100
+OWN = "tokenizer"  # the tokenizer's chat_template
+
+
+class Message(Protocol):
+    """One turn: role is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A control token (by name), a piece of prompt text, or the text of an answer."""
+
+    text: str
+    kind: str  # control, text, answer
+
+
+@dataclass(slots=True)
+class Encoded:
+    """Token ids of a conversation and the places of its answers.
+
+    An answer is the half-open range of its tokens; its stop token is learned right behind it: in the place of the next
+    turn's first token, or appended after the last answer. `stop` is that token's id.
+    """
+
+    input_ids: list[int]
+    answers: list[tuple[int, int]]
+    stop: int
+
+    def labels(self, every_answer: bool) -> list[int]:
+        """Labels as long as `input_ids`: what each position is to be predicted as, IGNORE_INDEX on prompts."""
+        labels = [IGNORE_INDEX] * len(self.input_ids)
+        for start, end in self.answers if every_answer else self.answers[-1:]:
+            labels[start:end] = self.input_ids[start:end]
+            labels[end] = self.stop
+        return labels
+
+    @property
+    def source_length(self) -> int:
+        """Tokens before the last answer."""
+        return self.answers[-1][0] if self.answers else len(self.input_ids)
+
+
+class Template:
+    """A template as pieces; subclasses say how turns follow each other."""
+
+    name: str
+    stop: str  # the control token behind an answer
+    prefix: tuple[str, ...] = ()  # control tokens before everything
+
+    def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
+        """The pieces of the turns; when the last turn is the user's, up to where the answer begins."""
+        raise NotImplementedError
+
+    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+        return [*(Piece(token, "control") for token in self.prefix), *self.turns(messages)]
+
+    def encode(self, tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+        """Each conversation's tokens; those that end in an answer get the stop token behind it.
+
+        All texts go to the tokenizer in one batch, each distinct one once.
+        """
+        cut = [self.pieces(messages) for messages in conversations]
+        texts = list(dict.fromkeys(piece.text for pieces in cut for piece in pieces if piece.kind != "control"))
+        ids_of = dict(zip(texts, encode_text(tokenizer, texts), strict=True))
+        stop = control_id(tokenizer, self.stop, self.name)
+        encoded = []
+        for pieces in cut:
+            input_ids: list[int] = []
+            answers = []
+            for piece in pieces:
+                if piece.kind == "control":
+                    input_ids.append(control_id(tokenizer, piece.text, self.name))
+                    continue
+                start = len(input_ids)
+                input_ids += ids_of[piece.text]
+                if piece.kind == "answer":
+                    answers.append((start, len(input_ids)))
+            if answers and answers[-1][1] == len(input_ids):
+                input_ids.append(stop)
+            encoded.append(Encoded(input_ids, answers, stop))
+        return encoded
+
+    def stop_ids(self, tokenizer: Any) -> set[int]:
+        return {control_id(tokenizer, self.stop, self.name)}
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance.json keeps of the template."""
+        example = [_Turn("system", "{system}"), _Turn("user", "{user}"), _Turn("assistant", "{assistant}")]
+        return {"name": self.name, "example": "".join(piece.text for piece in self.pieces(example)), "stop": self.stop}
+
+
+@dataclass(frozen=True)
+class _Turn:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class RoleTokens(Template):
+    """`<|user|>` and its like before each turn (ChatGLM3, GLM-4)."""
+
+    name: str
+    stop: str
+    prefix: tuple[str, ...]
+    apart: bool = False  # is the line break tokenized apart from the turn's text? (ChatGLM3 does)
+
+    def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
+        for message in messages:
+            yield Piece(f"<|{message.role}|>", "control")
+            if message.role == "assistant":
+                yield Piece("\n", "text")
+                yield Piece(message.content, "answer")
+            elif self.apart:
+                yield Piece("\n", "text")
+                yield Piece(message.content, "text")
+            else:
+                yield Piece(f"\n{message.content}", "text")
+        if messages[-1].role != "assistant":
+            yield Piece("<|assistant|>", "control")
+            yield Piece("\n", "text")
+
+
+@dataclass(frozen=True)
+class Rounds(Template):
+    """Numbered rounds of question and answer, as plain text (ChatGLM2, and ChatGLM-6B as CET trains it)."""
+
+    name: str
+    stop: str
+    prefix: tuple[str, ...]
+
+    def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
+        text, number = "", 0
+        for message in messages:
+            if message.role == "system":
+                text += f"{message.content}\n\n"
+            elif message.role == "user":
+                number += 1
+                text += f"[Round {number}]\n\n问：{message.content}\n\n答："
+            else:
+                yield Piece(text, "text")
+                yield Piece(message.content, "answer")
+                text = "\n\n"
+        if messages[-1].role != "assistant":
+            yield Piece(text, "text")
+
+
+@dataclass(frozen=True)
+class Plain(Template):
+    """Words instead of control tokens, for base models that have no chat template."""
+
+    name: str = "plain"
+    stop: str = "eos"  # whatever the tokenizer calls it
+    prefix: tuple[str, ...] = ()
+    words: dict[str, str] = field(default_factory=lambda: {"system": "System: ", "user": "User: ", "assistant": "Assistant:"})
+
+    def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
+        text = ""
+        for message in messages:
+            text += self.words[message.role]
+            if message.role == "assistant":
+                yield Piece(text, "text")
+                yield Piece(f" {message.content}", "answer")
+                text = "\n\n"
+            else:
+                text += f"{message.content}\n\n"
+        if messages[-1].role != "assistant":
+            yield Piece(text + self.words["assistant"], "text")
+
+
+@dataclass(frozen=True)
+class TokenizersOwn(Template):
+    """The tokenizer's jinja template, encoded as transformers does, except that user text never becomes a control token."""
+
+    source: str
+    name: str = OWN
+    stop: str = "eos"
+    prefix: tuple[str, ...] = ()
+
+    def encode(self, tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+        rendered = [self._render(tokenizer, messages) for messages in conversations]
+        tokens = tokenizer(
+            [text for text, _, _ in rendered], add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+        )
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        encoded = []
+        for (text, spans, guarded), ids, offsets in zip(rendered, tokens.input_ids, tokens.offset_mapping, strict=True):
+            if guarded:
+                ids, offsets = _encode_guarded(tokenizer, text, guarded)
+            answers, stop = [], tokenizer.eos_token_id
+            for start, end in spans:
+                inside = [place for place, (left, right) in enumerate(offsets) if left >= start and right <= end and right > left]
+                if not inside:
+                    continue
+                first, last = inside[0], inside[-1] + 1
+                ends = next((place for place in range(last, len(ids)) if ids[place] in special), None)
+                if ends is not None and ends - last <= 2:  # such as "<|im_end|>", or "\n</s>"
+                    last, stop = ends, ids[ends]
+                answers.append((first, last))
+            ids = list(ids)
+            if answers and spans and messages_end(answers, ids):
+                ids = [*ids[: answers[-1][1]], stop]
+            encoded.append(Encoded(ids, answers, stop))
+        return encoded
+
+    def _render(self, tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], dict[str, str]]:
+        """The text, where each answer stands in it, and what stands for control tokens that users wrote."""
+        literals = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, literals))) if literals else None
+        guarded: dict[str, str] = {}
+
+        def guard(content: str) -> str:
+            def sentinel(match: re.Match) -> str:
+                mark = chr(0xF0000 + len(guarded))  # a private-use character, one for each occurrence
+                guarded[mark] = match.group()
+                return mark
+
+            return pattern.sub(sentinel, content) if pattern else content
+
+        turns = [{"role": message.role, "content": guard(message.content)} for message in messages]
+        asks = messages[-1].role != "assistant"
+        text = self._apply(tokenizer, turns, add_generation_prompt=asks)
+        spans = []
+        for place, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            before = self._apply(tokenizer, turns[:place], add_generation_prompt=True)
+            start = len(before) if text.startswith(before) else -1
+            found = text.find(turn["content"].strip(), max(start, 0))
+            if start < 0 or found < 0:
+                if place == len(turns) - 1:
+                    raise ConfigError(
+                        "model.template=tokenizer: the tokenizer's chat template does not render an answer right behind its "
+                        "prompt; choose a template of ours with model.template="
+                    )
+                continue  # a template that rewrites history: such turns are context and are not learned
+            spans.append((found, found + len(turn["content"].strip())))
+        return text, spans, guarded
+
+    def _apply(self, tokenizer: Any, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                turns, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # jinja raises what the template's author liked
+            raise ConfigError(
+                f"model.template=tokenizer: the tokenizer's chat template refuses these turns ({error}); "
+                "choose a template of ours with model.template="
+            ) from None
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "jinja": self.source}
+
+
+def messages_end(answers: Sequence[tuple[int, int]], ids: Sequence[int]) -> bool:
+    """Whether nothing but a stop token and white space follows the last answer."""
+    return len(ids) - answers[-1][1] <= 3
+
+
+def _encode_guarded(tokenizer: Any, text: str, guarded: dict[str, str]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and offsets of a text in which marks stand for control-token literals of users: those are encoded as text."""
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    place = 0
+    for part in re.split(f"([{''.join(guarded)}])", text):
+        if part in guarded:
+            inner = encode_text(tokenizer, [guarded[part]])[0]
+            ids += inner
+            offsets += [(place, place + 1)] * len(inner)
+        elif part:
+            tokens = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
+            ids += tokens.input_ids
+            offsets += [(left + place, right + place) for left, right in tokens.offset_mapping]
+        place += len(part)
+    return ids, offsets
+
+
+def encode_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of plain texts: nothing added, and nothing in them read as a control token."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False).input_ids
+
+
+def control_id(tokenizer: Any, token: str, template: str) -> int:
+    """The id of a control token; `eos` is the tokenizer's own. Raises ConfigError where the tokenizer has none."""
+    if token == "eos":
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"model.template={template}: the tokenizer has no end-of-sequence token")
+        return tokenizer.eos_token_id
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        raise ConfigError(
+            f"model.template={template}: the tokenizer has no token {token!r}, so this template belongs to another model; "
+            f"legal: {', '.join([*TEMPLATES, OWN])}"
+        )
+    return found
+
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        RoleTokens(name="glm4", stop="<|user|>", prefix=("[gMASK]", "<sop>")),
+        RoleTokens(name="chatglm3", stop="</s>", prefix=("[gMASK]", "sop"), apart=True),
+        Rounds(name="chatglm2", stop="</s>", prefix=("[gMASK]", "sop")),
+        Rounds(name="chatglm", stop="<eop>", prefix=("[gMASK]", "<sop>")),
+        Plain(),
+    )
+}
+
+
+def template_named(name: str, tokenizer: Any) -> Template:
+    """A template of ours, or the tokenizer's own; a tokenizer that has none gets `plain`. Raises UnknownName."""
+    if name == OWN:
+        source = getattr(tokenizer, "chat_template", None)
+        return TokenizersOwn(source=source) if isinstance(source, str) else TEMPLATES["plain"]
+    if name not in TEMPLATES:
+        raise UnknownName("template", name, [*TEMPLATES, OWN], add_one="glmtuner/models/template.py")
+    return TEMPLATES[name]

@@ -1,0 +1,23 @@
+"""Four-bit base weights, by bitsandbytes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from glmtuner.config.schema import Quant, preset
+
+
+@preset("quant", "int4")
+@dataclass(kw_only=True)
+class Int4(Quant):
+    """NF4 or FP4 blocks with their constants quantized again (QLoRA, arXiv:2305.14314); products in `compute_dtype`."""
+
+    def loading(self, device: Any, compute_dtype: Any) -> dict[str, Any]:
+        from transformers import BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quantization_type.value,
+            bnb_4bit_use_double_quant=self.double_quantization,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+        return {"quantization_config": config, "device_map": {"": device}}

@@ -1,0 +1,11 @@
+"""No quantization."""
+
+from dataclasses import dataclass
+
+from glmtuner.config.schema import Quant, preset
+
+
+@preset("quant", "none")
+@dataclass(kw_only=True)
+class NoQuant(Quant):
+    """The base weights as the checkpoint has them."""

@@ -1,0 +1,311 @@
+"""The run folder: what is written where, when a run counts as finished, which checkpoints are whole.
+
+No torch here: a folder can be read, shown and judged without loading a model.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from glmtuner.errors import CheckpointError
+
+CONFIG, WORDS, PROVENANCE, HISTORY, METRICS = "config.yaml", "overrides.txt", "provenance.json", "history.jsonl", "metrics.json"
+PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE = "predictions.jsonl", "report.md", "loss.png", "template.jinja"
+CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL = "checkpoints", "evaluations", "adapter", "model"
+TRACKERS = ("wandb", "tensorboard")
+OURS = (
+    CONFIG, WORDS, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE,
+    CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL, *TRACKERS,
+)  # fmt: skip
+MARKER = "complete.json"  # written last into a checkpoint: its files and their sizes
+SECRETS = ("token", "api_key", "password", "secret")
+# Keys that may differ between a run and its continuation: they change no number.
+FREE_TO_CHANGE = (
+    "trainer.overwrite_output_dir", "trainer.output_dir", "trainer.disable_tqdm", "trainer.log_level",
+    "data.overwrite_cache", "data.preprocessing_num_workers", "model.cache_dir", "model.use_auth_token",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run."""
+
+    path: Path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def is_run(self) -> bool:
+        return (self / CONFIG).is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run reached its end: metrics.json is written last."""
+        return self.is_run and (self / METRICS).is_file()
+
+    def config(self) -> DictConfig:
+        """The resolved config; raises CheckpointError when the folder holds no run."""
+        if not self.is_run:
+            raise CheckpointError(f"{self.path} holds no run: it has no {CONFIG}; name a folder under outputs/")
+        loaded = OmegaConf.load(self / CONFIG)
+        assert isinstance(loaded, DictConfig)
+        return loaded
+
+    def metrics(self) -> dict[str, float]:
+        return read_json(self / METRICS) if (self / METRICS).is_file() else {}
+
+    def provenance(self) -> dict[str, Any]:
+        return read_json(self / PROVENANCE) if (self / PROVENANCE).is_file() else {}
+
+    def history(self) -> list[dict[str, float]]:
+        return list(read_lines(self / HISTORY))
+
+    def trained(self) -> Path | None:
+        """Where the trained weights are, when there are any: adapter/ or model/."""
+        for name, file in ((ADAPTER, "adapter_config.json"), (MODEL, "config.json")):
+            if (self / name / file).is_file():
+                return self / name
+        return None
+
+    def clear(self) -> None:
+        """Remove what a run wrote, and nothing else."""
+        for name in OURS:
+            path = self / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def default_folder(root: Path, name: str) -> Path:
+    """`<root>/<date>/<time>_<name>`, numbered when two runs start in the same second."""
+    now = datetime.now()
+    folder = root / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}_{name}"
+    number = 2
+    while folder.exists():
+        folder = root / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}_{name}_{number}"
+        number += 1
+    return folder
+
+
+def claim(path: Path, config: DictConfig, overwrite: bool) -> bool:
+    """Whether the run in this folder is to be resumed; False for a fresh folder.
+
+    Raises CheckpointError when the folder holds a finished run, another run, or files that are no run's.
+    """
+    folder = RunFolder(path)
+    if not path.exists() or not any(path.iterdir()):
+        return False
+    name = f"trainer.output_dir={path}"
+    again = "type another trainer.output_dir, or trainer.overwrite_output_dir=true to start it afresh"
+    if overwrite:
+        if not folder.is_run:
+            raise CheckpointError(
+                f"{name} holds files that are no run's ({', '.join(sorted(entry.name for entry in path.iterdir())[:3])}), and "
+                "trainer.overwrite_output_dir=true only replaces a run; type another trainer.output_dir"
+            )
+        folder.clear()
+        return False
+    if not folder.is_run:
+        raise CheckpointError(
+            f"{name} is not empty and holds no run ({', '.join(sorted(entry.name for entry in path.iterdir())[:3])}); "
+            "type another trainer.output_dir"
+        )
+    if folder.is_finished:
+        raise CheckpointError(f"{name} holds a finished run; {again}")
+    different = [key for key in differing(folder.config(), config) if key not in FREE_TO_CHANGE]
+    if different:
+        told = ", ".join(different[:6]) + (f" and {len(different) - 6} more" if len(different) > 6 else "")
+        raise CheckpointError(f"{name} holds an unfinished run of another configuration (different: {told}); {again}")
+    return True
+
+
+def differing(one: DictConfig, other: DictConfig) -> list[str]:
+    """The dotted keys whose values differ; names of LoRA targets that were filled in later do not count."""
+    left, right = flat(OmegaConf.to_container(without_secrets(one))), flat(OmegaConf.to_container(without_secrets(other)))
+    settled = {"finetuning.lora_target", "model.family", "model.template"}
+    return sorted(
+        key for key in left.keys() | right.keys() if key not in settled and left.get(key) != right.get(key)
+    )
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return found
+
+
+def without_secrets(config: DictConfig) -> DictConfig:
+    """A copy in which tokens and keys are null."""
+    copy = OmegaConf.create(OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+    assert isinstance(copy, DictConfig)
+    for key, value in flat(OmegaConf.to_container(copy)).items():
+        leaf = key.rpartition(".")[2]
+        if isinstance(value, str) and any(leaf == word or leaf.endswith(f"_{word}") for word in SECRETS):
+            OmegaConf.update(copy, key, None)
+    return copy
+
+
+def shown_words(words: list[str]) -> list[str]:
+    """What was typed, with the values of tokens and keys left out."""
+    shown = []
+    for word in words:
+        key, equals, _ = word.partition("=")
+        leaf = key.rpartition(".")[2]
+        secret = equals and any(leaf == name or leaf.endswith(f"_{name}") for name in SECRETS)
+        shown.append(f"{key}=<hidden>" if secret else word)
+    return shown
+
+
+def provenance(words: list[str], **more: Any) -> dict[str, Any]:
+    """Where a run came from: code, packages, machine, command line, and what the caller knows of data and template."""
+    return {
+        "command": " ".join(["python -m glmtuner", *shown_words(words)]),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "python": sys.version.split()[0],
+        "packages": {name: version_of(name) for name in PACKAGES},
+        "git": git_state(Path.cwd()),
+        **more,
+    }
+
+
+PACKAGES = ("glmtuner", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "hydra-core")
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit, whether files differ from it, and a hash of the difference; None outside a repository."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    difference = git("diff", "HEAD") or ""
+    return {
+        "commit": commit.strip(),
+        "dirty": bool((git("status", "--porcelain") or "").strip()),
+        "diff_sha256": hashlib.sha256(difference.encode()).hexdigest() if difference else None,
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: to a temporary name, to the disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The file's value; raises CheckpointError when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; a line that a kill cut short is left out."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def mark_complete(folder: Path, about: dict[str, Any]) -> None:
+    """Write the marker: every file of the checkpoint with its size, all of them on the disk before it."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[str(path.relative_to(folder))] = path.stat().st_size
+    write_json(folder / MARKER, {**about, "files": files})
+
+
+NEEDED = {"optimizer.pt": "its optimizer state", "scheduler.pt": "its scheduler state", "trainer_state.json": "its step"}
+
+
+def flaw(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, in a few words; None when it is whole."""
+    if not (folder / MARKER).is_file():
+        return f"half-written: it has no {MARKER}"
+    try:
+        about = read_json(folder / MARKER)
+        sizes = about["files"]
+    except (CheckpointError, KeyError, TypeError):
+        return f"its {MARKER} is damaged"
+    for name, what in NEEDED.items():
+        if not (folder / name).is_file():
+            return f"it lacks {what} ({name})"
+    if not list(folder.glob("rng_state*.pth")):
+        return "it lacks its random states (rng_state.pth)"
+    for name, size in sizes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != size:
+            return f"{name} is truncated ({(folder / name).stat().st_size} of {size} bytes)"
+    return None
+
+
+def step_of(folder: Path) -> int:
+    """The step in `checkpoint-<step>`; -1 for any other name."""
+    number = folder.name.rpartition("-")[2]
+    return int(number) if folder.name.startswith("checkpoint-") and number.isdecimal() else -1
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest step first, whole or not."""
+    found = [path for path in (run / CHECKPOINTS).glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0]
+    return sorted(found, key=step_of)
+
+
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint to resume from, and a sentence for each one that was passed over."""
+    passed = [f"{path.name} is passed over: half-written" for path in sorted((run / CHECKPOINTS).glob(".partial-*"))]
+    for folder in reversed(checkpoints(run)):
+        reason = flaw(folder)
+        if reason is None:
+            return folder, passed
+        passed.append(f"{folder.name} is passed over: {reason}")
+    return None, passed

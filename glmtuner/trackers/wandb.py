@@ -1,0 +1,66 @@
+"""Weights & Biases."""
+
+import netrc
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from omegaconf import OmegaConf
+
+from glmtuner.config.schema import Run, Tracker, preset
+
+
+@preset("tracker", "wandb")
+@dataclass(kw_only=True)
+class Wandb(Tracker):
+    """Online when logged in, offline otherwise; it never asks. One run stays one W&B run when it is resumed."""
+
+    project: str
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] | None = None
+
+    def start(self, run: Run, folder: Path) -> list[str]:
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+        logs = folder / "wandb"
+        logs.mkdir(parents=True, exist_ok=True)
+        remembered = logs / "run_id.txt"
+        run_id = remembered.read_text(encoding="utf-8").strip() if remembered.is_file() else wandb.util.generate_id()
+        remembered.write_text(run_id, encoding="utf-8")
+        wandb.init(
+            project=self.project,
+            entity=self.entity,
+            group=self.group,
+            tags=self.tags,
+            name=run.name or folder.name,
+            id=run_id,
+            resume="allow",
+            dir=str(folder),
+            mode=mode,
+            config=OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        return ["wandb"]
+
+    def finish(self, folder: Path) -> str | None:
+        import wandb
+
+        if wandb.run is None:
+            return None
+        offline, url, files = wandb.run.settings.mode == "offline", wandb.run.url, Path(wandb.run.dir).parent
+        wandb.finish(quiet=True)
+        return f"W&B: offline; send it with `wandb sync {files}`" if offline else f"W&B: {url}"
+
+
+def logged_in() -> bool:
+    """Whether a W&B key is at hand, in the environment or in ~/.netrc, without asking W&B."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
