@@ -133,12 +133,22 @@ def claim(path: Path, config: DictConfig, overwrite: bool) -> bool:
 
 
 def differing(one: DictConfig, other: DictConfig) -> list[str]:
-    """The dotted keys whose values differ; names of LoRA targets that were filled in later do not count."""
-    left, right = flat(OmegaConf.to_container(without_secrets(one))), flat(OmegaConf.to_container(without_secrets(other)))
-    settled = {"finetuning.lora_target", "model.family", "model.template"}
-    return sorted(
-        key for key in left.keys() | right.keys() if key not in settled and left.get(key) != right.get(key)
-    )
+    """The dotted keys whose values differ; what a run fills in itself and how a path is written do not count."""
+    left, right = (_comparable(config) for config in (one, other))
+    return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
+
+
+def _comparable(config: DictConfig) -> dict[str, Any]:
+    values = flat(OmegaConf.to_container(without_secrets(config)))
+    for key in ("finetuning.lora_target", "model.family", "model.template"):
+        values.pop(key, None)
+    for key in ("model.model_name_or_path", "model.checkpoint_dir"):
+        value = values.get(key)
+        if isinstance(value, list):
+            values[key] = [str(Path(path).expanduser().resolve()) for path in value]
+        elif isinstance(value, str) and Path(value).expanduser().is_dir():
+            values[key] = str(Path(value).expanduser().resolve())
+    return values
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -188,6 +188,9 @@ def shape_of(formatting: str, named: dict[str, str], ranking: bool) -> tuple[str
     formatting = ALIASES.get(formatting, formatting)
     default = default_columns(formatting)
     main = next(iter(default))
+    other = {"prompt": "messages", "messages": "prompt"}[main]  # two words for the column that holds the conversation
+    if formatting != "alpaca" and other in named and main not in named:
+        named = {main: named[other], **{key: column for key, column in named.items() if key != other}}
     if ("chosen" in named) != ("rejected" in named):
         raise ValueError("columns: chosen and rejected go together; name both")
     if ranking and "kto_tag" in named:

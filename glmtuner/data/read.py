@@ -403,6 +403,7 @@ class HubSet:
     name: str
     label: str  # the hub's id, with the subset
     dataset: Dataset
+    commit: str | None
 
     def __iter__(self) -> Iterator[Row]:
         if not len(self.dataset):
@@ -412,13 +413,7 @@ class HubSet:
 
     def fingerprint(self) -> dict[str, str]:
         """The commit that the records come from, or the fingerprint that datasets gave them."""
-        commit = self.commit()
-        return {self.label: f"commit {commit}" if commit else f"fingerprint {self.dataset._fingerprint}"}
-
-    def commit(self) -> str | None:
-        """The hub's commit, after which datasets names the folder of its cache; None when it names it otherwise."""
-        folders = [Path(file["filename"]).parent.name for file in self.dataset.cache_files]
-        return next((folder for folder in folders if COMMIT.fullmatch(folder)), None)
+        return {self.label: f"commit {self.commit}" if self.commit else f"fingerprint {self.dataset._fingerprint}"}
 
 
 def hub_set(spec: DatasetSpec, split: str, cache_dir: str | Path | None, token: bool) -> HubSet:
@@ -426,27 +421,62 @@ def hub_set(spec: DatasetSpec, split: str, cache_dir: str | Path | None, token: 
     import datasets
 
     label = f"{spec.hf_hub_url}/{spec.subset}" if spec.subset else str(spec.hf_hub_url)
+    options: dict[str, Any] = {
+        "name": spec.subset,
+        "data_dir": spec.folder,
+        "data_files": spec.data_files,
+        "split": spec.split or split,
+        "cache_dir": str(cache_dir) if cache_dir else None,
+    }
+    commit = None
     try:
-        dataset = datasets.load_dataset(
-            str(spec.hf_hub_url),
-            name=spec.subset,
-            data_dir=spec.folder,
-            data_files=spec.data_files,
-            split=spec.split or split,
-            revision=spec.revision,
-            cache_dir=str(cache_dir) if cache_dir else None,
-            token=token or None,
-        )
+        try:
+            dataset = datasets.load_dataset(
+                str(spec.hf_hub_url), revision=spec.revision, token=token or None, **options
+            )
+        except (ConnectionError, ValueError):
+            copy = downloaded_copy(spec, cache_dir)
+            if copy is None:
+                raise
+            dataset, commit = datasets.load_dataset(str(copy), **options), copy.name
     except Exception as error:  # a network, a hub and other people's files: there is no shorter list
         raise DataError(f"dataset {spec.name!r} ({spec.origin}): {hub_trouble(spec, split, error)}") from error
-    hub = HubSet(spec.name, label, dataset)
-    commit = hub.commit()
+    commit = commit or commit_of(dataset)
     if commit and COMMIT.fullmatch(spec.revision or "") and commit != spec.revision:
         raise DataError(
             f"dataset {spec.name!r} ({spec.origin}): revision {spec.revision} of {label} could not be reached, and the "
             f"cache holds {commit}; check the network, or mend revision in the entry"
         )
-    return hub
+    return HubSet(spec.name, label, dataset, commit)
+
+
+def commit_of(dataset: Dataset) -> str | None:
+    """The hub's commit, after which datasets names the folder of its cache; None when it names it otherwise."""
+    folders = [Path(file["filename"]).parent.name for file in dataset.cache_files]
+    return next((folder for folder in folders if COMMIT.fullmatch(folder)), None)
+
+
+def downloaded_copy(spec: DatasetSpec, cache_dir: str | Path | None) -> Path | None:
+    """The folder of the hub's cache with a dataset's files, when all of them are there; it is named after the commit.
+
+    Without a network datasets finds what it prepared only when neither a revision nor files are named. All are there
+    when the entry names each file, or when datasets has once prepared this commit.
+    """
+    import datasets
+    from huggingface_hub import snapshot_download
+
+    try:
+        copy = snapshot_download(
+            str(spec.hf_hub_url), repo_type="dataset", revision=spec.revision, local_files_only=True
+        )
+    except (OSError, ValueError):
+        return None
+    folder = Path(copy)
+    files = [spec.data_files] if isinstance(spec.data_files, str) else spec.data_files or []
+    if files and all((folder / file).is_file() for file in files):
+        return folder
+    prepared = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
+    return folder if any(prepared.glob(f"*/{spec.subset or 'default'}*/*/{folder.name}")) else None
 
 
 def hub_trouble(spec: DatasetSpec, split: str, error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Trained parameters in and out of files, for every method: by name, bit by bit, never by pickle."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,3 +91,14 @@ def load_model_folder(model: "nn.Module", folder: Path) -> None:
         saved |= load_tensors(folder / shard)
     parameters = dict(model.named_parameters())
     assign(parameters, {name: saved[name] for name in saved if name in parameters}, folder)
+
+
+def digest_of(model: "nn.Module") -> str:
+    """A hash of the trained parameters' names and bytes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in sorted(trained_parameters(model).items()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -55,8 +55,8 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_model(model: Model, quant: Quant, device: "torch.device") -> "PreTrainedModel":
-    """The causal LM with the weights of the checkpoint, in `model.dtype`."""
+def load_model(model: Model, quant: Quant, device: "torch.device", compute_dtype: "torch.dtype") -> "PreTrainedModel":
+    """The causal LM with the weights of the checkpoint, in `model.dtype`; quantized ones compute in `compute_dtype`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,7 +71,7 @@ def load_model(model: Model, quant: Quant, device: "torch.device") -> "PreTraine
     loaded = _from_hub(
         model,
         lambda: AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, trust_remote_code=False, **hub_options(model), **quant.loading(device)
+            source, config=config, dtype=dtype, trust_remote_code=False, **hub_options(model), **quant.loading(device, compute_dtype)
         ),
     )
     if model.dtype is Dtype.auto and device.type == "cpu" and loaded.dtype == torch.float16:

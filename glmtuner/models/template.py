@@ -50,6 +50,15 @@ class Encoded:
             labels[end] = self.stop
         return labels
 
+    def cut_answer(self, most: int) -> int:
+        """Shorten the last answer to `most` tokens, its stop token included; returns how many tokens that cost."""
+        start, end = self.answers[-1]
+        cost = max(end + 1 - start - most, 0)
+        if cost:
+            self.answers[-1] = (start, end - cost)
+            self.input_ids = [*self.input_ids[: end - cost], self.stop]
+        return cost
+
     @property
     def source_length(self) -> int:
         """Tokens before the last answer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from glmtuner.data.formats.sharegpt import answer, conversation, turn
+from glmtuner.data.formats.sharegpt import answer, conversation, turns_of
 from glmtuner.data.records import BadRecord, Example, list_of, ranked, value_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
     chosen, rejected = (list_of(value_of(raw, column), column, "turns") for column in columns)
     if not chosen or chosen[:-1] != rejected[:-1]:
         raise BadRecord(columns[1], f"its turns before the answer differ from those of {columns[0]}")
-    turns = [turn(message, f"{columns[0]}[{index}]", tags) for index, message in enumerate(chosen[:-1])]
     last = len(chosen) - 1
     better, worse = (answer(raw[column][last], f"{column}[{last}]", tags) for column in columns)
-    return ranked(turns, better, worse)
+    return ranked(turns_of(chosen[:-1], columns[0], tags), better, worse)

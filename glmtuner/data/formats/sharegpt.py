@@ -32,7 +32,8 @@ WHAT = {"system": "system prompt", "user": "prompt", "assistant": "answer"}
 def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
     """A conversation; with `columns.chosen` and `columns.rejected`, two answers to its last turn.
 
-    A system turn of the conversation wins over `columns.system`.
+    A system turn of the conversation wins over `columns.system`. `columns.response`, a turn, a list of turns or a text,
+    goes on where the conversation ends.
     """
     return conversation(raw, spec, TAGS | spec.tags)
 
@@ -40,17 +41,25 @@ def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
 def conversation(raw: dict[str, Any], spec: DatasetSpec, tags: dict[str, str]) -> Example:
     """The example of a record whose turns are objects, with the keys and role words of `tags`."""
     columns = spec.columns
-    column = columns["messages"]
-    turns = [
-        turn(message, f"{column}[{index}]", tags)
-        for index, message in enumerate(list_of(value_of(raw, column), column, "turns"))
-    ]
+    turns = turns_of(value_of(raw, columns["messages"]), columns["messages"], tags)
     if turns and turns[0][1].role != "system":
         turns = [*system_turn(raw, columns.get("system")), *turns]
     if "chosen" in columns:
         chosen, rejected = (answer(value_of(raw, columns[key]), columns[key], tags) for key in ("chosen", "rejected"))
         return ranked(turns, chosen, rejected)
+    if "response" in columns:
+        column, response = columns["response"], value_of(raw, columns["response"])
+        more = response if isinstance(response, list) else None
+        turns += (
+            turns_of(more, column, tags) if more else [(column, Message("assistant", answer(response, column, tags)))]
+        )
     return answered(turns, feedback_of(raw, columns.get("kto_tag")))
+
+
+def turns_of(value: Any, column: str, tags: dict[str, str]) -> list[Turn]:
+    """The turns of a column that holds a list of turn objects."""
+    messages = list_of(value, column, "turns")
+    return [turn(message, f"{column}[{index}]", tags) for index, message in enumerate(messages)]
 
 
 def turn(message: Any, place: str, tags: dict[str, str]) -> Turn:

@@ -17,6 +17,7 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.data.formats.alpaca import prompt
 from glmtuner.data.records import (
     BadRecord,
     Example,
@@ -53,7 +54,7 @@ def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
         chosen, rejected = dialogue(texts[0], columns["chosen"], tags), dialogue(texts[1], columns["rejected"], tags)
         return ranked([*system, *chosen[:-1]], *pair(chosen, rejected))
     keys = [key for key in ("chosen", "rejected", "response") if key in columns]
-    text = joined(raw, columns["prompt"], columns.get("query"))
+    text = prompt(raw, columns["prompt"], columns.get("query"))
     turns = [*system, *dialogue(text, columns["prompt"], tags, awaits_answer=bool(keys))]
     answers = [text_of(value_of(raw, columns[key]), columns[key], "answer").strip() for key in keys]
     if "chosen" in columns:
@@ -72,7 +73,7 @@ def dialogue(text: str, column: str, tags: dict[str, str], awaits_answer: bool =
     contents = [content.strip() for content in parts[1::2]]
     turns: list[Turn] = []
     for number, (word, content) in enumerate(zip(parts[::2], contents, strict=True), start=1):
-        role, what = ROLES[words[word]]
+        role, what = ROLES[words[word.strip()]]
         if awaits_answer and number == len(contents) and role == "assistant" and not content:
             break
         place = f"{column} (turn {number})"
@@ -92,8 +93,8 @@ def pair(chosen: list[Turn], rejected: list[Turn]) -> tuple[str, str]:
 
 @cache
 def markers(words: tuple[str, ...]) -> re.Pattern[str]:
-    """Finds the marker words with the white space and the colon around them; the one group is the word."""
-    with_colon = "|".join(re.escape(word) for word in words if word[-1:].isalnum())
-    without = "|".join(re.escape(word) for word in words if not word[-1:].isalnum())
-    at_line_start = all(word[:1].isalnum() for word in words)
-    raise NotImplementedError
+    """Finds the markers with their colons; the group is the marker's word, with white space before it."""
+    starts = [r"^[ \t]*" if word[:1].isalnum() else "" for word in words]
+    ends = [rf"(?=[ \t]*[{COLONS}])" if word[-1:].isalnum() else "" for word in words]
+    found = "|".join(start + re.escape(word) + end for start, word, end in zip(starts, words, ends, strict=True))
+    return re.compile(rf"({found})[ \t]*[{COLONS}]?", re.MULTILINE)

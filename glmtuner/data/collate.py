@@ -1,0 +1,35 @@
+"""Rows -> padded batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collator:
+    """Pads on the right to the longest row of the batch, so that token positions start at 0 in every row.
+
+    Labels of padding are IGNORE_INDEX, or the padding token when `ignore_pad_token_for_loss` is false.
+    """
+
+    pad_id: int
+    ignore_pad_token_for_loss: bool = True
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> "dict[str, torch.Tensor]":
+        """`input_ids`, `attention_mask` and `labels`, each [rows, longest]."""
+        import torch
+
+        longest = max(len(row["input_ids"]) for row in rows)
+        label_pad = IGNORE_INDEX if self.ignore_pad_token_for_loss else self.pad_id
+        filled: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for row in rows:
+            missing = longest - len(row["input_ids"])
+            filled["input_ids"].append([*row["input_ids"], *[self.pad_id] * missing])
+            filled["attention_mask"].append([1] * len(row["input_ids"]) + [0] * missing)
+            filled["labels"].append([*row["labels"], *[label_pad] * missing])
+        return {name: torch.tensor(values, dtype=torch.long) for name, values in filled.items()}

@@ -1,0 +1,149 @@
+"""Conversations -> token ids and labels, within the lengths of the run, with a count of what was cut.
+
+The template comes in as an argument: it alone knows how turns become tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from glmtuner.data.records import Example, Message
+from glmtuner.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What became of a dataset's records; tokens of prompts and answers together unless said otherwise."""
+
+    records: int = 0
+    tokens: int = 0
+    learned_tokens: int = 0
+    prompts_cut: int = 0  # records whose prompt lost text or turns
+    turns_dropped: int = 0  # the oldest question-answer pairs of those
+    answers_cut: int = 0  # records whose answer lost its end
+    tokens_cut: int = 0
+    bad_records: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        mine, theirs = asdict(self), asdict(other)
+        return Counts(**{name: mine[name] + theirs[name] for name in mine})
+
+    def told(self) -> str:
+        """The counts in words; cuts only when there were some."""
+        words = [f"{self.records:,} records, {self.tokens:,} tokens, {self.learned_tokens:,} of them learned"]
+        if self.prompts_cut:
+            dropped = f" ({self.turns_dropped:,} old turns dropped)" if self.turns_dropped else ""
+            words.append(f"{self.prompts_cut:,} prompts shortened{dropped}")
+        if self.answers_cut:
+            words.append(f"{self.answers_cut:,} answers shortened")
+        if self.tokens_cut:
+            words.append(f"{self.tokens_cut:,} tokens cut in all")
+        if self.bad_records:
+            words.append(f"{self.bad_records:,} broken records skipped")
+        return "; ".join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Encodes batches of examples with one template, tokenizer and set of lengths."""
+
+    template: Any
+    tokenizer: Any
+    max_source_length: int
+    max_target_length: int
+    every_answer: bool = True
+    source_prefix: str | None = None
+
+    def encode(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Counts]:
+        """One row an example: `input_ids` and `labels` of the whole, `prompt_ids`, `prompt` and `answer` of the last turn."""
+        conversations = [self._prefixed(example.messages) for example in examples]
+        encoded = self.template.encode(self.tokenizer, conversations)
+        counts = Counts(records=len(examples))
+        for place, found in enumerate(encoded):
+            if found.source_length > self.max_source_length:
+                shorter, dropped = self._shortened(conversations[place])
+                again = self.template.encode(self.tokenizer, [shorter])[0]
+                counts.prompts_cut += 1
+                counts.turns_dropped += dropped
+                counts.tokens_cut += len(found.input_ids) - len(again.input_ids)
+                conversations[place], encoded[place] = shorter, again
+        prompts = self.template.encode(self.tokenizer, [messages[:-1] for messages in conversations])
+        rows = []
+        for messages, found, prompt in zip(conversations, encoded, prompts, strict=True):
+            cut = found.cut_answer(self.max_target_length)
+            counts.answers_cut += cut > 0
+            counts.tokens_cut += cut
+            labels = found.labels(self.every_answer)
+            counts.tokens += len(found.input_ids)
+            counts.learned_tokens += sum(label >= 0 for label in labels)
+            rows.append(
+                {
+                    "input_ids": found.input_ids,
+                    "labels": labels,
+                    "prompt_ids": prompt.input_ids,
+                    "prompt": shown(messages[:-1]),
+                    "answer": messages[-1].content,
+                }
+            )
+        return rows, counts
+
+    def _prefixed(self, messages: Sequence[Message]) -> list[Message]:
+        """The turns with `source_prefix` before the source, that is, before the first question."""
+        turns = list(messages)
+        if self.source_prefix:
+            first = next(place for place, message in enumerate(turns) if message.role == "user")
+            turns[first] = Message("user", self.source_prefix + turns[first].content)
+        return turns
+
+    def _source_length(self, messages: Sequence[Message]) -> int:
+        return self.template.encode(self.tokenizer, [messages])[0].source_length
+
+    def _shortened(self, messages: list[Message]) -> tuple[list[Message], int]:
+        """The turns with a prompt that fits, and how many old question-answer pairs that cost.
+
+        The oldest pairs go first; then the end of the last question is cut, and if that is not enough the end of the
+        system turn. What the template writes, its closing marker above all, is never cut.
+        """
+        head = 1 if messages[0].role == "system" else 0
+        pairs = (len(messages) - head - 2) // 2
+        fits = lambda turns: self._source_length(turns) <= self.max_source_length  # noqa: E731
+        dropped = first_that(pairs, lambda count: fits(messages[:head] + messages[head + 2 * count :]))
+        turns = messages[:head] + messages[head + 2 * dropped :]
+        if fits(turns):
+            return turns, dropped
+        for place in [head, 0] if head else [0]:
+            text = turns[place].content
+            with_text = (
+                lambda count, place=place, text=text: [  # noqa: E731
+                    *turns[:place],
+                    Message(turns[place].role, text[: len(text) - count]),
+                    *turns[place + 1 :],
+                ]
+            )
+            cut = first_that(len(text), lambda count, with_text=with_text: fits(with_text(count)))
+            turns = with_text(cut)
+            if fits(turns):
+                return turns, dropped
+        raise ConfigError(
+            f"data.max_source_length={self.max_source_length}: the template alone needs {self._source_length(turns)} tokens; "
+            "type a larger data.max_source_length"
+        )
+
+
+def first_that(most: int, holds: Any) -> int:
+    """The smallest count in [0, most] for which `holds`, which stays true once it is; `most` when none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def shown(messages: Sequence[Message]) -> str:
+    """The turns of a prompt as people read them."""
+    if len(messages) == 1:
+        return messages[0].content
+    return "\n".join(f"{message.role}: {message.content}" for message in messages)

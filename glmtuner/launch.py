@@ -1,0 +1,488 @@
+"""One composed run, from its words to its folder; reads top to bottom."""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from glmtuner.config.compose import Composed, run_folder_of
+from glmtuner.config.paths import conf_dir
+from glmtuner.config.schema import Dtype, Model, Run
+from glmtuner.config.trainer_arguments import TrainerArguments
+from glmtuner.console import say, table
+from glmtuner.errors import CheckpointError
+from glmtuner.models.family import Family, family_from_structure, family_named, family_of
+from glmtuner.models.load import load_model, load_tokenizer, read_config
+from glmtuner.models.template import template_named
+from glmtuner.run_folder import (
+    CONFIG,
+    EVALUATIONS,
+    METRICS,
+    PREDICTIONS,
+    PROVENANCE,
+    TEMPLATE,
+    WORDS,
+    RunFolder,
+    claim,
+    default_folder,
+    newest_whole,
+    provenance,
+    read_lines,
+    shown_words,
+    without_secrets,
+    write_json,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from glmtuner.stages.sft import Datasets
+    from glmtuner.trainer import GlmTrainer
+
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")  # what a checkpoint's base must share
+
+
+def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[Path] | None = None) -> dict[str, float]:
+    """Do what the run says; returns the content of metrics.json. Everything it writes lands in the run folder."""
+    run = composed.run
+    specs = run.stage.specs(run, catalogue or catalogue_dirs(composed))
+    folder = RunFolder(output_dir or output_folder(composed))
+    resumes = claim(folder.path, composed.config, run.trainer.overwrite_output_dir)
+    model_config = read_config(run.model)
+    check_base(run.model, model_config)
+    family = settle_family(run, model_config)
+
+    quieten_libraries()
+    tokenizer = load_tokenizer(run.model)
+    template = template_of(run, family, tokenizer)
+    data = run.stage.datasets(run, specs, template, tokenizer)
+    device = device_of(run)
+    model, family = attached_model(composed, family, device)
+
+    folder.path.mkdir(parents=True, exist_ok=True)
+    describe(folder, composed, family, template, model_config, data, resumes)
+    arguments = training_arguments(run, folder, model)
+    show_plan(run, folder, model, data, arguments, device)
+    reports = run.tracker.start(run, folder)
+    trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments, reports)
+    metrics: dict[str, float] = {}
+    if run.trainer.do_train:
+        metrics |= train(run, folder, trainer, tokenizer, data, resumes)
+    if run.trainer.do_eval:
+        metrics |= numbers(trainer.evaluate())
+    if run.trainer.do_predict:
+        metrics |= predict(run, folder, trainer.model, tokenizer, template, data)
+    return finish(run, folder, trainer, metrics)
+
+
+# -- before anything heavy is loaded -------------------------------------------------------------------------------------
+
+
+def catalogue_dirs(composed: Composed) -> list[Path]:
+    """The dataset catalogues: of the user's config folders, then the package's."""
+    searched = [str(path).removeprefix("file://") for path in composed.hydra.searchpath or []]
+    return [*(Path(path) / "dataset" for path in searched if not path.startswith("pkg:")), conf_dir() / "dataset"]
+
+
+def output_folder(composed: Composed) -> Path:
+    """Where the run lives: trainer.output_dir, or hydra.run.dir when it was typed, or outputs/<date>/<time>_<name>."""
+    run = composed.run
+    if run.trainer.output_dir:
+        return Path(run.trainer.output_dir).expanduser()
+    if "hydra.run.dir" in composed.typed:
+        return Path(composed.hydra.run.dir)
+    name = run.name or f"{Path(run.model.model_name_or_path).name}_{run.finetuning.finetuning_type}"
+    return default_folder(Path("outputs"), name.replace("/", "_").replace(" ", "_"))
+
+
+def check_base(model: Model, found: Mapping[str, Any]) -> None:
+    """Raise when a checkpoint's run was trained on a base of another shape."""
+    for path in model.checkpoint_dir:
+        source = run_folder_of(path)
+        wanted = RunFolder(source).provenance().get("base", {}) if source else {}
+        different = [f"{key} {wanted[key]} there, {found.get(key)} here" for key in wanted if wanted[key] != found.get(key)]
+        if different:
+            raise CheckpointError(
+                f"model.model_name_or_path={model.model_name_or_path} does not fit model.checkpoint_dir={path} "
+                f"({', '.join(different)}); leave the model out, and the checkpoint's own is used"
+            )
+
+
+def settle_family(run: Run, model_config: Mapping[str, Any]) -> Family | None:
+    """The family that config.json tells, with the method's targets named; None when only the loaded model can tell."""
+    family = family_of(model_config, run.model.family)
+    if run.model.family != "auto":
+        declared = family_named(run.model.family)
+        if family is None:
+            family = declared
+        elif family.name != declared.name:
+            say(f"model.family={declared.name}, and config.json says {model_config.get('model_type')}: taken as {family.name}")
+            if getattr(run.finetuning, "lora_target", None) == list(declared.attention):
+                run.finetuning.lora_target = []  # type: ignore[attr-defined]  # the default of the other family
+    layers = model_config.get("num_hidden_layers") or model_config.get("num_layers")
+    if family is not None and layers:
+        run.finetuning.settle(family, layers)
+    return family
+
+
+def quieten_libraries() -> None:
+    """Progress and our own lines only; the libraries' chatter about what works as intended is left out."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels it can do without
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+# -- model, template, arguments ------------------------------------------------------------------------------------------
+
+
+def template_of(run: Run, family: Family | None, tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """The chat template: the run's, else the family's; the one stored with a checkpoint when it is a tokenizer's own."""
+    name = run.model.template or (family.template if family else "tokenizer")
+    source = run_folder_of(run.model.checkpoint_dir[-1]) if run.model.checkpoint_dir else None
+    if name == "tokenizer" and source is not None and (source / TEMPLATE).is_file():
+        tokenizer.chat_template = (source / TEMPLATE).read_text(encoding="utf-8")
+    run.model.template = name
+    return template_named(name, tokenizer)
+
+
+def device_of(run: Run) -> "torch.device":
+    """The accelerator that transformers will train on, or the CPU."""
+    import torch
+
+    if run.trainer.use_cpu:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def compute_dtype(run: Run, device: "torch.device") -> "torch.dtype":
+    """What quantized layers multiply in: the run's precision, else bf16 where the GPU has it, else float32."""
+    import torch
+
+    if run.trainer.bf16 or run.trainer.fp16:
+        return torch.bfloat16 if run.trainer.bf16 else torch.float16
+    if run.model.dtype is not Dtype.auto:
+        return getattr(torch, run.model.dtype.value)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def attached_model(composed: Composed, family: Family | None, device: "torch.device") -> "tuple[nn.Module, Family]":
+    """The base with its checkpoints and the fine-tuning method, and the family where only the model could tell."""
+    from transformers import set_seed
+
+    from glmtuner.finetuning.start import attach, base_folder, checkpoints_of
+
+    run = composed.run
+    checkpoints = checkpoints_of(run.model)
+    whole = base_folder(checkpoints)
+    source = dataclasses.replace(run.model, model_name_or_path=str(whole), config_name=None) if whole else run.model
+    model = load_model(source, run.quant, device, compute_dtype(run, device))
+    if family is None:
+        family = family_from_structure(model)
+        run.finetuning.settle(family, len(family.blocks(model)))
+    set_seed(run.trainer.seed)  # what a method draws does not depend on what was loaded before it
+    model = attach(
+        model,
+        run.finetuning,
+        family,
+        checkpoints,
+        resume_lora=run.model.resume_lora_training,
+        trains=run.trainer.do_train,
+        typed=composed.typed,
+    )
+    return model, family
+
+
+def training_arguments(run: Run, folder: RunFolder, model: "nn.Module") -> Any:
+    """transformers' arguments: what differs from its defaults, and the precision that trained parts of a half base need."""
+    import torch
+    from transformers import Seq2SeqTrainingArguments
+
+    known = {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments) if field.init}
+    chosen: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainerArguments):
+        value = getattr(run.trainer, field.name)
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        if value != default and field.name in known:
+            chosen[field.name] = value.value if isinstance(value, Enum) else value
+    chosen |= {"output_dir": str(folder.path), "report_to": "none", "run_name": run.name or folder.path.name}
+    half = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} & {torch.float16, torch.bfloat16}
+    if run.trainer.do_train and run.finetuning.saved_as == "model" and half and not (run.trainer.fp16 or run.trainer.bf16):
+        chosen["bf16" if torch.bfloat16 in half else "fp16"] = True  # float32 weights between half-precision ones
+    chosen.setdefault("disable_tqdm", None)
+    chosen["eval_on_start"] = run.trainer.eval_on_start and run.trainer.do_train
+    return Seq2SeqTrainingArguments(**{name: value for name, value in chosen.items() if value is not None})
+
+
+# -- the folder and the terminal -----------------------------------------------------------------------------------------
+
+
+def describe(
+    folder: RunFolder,
+    composed: Composed,
+    family: Family,
+    template: Any,
+    model_config: Mapping[str, Any],
+    data: "Datasets",
+    resumes: bool,
+) -> None:
+    """config.yaml, overrides.txt, provenance.json: what runs, and where it came from."""
+    run, config = composed.run, composed.config
+    resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    assert isinstance(resolved, dict)
+    resolved["model"] |= {
+        "family": family.name,
+        "template": run.model.template,
+        "checkpoint_dir": [str(Path(path).expanduser().resolve()) for path in run.model.checkpoint_dir],
+    }
+    if Path(run.model.model_name_or_path).expanduser().is_dir():
+        resolved["model"]["model_name_or_path"] = str(Path(run.model.model_name_or_path).expanduser().resolve())
+    for field in dataclasses.fields(run.finetuning):
+        value = getattr(run.finetuning, field.name)
+        resolved["finetuning"][field.name] = value.value if isinstance(value, Enum) else value
+    about = provenance(
+        composed.words,
+        seed=run.trainer.seed,
+        template=template.describe(),
+        base={key: model_config[key] for key in SHAPE if key in model_config},
+        data=data.about(),
+    )
+    if resumes:
+        before = folder.provenance()
+        about = {**about, "started": before.get("started", about["started"]), "resumed": [*before.get("resumed", []), about["started"]]}
+    write_text(folder / CONFIG, OmegaConf.to_yaml(without_secrets(OmegaConf.create(resolved))))
+    write_text(folder / WORDS, "".join(f"{word}\n" for word in shown_words(composed.words)))
+    write_json(folder / PROVENANCE, about)
+    if "jinja" in about["template"]:
+        write_text(folder / TEMPLATE, about["template"]["jinja"])
+
+
+def show_plan(
+    run: Run, folder: RunFolder, model: "nn.Module", data: "Datasets", arguments: Any, device: "torch.device"
+) -> None:
+    """The short table of what will run."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    rows = [("model", f"{run.model.model_name_or_path} ({run.model.family}), {total:,} parameters")]
+    rows += [("data", f"{part.spec.name}: {part.counts.told()}") for part in data.prepared]
+    if run.data.mix_probabilities and data.train is not None:
+        rows.append(("mix", ", ".join(f"{name} {share:.1%}" for name, share in data.shares.items())))
+    if data.evaluation is not None:
+        rows.append(("evaluation", f"{len(data.evaluation):,} records"))
+    if data.train is not None:
+        rows.append(("method", f"{run.finetuning.finetuning_type}: {trained:,} of them trained, {trained / total:.4%}"))
+        rows.append(("steps", steps_told(arguments, len(data.train))))
+    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else str(next(model.parameters()).dtype).removeprefix("torch.")
+    rows.append(("device", f"{device}, {precision}"))
+    rows.append(("run folder", str(folder.path)))
+    table("", ("", ""), rows, show_header=False)
+
+
+def steps_told(arguments: Any, records: int) -> str:
+    world = max(arguments.world_size, 1)
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world
+    an_epoch = max(math.ceil(math.ceil(records / world / arguments.per_device_train_batch_size) / arguments.gradient_accumulation_steps), 1)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * an_epoch)
+    return f"{steps:,} of {batch} records, {steps / an_epoch:g} epochs"
+
+
+# -- training, evaluation, prediction ------------------------------------------------------------------------------------
+
+
+def make_trainer(
+    run: Run,
+    folder: RunFolder,
+    model: "nn.Module",
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Any,
+    data: "Datasets",
+    arguments: Any,
+    reports: list[str],
+) -> "GlmTrainer":
+    from glmtuner.data.collate import Collator
+    from glmtuner.trainer import GlmTrainer
+
+    arguments.report_to = reports
+    generates = run.trainer.predict_with_generate and data.evaluation is not None
+
+    def score(prefix: str, step: int) -> dict[str, float]:
+        return answer_all(run, model, tokenizer, template, data, folder / EVALUATIONS / f"step-{step}.jsonl")
+
+    return GlmTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation.select_columns(["input_ids", "labels"]) if data.evaluation is not None else None,
+        data_collator=Collator(pad_id=tokenizer.pad_token_id, ignore_pad_token_for_loss=run.data.ignore_pad_token_for_loss),
+        finetuning=run.finetuning,
+        folder=folder,
+        score=score if generates else None,
+    )
+
+
+def train(
+    run: Run, folder: RunFolder, trainer: "GlmTrainer", tokenizer: "PreTrainedTokenizerBase", data: "Datasets", resumes: bool
+) -> dict[str, float]:
+    """Train to the end, from the newest whole checkpoint when there is one; save what was trained and read it back."""
+    from glmtuner.preflight import check_first_batch
+
+    checkpoint = Path(run.trainer.resume_from_checkpoint) if run.trainer.resume_from_checkpoint else None
+    if resumes and checkpoint is None:
+        checkpoint, passed = newest_whole(folder.path)
+        for sentence in passed:
+            say(sentence)
+        say(f"resumed from {checkpoint.name}" if checkpoint else "no whole checkpoint yet: started again from step 0")
+    if checkpoint is not None:
+        refuse_flawed(checkpoint)
+        trainer.args.eval_on_start = False
+    assert data.train is not None
+    collate = trainer.data_collator
+    check_first_batch(
+        trainer.model,
+        collate([data.train[0]]),
+        trainer.compute_loss_context_manager,
+        lambda: first_words(trainer.model, tokenizer, data.train[0]),
+    )
+    out = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    save_trained(run, folder, trainer.model, tokenizer)
+    return numbers(out.metrics)
+
+
+def refuse_flawed(checkpoint: Path) -> None:
+    from glmtuner.run_folder import flaw
+
+    reason = flaw(checkpoint) if checkpoint.is_dir() else "no such folder"
+    if reason:
+        raise CheckpointError(
+            f"trainer.resume_from_checkpoint={checkpoint} cannot be resumed from: {reason}; name another checkpoint, or leave "
+            "it out: the same command with the same trainer.output_dir takes the newest whole one"
+        )
+
+
+def first_words(model: "nn.Module", tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -> None:
+    """Generate two tokens: a model that trains and cannot generate is found out now, not at the end."""
+    from glmtuner.generate import Decoding, answers
+
+    prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label < 0]
+    decoding = Decoding(max_new_tokens=2, num_beams=1, repetition_penalty=1.0, stop_ids=(), pad_id=tokenizer.pad_token_id)
+    list(answers(model, [prompt or row["input_ids"][:1]], decoding, batch_size=1))
+
+
+def save_trained(run: Run, folder: RunFolder, model: "nn.Module", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Write adapter/ or model/ whole or not at all, and compare what was written with what was trained (CET#262)."""
+    from glmtuner.finetuning.trained import digest_of
+
+    final = folder / run.finetuning.saved_as
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    run.finetuning.save(model, partial)
+    tokenizer.save_pretrained(partial)
+    trained = digest_of(model)
+    run.finetuning.restore(model, partial)
+    if digest_of(model) != trained:
+        raise CheckpointError(f"what was written to {partial} is not what was trained; is the disk full or failing?")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+
+
+def predict(
+    run: Run, folder: RunFolder, model: "nn.Module", tokenizer: "PreTrainedTokenizerBase", template: Any, data: "Datasets"
+) -> dict[str, float]:
+    """Answers to all evaluation records in predictions.jsonl, and their scores."""
+    found = answer_all(run, model, tokenizer, template, data, folder / PREDICTIONS, bar=True)
+    return {f"predict_{name}": value for name, value in found.items()}
+
+
+def answer_all(
+    run: Run,
+    model: "nn.Module",
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Any,
+    data: "Datasets",
+    path: Path,
+    bar: bool = False,
+) -> dict[str, float]:
+    """Write each answer as it comes, those of an interrupted run kept; then all in order; returns their scores."""
+    from tqdm import tqdm
+
+    from glmtuner.generate import Decoding, answers
+
+    assert data.evaluation is not None
+    rows = data.evaluation
+    decoding = Decoding(
+        max_new_tokens=run.generation.max_new_tokens or run.data.max_target_length,
+        num_beams=run.data.eval_num_beams or 1,
+        repetition_penalty=run.generation.repetition_penalty,
+        stop_ids=stop_ids(template, tokenizer, run.model.family),
+        pad_id=tokenizer.pad_token_id,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {line["index"]: line for line in read_lines(path)} if path == path.parent / PREDICTIONS else {}
+    left = [index for index in range(len(rows)) if index not in done]
+    prompts = [rows[index]["prompt_ids"] for index in left]
+    with path.open("w", encoding="utf-8") as file:
+        for line in done.values():
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        produced = answers(model, prompts, decoding, run.trainer.per_device_eval_batch_size)
+        shown = bar and not run.trainer.disable_tqdm
+        for place, tokens in tqdm(produced, total=len(left), desc="predict", disable=not shown):
+            index = left[place]
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            line = {"index": index, "prompt": rows[index]["prompt"], "label": rows[index]["answer"], "predict": text}
+            done[index] = line
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+    ordered = [done[index] for index in sorted(done)]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered))
+    return run.metric.scores([line["predict"].strip() for line in ordered], [line["label"].strip() for line in ordered])
+
+
+def stop_ids(template: Any, tokenizer: "PreTrainedTokenizerBase", family: str) -> tuple[int, ...]:
+    """The template's stop token, the family's, and the tokenizer's own end of text."""
+    from glmtuner.models.family import FAMILIES
+
+    found = set(template.stop_ids(tokenizer))
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    for token in FAMILIES[family].stop_tokens if family in FAMILIES else ():
+        known = tokenizer.convert_tokens_to_ids(token)
+        if known is not None and known != tokenizer.unk_token_id:
+            found.add(known)
+    return tuple(sorted(found))
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+
+
+def finish(run: Run, folder: RunFolder, trainer: "GlmTrainer", metrics: dict[str, float]) -> dict[str, float]:
+    """Pictures, the report, and metrics.json last: with it the run counts as finished."""
+    from glmtuner.report import draw_loss, show_results, write_report
+
+    if run.model.plot_loss and run.trainer.do_train:
+        draw_loss(folder)
+    closing = run.tracker.finish(folder)
+    write_report(folder, metrics)
+    write_json(folder / METRICS, metrics)
+    show_results(folder)
+    if closing:
+        say(closing)
+    return metrics

@@ -1,0 +1,195 @@
+"""A run on one page: in the terminal, in report.md, and its loss as a picture. torch is never imported here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from glmtuner.console import say, table
+from glmtuner.errors import CheckpointError
+from glmtuner.run_folder import (
+    EVALUATIONS,
+    LOSS_PICTURE,
+    PREDICTIONS,
+    REPORT,
+    RunFolder,
+    checkpoints,
+    flaw,
+    read_lines,
+    write_text,
+)
+
+SHOWN_ANSWERS = 8
+MISSING = "-"
+
+
+def show(path: Path) -> None:
+    """Print a run folder: what it is, what came out, some answers, where its weights are."""
+    if not path.is_dir():
+        raise CheckpointError(f"no folder {path}; runs live under outputs/<date>/<time>_<name>")
+    folder = RunFolder(path)
+    config = folder.config()
+    about = folder.provenance()
+    state = "finished" if folder.is_finished else "unfinished: the same command goes on"
+    rows = [("run", f"{path} ({state})"), *_facts(config, about)]
+    whole = [found.name for found in checkpoints(path) if flaw(found) is None]
+    rows.append(("checkpoints", ", ".join(whole) or MISSING))
+    trained = folder.trained()
+    rows.append(("weights", str(trained) if trained else MISSING))
+    table("", ("", ""), rows, show_header=False)
+    _show_scores(folder.metrics())
+    _show_answers(folder)
+    if (folder / LOSS_PICTURE).is_file():
+        say(f"loss curve: {folder / LOSS_PICTURE}")
+
+
+def show_results(folder: RunFolder) -> None:
+    """What a run prints when it ends."""
+    _show_scores(folder.metrics())
+    _show_answers(folder)
+    say(f"run folder: {folder.path}")
+
+
+def _facts(config: Any, about: dict[str, Any]) -> list[tuple[str, str]]:
+    method = config.finetuning
+    knobs = ", ".join(f"{name} {_short(value)}" for name, value in method.items() if name != "finetuning_type")
+    return [
+        ("command", about.get("command", MISSING)),
+        ("model", f"{config.model.model_name_or_path} ({config.model.family}, template {config.model.template})"),
+        ("quantization", f"int{config.quant.quantization_bit}" if config.quant.quantization_bit else "none"),
+        ("method", f"{method.finetuning_type}{f' ({knobs})' if knobs else ''}"),
+        ("data", "; ".join(f"{name}: {_records(kept)}" for name, kept in about.get("data", {}).items()) or MISSING),
+        ("seed", str(config.trainer.seed)),
+        ("started", about.get("started", MISSING)),
+        ("code", _code(about)),
+    ]
+
+
+def _records(kept: dict[str, Any]) -> str:
+    cut = kept.get("prompts_cut", 0) + kept.get("answers_cut", 0)
+    return f"{kept.get('records', 0):,} records" + (f", {cut:,} shortened" if cut else "")
+
+
+def _code(about: dict[str, Any]) -> str:
+    packages, git = about.get("packages", {}), about.get("git")
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("glmtuner", "transformers", "torch") if packages.get(name))
+    return versions + (f"; git {git['commit'][:10]}{' with changes' if git['dirty'] else ''}" if git else "")
+
+
+def _short(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if not isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _show_scores(metrics: dict[str, float]) -> None:
+    if metrics:
+        table("", ("metric", "value"), [(name, number(value)) for name, value in metrics.items()], show_header=False)
+
+
+def number(value: float) -> str:
+    """A number as people read it."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1 else f"{value:,.2f}"
+
+
+def answers(folder: RunFolder) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headers and rows of the answers: question, answer before training where there is one, answer after, label."""
+    after = {line["index"]: line for line in read_lines(folder / PREDICTIONS)}
+    before = {line["index"]: line for line in read_lines(folder / EVALUATIONS / "step-0.jsonl")}
+    if not after:
+        return (), []
+    chosen = _spread(sorted(after), SHOWN_ANSWERS)
+    if before:
+        header: tuple[str, ...] = ("question", "before", "after", "label")
+        rows = [
+            (after[i]["prompt"], before.get(i, {}).get("predict", MISSING), after[i]["predict"], after[i]["label"]) for i in chosen
+        ]
+    else:
+        header = ("question", "answer", "label")
+        rows = [(after[i]["prompt"], after[i]["predict"], after[i]["label"]) for i in chosen]
+    return header, [tuple(_clipped(cell) for cell in row) for row in rows]
+
+
+def _spread(items: Sequence[int], most: int) -> list[int]:
+    """At most `most` items, evenly spread."""
+    if len(items) <= most:
+        return list(items)
+    return [items[place * len(items) // most] for place in range(most)]
+
+
+def _clipped(text: str, most: int = 160) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= most else f"{flat[: most - 1]}…"
+
+
+def _show_answers(folder: RunFolder) -> None:
+    header, rows = answers(folder)
+    if rows:
+        table("", header, rows)
+
+
+def draw_loss(folder: RunFolder) -> Path | None:
+    """loss.png: the training loss, smoothed too when there are many points, and the evaluation loss; None without any."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    history = folder.history()
+    train = [(line["step"], line["loss"]) for line in history if "loss" in line]
+    evaluation = [(line["step"], line["eval_loss"]) for line in history if "eval_loss" in line]
+    if not train and not evaluation:
+        return None
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=140, layout="constrained")
+    if train:
+        steps, losses = zip(*train, strict=True)
+        many = len(losses) >= 20
+        axes.plot(steps, losses, color="#1f77b4", alpha=0.35 if many else 1.0, linewidth=1.2, label="training loss",
+                  marker="" if many else "o", markersize=3)  # fmt: skip
+        if many:
+            axes.plot(steps, smoothed(losses), color="#1f77b4", linewidth=2, label="training loss, smoothed")
+    if evaluation:
+        axes.plot(*zip(*evaluation, strict=True), color="#d62728", marker="s", markersize=4, label="evaluation loss")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(folder.path.name, fontsize=10, loc="left")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / LOSS_PICTURE)
+    pyplot.close(figure)
+    return folder / LOSS_PICTURE
+
+
+def smoothed(values: Sequence[float], keep: float = 0.9) -> list[float]:
+    """An exponential average without the bias of its first values."""
+    average, weight, out = 0.0, 0.0, []
+    for value in values:
+        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(average / weight)
+    return out
+
+
+def write_report(folder: RunFolder, metrics: dict[str, float]) -> None:
+    """report.md: the run on one page."""
+    about = folder.provenance()
+    lines = [f"# {folder.path.name}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in _facts(folder.config(), about)]
+    if metrics:
+        lines += ["", "## Results", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {number(value)} |" for name, value in metrics.items()]
+    losses = [line["loss"] for line in folder.history() if "loss" in line]
+    if losses:
+        lines += ["", f"Training loss: {losses[0]:.4f} at the first logged step, {losses[-1]:.4f} at the last."]
+    if (folder / LOSS_PICTURE).is_file():
+        lines += ["", f"![training loss]({LOSS_PICTURE})"]
+    header, rows = answers(folder)
+    if rows:
+        lines += ["", "## Answers", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+        lines += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
+    skipped = {name: kept["skipped"] for name, kept in about.get("data", {}).items() if kept.get("skipped")}
+    if skipped:
+        lines += ["", "## Records that were skipped", ""]
+        lines += [f"- {name}: {line}" for name, told in skipped.items() for line in told[:20]]
+    write_text(folder / REPORT, "\n".join(lines) + "\n")
+
+
+def _cell(text: str) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
