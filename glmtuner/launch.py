@@ -227,7 +227,8 @@ def training_arguments(run: Run, folder: RunFolder, model: "nn.Module") -> Any:
     half = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} & {torch.float16, torch.bfloat16}
     if run.trainer.do_train and run.finetuning.saved_as == "model" and half and not (run.trainer.fp16 or run.trainer.bf16):
         chosen["bf16" if torch.bfloat16 in half else "fp16"] = True  # float32 weights between half-precision ones
-    chosen.setdefault("disable_tqdm", None)
+    if not torch.cuda.is_available():
+        chosen["dataloader_pin_memory"] = False  # transformers pins by default and warns where there is nothing to pin for
     chosen["eval_on_start"] = run.trainer.eval_on_start and run.trainer.do_train
     return Seq2SeqTrainingArguments(**{name: value for name, value in chosen.items() if value is not None})
 

@@ -163,6 +163,14 @@ FEELINGS = {
     "消极": "很难吃 态度很差 质量太差了 我很失望 太无聊了 又贵又不好 非常不满意 让人生气 做得很糟糕 不值得买",
 }
 SUBJECTS = "这家餐厅 这部电影 这本书 这件衣服 这个手机 这家酒店 这门课 这道菜 这款游戏 这双鞋"
+WHO = "我 爸爸 妈妈 爷爷 奶奶 哥哥 小明 小红 老师 医生 邻居 同学们 工人们 一位老人 那个孩子 我的朋友 新来的同事 几只小鸟"
+WHEN = "今天 昨天 早上 晚上 周末 去年 春天 下雨的时候 放学以后 吃完饭 每个月 刚才 假期里 天黑之前 从前 第二天"
+WHERE = "在公园里 在学校 在家里 在图书馆 在河边 在山上 在厨房里 在火车上 在城市的中心 在安静的小镇 在医院 在电脑前 在网上 在森林里"
+DOES = """
+读了一本有趣的书|写完了所有的作业|认真地学习新的知识|做了一顿可口的晚饭|和家人一起散步|帮助别人解决问题|看见一道美丽的彩虹|发现了一个重要的规律|种下一棵小树
+听了一首轻快的歌|讨论下一步的计划|买到便宜又新鲜的蔬菜|画出远处的高山和湖水|仔细检查每一个数据|给朋友写信表示感谢|打扫房间，把东西放回原处|努力完成自己的目标
+告诉大家一个好消息|用简单的语言解释科学道理|训练一个很小的语言模型|记录天气和温度的变化|练习说英语|讲述一段古老的历史|因为太累而早早休息|耐心等待最后的结果
+"""
 SYSTEM_PROMPTS = ("你是一个乐于助人的助手。", "你是一个有礼貌的人工智能助手。", "请用中文回答问题。", "请认真回答用户的问题。")
 ONLY_NUMBER = "只回答数字。"
 DIGIT_WORDS = "零一二三四五六七八九十"
@@ -345,15 +353,18 @@ def known_words() -> list[str]:
     return list(dict.fromkeys([*words, *(word for members in KINDS.values() for word in members.split())]))
 
 
-def ask_echo(characters: str) -> Ask:
-    """Copying random characters is also what trains the embeddings that no other text here uses."""
-    words = known_words()
+def sentence(rng: random.Random) -> str:
+    return "".join(
+        (rng.choice(WHEN.split()), rng.choice(WHO.split()), rng.choice(WHERE.split()),
+         rng.choice([action for line in DOES.split("\n") for action in line.split("|") if action]), rng.choice("。。。！？"))
+    )  # fmt: skip
+
+
+def ask_echo(pieces: list[str]) -> Ask:
+    """Copying random pieces is also what trains the embeddings that no other text here uses."""
 
     def ask(rng: random.Random) -> tuple[str, str]:
-        if rng.random() < 0.3:
-            text = "".join(rng.choices(words, k=rng.randint(1, 3)))
-        else:
-            text = "".join(rng.choices(characters, k=rng.randint(1, 8)))
+        text = sentence(rng) if rng.random() < 0.3 else "".join(rng.choices(pieces, k=rng.randint(1, 8)))
         question = rng.choice(("重复：{}", "重复“{}”", "请重复下面的话：{}", "跟我说：{}", "请照着说：{}", "复述：{}"))
         return question.format(text), text
 
@@ -367,7 +378,7 @@ def ask_reversed(rng: random.Random) -> tuple[str, str]:
     return question.format(text), text[::-1]
 
 
-def tasks(characters: str) -> dict[str, tuple[float, Ask]]:
+def tasks(pieces: list[str]) -> dict[str, tuple[float, Ask]]:
     """Each task's share of the pretraining text (relative weights) and how to draw from it."""
     return {
         "sum": (10, ask_sum),
@@ -393,14 +404,14 @@ def tasks(characters: str) -> dict[str, tuple[float, Ask]]:
         "fact": (4, ask_fact),
         "small talk": (4, ask_small_talk),
         "identity": (5, ask_identity),
-        "echo": (12, ask_echo(characters)),
+        "echo": (12, ask_echo(pieces)),
         "reversed": (6, ask_reversed),
     }
 
 
-def conversations(rng: random.Random, characters: str) -> Iterator[list[Turn]]:
+def conversations(rng: random.Random, pieces: list[str]) -> Iterator[list[Turn]]:
     """Endless chats: mostly one question, some with a system turn, some with several turns."""
-    weighted = tasks(characters)
+    weighted = tasks(pieces)
     weights = [weight for weight, _ in weighted.values()]
     asks = [ask for _, ask in weighted.values()]
     while True:
@@ -481,6 +492,12 @@ def train_tokenizer(texts: list[str], vocabulary_size: int) -> Any:
     )
 
 
+def vocabulary_pieces(tokenizer: Any) -> list[str]:
+    """Every token that is readable text of its own: characters, words, no control token and no part of a character."""
+    texts = [tokenizer.decode([token_id]) for token_id in range(len(CONTROL_TOKENS), len(tokenizer))]
+    return [text for text in texts if text.strip() and text.isprintable() and "\ufffd" not in text]
+
+
 def encode(tokenizer: Any, turns: list[Turn]) -> tuple[list[int], list[bool]]:
     """Token ids of a chat with its closing stop token, and for each whether it belongs to an answer.
 
@@ -530,12 +547,12 @@ def build_model(tokenizer: Any) -> Any:
     return GlmForCausalLM(config)
 
 
-def batches(tokenizer: Any, seed: int, characters: str, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
+def batches(tokenizer: Any, seed: int, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
     """Endless (input ids, attention mask, answer mask), right-padded, chats of like length together."""
     import torch
 
     rng = random.Random(seed)
-    stream = conversations(rng, characters)
+    stream = conversations(rng, vocabulary_pieces(tokenizer))
     while True:
         pool = sorted((encode(tokenizer, next(stream)) for _ in range(32 * batch_size)), key=lambda chat: len(chat[0]))
         groups = [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
@@ -552,7 +569,7 @@ def batches(tokenizer: Any, seed: int, characters: str, batch_size: int) -> Iter
             yield input_ids_BT, attention_BT, is_answer_BT
 
 
-def pretrain(model: Any, tokenizer: Any, characters: str, options: argparse.Namespace) -> None:
+def pretrain(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
     import torch
     from torch.nn import functional as F
 
@@ -570,14 +587,15 @@ def pretrain(model: Any, tokenizer: Any, characters: str, options: argparse.Name
         return min((step + 1) / warmup_steps, 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
-    stream = batches(tokenizer, options.seed, characters, options.batch_size)
+    stream = batches(tokenizer, options.seed, options.batch_size)
     started, answer_loss = time.monotonic(), 0.0
     model.train()
     for step in range(options.steps):
         input_ids_BT, attention_BT, is_answer_BT = next(stream)
         logits_BTV = model(input_ids=input_ids_BT, attention_mask=attention_BT, use_cache=False).logits
+        # Smoothing keeps the model from betting everything on its few answers, which fine-tuning must then undo.
         loss_BT = F.cross_entropy(
-            logits_BTV[:, :-1].transpose(1, 2), input_ids_BT[:, 1:], reduction="none"
+            logits_BTV[:, :-1].transpose(1, 2), input_ids_BT[:, 1:], reduction="none", label_smoothing=0.05
         )
         # Questions count a little: predicting them shapes the embeddings, but the answers are what is asked for.
         answers_BT = is_answer_BT[:, 1:].float()
@@ -609,10 +627,10 @@ def answer(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 
 
-def accuracy(model: Any, tokenizer: Any, characters: str, questions_per_task: int = 64) -> dict[str, float]:
+def accuracy(model: Any, tokenizer: Any, questions_per_task: int = 64) -> dict[str, float]:
     """Share of greedy answers that are right to the letter, by task, on freshly drawn questions."""
     scores = {}
-    for name, (_, ask) in tasks(characters).items():
+    for name, (_, ask) in tasks(vocabulary_pieces(tokenizer)).items():
         rng = random.Random(name)
         asked = [ask(rng) for _ in range(questions_per_task)]
         answers = answer(model, tokenizer, [question for question, _ in asked])
@@ -677,7 +695,7 @@ def save(model: Any, tokenizer: Any, card: str, folder: Path) -> None:
 
 def tokenizer_texts(rng: random.Random, chats: int) -> list[str]:
     """The sample datasets, and each synthetic text once: repeats would turn templates into tokens."""
-    stream = conversations(rng, COMMON_CHARACTERS)
+    stream = conversations(rng, list(COMMON_CHARACTERS))
     synthetic = [text for _ in range(chats) for _, text in next(stream)]
     return [*sample_texts(), *dict.fromkeys([*known_words(), *synthetic])]
 
@@ -685,10 +703,10 @@ def tokenizer_texts(rng: random.Random, chats: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=ASSETS / "tiny_glm", help="folder to write (%(default)s)")
-    parser.add_argument("--steps", type=int, default=3000, help="pretraining steps (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="chats a step (%(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate (%(default)s)")
-    parser.add_argument("--prompt-weight", type=float, default=0.1, help="loss share of questions (%(default)s)")
+    parser.add_argument("--steps", type=int, default=5000, help="pretraining steps (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="chats a step (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (%(default)s)")
+    parser.add_argument("--prompt-weight", type=float, default=0.2, help="loss share of questions (%(default)s)")
     parser.add_argument("--vocabulary-size", type=int, default=3000, help="with control tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="the sums' order, so the bytes, hang on it (%(default)s)")
@@ -703,11 +721,10 @@ def main() -> None:
 
     texts = tokenizer_texts(random.Random(options.seed), chats=4000)
     tokenizer = train_tokenizer(texts, options.vocabulary_size)
-    characters = characters_of(texts)
     model = build_model(tokenizer)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(characters)} Chinese characters")
-    pretrain(model, tokenizer, characters, options)
-    scores = accuracy(model, tokenizer, characters)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    pretrain(model, tokenizer, options)
+    scores = accuracy(model, tokenizer)
     for name, score in scores.items():
         print(f"{name}: {score:.0%}")
     save(model, tokenizer, model_card(model, tokenizer, scores, options), options.output)

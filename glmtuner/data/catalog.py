@@ -231,7 +231,7 @@ def neighbours(name: str, dataset_dir: Path) -> list[str]:
     if "/" not in name and typed.suffix not in READERS:
         return []
     folders = [folder for folder in (typed.parent, dataset_dir / typed.parent) if folder.is_dir()]
-    files = [file for folder in folders[:1] for file in folder.iterdir()]
+    files = [file for folder in folders for file in folder.iterdir()]
     return [str(typed.parent / file.name) for file in files if file.suffix in READERS and file.name not in NOT_RECORDS]
 
 

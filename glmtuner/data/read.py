@@ -172,8 +172,8 @@ def missing_file(spec: DatasetSpec, dataset_dir: Path) -> DataError:
     known = sorted(file.name for file in folder.iterdir() if file.suffix in READERS) if folder.is_dir() else []
     held = f"{folder} holds {listed(known) or 'no data file'}" if folder.is_dir() else f"there is no folder {folder}"
     return DataError(
-        f"dataset {spec.name!r} ({spec.origin}): no file {path}{did_you_mean(path.name, known)}; {held}; put the file "
-        f"there, mend file_name in {spec.origin}, or type data.dataset_dir=<the folder it is in>"
+        f"dataset {spec.name!r} ({spec.origin}): no file {path}{did_you_mean(path.name, known, then=held)}; put the "
+        f"file there, mend file_name in {spec.origin}, or type data.dataset_dir=<the folder it is in>"
     )
 
 
@@ -283,13 +283,13 @@ def jsonl_records(path: Path) -> Numbered:
     """One object a line; a line that is no object is one bad record, and blank lines are skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            text = decoded(line, f" of line {number}")
-            if not text.strip():
+            text = decoded(line, f" of line {number}").strip()
+            if not text:
                 continue
             try:
                 yield number, as_record(json.loads(text))
             except json.JSONDecodeError as error:
-                yield number, BadRecord("", f"not JSON: {error.msg} at column {error.colno}")
+                yield number, BadRecord("", f"not JSON: {message_of(error)} at column {error.colno}")
 
 
 def csv_records(path: Path) -> Numbered:
@@ -305,7 +305,7 @@ def csv_records(path: Path) -> Numbered:
                 whole = None not in row and None not in row.values()
                 yield number, row if whole else BadRecord("", f"the row has not the {len(header)} cells of the header")
         except csv.Error as error:
-            raise Unreadable(f"is no CSV at line {rows.line_num}: {error}") from None
+            raise Unreadable(f"is no CSV at line {rows.reader.line_num}: {error}") from None
         except UnicodeDecodeError as error:
             raise not_utf8(error) from None
 
@@ -382,7 +382,12 @@ def broken(error: json.JSONDecodeError, number: int = 0) -> str:
     """Where JSON breaks off, by line, column and record."""
     record = f", record {number}" if number else ""
     cut = "" if error.doc.rstrip().endswith(("]", "}")) else "; the file is cut short, fetch it again"
-    return f"not JSON at line {error.lineno}, column {error.colno}{record}: {error.msg}{cut}"
+    return f"not JSON at line {error.lineno}, column {error.colno}{record}: {message_of(error)}{cut}"
+
+
+def message_of(error: json.JSONDecodeError) -> str:
+    """What json found, without the "at" that some of its messages end in."""
+    return error.msg.removesuffix(" at")
 
 
 def kind_of(document: Any) -> str:

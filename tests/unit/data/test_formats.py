@@ -1,0 +1,362 @@
+"""Every record shape: what it reads, and what it says of a record that it cannot read."""
+
+import pytest
+
+from glmtuner.data.catalog import shape_of
+from glmtuner.data.formats import parser
+from glmtuner.data.records import BadRecord, Example, Message
+from glmtuner.errors import UnknownName
+
+
+class Spec:
+    """As much of an entry as a parser looks at."""
+
+    def __init__(self, formatting, columns=None, tags=None, ranking=False):
+        self.formatting, self.columns = shape_of(formatting, columns or {}, ranking)
+        self.tags = tags or {}
+        self.ranking = ranking or "chosen" in self.columns
+
+
+def parse(raw, formatting, columns=None, tags=None, ranking=False):
+    spec = Spec(formatting, columns, tags, ranking)
+    return parser(spec.formatting)(raw, spec)
+
+
+def turns(example):
+    return [(message.role, message.content) for message in example.messages]
+
+
+def refused(raw, *shape, **options):
+    with pytest.raises(BadRecord) as caught:
+        parse(raw, *shape, **options)
+    return caught.value.field, caught.value.reason
+
+
+def test_an_unknown_formatting_names_those_there_are():
+    with pytest.raises(UnknownName, match=r"no formatting named 'alpcaa'; did you mean 'alpaca'.*known: alpaca, m"):
+        parser("alpcaa")
+
+
+def test_openai_is_another_word_for_messages():
+    assert parser("openai") is parser("messages")
+
+
+# alpaca
+
+Q = [("user", "q"), ("assistant", "a")]
+WITH_HISTORY = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
+ALPACA_PAIR = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"instruction": "q", "input": "", "output": "a"}, Q),
+        ({"instruction": "q", "input": None, "output": "a"}, Q),
+        ({"instruction": "q", "output": "a"}, Q),
+        ({"instruction": "q", "input": "more", "output": "a"}, [("user", "q\nmore"), ("assistant", "a")]),
+        ({"instruction": "", "input": "q", "output": "a"}, Q),
+        ({"instruction": " q ", "input": "  ", "output": "a\n"}, [("user", " q "), ("assistant", "a\n")]),
+    ],
+)
+def test_alpaca_joins_prompt_and_query(raw, expected):
+    assert turns(parse(raw, "alpaca")) == expected
+
+
+@pytest.mark.parametrize("history", [None, [], [["q0", "a0"]], [("q0", "a0"), ("q1", "a1")]])
+def test_alpaca_history_comes_first(history):
+    example = parse({"instruction": "q", "output": "a", "history": history}, "alpaca", WITH_HISTORY)
+    earlier = [(role, text) for pair in history or [] for role, text in zip(("user", "assistant"), pair, strict=True)]
+    assert turns(example) == [*earlier, *Q]
+
+
+def test_alpaca_ignores_a_history_that_the_entry_does_not_name():
+    assert turns(parse({"instruction": "q", "output": "a", "history": [["x", "y"]]}, "alpaca")) == Q
+
+
+def test_alpaca_system_and_feedback():
+    columns = {**WITH_HISTORY, "system": "system", "kto_tag": "label"}
+    example = parse({"instruction": "q", "output": "a", "system": "s", "label": False}, "alpaca", columns)
+    assert turns(example) == [("system", "s"), *Q]
+    assert example.desirable is False
+    assert parse({"instruction": "q", "output": "a", "label": " True"}, "alpaca", columns).desirable is True
+
+
+@pytest.mark.parametrize("ranking", [True, False])
+def test_alpaca_takes_the_first_two_of_a_list_of_answers(ranking):
+    example = parse({"instruction": "q", "output": ["good", "bad", "worse"]}, "alpaca", ranking=ranking)
+    assert example == Example([Message("user", "q")], chosen="good", rejected="bad")
+
+
+def test_alpaca_pairs_in_two_columns():
+    example = parse({"instruction": "q", "chosen": "good", "rejected": "bad"}, "alpaca", ALPACA_PAIR)
+    assert (turns(example), example.chosen, example.rejected) == ([("user", "q")], "good", "bad")
+
+
+@pytest.mark.parametrize(
+    ("raw", "columns", "field", "reason"),
+    [
+        ({"instruction": "q", "output": ""}, {}, "output", "empty answer"),
+        ({"instruction": "q", "output": " \n"}, {}, "output", "empty answer"),
+        ({"instruction": " ", "output": "a"}, {}, "instruction", "empty prompt"),
+        ({"instruction": "q", "output": None}, {}, "output", "missing; the record has instruction, output"),
+        ({"instruction": "q", "answer": "a"}, {}, "output", "missing; the record has instruction, answer"),
+        ({"instruction": "q", "output": 7}, {}, "output", "text is expected, got 7 (int)"),
+        ({"instruction": ["q"], "output": "a"}, {}, "instruction", "text is expected, got ['q'] (list)"),
+        ({"instruction": "q", "input": 3.5, "output": "a"}, {}, "input", "text is expected, got 3.5 (float)"),
+        ({"instruction": "q", "output": "\ud83d"}, {}, "output", "half of a surrogate pair"),
+        ({"instruction": "q", "output": ["a"]}, {}, "output", "a ranked pair needs two answers, got a list of 1"),
+        ({"instruction": "q", "output": ["a", " "]}, {}, "output[1]", "empty answer"),
+        (
+            {"instruction": "q", "output": "a", "history": "x"},
+            WITH_HISTORY,
+            "history",
+            "a list of [prompt, answer] pairs",
+        ),
+        ({"instruction": "q", "output": "a", "history": [["x"]]}, WITH_HISTORY, "history[0]", "got a list of 1"),
+        ({"instruction": "q", "output": "a", "history": [["x", ""]]}, WITH_HISTORY, "history[0][1]", "empty answer"),
+        ({"instruction": "q", "output": "a", "history": [[1, "y"]]}, WITH_HISTORY, "history[0][0]", "got 1 (int)"),
+        (
+            {"instruction": "q", "chosen": "good"},
+            ALPACA_PAIR,
+            "rejected",
+            "missing; the record has instruction, chosen",
+        ),
+        (
+            {"instruction": "q", "output": "a", "l": 1},
+            {**WITH_HISTORY, "kto_tag": "l"},
+            "l",
+            "true or false is expected",
+        ),
+    ],
+)
+def test_alpaca_says_what_is_wrong(raw, columns, field, reason):
+    found = refused(raw, "alpaca", columns)
+    assert found[0] == field
+    assert reason in found[1]
+
+
+def test_alpaca_ranking_needs_two_answers():
+    assert refused({"instruction": "q", "output": "a"}, "alpaca", ranking=True) == (
+        "output",
+        "ranking needs a list of two answers, the better one first, got 'a' (str)",
+    )
+
+
+# sharegpt and messages
+
+
+def sharegpt(*pairs):
+    return [{"from": role, "value": content} for role, content in pairs]
+
+
+def openai(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+HUMAN, GPT = ("human", "q"), ("gpt", "a")
+OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+
+
+def test_sharegpt_conversation_with_system():
+    raw = {"conversations": sharegpt(("system", "s"), HUMAN, GPT, ("human", "q2"), ("gpt", "a2"))}
+    assert turns(parse(raw, "sharegpt")) == [("system", "s"), *Q, ("user", "q2"), ("assistant", "a2")]
+
+
+def test_sharegpt_system_column_yields_to_a_system_turn():
+    columns = {"messages": "conversations", "system": "system"}
+    assert turns(parse({"conversations": sharegpt(HUMAN, GPT), "system": "s"}, "sharegpt", columns))[0] == (
+        "system",
+        "s",
+    )
+    raw = {"conversations": sharegpt(("system", "own"), HUMAN, GPT), "system": "s"}
+    assert turns(parse(raw, "sharegpt", columns))[0] == ("system", "own")
+
+
+def test_sharegpt_tags_rename_keys_and_roles():
+    raw = {"messages": openai(("user", "q"), ("assistant", "a")), "label": True}
+    example = parse(raw, "sharegpt", {"messages": "messages", "kto_tag": "label"}, OPENAI_TAGS)
+    assert (turns(example), example.desirable) == (Q, True)
+
+
+@pytest.mark.parametrize("answers", [sharegpt(("gpt", "good"), ("gpt", "bad")), ["good", "bad"]])
+def test_sharegpt_pairs_are_turns_or_texts(answers):
+    raw = {"conversations": sharegpt(HUMAN), "chosen": answers[0], "rejected": answers[1]}
+    assert parse(raw, "sharegpt", ranking=True) == Example([Message("user", "q")], chosen="good", rejected="bad")
+
+
+@pytest.mark.parametrize(
+    ("conversation", "field", "reason"),
+    [
+        (sharegpt(GPT), "conversations[0]", "starts with an assistant turn"),
+        (sharegpt(("system", "s"), GPT), "conversations[1]", "starts with an assistant turn"),
+        (sharegpt(HUMAN, HUMAN, GPT), "conversations[1]", "two user turns in a row"),
+        (sharegpt(HUMAN, GPT, GPT), "conversations[2]", "two assistant turns in a row"),
+        (sharegpt(HUMAN, GPT, HUMAN), "conversations[2]", "the last user turn has no answer"),
+        (sharegpt(HUMAN, ("gpt", " ")), "conversations[1].value", "empty answer"),
+        (sharegpt(("human", ""), GPT), "conversations[0].value", "empty prompt"),
+        (sharegpt(HUMAN, GPT, HUMAN, ("gpt", 3)), "conversations[3].value", "text is expected, got 3 (int)"),
+        (sharegpt(HUMAN, ("gpt", None)), "conversations[1].value", "missing answer"),
+        (sharegpt(HUMAN, GPT, ("system", "s")), "conversations[2]", "a system turn after the conversation has begun"),
+        (sharegpt(HUMAN, ("function_call", "{}")), "conversations[1].from", "a tool turn ('function_call')"),
+        (sharegpt(HUMAN, ("observation", "x")), "conversations[1].from", "a tool turn ('observation')"),
+        (
+            sharegpt(HUMAN, ("bard", "x")),
+            "conversations[1].from",
+            "unknown role 'bard' (str); known: human, gpt, system",
+        ),
+        ([{"value": "q"}], "conversations[0].from", "missing; the turn has value"),
+        ([{"from": "human"}], "conversations[0].value", "missing prompt"),
+        (["q", "a"], "conversations[0]", "an object with 'from' and 'value' is expected, got 'q' (str)"),
+        ([], "", "no user turn"),
+        (sharegpt(("system", "s")), "conversations[0]", "no user turn"),
+        ("q", "conversations", "a list of turns is expected, got 'q' (str)"),
+        (None, "conversations", "missing; the record has conversations"),
+    ],
+)
+def test_sharegpt_says_which_turn_is_wrong(conversation, field, reason):
+    found = refused({"conversations": conversation}, "sharegpt")
+    assert found[0] == field
+    assert reason in found[1]
+
+
+def test_sharegpt_pairs_end_with_the_user_and_answer_as_the_assistant():
+    raw = {"conversations": sharegpt(HUMAN, GPT), "chosen": "x", "rejected": "y"}
+    assert "of a ranked pair it ends with the user's turn" in refused(raw, "sharegpt", ranking=True)[1]
+    raw = {"conversations": sharegpt(HUMAN), "chosen": {"from": "human", "value": "x"}, "rejected": "y"}
+    assert refused(raw, "sharegpt", ranking=True) == ("chosen.from", "an answer is the assistant's, got a turn of user")
+    raw = {"conversations": sharegpt(HUMAN), "chosen": {"from": "gpt", "value": ""}, "rejected": "y"}
+    assert refused(raw, "sharegpt", ranking=True) == ("chosen.value", "empty answer")
+
+
+def test_messages_join_system_turns_and_text_parts():
+    parts = [{"type": "text", "text": "q"}, {"type": "text", "text": "?"}]
+    raw = {"messages": openai(("system", "s1"), ("system", "s2"), ("user", parts), ("assistant", "a"))}
+    assert turns(parse(raw, "messages")) == [("system", "s1\ns2"), ("user", "q?"), ("assistant", "a")]
+
+
+def test_messages_refuse_pictures_and_tool_calls():
+    parts = [{"type": "text", "text": "q"}, {"type": "image_url", "image_url": {}}]
+    found = refused({"messages": openai(("user", parts), ("assistant", "a"))}, "messages")
+    assert found == ("messages[0].content[1]", "a part of type 'text' is expected, got 'image_url' (str)")
+    called = [*openai(("user", "q")), {"role": "assistant", "content": None, "tool_calls": [{}]}]
+    assert refused({"messages": called}, "messages")[0] == "messages[1].tool_calls"
+    assert "a tool turn ('tool')" in refused({"messages": openai(("user", "q"), ("tool", "x"))}, "messages")[1]
+
+
+def test_messages_pairs_share_all_but_the_last_turn():
+    columns = {"chosen": "chosen", "rejected": "rejected"}
+    good, bad = openai(("user", "q"), ("assistant", "good")), openai(("user", "q"), ("assistant", "bad"))
+    assert parse({"chosen": good, "rejected": bad}, "messages", columns) == Example(
+        [Message("user", "q")], chosen="good", rejected="bad"
+    )
+    other = openai(("user", "q2"), ("assistant", "bad"))
+    found = refused({"chosen": good, "rejected": other}, "messages", columns)
+    assert found == ("rejected", "its turns before the answer differ from those of chosen")
+
+
+def test_messages_prompt_and_completion_are_two_lists():
+    raw = {"prompt": openai(("user", "q")), "completion": openai(("assistant", "a")), "label": False}
+    columns = {"messages": "prompt", "response": "completion", "kto_tag": "label"}
+    assert parse(raw, "messages", columns) == Example(
+        [Message("user", "q"), Message("assistant", "a")], desirable=False
+    )
+    raw["completion"] = "a"
+    assert turns(parse(raw, "messages", columns)) == Q
+
+
+# turns, transcript, text
+
+
+def test_turns_alternate_from_the_user():
+    assert turns(parse({"turns": ["q", "a"]}, "turns")) == Q
+    assert turns(parse({"conversations": ["q", "a"]}, "turns", {"messages": "conversations"})) == Q
+    assert turns(parse({"data": ["q", "a"]}, "turns", {"prompt": "data"})) == Q
+
+
+@pytest.mark.parametrize(
+    ("value", "field", "reason"),
+    [
+        (["q"], "turns[0]", "the last user turn has no answer"),
+        (["q", ""], "turns[1]", "empty answer"),
+        (["q", 1], "turns[1]", "text is expected, got 1 (int)"),
+        ([], "", "no user turn"),
+        ("q", "turns", "a list of texts is expected"),
+    ],
+)
+def test_turns_say_which_is_wrong(value, field, reason):
+    found = refused({"turns": value}, "turns")
+    assert found[0] == field
+    assert reason in found[1]
+
+
+def test_transcript_with_its_answer_in_a_column():
+    dialogue = "Human: q1\nwhich goes on\nAssistant:a1\nHuman\uff1aq2\nAssistant:\n"
+    assert turns(parse({"instruction": dialogue, "output": " a2\n"}, "transcript")) == [
+        ("user", "q1\nwhich goes on"),
+        ("assistant", "a1"),
+        ("user", "q2"),
+        ("assistant", "a2"),
+    ]
+
+
+def test_transcript_pairs_are_whole_dialogues():
+    raw = {
+        "chosen": "\n\nHuman: q\n\nAssistant: x\n\nHuman: y\n\nAssistant: good",
+        "rejected": "\n\nHuman: q\n\nAssistant: x\n\nHuman: y\n\nAssistant: bad",
+    }
+    example = parse(raw, "transcript", {"chosen": "chosen", "rejected": "rejected"})
+    assert (turns(example)[-1], example.chosen, example.rejected) == (("user", "y"), "good", "bad")
+    raw["rejected"] = "\n\nHuman: q\n\nAssistant: bad"
+    assert "differ from those of the chosen dialogue" in refused(raw, "transcript", ranking=True)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "user_tag", "assistant_tag"),
+    [
+        ("### Human: q### Assistant: a", "### Human:", "### Assistant:"),
+        ("<user> q\n<assistant> a", "<user>", "<assistant>"),
+        ("prompter: q\nassistant: a", "prompter:", "assistant"),
+    ],
+)
+def test_transcript_markers_are_the_entrys(text, user_tag, assistant_tag):
+    tags = {"user_tag": user_tag, "assistant_tag": assistant_tag}
+    assert turns(parse({"text": text}, "transcript", {"messages": "text"}, tags)) == Q
+
+
+def test_transcript_words_count_at_the_start_of_a_line_and_with_a_colon():
+    text = "Human: is Human: a marker?\nHuman beings wonder\nAssistant: no"
+    assert turns(parse({"text": text}, "transcript", {"prompt": "text"}))[0] == (
+        "user",
+        "is Human: a marker?\nHuman beings wonder",
+    )
+
+
+def test_transcript_goes_on_in_the_query():
+    raw = {"instruction": "User: q\nAssistant: a", "input": "User: q2", "output": "a2"}
+    columns = {"prompt": "instruction", "query": "input", "response": "output"}
+    tags = {"user_tag": "User:", "assistant_tag": "Assistant:", "system_tag": "System:"}
+    assert turns(parse(raw, "transcript", columns, tags)) == [*Q, ("user", "q2"), ("assistant", "a2")]
+    raw["instruction"] = "System: s\nUser: q\nAssistant: a"
+    assert turns(parse(raw, "transcript", columns, tags))[0] == ("system", "s")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("hello", "the dialogue begins with 'hello' (str), not with 'Human'"),
+        ("Human: q\nAssistant: ", "empty answer"),
+        ("Human: q", "the last user turn has no answer"),
+        ("Assistant: a", "starts with an assistant turn"),
+        ("Human:\nAssistant: a", "empty prompt"),
+        (" ", "empty"),
+    ],
+)
+def test_transcript_says_what_is_wrong(text, reason):
+    assert reason in refused({"text": text}, "transcript", {"prompt": "text"})[1]
+
+
+def test_text_is_one_column():
+    assert parse({"text": "once"}, "text") == Example(text="once")
+    assert parse({"content": "once"}, "alpaca", {"prompt": "content"}) == Example(text="once")
+    assert refused({"text": ""}, "text") == ("text", "empty text")

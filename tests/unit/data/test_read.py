@@ -1,0 +1,413 @@
+"""From an entry to raw records: every kind of file, whole and broken, folders, downloads and the hub."""
+
+import csv
+import hashlib
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from glmtuner.data.catalog import DatasetSpec
+from glmtuner.data.read import read
+from glmtuner.data.records import BadRecord
+from glmtuner.errors import DataError
+
+RECORDS = [{"instruction": f"q{number}", "output": f"a{number}\u2028\U0001f600"} for number in range(3)]
+
+
+def spec_of(**keys):
+    return DatasetSpec(**{"name": "x", "kind": "dataset_info", "origin": "data/dataset_info.json", **keys})
+
+
+def source_of(dataset_dir, split="train", package_data=None, cache_dir=None, **keys):
+    return read(
+        spec_of(**keys),
+        dataset_dir=dataset_dir,
+        package_data=package_data or dataset_dir / "shipped",
+        split=split,
+        cache_dir=cache_dir,
+    )
+
+
+def rows_of(folder, content, name="a.json"):
+    data = content if isinstance(content, bytes) else content.encode()
+    (folder / name).write_bytes(data)
+    return [(row.where, row.number, row.raw) for row in source_of(folder, file_name=name)]
+
+
+def refused(folder, content, name="a.json"):
+    with pytest.raises(DataError) as caught:
+        rows_of(folder, content, name)
+    assert str(caught.value).startswith(f"dataset 'x': {name} ")
+    return str(caught.value)
+
+
+def bad(row):
+    assert isinstance(row[2], BadRecord)
+    return row[1], row[2].reason
+
+
+# Kinds of files
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(RECORDS, ensure_ascii=False),
+        json.dumps(RECORDS, indent=2),
+        json.dumps({"data": RECORDS}),
+        json.dumps({"version": 1, "data": RECORDS}, indent=1),
+        "\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS),
+        "\r\n".join(json.dumps(record) for record in RECORDS) + "\r\n",
+    ],
+    ids=["array", "indented", "data", "data indented", "lines", "windows lines"],
+)
+def test_json_in_every_layout(tmp_path, content, mark):
+    rows = rows_of(tmp_path, mark + content.encode())
+    assert rows == [("a.json", number, record) for number, record in enumerate(RECORDS, start=1)]
+
+
+def test_jsonl_numbers_lines_and_skips_blank_ones(tmp_path):
+    lines = ["", json.dumps(RECORDS[0]), '{"instruction": "q"', "[1]", '{"instruction": "q']
+    rows = rows_of(tmp_path, "\n".join(lines), "a.jsonl")
+    assert rows[0] == ("a.jsonl", 2, RECORDS[0])
+    assert bad(rows[1]) == (3, "not JSON: Expecting ',' delimiter at column 20")
+    assert bad(rows[2]) == (4, "an object is expected, got [1] (list)")
+    assert bad(rows[3]) == (5, "not JSON: Unterminated string starting at column 17")
+
+
+def test_jsonl_is_read_no_further_than_asked_for(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json.dumps(RECORDS[0]).encode() + b"\n" + b"\n" * 100_000 + b"\xff")
+    assert next(iter(source_of(tmp_path, file_name="a.jsonl"))).raw == RECORDS[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_csv(tmp_path, encoding):
+    long = "long\n" * 50_000
+    with (tmp_path / "a.csv").open("w", encoding=encoding, newline="") as file:
+        rows = csv.writer(file)
+        rows.writerows([["instruction", "output"], ["q, 1", 'say "a"'], ["q2", long]])
+    rows = [row.raw for row in source_of(tmp_path, file_name="a.csv")]
+    assert rows == [{"instruction": "q, 1", "output": 'say "a"'}, {"instruction": "q2", "output": long}]
+
+
+def test_csv_rows_of_another_length_are_bad_records(tmp_path):
+    rows = rows_of(tmp_path, "instruction,output\nq,a,extra\nq\nq,a\n", "a.csv")
+    assert [bad(row) for row in rows[:2]] == [
+        (1, "the row has not the 2 cells of the header"),
+        (2, "the row has not the 2 cells of the header"),
+    ]
+    assert rows[2][2] == {"instruction": "q", "output": "a"}
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    records = [{"instruction": "q", "history": [["x", "y"]]}, {"instruction": None, "history": None}]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    assert [row.raw for row in source_of(tmp_path, file_name="a.parquet")] == records
+
+
+def test_text_has_a_record_a_line(tmp_path):
+    assert [row[2] for row in rows_of(tmp_path, "one\r\n\ntwo", "a.txt")] == [{"text": "one"}, {"text": "two"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.json",
+            '[{"a": 1},\n {"a": ',
+            "is not JSON at line 2, column 8, record 2: Expecting value; the file is cut short",
+        ),
+        ("a.json", '[{"a": 1},', "line 1, column 11, record 2: Expecting value; the file is cut short, fetch it again"),
+        ("a.json", '[{"a": 1}', "line 1, column 10, record 1: Expecting ',' delimiter"),
+        ("a.json", '[{"a": 1}\n {"a": 2}]', "line 2, column 2, record 1: Expecting ',' delimiter"),
+        ("a.json", '[{"a": 1}] x', "line 1, column 11, record 1: text after the array"),
+        ("a.json", '{"a": 1}', "holds one object (a) where an array of objects is expected; put it in [ ]"),
+        ("a.json", "3", "holds 3 (int) where an array of objects is expected"),
+        ("a.json", '{"a"\n: 1', "is not JSON at line 2, column 4: Expecting ',' delimiter; the file is cut short"),
+        ("a.json", "", "is empty"),
+        ("a.json", " \n", "is empty"),
+        ("a.jsonl", "", "is empty"),
+        ("a.csv", "", "is empty"),
+        ("a.json", '[{"a": "\u4e2d"}]'.encode("gb18030"), "is not UTF-8: byte 0xd6 at offset 8; convert it"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xd6\xd0"}', "is not UTF-8: byte 0xd6 at offset 7 of line 2; convert it"),
+        ("a.csv", b"a,b\n\xd6\xd0,1", "is not UTF-8: byte 0xd6; convert it"),
+        ("a.csv", 'a,b\n"x,1\ny,2\n', "is no CSV at line 3: unexpected end of data"),
+        ("a.csv", "a,a\n1,2", "names a column twice in its header: a, a"),
+        ("a.parquet", b"PAR1 not really", "is no readable parquet file: Arrow"),
+    ],
+)
+def test_a_broken_file_says_where(tmp_path, name, content, message):
+    assert message in refused(tmp_path, content, name)
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.json", "[]"), ("a.jsonl", "\n\n"), ("a.csv", "a,b\n")])
+def test_a_file_without_records_is_an_error(tmp_path, name, content):
+    with pytest.raises(DataError, match=f"dataset 'x': no records in {name}"):
+        rows_of(tmp_path, content, name)
+
+
+def test_another_kind_of_file_names_the_legal_ones(tmp_path):
+    (tmp_path / "a.xml").write_text("x")
+    with pytest.raises(DataError, match=r"a\.xml is no \.json, \.jsonl, \.csv, \.parquet, \.txt file"):
+        source_of(tmp_path, file_name="a.xml")
+
+
+# Which file
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    for name in ("alpaca_zh_demo.json", "belle.json", "notes.md"):
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(DataError) as caught:
+        source_of(tmp_path, file_name="alpaca_zh_demmo.json")
+    assert str(caught.value) == (
+        f"dataset 'x' (data/dataset_info.json): no file {tmp_path}/alpaca_zh_demmo.json; did you mean "
+        f"'alpaca_zh_demo.json'? {tmp_path} holds alpaca_zh_demo.json, belle.json; put the file there, mend file_name "
+        "in data/dataset_info.json, or type data.dataset_dir=<the folder it is in>"
+    )
+    with pytest.raises(DataError, match="there is no folder"):
+        source_of(tmp_path / "no", file_name="a.json")
+
+
+def test_only_the_catalogue_looks_into_the_package(tmp_path):
+    shipped, own = tmp_path / "shipped", tmp_path / "own"
+    for folder, text in ((shipped, "shipped"), (own, "own")):
+        folder.mkdir()
+        (folder / "a.json").write_text(json.dumps([{"text": text}]))
+    both = {"file_name": "a.json", "package_data": shipped}
+    assert next(iter(source_of(own, kind="catalogue", **both))).raw == {"text": "shipped"}
+    assert next(iter(source_of(own, **both))).raw == {"text": "own"}
+    with pytest.raises(DataError, match="no file"):
+        source_of(tmp_path / "elsewhere", **both)
+
+
+def test_fingerprint_is_the_sha256_of_each_file(tmp_path):
+    (tmp_path / "a.json").write_text("[{}]")
+    sha256 = hashlib.sha256(b"[{}]").hexdigest()
+    assert source_of(tmp_path, file_name="a.json").fingerprint() == {"a.json": sha256}
+
+
+def test_a_wrong_sha1_is_warned_about_and_a_wrong_sha256_refused(tmp_path, caplog):
+    (tmp_path / "a.json").write_text("[{}]")
+    with caplog.at_level(logging.WARNING, "glmtuner"):
+        source_of(tmp_path, file_name="a.json", file_sha1=hashlib.sha1(b"[{}]").hexdigest())
+        assert not caplog.records
+        source_of(tmp_path, file_name="a.json", file_sha1="0" * 40)
+    assert "dataset 'x': a.json has sha1" in caplog.text
+    with pytest.raises(DataError, match=f"a.json has sha256 .* where data/dataset_info.json says {'0' * 64}"):
+        source_of(tmp_path, file_name="a.json", sha256="0" * 64)
+
+
+def test_one_file_has_only_the_training_split(tmp_path):
+    (tmp_path / "a.json").write_text("[{}]")
+    with pytest.raises(DataError, match=r"a\.json is one file and has no split 'test'; type data\.split=train"):
+        source_of(tmp_path, split="test", file_name="a.json")
+
+
+def test_an_entry_may_say_which_split_its_file_is(tmp_path):
+    (tmp_path / "a.json").write_text("[{}]")
+    spec = spec_of(file_name="a.json", split="validation")
+    assert list(read(spec, dataset_dir=tmp_path, package_data=tmp_path, split="test"))
+
+
+# Folders
+
+
+def folder_of(root, *names):
+    for name in names:
+        path = root / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([{"text": name}]))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "expected"),
+    [
+        (["b.json", "a.json", "sub/c.json"], "train", ["a.json", "b.json", "sub/c.json"]),
+        (["a.json", ".hidden/b.json", "dataset_info.json", "c.md", "d.txt"], "train", ["a.json"]),
+        (["train-0.json", "train-1.json", "test.json"], "train", ["train-0.json", "train-1.json"]),
+        (["train.json", "test.json"], "test", ["test.json"]),
+        (["train/a.json", "dev/a.json"], "validation", ["dev/a.json"]),
+        (["a.json", "my_test.json"], "train", ["a.json"]),
+        (["zh.json", "en.json"], "en", ["en.json"]),
+    ],
+)
+def test_a_folder_is_read_by_split(tmp_path, names, split, expected):
+    folder_of(tmp_path, *names)
+    rows = list(source_of(tmp_path, split=split, file_name="set"))
+    assert [(row.where, row.number) for row in rows] == [(f"set/{name}", 1) for name in expected]
+
+
+def test_a_folder_tells_what_it_leaves_out_and_what_it_lacks(tmp_path, caplog):
+    folder_of(tmp_path, "train.json", "test.json")
+    with caplog.at_level(logging.WARNING, "glmtuner"):
+        source_of(tmp_path, file_name="set")
+    assert "the split train leaves out test.json" in caplog.text
+    with pytest.raises(
+        DataError, match=r"no file of its folder is of the split 'validation'; it holds test\.json, train"
+    ):
+        source_of(tmp_path, split="validation", file_name="set")
+
+
+def test_a_folder_inside_the_folder(tmp_path):
+    folder_of(tmp_path, "en/a.json", "zh/a.json")
+    assert [row.where for row in source_of(tmp_path, file_name="set", folder="zh")] == ["set/zh/a.json"]
+
+
+# Downloads
+
+
+def test_a_download_is_checked_kept_and_named_when_whole(tmp_path, monkeypatch):
+    origin = tmp_path / "there" / "set.json"
+    origin.parent.mkdir()
+    origin.write_text("[{}]")
+    cache, sha256 = tmp_path / "cache", hashlib.sha256(b"[{}]").hexdigest()
+    keys = {"url": origin.as_uri(), "sha256": sha256, "cache_dir": cache}
+    assert source_of(tmp_path, **keys).fingerprint() == {"set.json": sha256}
+    origin.unlink()
+    assert len(list(source_of(tmp_path, **keys))) == 1
+    kept = [path for path in cache.rglob("*") if path.is_file()]
+    assert [path.name for path in kept] == ["set.json"]
+    kept[0].write_text("[")
+    with pytest.raises(DataError, match="could not be fetched"):
+        source_of(tmp_path, **keys)
+
+
+def test_a_download_with_another_checksum_is_refused_and_removed(tmp_path):
+    (tmp_path / "set.json").write_text("[{}]")
+    cache = tmp_path / "cache"
+    with pytest.raises(DataError, match=f"has sha256 [0-9a-f]{{64}} in place of {'0' * 64}"):
+        source_of(tmp_path, url=(tmp_path / "set.json").as_uri(), sha256="0" * 64, cache_dir=cache)
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+# The hub
+
+COMMIT = "0123456789" * 4
+
+
+class FakeHub(list):
+    """What `datasets.load_dataset` gives back, as far as it is looked at."""
+
+    _fingerprint = "abc"
+
+    def __init__(self, records, commit=COMMIT):
+        super().__init__(records)
+        self.cache_files = [{"filename": f"cache/org___name/default/0.0.0/{commit}/name-train.arrow"}]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Calls of `load_dataset`; what it answers or raises is `answer`."""
+    datasets = pytest.importorskip("datasets")
+    called = SimpleNamespace(calls=[], answer=FakeHub(RECORDS))
+
+    def load_dataset(path, **options):
+        called.calls.append((path, options))
+        if isinstance(called.answer, Exception):
+            raise called.answer
+        return called.answer
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return called
+
+
+def test_a_hub_set_is_asked_for_by_every_key_of_its_entry(tmp_path, hub):
+    keys = {"hf_hub_url": "org/name", "subset": "en", "folder": "f", "data_files": ["a.json"], "revision": COMMIT}
+    source = source_of(tmp_path, split="test", cache_dir=tmp_path, **keys)
+    assert hub.calls == [
+        (
+            "org/name",
+            {
+                "name": "en",
+                "data_dir": "f",
+                "data_files": ["a.json"],
+                "split": "test",
+                "revision": COMMIT,
+                "cache_dir": str(tmp_path),
+                "token": None,
+            },
+        )
+    ]
+    assert [tuple(row) for row in source][-1] == ("org/name/en", 3, RECORDS[2])
+    assert source.fingerprint() == {"org/name/en": f"commit {COMMIT}"}
+
+
+def test_a_hub_sets_own_split_wins(tmp_path, hub):
+    read(spec_of(hf_hub_url="org/name", split="dev"), dataset_dir=tmp_path, package_data=tmp_path, split="test")
+    assert hub.calls[0][1]["split"] == "dev"
+
+
+def test_a_local_file_wins_over_the_hub_if_it_is_there(tmp_path, hub):
+    keys = {"hf_hub_url": "org/name", "file_name": "a.json"}
+    assert [row.where for row in source_of(tmp_path, **keys)] == ["org/name"] * 3
+    (tmp_path / "a.json").write_text("[{}]")
+    assert [row.where for row in source_of(tmp_path, **keys)] == ["a.json"]
+
+
+def test_another_commit_than_the_pinned_one_is_refused(tmp_path, hub):
+    hub.answer = FakeHub(RECORDS, commit="f" * 40)
+    with pytest.raises(
+        DataError, match=f"revision {COMMIT} of org/name could not be reached, and the cache holds ffff"
+    ):
+        source_of(tmp_path, hf_hub_url="org/name", revision=COMMIT)
+
+
+def test_without_a_commit_the_fingerprint_is_that_of_datasets(tmp_path, hub):
+    hub.answer = FakeHub(RECORDS, commit="somewhere")
+    assert source_of(tmp_path, hf_hub_url="org/name").fingerprint() == {"org/name": "fingerprint abc"}
+
+
+def test_an_empty_hub_set_is_an_error(tmp_path, hub):
+    hub.answer = FakeHub([])
+    with pytest.raises(DataError, match="no records in org/name"):
+        list(source_of(tmp_path, hf_hub_url="org/name"))
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (
+            ValueError("Unknown split \"x\". Should be one of ['train']."),
+            "mend data.split=train, or add split to the entry",
+        ),
+        (ValueError("BuilderConfig 'x' not found. Available: ['default']"), "name one of them as subset in the entry"),
+        (ConnectionError("Couldn't reach\nthe Hub"), "ConnectionError: Couldn't reach the Hub; check the network"),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found x.py"),
+            "it is kept as code, which is not run",
+        ),
+    ],
+)
+def test_what_the_hub_refuses_is_told_with_advice(tmp_path, monkeypatch, hub, error, advice):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub.answer = error
+    with pytest.raises(DataError) as caught:
+        source_of(tmp_path, hf_hub_url="no-such-org/no-such-name-anywhere")
+    assert "the hub set no-such-org/no-such-name-anywhere could not be loaded" in str(caught.value)
+    assert advice in str(caught.value)
+
+
+def test_a_gated_set_is_told_how_to_log_in(tmp_path, hub):
+    from datasets.exceptions import DatasetNotFoundError
+
+    hub.answer = DatasetNotFoundError("Dataset 'org/name' is a gated dataset on the Hub.")
+    with pytest.raises(DataError, match=r"run `hf auth login` and type model\.use_auth_token=true"):
+        source_of(tmp_path, hf_hub_url="org/name")
+
+
+def test_datasets_own_reader_serves_a_folder_of_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    (tmp_path / "repository").mkdir()
+    table = pyarrow.Table.from_pylist([{**record, "history": [["x", "y"]]} for record in RECORDS])
+    parquet.write_table(table, tmp_path / "repository" / "train.parquet")
+    source = source_of(tmp_path, hf_hub_url=str(tmp_path / "repository"), cache_dir=tmp_path / "cache")
+    assert [row.raw for row in source] == [{**record, "history": [["x", "y"]]} for record in RECORDS]
