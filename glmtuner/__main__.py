@@ -151,7 +151,9 @@ def _hydra(words: list[str], task: object = None) -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed
     typed, sys.argv = sys.argv, ["glmtuner", *words]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task or (lambda config: None))()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(
+            task or (lambda config: None)
+        )()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from None
     finally:
@@ -227,5 +229,10 @@ def _default_presets() -> dict[str, str]:
     return {group: name for group, name in pairs.items() if name and not group.startswith("override")}
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The console script."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -14,7 +14,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], sho
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(title=title or None, title_justify="left", box=box.ROUNDED, show_header=show_header, show_lines=show_header)
+    drawn = Table(
+        title=title or None, title_justify="left", box=box.ROUNDED, show_header=show_header, show_lines=show_header
+    )
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:

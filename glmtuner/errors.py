@@ -1,10 +1,10 @@
 """What a user can get wrong, one class a kind; everything else is a bug and keeps its traceback.
 
-    GlmtunerError                exit code 2; the message is one paragraph: what is wrong, what is legal, what to type
-    ├── ConfigError              a key, a value or a combination of values
-    │   └── UnknownName          a name that is in no list; the nearest ones are offered
-    ├── DataError                a dataset: its file, its entry, its records
-    └── CheckpointError          a checkpoint or a run folder
+GlmtunerError                exit code 2; the message is one paragraph: what is wrong, what is legal, what to type
+├── ConfigError              a key, a value or a combination of values
+│   └── UnknownName          a name that is in no list; the nearest ones are offered
+├── DataError                a dataset: its file, its entry, its records
+└── CheckpointError          a checkpoint or a run folder
 """
 
 from collections.abc import Iterable

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,7 +111,9 @@ def check_base(model: Model, found: Mapping[str, Any]) -> None:
     for path in model.checkpoint_dir:
         source = run_folder_of(path)
         wanted = RunFolder(source).provenance().get("base", {}) if source else {}
-        different = [f"{key} {wanted[key]} there, {found.get(key)} here" for key in wanted if wanted[key] != found.get(key)]
+        different = [
+            f"{key} {wanted[key]} there, {found.get(key)} here" for key in wanted if wanted[key] != found.get(key)
+        ]
         if different:
             raise CheckpointError(
                 f"model.model_name_or_path={model.model_name_or_path} does not fit model.checkpoint_dir={path} "
@@ -127,7 +129,9 @@ def settle_family(run: Run, model_config: Mapping[str, Any]) -> Family | None:
         if family is None:
             family = declared
         elif family.name != declared.name:
-            say(f"model.family={declared.name}, and config.json says {model_config.get('model_type')}: taken as {family.name}")
+            say(
+                f"model.family={declared.name}, and config.json says {model_config.get('model_type')}: taken as {family.name}"
+            )
             if getattr(run.finetuning, "lora_target", None) == list(declared.attention):
                 run.finetuning.lora_target = []  # type: ignore[attr-defined]  # the default of the other family
     layers = model_config.get("num_hidden_layers") or model_config.get("num_layers")
@@ -223,12 +227,26 @@ def training_arguments(run: Run, folder: RunFolder, model: "nn.Module") -> Any:
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
         if value != default and field.name in known:
             chosen[field.name] = value.value if isinstance(value, Enum) else value
+    if "activation_checkpointing" in known and "gradient_checkpointing" in chosen:  # its name from transformers 5.23 on
+        chosen["activation_checkpointing"] = chosen.pop("gradient_checkpointing")
+        if "gradient_checkpointing_kwargs" in chosen:
+            chosen["activation_checkpointing_kwargs"] = chosen.pop("gradient_checkpointing_kwargs")
     chosen |= {"output_dir": str(folder.path), "report_to": "none", "run_name": run.name or folder.path.name}
-    half = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} & {torch.float16, torch.bfloat16}
-    if run.trainer.do_train and run.finetuning.saved_as == "model" and half and not (run.trainer.fp16 or run.trainer.bf16):
+    half = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} & {
+        torch.float16,
+        torch.bfloat16,
+    }
+    if (
+        run.trainer.do_train
+        and run.finetuning.saved_as == "model"
+        and half
+        and not (run.trainer.fp16 or run.trainer.bf16)
+    ):
         chosen["bf16" if torch.bfloat16 in half else "fp16"] = True  # float32 weights between half-precision ones
     if not torch.cuda.is_available():
-        chosen["dataloader_pin_memory"] = False  # transformers pins by default and warns where there is nothing to pin for
+        chosen["dataloader_pin_memory"] = (
+            False  # transformers pins by default and warns where there is nothing to pin for
+        )
     chosen["eval_on_start"] = run.trainer.eval_on_start and run.trainer.do_train
     return Seq2SeqTrainingArguments(**{name: value for name, value in chosen.items() if value is not None})
 
@@ -268,7 +286,11 @@ def describe(
     )
     if resumes:
         before = folder.provenance()
-        about = {**about, "started": before.get("started", about["started"]), "resumed": [*before.get("resumed", []), about["started"]]}
+        about = {
+            **about,
+            "started": before.get("started", about["started"]),
+            "resumed": [*before.get("resumed", []), about["started"]],
+        }
     write_text(folder / CONFIG, OmegaConf.to_yaml(without_secrets(OmegaConf.create(resolved))))
     write_text(folder / WORDS, "".join(f"{word}\n" for word in shown_words(composed.words)))
     write_json(folder / PROVENANCE, about)
@@ -291,7 +313,13 @@ def show_plan(
     if data.train is not None:
         rows.append(("method", f"{run.finetuning.finetuning_type}: {trained:,} of them trained, {trained / total:.4%}"))
         rows.append(("steps", steps_told(arguments, len(data.train))))
-    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else str(next(model.parameters()).dtype).removeprefix("torch.")
+    precision = (
+        "bf16"
+        if arguments.bf16
+        else "fp16"
+        if arguments.fp16
+        else str(next(model.parameters()).dtype).removeprefix("torch.")
+    )
     rows.append(("device", f"{device}, {precision}"))
     rows.append(("run folder", str(folder.path)))
     table("", ("", ""), rows, show_header=False)
@@ -300,7 +328,12 @@ def show_plan(
 def steps_told(arguments: Any, records: int) -> str:
     world = max(arguments.world_size, 1)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world
-    an_epoch = max(math.ceil(math.ceil(records / world / arguments.per_device_train_batch_size) / arguments.gradient_accumulation_steps), 1)
+    an_epoch = max(
+        math.ceil(
+            math.ceil(records / world / arguments.per_device_train_batch_size) / arguments.gradient_accumulation_steps
+        ),
+        1,
+    )
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * an_epoch)
     return f"{steps:,} of {batch} records, {steps / an_epoch:g} epochs"
 
@@ -332,7 +365,9 @@ def make_trainer(
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.evaluation.select_columns(["input_ids", "labels"]) if data.evaluation is not None else None,
-        data_collator=Collator(pad_id=tokenizer.pad_token_id, ignore_pad_token_for_loss=run.data.ignore_pad_token_for_loss),
+        data_collator=Collator(
+            pad_id=tokenizer.pad_token_id, ignore_pad_token_for_loss=run.data.ignore_pad_token_for_loss
+        ),
         finetuning=run.finetuning,
         folder=folder,
         score=score if generates else None,
@@ -340,7 +375,12 @@ def make_trainer(
 
 
 def train(
-    run: Run, folder: RunFolder, trainer: "GlmTrainer", tokenizer: "PreTrainedTokenizerBase", data: "Datasets", resumes: bool
+    run: Run,
+    folder: RunFolder,
+    trainer: "GlmTrainer",
+    tokenizer: "PreTrainedTokenizerBase",
+    data: "Datasets",
+    resumes: bool,
 ) -> dict[str, float]:
     """Train to the end, from the newest whole checkpoint when there is one; save what was trained and read it back."""
     from glmtuner.preflight import check_first_batch
@@ -383,7 +423,9 @@ def first_words(model: "nn.Module", tokenizer: "PreTrainedTokenizerBase", row: M
     from glmtuner.generate import Decoding, answers
 
     prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label < 0]
-    decoding = Decoding(max_new_tokens=2, num_beams=1, repetition_penalty=1.0, stop_ids=(), pad_id=tokenizer.pad_token_id)
+    decoding = Decoding(
+        max_new_tokens=2, num_beams=1, repetition_penalty=1.0, stop_ids=(), pad_id=tokenizer.pad_token_id
+    )
     list(answers(model, [prompt or row["input_ids"][:1]], decoding, batch_size=1))
 
 
@@ -405,7 +447,12 @@ def save_trained(run: Run, folder: RunFolder, model: "nn.Module", tokenizer: "Pr
 
 
 def predict(
-    run: Run, folder: RunFolder, model: "nn.Module", tokenizer: "PreTrainedTokenizerBase", template: Any, data: "Datasets"
+    run: Run,
+    folder: RunFolder,
+    model: "nn.Module",
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Any,
+    data: "Datasets",
 ) -> dict[str, float]:
     """Answers to all evaluation records in predictions.jsonl, and their scores."""
     found = answer_all(run, model, tokenizer, template, data, folder / PREDICTIONS, bar=True)
@@ -471,7 +518,11 @@ def stop_ids(template: Any, tokenizer: "PreTrainedTokenizerBase", family: str) -
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    return {
+        name: value
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
 
 
 def finish(run: Run, folder: RunFolder, trainer: "GlmTrainer", metrics: dict[str, float]) -> dict[str, float]:

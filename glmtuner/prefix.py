@@ -35,7 +35,9 @@ class PrefixEncoder(nn.Module):
         self.layer_width = 2 * heads * head_dim
         width = layers * self.layer_width
         self.embedding = nn.Embedding(tokens, hidden if projection else width)
-        self.trans = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, width)) if projection else None
+        self.trans = (
+            nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, width)) if projection else None
+        )
         self.dropout = nn.Dropout(dropout)
 
     def folded(self) -> torch.Tensor:

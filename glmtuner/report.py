@@ -71,12 +71,16 @@ def _records(kept: dict[str, Any]) -> str:
 
 def _code(about: dict[str, Any]) -> str:
     packages, git = about.get("packages", {}), about.get("git")
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("glmtuner", "transformers", "torch") if packages.get(name))
+    versions = ", ".join(
+        f"{name} {packages[name]}" for name in ("glmtuner", "transformers", "torch") if packages.get(name)
+    )
     return versions + (f"; git {git['commit'][:10]}{' with changes' if git['dirty'] else ''}" if git else "")
 
 
 def _short(value: Any) -> str:
-    return f"[{', '.join(map(str, value))}]" if not isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    return (
+        f"[{', '.join(map(str, value))}]" if not isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    )
 
 
 def _show_scores(metrics: dict[str, float]) -> None:
@@ -99,7 +103,8 @@ def answers(folder: RunFolder) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     if before:
         header: tuple[str, ...] = ("question", "before", "after", "label")
         rows = [
-            (after[i]["prompt"], before.get(i, {}).get("predict", MISSING), after[i]["predict"], after[i]["label"]) for i in chosen
+            (after[i]["prompt"], before.get(i, {}).get("predict", MISSING), after[i]["predict"], after[i]["label"])
+            for i in chosen
         ]
     else:
         header = ("question", "answer", "label")

@@ -20,7 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from glmtuner.errors import CheckpointError
 
-CONFIG, WORDS, PROVENANCE, HISTORY, METRICS = "config.yaml", "overrides.txt", "provenance.json", "history.jsonl", "metrics.json"
+CONFIG, WORDS, PROVENANCE, HISTORY, METRICS = (
+    "config.yaml",
+    "overrides.txt",
+    "provenance.json",
+    "history.jsonl",
+    "metrics.json",
+)
 PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE = "predictions.jsonl", "report.md", "loss.png", "template.jinja"
 CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL = "checkpoints", "evaluations", "adapter", "model"
 TRACKERS = ("wandb", "tensorboard")
@@ -195,7 +201,17 @@ def provenance(words: list[str], **more: Any) -> dict[str, Any]:
     }
 
 
-PACKAGES = ("glmtuner", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "hydra-core")
+PACKAGES = (
+    "glmtuner",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "hydra-core",
+)
 
 
 def version_of(package: str) -> str | None:
@@ -273,7 +289,11 @@ def mark_complete(folder: Path, about: dict[str, Any]) -> None:
     write_json(folder / MARKER, {**about, "files": files})
 
 
-NEEDED = {"optimizer.pt": "its optimizer state", "scheduler.pt": "its scheduler state", "trainer_state.json": "its step"}
+NEEDED = {
+    "optimizer.pt": "its optimizer state",
+    "scheduler.pt": "its scheduler state",
+    "trainer_state.json": "its step",
+}
 
 
 def flaw(folder: Path) -> str | None:

@@ -48,7 +48,11 @@ def sweep_words(words: Sequence[str]) -> list[str]:
 
 def job_slug(overrides: str) -> str:
     """`finetuning=lora,trainer.learning_rate=0.001` as `finetuning-lora_learning_rate-0.001_<hash>`."""
-    parts = [re.sub(r"^[\w.]*\.", "", part.partition("=")[0]) + "-" + part.partition("=")[2] for part in overrides.split(",") if part]
+    parts = [
+        re.sub(r"^[\w.]*\.", "", part.partition("=")[0]) + "-" + part.partition("=")[2]
+        for part in overrides.split(",")
+        if part
+    ]
     readable = re.sub(r"[^\w.\-]+", "-", "_".join(parts))[:SLUG].strip("-_.")
     return f"{readable}_{short_hash(overrides)}" if readable else short_hash(overrides)
 

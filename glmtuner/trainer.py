@@ -13,7 +13,16 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from glmtuner.config.schema import Finetuning
-from glmtuner.run_folder import CHECKPOINTS, HISTORY, RunFolder, checkpoints, mark_complete, read_json, step_of, write_json
+from glmtuner.run_folder import (
+    CHECKPOINTS,
+    HISTORY,
+    RunFolder,
+    checkpoints,
+    mark_complete,
+    read_json,
+    step_of,
+    write_json,
+)
 
 PROGRESS = "progress.json"  # what transformers forgets: the loss since the last logged step, and the time so far
 TIMINGS = ("_runtime", "_per_second", "_time", "total_flos")

@@ -111,12 +111,16 @@ def generate() -> str:
     for name, values in enums.items():
         body = "\n".join(f'    {value} = "{value}"' for value in values)
         blocks.append(f"\nclass {name}(str, Enum):\n{body}\n")
-    blocks.append("\n# Fields of a few words that no enum of ours can hold (YAML reads `no` as false before an enum sees it).")
+    blocks.append(
+        "\n# Fields of a few words that no enum of ours can hold (YAML reads `no` as false before an enum sees it)."
+    )
     blocks.append(f"WORDS: dict[str, list[str]] = {_table(words)}\n")
     blocks.append("# Fields of several types, with the shapes they accept.")
     blocks.append(f"UNIONS: dict[str, list[str]] = {_table(unions)}\n")
     blocks.append("\n@dataclass(kw_only=True)\nclass TrainerArguments:")
-    blocks.append('    """What the Hugging Face Trainer can be told; its own documentation says what each field does."""\n')
+    blocks.append(
+        '    """What the Hugging Face Trainer can be told; its own documentation says what each field does."""\n'
+    )
     return "\n".join(blocks) + "\n" + "\n".join(lines) + "\n"
 
 
@@ -125,7 +129,9 @@ def _literal(value: object) -> str:
 
 
 def _table(rows: dict[str, list[str]]) -> str:
-    body = "".join(f'    "{name}": [{", ".join(_literal(word) for word in values)}],\n' for name, values in rows.items())
+    body = "".join(
+        f'    "{name}": [{", ".join(_literal(word) for word in values)}],\n' for name, values in rows.items()
+    )
     return "{\n" + body + "}"
 
 

@@ -163,7 +163,9 @@ FEELINGS = {
     "消极": "很难吃 态度很差 质量太差了 我很失望 太无聊了 又贵又不好 非常不满意 让人生气 做得很糟糕 不值得买",
 }
 SUBJECTS = "这家餐厅 这部电影 这本书 这件衣服 这个手机 这家酒店 这门课 这道菜 这款游戏 这双鞋"
-WHO = "我 爸爸 妈妈 爷爷 奶奶 哥哥 小明 小红 老师 医生 邻居 同学们 工人们 一位老人 那个孩子 我的朋友 新来的同事 几只小鸟"
+WHO = (
+    "我 爸爸 妈妈 爷爷 奶奶 哥哥 小明 小红 老师 医生 邻居 同学们 工人们 一位老人 那个孩子 我的朋友 新来的同事 几只小鸟"
+)
 WHEN = "今天 昨天 早上 晚上 周末 去年 春天 下雨的时候 放学以后 吃完饭 每个月 刚才 假期里 天黑之前 从前 第二天"
 WHERE = "在公园里 在学校 在家里 在图书馆 在河边 在山上 在厨房里 在火车上 在城市的中心 在安静的小镇 在医院 在电脑前 在网上 在森林里"
 DOES = """
@@ -171,7 +173,12 @@ DOES = """
 听了一首轻快的歌|讨论下一步的计划|买到便宜又新鲜的蔬菜|画出远处的高山和湖水|仔细检查每一个数据|给朋友写信表示感谢|打扫房间，把东西放回原处|努力完成自己的目标
 告诉大家一个好消息|用简单的语言解释科学道理|训练一个很小的语言模型|记录天气和温度的变化|练习说英语|讲述一段古老的历史|因为太累而早早休息|耐心等待最后的结果
 """
-SYSTEM_PROMPTS = ("你是一个乐于助人的助手。", "你是一个有礼貌的人工智能助手。", "请用中文回答问题。", "请认真回答用户的问题。")
+SYSTEM_PROMPTS = (
+    "你是一个乐于助人的助手。",
+    "你是一个有礼貌的人工智能助手。",
+    "请用中文回答问题。",
+    "请认真回答用户的问题。",
+)
 ONLY_NUMBER = "只回答数字。"
 DIGIT_WORDS = "零一二三四五六七八九十"
 WEEKDAYS = "一二三四五六日"
@@ -263,7 +270,9 @@ def ask_numeral(rng: random.Random) -> tuple[str, str]:
 def ask_english(rng: random.Random) -> tuple[str, str]:
     chinese, english = rng.choice(pairs(ENGLISH))
     if rng.random() < 0.5:
-        question = rng.choice(("“{}”用英语怎么说？", "{}的英文是什么？", "把“{}”翻译成英文", "翻译成英语：{}", "{}用英文怎么说？"))
+        question = rng.choice(
+            ("“{}”用英语怎么说？", "{}的英文是什么？", "把“{}”翻译成英文", "翻译成英语：{}", "{}用英文怎么说？")
+        )
         return question.format(chinese), english
     question = rng.choice(("{}是什么意思？", "“{}”的中文意思是什么？", "把“{}”翻译成中文", "翻译成中文：{}"))
     return question.format(english), chinese
@@ -275,7 +284,9 @@ def ask_antonym(rng: random.Random) -> tuple[str, str]:
     lefts, rights = zip(*pairs(ANTONYMS), strict=True)
     if (lefts + rights).count(right) == 1 and rng.random() < 0.5:
         left, right = right, left
-    question = rng.choice(("“{}”的反义词是什么？", "{}的反义词是什么？", "写出“{}”的反义词", "{}的反义词", "请说出{}的反义词。"))
+    question = rng.choice(
+        ("“{}”的反义词是什么？", "{}的反义词是什么？", "写出“{}”的反义词", "{}的反义词", "请说出{}的反义词。")
+    )
     return question.format(left), f"“{left}”的反义词是“{right}”。"
 
 
@@ -456,7 +467,9 @@ def is_han(character: str) -> bool:
 
 def characters_of(texts: list[str]) -> str:
     """Every Chinese character in use, once, in code-point order."""
-    return "".join(sorted({character for text in [COMMON_CHARACTERS, *texts] for character in text if is_han(character)}))
+    return "".join(
+        sorted({character for text in [COMMON_CHARACTERS, *texts] for character in text if is_han(character)})
+    )
 
 
 def train_tokenizer(texts: list[str], vocabulary_size: int) -> Any:
@@ -709,7 +722,9 @@ def main() -> None:
     parser.add_argument("--prompt-weight", type=float, default=0.2, help="loss share of questions (%(default)s)")
     parser.add_argument("--vocabulary-size", type=int, default=3000, help="with control tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="the sums' order, so the bytes, hang on it (%(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="the sums' order, so the bytes, hang on it (%(default)s)"
+    )
     options = parser.parse_args()
 
     import torch

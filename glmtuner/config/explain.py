@@ -27,7 +27,9 @@ def explain(error: BaseException) -> str:
 def _causes(error: BaseException | None):
     while error is not None:
         yield error
-        error = error.__cause__ or (error.__context__ if isinstance(error, (HydraException, OmegaConfBaseException)) else None)
+        error = error.__cause__ or (
+            error.__context__ if isinstance(error, (HydraException, OmegaConfBaseException)) else None
+        )
 
 
 def _omegaconf(error: OmegaConfBaseException) -> str:
@@ -75,7 +77,9 @@ def _first_paragraph(message: str) -> str:
     """The message's sentences on one line, without OmegaConf's key and type trailer and Hydra's advice to append."""
     lines = []
     for line in message.splitlines():
-        if line.strip().startswith(("full_key:", "object_type=", "reference_type=", "To append", "See https", "Set the env")):
+        if line.strip().startswith(
+            ("full_key:", "object_type=", "reference_type=", "To append", "See https", "Set the env")
+        ):
             continue
         if line.strip():
             lines.append(line.strip())

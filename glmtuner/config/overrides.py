@@ -85,7 +85,9 @@ def bracket_lists(words: Iterable[str], multirun: bool) -> list[str]:
                 rewritten.append(word)
                 continue
             items = [Override._get_value_element_as_str(item) for item in value.list]
-            rewritten.append(f"{key}={','.join(f'[{item}]' for item in items)}" if multirun else f"{key}=[{','.join(items)}]")
+            rewritten.append(
+                f"{key}={','.join(f'[{item}]' for item in items)}" if multirun else f"{key}=[{','.join(items)}]"
+            )
         elif isinstance(value, list) or value is None or raw.startswith("${"):
             rewritten.append(word)
         else:

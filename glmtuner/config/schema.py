@@ -126,9 +126,19 @@ class Data:
                 ("dev_ratio", self.dev_ratio, 0 <= self.dev_ratio < 1, "a share of the data in [0, 1)"),
                 ("max_source_length", self.max_source_length, self.max_source_length >= 8, "at least 8 tokens"),
                 ("max_target_length", self.max_target_length, self.max_target_length >= 2, "at least 2 tokens"),
-                ("max_samples", self.max_samples, self.max_samples is None or self.max_samples > 0, "1 or more, or null"),
+                (
+                    "max_samples",
+                    self.max_samples,
+                    self.max_samples is None or self.max_samples > 0,
+                    "1 or more, or null",
+                ),
                 ("max_bad_records", self.max_bad_records, self.max_bad_records >= 0, "0 or more"),
-                ("eval_num_beams", self.eval_num_beams, (self.eval_num_beams or 1) > 0, "1 or more, or null for greedy"),
+                (
+                    "eval_num_beams",
+                    self.eval_num_beams,
+                    (self.eval_num_beams or 1) > 0,
+                    "1 or more, or null for greedy",
+                ),
                 (
                     "preprocessing_num_workers",
                     self.preprocessing_num_workers,
@@ -224,7 +234,12 @@ class Generation:
                 ("num_beams", self.num_beams, self.num_beams >= 1, "1 or more"),
                 ("max_length", self.max_length, self.max_length >= 2, "2 tokens or more"),
                 ("max_new_tokens", self.max_new_tokens, (self.max_new_tokens or 1) >= 1, "1 or more, or null"),
-                ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0; 1 changes nothing"),
+                (
+                    "repetition_penalty",
+                    self.repetition_penalty,
+                    self.repetition_penalty > 0,
+                    "above 0; 1 changes nothing",
+                ),
             )
             if not fits
         ]

@@ -98,6 +98,9 @@ class Encoder:
     def _source_length(self, messages: Sequence[Message]) -> int:
         return self.template.encode(self.tokenizer, [messages])[0].source_length
 
+    def _fits(self, messages: Sequence[Message]) -> bool:
+        return self._source_length(messages) <= self.max_source_length
+
     def _shortened(self, messages: list[Message]) -> tuple[list[Message], int]:
         """The turns with a prompt that fits, and how many old question-answer pairs that cost.
 
@@ -106,28 +109,28 @@ class Encoder:
         """
         head = 1 if messages[0].role == "system" else 0
         pairs = (len(messages) - head - 2) // 2
-        fits = lambda turns: self._source_length(turns) <= self.max_source_length  # noqa: E731
-        dropped = first_that(pairs, lambda count: fits(messages[:head] + messages[head + 2 * count :]))
+        dropped = first_that(pairs, lambda count: self._fits(messages[:head] + messages[head + 2 * count :]))
         turns = messages[:head] + messages[head + 2 * dropped :]
-        if fits(turns):
-            return turns, dropped
-        for place in [head, 0] if head else [0]:
-            text = turns[place].content
-            with_text = (
-                lambda count, place=place, text=text: [  # noqa: E731
-                    *turns[:place],
-                    Message(turns[place].role, text[: len(text) - count]),
-                    *turns[place + 1 :],
-                ]
-            )
-            cut = first_that(len(text), lambda count, with_text=with_text: fits(with_text(count)))
-            turns = with_text(cut)
-            if fits(turns):
+        for place in (head, 0):
+            if self._fits(turns):
                 return turns, dropped
+            length = len(turns[place].content)
+            cut = first_that(
+                length, lambda count, turns=turns, place=place: self._fits(without_end(turns, place, count))
+            )
+            turns = without_end(turns, place, cut)
+        if self._fits(turns):
+            return turns, dropped
         raise ConfigError(
             f"data.max_source_length={self.max_source_length}: the template alone needs {self._source_length(turns)} tokens; "
             "type a larger data.max_source_length"
         )
+
+
+def without_end(turns: list[Message], place: int, count: int) -> list[Message]:
+    """The turns with the last `count` characters of one of them left out."""
+    text = turns[place].content
+    return [*turns[:place], Message(turns[place].role, text[: len(text) - count]), *turns[place + 1 :]]
 
 
 def first_that(most: int, holds: Any) -> int:

@@ -71,7 +71,11 @@ def lineage(path: str) -> list[Checkpoint]:
         return [mine]
     saved = OmegaConf.load(source / "config.yaml").model
     below = [checkpoint for earlier in saved.checkpoint_dir for checkpoint in lineage(earlier)]
-    if below and below[-1].kind == mine.kind and (mine.kind == PREFIX or (mine.kind == LORA and saved.resume_lora_training)):
+    if (
+        below
+        and below[-1].kind == mine.kind
+        and (mine.kind == PREFIX or (mine.kind == LORA and saved.resume_lora_training))
+    ):
         below.pop()
     return [*below, mine]
 
@@ -101,7 +105,11 @@ def attach(
             f"finetuning={method} cannot build on the prefix in {prefixes[0].folder}: a prefix has no weights to merge; "
             "type finetuning=p_tuning, with that checkpoint last"
         )
-    goes_on = last if last and (last.kind == PREFIX or (last.kind == LORA and method == "lora" and (resume_lora or not trains))) else None
+    goes_on = (
+        last
+        if last and (last.kind == PREFIX or (last.kind == LORA and method == "lora" and (resume_lora or not trains)))
+        else None
+    )
     for checkpoint in rest:
         if checkpoint is not goes_on:
             model = _merged(model, checkpoint)
@@ -127,7 +135,9 @@ def lora_settings(folder: Path) -> dict[str, Any]:
     saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     targets = saved["target_modules"]
     if isinstance(targets, str):
-        raise CheckpointError(f"{folder} names its targets by the pattern {targets!r}; adapters with a list of names are read")
+        raise CheckpointError(
+            f"{folder} names its targets by the pattern {targets!r}; adapters with a list of names are read"
+        )
     return {
         "lora_rank": saved["r"],
         "lora_alpha": float(saved["lora_alpha"]),

@@ -35,7 +35,9 @@ def save_tensors(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+    )
 
 
 def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
@@ -46,7 +48,9 @@ def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise CheckpointError(f"no {path.name} in {path.parent}; the checkpoint is not whole, use another one") from None
+        raise CheckpointError(
+            f"no {path.name} in {path.parent}; the checkpoint is not whole, use another one"
+        ) from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint") from None
 
@@ -70,10 +74,16 @@ def assign(parameters: "dict[str, torch.Tensor]", saved: "dict[str, torch.Tensor
     if missing or foreign or shapes:
         told = [
             f"{len(names)} {what} (such as {names[0]})"
-            for what, names in (("are missing", missing), ("belong to another model", foreign), ("have another shape", shapes))
+            for what, names in (
+                ("are missing", missing),
+                ("belong to another model", foreign),
+                ("have another shape", shapes),
+            )
             if names
         ]
-        raise CheckpointError(f"{folder} does not fit this model: of its parameters {', '.join(told)}; use another checkpoint")
+        raise CheckpointError(
+            f"{folder} does not fit this model: of its parameters {', '.join(told)}; use another checkpoint"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])

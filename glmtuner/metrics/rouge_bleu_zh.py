@@ -16,7 +16,9 @@ class RougeBleuZh(Metric):
         """The mean over all pairs of each score, itself rounded to four decimals as in CET; empty without pairs."""
         if not predictions:
             return {}
-        pairs = [pair_scores(prediction, reference) for prediction, reference in zip(predictions, references, strict=True)]
+        pairs = [
+            pair_scores(prediction, reference) for prediction, reference in zip(predictions, references, strict=True)
+        ]
         return {name: sum(pair[name] for pair in pairs) / len(pairs) for name in NAMES}
 
 

@@ -84,7 +84,11 @@ def family_from_structure(model: "nn.Module") -> Family:
             "declare the family in glmtuner/models/<family>.py and name it with model.family="
         )
     block = model.get_submodule(lists[0])[0]
-    linear = {path: path.rpartition(".")[2] for path, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    linear = {
+        path: path.rpartition(".")[2]
+        for path, module in block.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
     children = dict(block.named_children())
     attention_block = next((name for name in _ATTENTION_BLOCKS if name in children), "")
     mlp = next((name for name in _MLPS if name in children), "")

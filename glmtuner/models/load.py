@@ -47,7 +47,11 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     tokenizer = _from_hub(
         model,
         lambda: AutoTokenizer.from_pretrained(
-            source, use_fast=model.use_fast_tokenizer, trust_remote_code=False, padding_side="left", **hub_options(model)
+            source,
+            use_fast=model.use_fast_tokenizer,
+            trust_remote_code=False,
+            padding_side="left",
+            **hub_options(model),
         ),
     )
     if tokenizer.pad_token is None:
@@ -71,7 +75,12 @@ def load_model(model: Model, quant: Quant, device: "torch.device", compute_dtype
     loaded = _from_hub(
         model,
         lambda: AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, trust_remote_code=False, **hub_options(model), **quant.loading(device, compute_dtype)
+            source,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            **hub_options(model),
+            **quant.loading(device, compute_dtype),
         ),
     )
     if model.dtype is Dtype.auto and device.type == "cpu" and loaded.dtype == torch.float16:

@@ -176,7 +176,9 @@ class Plain(Template):
     name: str = "plain"
     stop: str = "eos"  # whatever the tokenizer calls it
     prefix: tuple[str, ...] = ()
-    words: dict[str, str] = field(default_factory=lambda: {"system": "System: ", "user": "User: ", "assistant": "Assistant:"})
+    words: dict[str, str] = field(
+        default_factory=lambda: {"system": "System: ", "user": "User: ", "assistant": "Assistant:"}
+    )
 
     def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
         text = ""
@@ -204,7 +206,10 @@ class TokenizersOwn(Template):
     def encode(self, tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
         rendered = [self._render(tokenizer, messages) for messages in conversations]
         tokens = tokenizer(
-            [text for text, _, _ in rendered], add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+            [text for text, _, _ in rendered],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
         )
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         encoded = []
@@ -213,7 +218,11 @@ class TokenizersOwn(Template):
                 ids, offsets = _encode_guarded(tokenizer, text, guarded)
             answers, stop = [], tokenizer.eos_token_id
             for start, end in spans:
-                inside = [place for place, (left, right) in enumerate(offsets) if left >= start and right <= end and right > left]
+                inside = [
+                    place
+                    for place, (left, right) in enumerate(offsets)
+                    if left >= start and right <= end and right > left
+                ]
                 if not inside:
                     continue
                 first, last = inside[0], inside[-1] + 1
@@ -303,7 +312,9 @@ def encode_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Ids of plain texts: nothing added, and nothing in them read as a control token."""
     if not texts:
         return []
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False).input_ids
+    return tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+    ).input_ids
 
 
 def control_id(tokenizer: Any, token: str, template: str) -> int:

@@ -27,7 +27,10 @@ class Datasets:
     def about(self) -> dict[str, Any]:
         """What provenance.json keeps."""
         found = {part.spec.name: part.about() for part in self.prepared}
-        return {name: {**kept, "share": round(self.shares[name], 6)} if name in self.shares else kept for name, kept in found.items()}
+        return {
+            name: {**kept, "share": round(self.shares[name], 6)} if name in self.shares else kept
+            for name, kept in found.items()
+        }
 
 
 @preset("stage", "sft")
@@ -39,7 +42,9 @@ class Sft(Stage):
         """The entries of all datasets that the run names; raises for an unknown name before anything is loaded."""
         from glmtuner.data import find
 
-        return {name: find(name, run.data.dataset_dir, catalogue) for name in (*run.data.dataset, *run.data.eval_dataset)}
+        return {
+            name: find(name, run.data.dataset_dir, catalogue) for name in (*run.data.dataset, *run.data.eval_dataset)
+        }
 
     def datasets(self, run: Run, specs: dict[str, DatasetSpec], template: Any, tokenizer: Any) -> Datasets:
         """The encoded records, split, mixed and checked: a dataset without a token to learn is refused."""
