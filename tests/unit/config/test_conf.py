@@ -1,0 +1,307 @@
+"""Every preset composes, keeps no default that its class has already, and says what the specification says."""
+
+import dataclasses
+import typing
+from enum import Enum
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from glmtuner.__main__ import _register
+from glmtuner.config.compose import compose
+from glmtuner.config.paths import PACKAGE_DATA, conf_dir
+from glmtuner.config.schema import (
+    SCHEMA_CLASSES,
+    Dtype,
+    LayerPart,
+    LossOn,
+    QuantizationType,
+    classes_of,
+    groups,
+)
+from glmtuner.data import find
+from glmtuner.errors import ConfigError
+
+_register()
+
+CONF = conf_dir()
+PRESETS = [
+    path
+    for path in sorted(CONF.rglob("*.yaml"))
+    if path.relative_to(CONF).parts[0] != "dataset" and path != CONF / "config.yaml"
+]
+DATASETS = sorted((CONF / "dataset").glob("*.yaml"))
+COMPANY = {  # what a preset needs beside itself
+    "model=causal_lm": ["model.model_name_or_path=x"],
+    "finetuning=none": ["trainer=evaluate"],
+}
+
+
+def word_of(path: Path) -> str:
+    group, *name = path.relative_to(CONF).with_suffix("").parts
+    return f"{group}={'/'.join(name)}"
+
+
+@pytest.fixture(scope="module")
+def default():
+    return compose([])
+
+
+def test_presets_and_datasets_were_found():
+    assert len(PRESETS) > 20 and len(DATASETS) > 50
+    assert {path.relative_to(CONF).parts[0] for path in PRESETS} >= {*groups(), "experiment"}
+    assert not list(CONF.rglob("*.yml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=word_of)
+def test_preset_composes(path):
+    word = word_of(path)
+    composed = compose([word, *COMPANY.get(word, [])])
+    group, _, name = word.partition("=")
+    assert name in (group, "default", composed.hydra.runtime.choices[group])
+    if group in SCHEMA_CLASSES:
+        assert type(getattr(composed.run, group)) is SCHEMA_CLASSES[group][name]
+
+
+@pytest.mark.parametrize("method", ["full", "freeze"])
+@pytest.mark.parametrize("quant", ["int4", "int8"])
+def test_methods_that_change_the_base_refuse_a_quantized_one(method, quant):
+    with pytest.raises(ConfigError, match=rf"quant={quant} .* finetuning={method} .*; type finetuning=lora, or quant="):
+        compose([f"finetuning={method}", f"quant={quant}"])
+    compose([f"finetuning={method}", f"quant={quant}", "trainer=evaluate"])
+
+
+def class_of(path: Path) -> type:
+    group, name = path.relative_to(CONF).with_suffix("").parts
+    owners = classes_of(group)
+    return owners.get(name) or owners[group]
+
+
+def default_values(cls: type) -> dict[str, object]:
+    """Name -> default, enums as their words."""
+    found = {}
+    for declared in dataclasses.fields(cls):
+        if declared.default_factory is not dataclasses.MISSING:
+            found[declared.name] = declared.default_factory()
+        elif declared.default is not dataclasses.MISSING:
+            found[declared.name] = declared.default.value if isinstance(declared.default, Enum) else declared.default
+    return found
+
+
+def repeated(values: dict[str, object], cls: type) -> list[str]:
+    defaults = default_values(cls)
+    return [key for key, value in values.items() if key in defaults and value == defaults[key]]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PRESETS if path.relative_to(CONF).parts[0] != "experiment"], ids=word_of
+)
+def test_preset_repeats_no_default(path):
+    assert repeated(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, class_of(path)) == []
+
+
+def test_experiments_repeat_no_default_either():
+    for path in sorted((CONF / "experiment").glob("*.yaml")):
+        for group, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+            if isinstance(values, dict):
+                classes = classes_of(group).values()
+                assert not any(repeated(values, cls) for cls in classes), f"{path.name}: {group}"
+
+
+def test_a_repeated_default_is_noticed():
+    data = classes_of("data")["data"]
+    assert repeated({"split": "train", "dev_ratio": 0.1, "loss_on": "every_answer"}, data) == ["split", "loss_on"]
+
+
+# The specification's tables: key, type, default with nothing typed. Where a preset must be chosen first, it stands in
+# front of the key's own table.
+MODEL = {
+    "model_name_or_path": (str, "THUDM/chatglm-6b"),
+    "config_name": (str | None, None),
+    "tokenizer_name": (str | None, None),
+    "cache_dir": (str | None, None),
+    "use_fast_tokenizer": (bool, True),
+    "model_revision": (str, "main"),
+    "use_auth_token": (bool, False),
+    "checkpoint_dir": (list[str], []),
+    "reward_model": (str | None, None),
+    "resume_lora_training": (bool, True),
+    "plot_loss": (bool, False),
+    "family": (str, "chatglm"),
+    "template": (str | None, None),
+    "dtype": (Dtype, "auto"),
+}
+QUANT = {
+    "quantization_bit": (int | None, None),
+    "quantization_type": (QuantizationType, "nf4"),
+    "double_quantization": (bool, True),
+}
+DATA = {
+    "dataset": (list[str], ["alpaca_zh"]),
+    "dataset_dir": (str, "data"),
+    "split": (str, "train"),
+    "overwrite_cache": (bool, False),
+    "preprocessing_num_workers": (int | None, None),
+    "max_source_length": (int, 512),
+    "max_target_length": (int, 512),
+    "max_samples": (int | None, None),
+    "eval_num_beams": (int | None, None),
+    "ignore_pad_token_for_loss": (bool, True),
+    "source_prefix": (str | None, None),
+    "dev_ratio": (float, 0.0),
+    "eval_dataset": (list[str], []),
+    "mix_probabilities": (list[float], []),
+    "loss_on": (LossOn, "every_answer"),
+    "packing": (bool, False),
+    "max_bad_records": (int, 0),
+}
+LORA = {
+    "finetuning_type": (str, "lora"),
+    "lora_rank": (int, 8),
+    "lora_alpha": (float, 32.0),
+    "lora_dropout": (float, 0.1),
+    "lora_target": (list[str], ["query_key_value"]),
+}
+FREEZE = {
+    "finetuning_type": (str, "freeze"),
+    "num_layer_trainable": (int, 3),
+    "name_module_trainable": (LayerPart, "mlp"),
+}
+P_TUNING = {
+    "finetuning_type": (str, "p_tuning"),
+    "pre_seq_len": (int, 64),
+    "prefix_projection": (bool, False),
+}
+GENERATION = {
+    "do_sample": (bool, True),
+    "temperature": (float, 0.95),
+    "top_p": (float, 0.7),
+    "top_k": (int, 50),
+    "num_beams": (int, 1),
+    "max_length": (int, 2048),
+    "max_new_tokens": (int | None, None),
+    "repetition_penalty": (float, 1.0),
+}
+TRAINER = {  # those that CET's page lists
+    "output_dir": (str | None, None),
+    "overwrite_output_dir": (bool, False),
+    "do_train": (bool, True),
+    "do_eval": (bool, False),
+    "do_predict": (bool, False),
+    "per_device_train_batch_size": (int, 8),
+    "per_device_eval_batch_size": (int, 8),
+    "gradient_accumulation_steps": (int, 1),
+    "learning_rate": (float, 5e-5),
+    "weight_decay": (float, 0.0),
+    "max_grad_norm": (float, 1.0),
+    "num_train_epochs": (float, 3.0),
+    "logging_steps": (float, 500),
+    "save_steps": (float, 500),
+    "no_cuda": (bool, False),
+    "fp16": (bool, False),
+    "predict_with_generate": (bool, False),
+    "seed": (int, 42),
+}
+WHOLE = [  # every key of these is in the specification
+    ("model", MODEL, []),
+    ("quant", QUANT, []),
+    ("data", DATA, []),
+    ("finetuning", LORA, []),
+    ("finetuning", FREEZE, ["finetuning=freeze"]),
+    ("finetuning", P_TUNING, ["finetuning=p_tuning"]),
+    ("finetuning", {"finetuning_type": (str, "full")}, ["finetuning=full"]),
+    ("finetuning", {"finetuning_type": (str, "none")}, ["finetuning=none", "trainer=evaluate"]),
+    ("generation", GENERATION, []),
+]
+
+
+@pytest.mark.parametrize(("group", "table", "words"), WHOLE, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_group_has_the_keys_types_and_defaults_of_the_specification(group, table, words):
+    composed = compose(words)
+    hints = typing.get_type_hints(type(getattr(composed.run, group)))
+    values = OmegaConf.to_container(composed.config[group], enum_to_str=True)
+    assert values == {key: default for key, (_, default) in table.items()}
+    assert {key: hints[key] for key in table} == {key: kind for key, (kind, _) in table.items()}
+
+
+def test_trainer_has_the_defaults_of_the_specification(default):
+    hints = typing.get_type_hints(type(default.run.trainer))
+    assert {key: default.config.trainer[key] for key in TRAINER} == {key: value for key, (_, value) in TRAINER.items()}
+    assert {key: hints[key] for key in TRAINER} == {key: kind for key, (kind, _) in TRAINER.items()}
+
+
+def test_the_root_has_name_and_objective(default):
+    assert (default.run.name, default.run.objective) == (None, None)
+    assert {*default.config} - {*groups()} == {"name", "objective"}
+
+
+@pytest.mark.parametrize(
+    ("word", "changed"),
+    [
+        ("quant=int8", {"quant.quantization_bit": 8}),
+        ("quant=int4", {"quant.quantization_bit": 4}),
+        ("trainer=evaluate", {"trainer.do_train": False, "trainer.do_eval": True}),
+        (
+            "trainer=predict",
+            {"trainer.do_train": False, "trainer.do_predict": True, "trainer.predict_with_generate": True},
+        ),
+        ("generation=greedy", {"generation.do_sample": False, "generation.temperature": 1.0, "generation.top_p": 1.0}),
+    ],
+)
+def test_a_preset_changes_what_it_is_for_and_nothing_else(default, word, changed):
+    composed = compose([word])
+    before, after = (
+        {f"{group}.{key}": value for group in groups() for key, value in OmegaConf.to_container(config[group]).items()}
+        for config in (default.config, composed.config)
+    )
+    assert {key: value for key, value in after.items() if value != before[key]} == changed
+
+
+@pytest.mark.parametrize(
+    ("group", "chosen", "presets"),
+    [
+        (
+            "model",
+            "chatglm_6b",
+            "chatglm_6b chatglm2_6b chatglm2_6b_32k chatglm3_6b chatglm3_6b_32k glm4_9b_chat glm4_9b_chat_hf glm4_9b_0414 "
+            "glm4_32b_0414 tiny_glm causal_lm",
+        ),
+        ("quant", "none", "none int8 int4"),
+        ("data", "default", "default"),
+        ("finetuning", "lora", "lora freeze p_tuning full none"),
+        ("stage", "sft", "sft"),
+        ("trainer", "train", "train evaluate predict"),
+        ("metric", "rouge_bleu_zh", "rouge_bleu_zh none"),
+        ("generation", "default", "default greedy"),
+        ("tracker", "wandb", "wandb tensorboard none"),
+        ("experiment", None, "quickstart"),
+    ],
+)
+def test_a_group_offers_the_presets_of_the_specification(default, group, chosen, presets):
+    assert default.hydra.runtime.choices[group] == chosen
+    assert {path.stem for path in (CONF / group).glob("*.yaml")} >= {*presets.split()}
+
+
+@pytest.mark.parametrize(
+    ("model", "target"), [("chatglm2_6b", ["query_key_value"]), ("glm4_9b_0414", ["q_proj", "k_proj", "v_proj"])]
+)
+def test_the_resolved_config_shows_the_names_of_the_family_s_attention_projections(model, target):
+    assert compose([f"model={model}"]).run.finetuning.lora_target == target
+
+
+def test_an_experiment_wins_over_presets_and_the_command_line_over_the_experiment():
+    assert compose(["experiment=quickstart"]).run.trainer.learning_rate == 5e-3
+    typed = compose(["experiment=quickstart", "trainer.learning_rate=1e-3", "model=glm4_9b_0414", "finetuning.lora_target=q_proj"])
+    assert (typed.run.trainer.learning_rate, typed.run.model.family) == (1e-3, "glm4")
+    assert typed.run.finetuning.lora_target == ["q_proj"]
+
+
+@pytest.mark.parametrize("path", DATASETS, ids=lambda path: path.stem)
+def test_catalogue_entry_loads(path, tmp_path):
+    spec = find(path.stem, tmp_path, [CONF / "dataset"])
+    assert spec.kind == "catalogue" and spec.origin == str(path)
+    assert spec.columns and spec.description
+    if spec.name.endswith("_sample"):
+        assert (PACKAGE_DATA / spec.file_name).is_file()

@@ -1,0 +1,152 @@
+"""Imports point down only, and nothing heavy is imported before a run is known to be valid."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+RANK = {
+    "errors": 0,
+    **dict.fromkeys(("config", "console"), 1),
+    **dict.fromkeys(("data", "metrics", "models", "quant", "trackers", "prefix", "run_folder"), 2),
+    **dict.fromkeys(("report", "finetuning", "generate", "preflight"), 3),
+    "trainer": 4,
+    "stages": 5,
+    "launch": 6,
+    "sweep": 7,
+    "__main__": 8,
+}
+HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib", "rich", "pandas"}
+SPY = """\
+import sys
+from glmtuner.__main__ import main
+code = main(sys.argv[1:])
+print("LOADED", code, *{name.partition(".")[0] for name in sys.modules})
+"""
+
+
+def annotations_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def walk(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node that runs, inside functions too; what stands under `if TYPE_CHECKING:` does not run."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if annotations_only(child):
+            for other in child.orelse:
+                yield from walk(other)
+        else:
+            yield from walk(child)
+
+
+def imported_parts(source: str) -> Iterator[str]:
+    """The top-level parts of glmtuner that a module imports: `a` of `glmtuner.a.b`, in all forms of the statement."""
+    for node in walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in dotted:
+            package, _, rest = name.partition(".")
+            if package == "glmtuner" and rest and not rest.startswith("__version__"):
+                yield rest.partition(".")[0]
+
+
+def part_of(path: Path, package: Path) -> str:
+    return path.relative_to(package).with_suffix("").parts[0]
+
+
+def edges(package: Path) -> list[tuple[str, str]]:
+    """(importer, imported) of every import between parts."""
+    return [
+        (part_of(path, package), part)
+        for path in sorted(package.rglob("*.py"))
+        for part in imported_parts(path.read_text(encoding="utf-8"))
+    ]
+
+
+def wrong_way(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Imports that do not point down; siblings of one rank do not import each other either."""
+    return sorted({(a, b) for a, b in found if a != b and RANK[b] >= RANK[a]})
+
+
+def test_imports_point_down():
+    found = edges(ROOT / "glmtuner")
+    assert {("__main__", "launch"), ("launch", "finetuning"), ("finetuning", "prefix"), ("sweep", "stages")} <= {*found}
+    assert wrong_way(found) == []
+
+
+def test_every_part_has_a_rank():
+    package = ROOT / "glmtuner"
+    parts = {part_of(path, package) for path in package.rglob("*.py")} - {"__init__", "assets"}
+    assert parts == RANK.keys()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import glmtuner.launch",
+        "import glmtuner.launch as run",
+        "from glmtuner import launch",
+        "from glmtuner.launch import launch",
+        "def late():\n    from glmtuner.launch import launch",
+        "class A:\n    def late(self):\n        if self:\n            import glmtuner.launch",
+        "if TYPE_CHECKING:\n    pass\nelse:\n    import glmtuner.launch",
+    ],
+)
+def test_the_walk_sees_every_form_of_an_upward_import(line, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "encode.py").write_text(line, encoding="utf-8")
+    assert wrong_way(edges(tmp_path)) == [("data", "launch")]
+
+
+def test_the_walk_refuses_siblings_and_leaves_annotations_alone(tmp_path):
+    (tmp_path / "quant.py").write_text("from glmtuner.models.family import Family", encoding="utf-8")
+    (tmp_path / "prefix.py").write_text(
+        "if TYPE_CHECKING:\n    from glmtuner.models.family import Family", encoding="utf-8"
+    )
+    assert wrong_way(edges(tmp_path)) == [("quant", "models")]
+
+
+def modules_loaded_by(folder: Path, *words: str) -> tuple[int, set[str]]:
+    """Exit code and top-level modules of a child that ran these words."""
+    done = subprocess.run(
+        [sys.executable, "-c", SPY, *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    last = done.stdout.splitlines()[-1].split()
+    assert last[0] == "LOADED", done.stderr
+    return int(last[1]), set(last[2:])
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (0, ["--help"]),
+        (0, ["--version"]),
+        (0, ["--cfg", "job", "--resolve"]),
+        (2, ["finetuning.lora_rnk=4"]),
+        (2, ["finetuning=full", "quant=int4"]),
+        (2, ["data.dataset=no_such_set"]),
+        (2, ["model.checkpoint_dir=no_such_folder"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_nothing_heavy_is_loaded_before_a_run_is_valid(tmp_path, code, words):
+    found, modules = modules_loaded_by(tmp_path, *words)
+    assert found == code
+    assert "glmtuner" in modules and not modules & HEAVY
+    assert list(tmp_path.iterdir()) == []
