@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -74,7 +75,7 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
     describe(folder, composed, family, template, model_config, data, resumes)
     arguments = training_arguments(run, folder, model)
     show_plan(run, folder, model, data, arguments, device)
-    reports = run.tracker.start(run, folder)
+    reports = run.tracker.start(run, folder.path)
     trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments, reports)
     metrics: dict[str, float] = {}
     if run.trainer.do_train:
@@ -144,6 +145,8 @@ def quieten_libraries() -> None:
     """Progress and our own lines only; the libraries' chatter about what works as intended is left out."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels it can do without
+    # PEFT still uses names that transformers renamed
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     import datasets
     import transformers
 
@@ -531,7 +534,7 @@ def finish(run: Run, folder: RunFolder, trainer: "GlmTrainer", metrics: dict[str
 
     if run.model.plot_loss and run.trainer.do_train:
         draw_loss(folder)
-    closing = run.tracker.finish(folder)
+    closing = run.tracker.finish(folder.path)
     write_report(folder, metrics)
     write_json(folder / METRICS, metrics)
     show_results(folder)

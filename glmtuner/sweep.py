@@ -40,7 +40,6 @@ def sweep_words(words: Sequence[str]) -> list[str]:
     unswept = [override.key_or_group for override in overrides if not override.is_sweep_override()]
     where = {
         "hydra.sweep.dir": root,
-        "hydra.sweep.subdir": "${job_slug:${hydra.job.override_dirname}}",
         "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(unswept)}]",
     }
     return [*kept, *(f"{key}={value}" for key, value in where.items() if key not in typed)]

@@ -2,6 +2,7 @@
 
 import netrc
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -28,7 +29,7 @@ class Wandb(Tracker):
         logs = folder / "wandb"
         logs.mkdir(parents=True, exist_ok=True)
         remembered = logs / "run_id.txt"
-        run_id = remembered.read_text(encoding="utf-8").strip() if remembered.is_file() else wandb.util.generate_id()
+        run_id = remembered.read_text(encoding="utf-8").strip() if remembered.is_file() else secrets.token_hex(4)
         remembered.write_text(run_id, encoding="utf-8")
         wandb.init(
             project=self.project,

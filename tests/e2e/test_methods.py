@@ -1,0 +1,104 @@
+"""Every fine-tuning preset trains the shipped model through the command line, and its folder alone predicts again."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from glmtuner.config.compose import presets
+from glmtuner.config.paths import conf_dir
+
+RATES = {"lora": 3e-3, "freeze": 1e-3, "p_tuning": 1e-2, "full": 1e-3}
+EXTRA = {"p_tuning": ["finetuning.prefix_projection=true"]}
+METHODS = [name for name in presets([conf_dir()])["finetuning"] if name != "none"]
+
+
+def test_every_method_is_tried() -> None:
+    assert sorted(RATES) == sorted(METHODS)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_and_predicts(glmtuner: Callable, tmp_path: Path, method: str, checkpointing: str) -> None:
+    done = glmtuner(
+        "model=tiny_glm", "tracker=none", f"finetuning={method}", "data.dataset=alpaca_zh_sample,belle_sample",
+        "data.eval_dataset=identity_sample", "data.max_samples=40", "data.max_target_length=24", "trainer.max_steps=24",
+        "trainer.logging_steps=4", f"trainer.learning_rate={RATES[method]}", f"trainer.gradient_checkpointing={checkpointing}",
+        "trainer.do_predict=true", "trainer.predict_with_generate=true", "trainer.per_device_eval_batch_size=40",
+        "trainer.output_dir=run", "trainer.disable_tqdm=true", *EXTRA.get(method, []),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [line["loss"] for line in lines(tmp_path / "run/history.jsonl")]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    trained = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert trained["train_loss"] > 0
+    assert "alpaca_zh_sample: 40 records" in done.stdout
+    assert "belle_sample: 40 records" in done.stdout
+    if checkpointing == "true":
+        return
+    again = glmtuner(
+        "trainer=predict", "model.checkpoint_dir=run", "tracker=none", "data.dataset=identity_sample", "data.max_samples=40",
+        "data.max_target_length=24", "trainer.per_device_eval_batch_size=40", "trainer.output_dir=predicted",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert lines(tmp_path / "predicted/predictions.jsonl") == lines(tmp_path / "run/predictions.jsonl")
+    scored = json.loads((tmp_path / "predicted/metrics.json").read_text())
+    assert {name: value for name, value in trained.items() if name.startswith("predict_")} == scored
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(glmtuner: Callable, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2), ("d", 3)):
+        done = glmtuner(
+            "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "trainer.max_steps=4", "trainer.logging_steps=1",
+            f"trainer.seed={seed}", f"trainer.output_dir={name}", "trainer.save_strategy=no", "trainer.disable_tqdm=true",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    written = {name: (tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in "abcd"}
+    assert written["a"] == written["b"]
+    assert len(set(written.values())) == 3
+
+
+def test_accumulation_equals_the_big_batch(glmtuner: Callable, tmp_path: Path) -> None:
+    for name, batch, accumulation in (("big", 8, 1), ("small", 2, 4)):
+        done = glmtuner(
+            "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "trainer.max_steps=6", "trainer.logging_steps=1",
+            "finetuning.lora_dropout=0", f"trainer.per_device_train_batch_size={batch}", "trainer.learning_rate=1e-3",
+            f"trainer.gradient_accumulation_steps={accumulation}", f"trainer.output_dir={name}", "trainer.disable_tqdm=true",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    big, small = (lines(tmp_path / name / "history.jsonl") for name in ("big", "small"))
+    assert [line["loss"] for line in small] == pytest.approx([line["loss"] for line in big], abs=2e-5)
+    assert [line["grad_norm"] for line in small] == pytest.approx([line["grad_norm"] for line in big], rel=1e-3)
+
+
+def test_a_lora_goes_on_or_is_merged(glmtuner: Callable, tmp_path: Path) -> None:
+    words = [
+        "tracker=none", "data.dataset=belle_sample", "data.max_samples=16", "trainer.max_steps=2", "trainer.logging_steps=1",
+        "trainer.save_strategy=no", "trainer.learning_rate=1e-2", "trainer.disable_tqdm=true", "finetuning.lora_dropout=0",
+    ]  # fmt: skip
+    first = glmtuner("model=tiny_glm", *words, "trainer.output_dir=first", "finetuning.lora_rank=4")
+    assert first.returncode == 0, first.stderr
+    on = glmtuner(*words, "model.checkpoint_dir=first", "trainer.output_dir=on")
+    new = glmtuner(*words, "model.checkpoint_dir=first", "trainer.output_dir=new", "model.resume_lora_training=false")
+    assert on.returncode == new.returncode == 0, on.stderr + new.stderr
+    went_on, started_new = (lines(tmp_path / name / "history.jsonl") for name in ("on", "new"))
+    assert went_on[0]["loss"] == pytest.approx(started_new[0]["loss"], abs=1e-4)  # both start from the first run's model
+    rank = json.loads((tmp_path / "on/adapter/adapter_config.json").read_text())["r"]
+    assert rank == 4, "the checkpoint's own rank is kept"
+    predicted = {}
+    for name, checkpoints in (("on", "on"), ("new", "new"), ("both", "first,on")):
+        done = glmtuner(
+            "trainer=evaluate", f"model.checkpoint_dir={checkpoints}", "tracker=none", "data.dataset=belle_sample",
+            "data.max_samples=16", f"trainer.output_dir=eval_{name}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        predicted[name] = json.loads((tmp_path / f"eval_{name}/metrics.json").read_text())["eval_loss"]
+    assert predicted["on"] < went_on[0]["loss"]
+    assert predicted["new"] < started_new[0]["loss"]
+    assert predicted["both"] != predicted["on"]

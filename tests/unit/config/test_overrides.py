@@ -1,0 +1,365 @@
+"""What was typed: commas, quotes, words that live elsewhere, wrong presets and values, combinations that cannot meet."""
+
+import re
+
+import pytest
+
+from glmtuner.__main__ import _register
+from glmtuner.config.compose import check_sweep, compose, presets
+from glmtuner.config.overrides import MOVED, bracket_lists, check_words, parse
+from glmtuner.config.paths import conf_dir
+from glmtuner.config.schema import legal_keys, list_keys
+from glmtuner.errors import CheckpointError, ConfigError, did_you_mean, nearest
+
+_register()
+
+PRESETS = presets([conf_dir()])
+LISTS = ["data.dataset", "data.eval_dataset", "finetuning.lora_target", "model.checkpoint_dir"]
+
+
+def refused(*words: str, sweep: bool = False) -> str:
+    """The message that these words get."""
+    with pytest.raises(ConfigError) as caught:
+        check_sweep(words) if sweep else compose(words)
+    return str(caught.value)
+
+
+def value_of(run: object, key: str) -> object:
+    for name in key.split("."):
+        run = getattr(run, name)
+    return run
+
+
+# Commas: "and" in a run, "each" in a sweep; brackets are always "and"
+
+
+@pytest.mark.parametrize("key", LISTS)
+@pytest.mark.parametrize(
+    ("typed", "single", "sweep"),
+    [
+        ("a", "[a]", "[a]"),
+        ("a,b", "[a,b]", "[a],[b]"),
+        ("[a,b]", "[a,b]", "[a,b]"),
+        ("[a,b],[c]", "[a,b],[c]", "[a,b],[c]"),  # which only a sweep can mean
+        ("a,b,c", "[a,b,c]", "[a],[b],[c]"),
+        ("a, b", "[a,b]", "[a],[b]"),
+        ("choice(a,b)", "[a,b]", "[a],[b]"),
+        ('"a,b"', '["a,b"]', '["a,b"]'),
+        ("'a,b',c", "['a,b',c]", "['a,b'],[c]"),
+        ("a/b.json", "[a/b.json]", "[a/b.json]"),
+        ("[]", "[]", "[]"),
+        ("", "[]", "[]"),
+        ("${name}", "${name}", "${name}"),
+    ],
+)
+def test_the_comma_rule(key, typed, single, sweep):
+    assert bracket_lists([f"{key}={typed}"], multirun=False) == [f"{key}={single}"]
+    assert bracket_lists([f"{key}={typed}"], multirun=True) == [f"{key}={sweep}"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "single", "sweep"), [("1", "[1]", "[1]"), ("0.5,0.5", "[0.5,0.5]", "[0.5],[0.5]"), ("[0.5,0.5]",) * 3]
+)
+def test_the_comma_rule_for_numbers(typed, single, sweep):
+    key = "data.mix_probabilities"
+    assert bracket_lists([f"{key}={typed}"], multirun=False) == [f"{key}={single}"]
+    assert bracket_lists([f"{key}={typed}"], multirun=True) == [f"{key}={sweep}"]
+
+
+def test_brackets_are_added_once_and_only_to_lists():
+    words = ["data.dataset=a,b", "finetuning=lora,freeze", "trainer.learning_rate=1e-3,1e-4", "name=a", "+data.dataset=a,b"]
+    settled = bracket_lists(words, multirun=False)
+    assert settled == ["data.dataset=[a,b]", *words[1:4], "+data.dataset=[a,b]"]
+    assert bracket_lists(settled, multirun=False) == settled
+
+
+def test_the_comma_lists_of_the_specification_are_lists():
+    assert {*LISTS, "data.mix_probabilities"} <= list_keys()
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("a", ["a"]),
+        ("a,b", ["a", "b"]),
+        ("[a,b]", ["a", "b"]),
+        ('"a,b"', ["a,b"]),
+        ("'a, b'", ["a, b"]),
+        ("'a,b',c", ["a,b", "c"]),
+        (r"c\ d.json", ["c d.json"]),
+        ("c d.json,e f.json", ["c d.json", "e f.json"]),
+    ],
+)
+@pytest.mark.parametrize("key", ["data.dataset", "finetuning.lora_target"])
+def test_the_run_has_the_list_that_was_meant(key, typed, meant):
+    assert value_of(compose([f"{key}={typed}"]).run, key) == meant
+
+
+def test_checkpoints_and_shares_are_lists_too(tmp_path):
+    one, two = (tmp_path / name for name in ("one", "two"))
+    one.mkdir(), two.mkdir()
+    run = compose([f"model.checkpoint_dir={one},{two}", "data.dataset=a,b", "data.mix_probabilities=0.25,0.75"]).run
+    assert run.model.checkpoint_dir == [str(one), str(two)]
+    assert run.data.mix_probabilities == [0.25, 0.75]
+
+
+def test_two_mixes_in_one_run_need_a_sweep():
+    assert "--multirun" in refused("data.dataset=[a,b],[c]")
+    assert check_sweep(["data.dataset=[a,b],[c]"]) == ["data.dataset=[a,b],[c]"]
+
+
+def test_every_job_of_a_sweep_is_composed():
+    settled = check_sweep(["data.dataset=a,b", "finetuning=lora,freeze", "trainer.learning_rate=1e-3,1e-4"])
+    assert settled == ["data.dataset=[a],[b]", "finetuning=lora,freeze", "trainer.learning_rate=1e-3,1e-4"]
+    assert "data.dev_ratio=1.0: a share" in refused("data.dev_ratio=0.1,1", sweep=True)
+    assert "quant=int4 stores frozen" in refused("finetuning=lora,full", "quant=none,int4", sweep=True)
+    assert "did you mean 'freeze'?" in refused("finetuning=lora,freze", sweep=True)
+
+
+@pytest.mark.parametrize("words", ["finetuning=lora,freeze", "trainer.learning_rate=1e-3,1e-4", "name=a,b"])
+def test_several_values_of_no_list_are_a_sweep(words):
+    told = refused(words)
+    assert told.startswith(f"{words}: several ") and "type -m before them" in told
+
+
+# Words that cannot be read, or stand elsewhere
+
+
+@pytest.mark.parametrize("key", ["data.datset", "data.datast", "dat.dataset", "finetuning.lora_targt", "model.checkpont_dir"])
+@pytest.mark.parametrize("sweep", [False, True])
+def test_a_misspelt_list_key_with_a_comma_is_a_misspelt_key(key, sweep):
+    told = refused(f"{key}=a,b", sweep=sweep)
+    assert told.startswith(f"unknown key '{key}'; did you mean '")
+    assert "ambiguous" not in told.lower() and "multirun" not in told
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("--lora_rank=4", "unknown option '--lora_rank=4': .* type finetuning.lora_rank=…"),
+        ("--nonsense", "unknown option '--nonsense': .*--help"),
+        ("data.dataset", "'data.dataset' has no '=': values are given as key=value"),
+        ("data.dataset=[a", r"'data.dataset=\[a' cannot be read .*; quote text"),
+        ("data.dataset=a,,b", "'data.dataset=a,,b' cannot be read .*; quote text"),
+        ("name=a=b", "'name=a=b' cannot be read .*; quote text"),
+        ("lora_rank=4", "unknown key 'lora_rank': it belongs to finetuning; type finetuning.lora_rank=…"),
+        ("num_train_epochs=4", "unknown key 'num_train_epochs': it belongs to trainer; type trainer.num_train_epochs=…"),
+        ("nonsense=4", "unknown key 'nonsense'; the groups are data, experiment, .*--help"),
+        ("trainer.nonsense.deep=4", "unknown key 'trainer.nonsense.deep'"),
+    ],
+)
+def test_words_that_cannot_be_read_say_what_to_type(word, told):
+    assert re.match(told, refused(word))
+
+
+@pytest.mark.parametrize("key", sorted(MOVED))
+def test_a_word_of_other_tools_is_answered_with_ours(key):
+    value = "4"
+    told = refused(f"{key}={value}")
+    assert told.startswith(f"{key}={value} is no key here: ") and "{" not in told
+    advised = re.findall(r"type ([\w./]+)=", told)
+    assert advised or "leave it out" in told
+    for word in advised:
+        assert word in legal_keys() or word in PRESETS, told
+        assert word not in MOVED
+
+
+def test_moved_words_keep_what_was_typed():
+    assert refused("finetuning.finetuning_type=freeze").endswith("type finetuning=freeze")
+    assert refused("dataset=a,b").endswith("type data.dataset=a,b")
+    assert refused("trainer.generation_num_beams=4").endswith("type data.eval_num_beams=4")
+    assert "type quant=int4, quant=int8 or quant=none" in refused("model.quantization_bit=4")
+
+
+def test_all_wrong_words_are_told_at_once():
+    told = refused("trainer.learning_rat=1", "finetuning=lorra", "data.dataset=a", "seed=3")
+    assert len(told.split("; also: ")) == 3
+    for part in ("unknown key 'trainer.learning_rat'", "finetuning=lorra", "seed=3 is no key here"):
+        assert part in told
+
+
+# Groups and presets
+
+
+@pytest.mark.parametrize(
+    ("words", "home", "here"),
+    [
+        (["finetuning.num_layer_trainable=2"], "freeze", "lora"),
+        (["finetuning=freeze", "finetuning.lora_rank=4"], "lora", "freeze"),
+        (["finetuning=full", "finetuning.pre_seq_len=4"], "p_tuning", "full"),
+        (["finetuning=none", "trainer=evaluate", "finetuning.lora_dropout=0"], "lora", "none"),
+    ],
+)
+def test_a_key_of_another_method(words, home, here):
+    key = words[-1].partition("=")[0]
+    told = refused(*words)
+    assert told.startswith(f"unknown key '{key}': it belongs to finetuning={home}, and this run has finetuning={here}; ")
+    assert f"type finetuning={home}, or leave {key.partition('.')[2]} out" in told
+
+
+@pytest.mark.parametrize("group", sorted(PRESETS))
+def test_a_wrong_preset_lists_all_of_its_group(group):
+    told = refused(f"{group}=zzzzzzzzzz")
+    assert told.startswith(f"{group}=zzzzzzzzzz: no {group} preset of that name; legal: ")
+    assert told.partition("legal: ")[2].split(", ") == PRESETS[group]
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [
+        ("finetuning=lorra", "'lora'"),
+        ("model=chatglm4_6b", "'chatglm2_6b' or 'chatglm3_6b' or 'chatglm_6b'"),
+        ("quant=int9", "'int4' or 'int8'"),
+        ("trainer=predikt", "'predict'"),
+    ],
+)
+def test_ties_name_all_the_nearest(typed, near):
+    assert f"did you mean {near}? legal: " in refused(typed)
+
+
+def test_nearest_counts_a_swap_as_one_edit_and_keeps_ties():
+    assert nearest("lroa", ["lora", "lra", "full"]) == ["lora", "lra"]
+    assert nearest("int9", ["int4", "int8", "none"]) == ["int4", "int8"]
+    assert nearest("zzzzzz", ["lora"]) == []
+    assert did_you_mean("zzzzzz", ["lora"], "legal: lora") == "; legal: lora"
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("trainer.learning_rate=abc", "expected a number"),
+        ("trainer.fp16=maybe", "expected true or false"),
+        ("data.max_samples=1.5", "expected a whole number or null"),
+        ("data.max_target_length=many", "expected a whole number"),
+        ("trainer.num_train_epochs=three", "expected a number"),
+        ("finetuning.lora_rank=big", "expected a whole number"),
+        ("data.loss_on=every_answers", "no such value; did you mean 'every_answer'? legal: every_answer, last_answer"),
+        ("model.dtype=float61", "no such value; did you mean 'float16'? legal: auto, float32, float16, bfloat16"),
+        ("quant.quantization_type=nf8", "no such value; did you mean 'nf4'? legal: nf4, fp4"),
+    ],
+)
+def test_a_value_of_the_wrong_type(word, told):
+    assert refused(word) == f"{word}: {told}"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data.dataset=[]"], "data.dataset=[]: name at least one dataset"),
+        (["data.dev_ratio=1"], "data.dev_ratio=1.0: a share of the data in [0, 1)"),
+        (["data.dev_ratio=-0.1"], "data.dev_ratio=-0.1: a share of the data in [0, 1)"),
+        (["data.max_samples=0"], "data.max_samples=0: 1 or more, or null"),
+        (["data.max_source_length=2"], "data.max_source_length=2: at least 8 tokens"),
+        (["data.max_bad_records=-1"], "data.max_bad_records=-1: 0 or more"),
+        (
+            ["data.mix_probabilities=0.5", "data.dataset=a,b"],
+            "data.mix_probabilities=[0.5]: 1 shares for the 2 datasets [a,b]; give one share a dataset",
+        ),
+        (
+            ["data.mix_probabilities=0.5,0.6", "data.dataset=a,b"],
+            "data.mix_probabilities=[0.5,0.6]: shares are above 0 and sum to 1; these sum to 1.1",
+        ),
+        (["data.mix_probabilities=1,0", "data.dataset=a,b"], "data.mix_probabilities=[1.0,0.0]: shares are above 0"),
+        (["finetuning.lora_rank=0"], "finetuning.lora_rank=0: a rank is at least 1"),
+        (["finetuning.lora_alpha=0"], "finetuning.lora_alpha=0.0: above 0"),
+        (["finetuning.lora_dropout=1"], "finetuning.lora_dropout=1.0: a share in [0, 1)"),
+        (["finetuning=freeze", "finetuning.num_layer_trainable=0"], "finetuning.num_layer_trainable=0 trains nothing; type 3"),
+        (["finetuning=freeze", "finetuning.name_module_trainable=qkvs"], "did you mean 'qkv'? legal: mlp, qkv"),
+        (["finetuning=p_tuning", "finetuning.pre_seq_len=0"], "finetuning.pre_seq_len=0: a prefix has at least 1 token"),
+        (["generation.top_p=2", "generation.top_k=-1"], "generation.top_p=2.0: in (0, 1]; generation.top_k=-1: 0 or more"),
+        (["trainer.learning_rate=-1"], "trainer.learning_rate=-1.0: 0 or more"),
+        (["trainer.per_device_train_batch_size=0"], "trainer.per_device_train_batch_size=0: 1 or more"),
+        (["trainer.num_train_epochs=0"], "trainer.num_train_epochs=0.0: above 0"),
+        (["trainer.seed=-1"], "trainer.seed=-1: 0 to 4294967295"),
+        (["model=causal_lm"], "model.model_name_or_path has no value yet; type model.model_name_or_path=…"),
+        (["model.family=glm5"], "no model family named 'glm5'; did you mean 'glm' or 'glm4'?"),
+    ],
+)
+def test_a_value_out_of_range(words, told):
+    assert told in refused(*words)
+
+
+def test_a_checkpoint_that_is_not_there():
+    with pytest.raises(CheckpointError, match=r"model\.checkpoint_dir=nowhere: no such folder; name a run folder"):
+        compose(["model.checkpoint_dir=nowhere"])
+
+
+# Combinations that cannot meet
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["quant=int4", "finetuning=full"], ["quant=int4", "finetuning=full", "type finetuning=lora, or quant=none"]),
+        (["quant=int8", "finetuning=freeze"], ["quant=int8", "finetuning=freeze", "type finetuning=lora, or quant=none"]),
+        (
+            ["quant=int8", "finetuning=p_tuning", "trainer.fp16=true"],
+            ["trainer.fp16=true with quant=int8 and finetuning=p_tuning", "type trainer.fp16=false"],
+        ),
+        (
+            ["trainer.do_train=false", "trainer.do_predict=true"],
+            [
+                "trainer.do_predict=true without trainer.predict_with_generate=true",
+                "type trainer.predict_with_generate=true, or trainer=evaluate",
+            ],
+        ),
+        (
+            ["trainer=predict", "trainer.predict_with_generate=false"],
+            ["trainer.do_predict=true without trainer.predict_with_generate=true", "type trainer.predict_with_generate=true"],
+        ),
+        (
+            ["finetuning=none"],
+            ["finetuning=none trains nothing and trainer.do_train=true", "type trainer=evaluate or trainer=predict"],
+        ),
+        (
+            ["trainer.do_train=false"],
+            ["nothing to do: trainer.do_train, trainer.do_eval and trainer.do_predict are all false", "type trainer=train"],
+        ),
+        (["trainer.do_eval=true"], ["evaluation after training", "type data.dev_ratio=0.1, or data.eval_dataset="]),
+        (["trainer.eval_strategy=steps"], ["evaluation after training", "type data.dev_ratio=0.1"]),
+        (["trainer.eval_on_start=true"], ["evaluation after training", "type data.dev_ratio=0.1"]),
+        (
+            ["data.dev_ratio=0.1", "data.eval_dataset=x"],
+            ["data.dev_ratio=0.1 with data.eval_dataset=[x]", "choose one place"],
+        ),
+        (
+            ["trainer.load_best_model_at_end=true"],
+            ["trainer.load_best_model_at_end=true with trainer.eval_strategy=no and trainer.save_strategy=steps"],
+        ),
+        (["trainer.fp16=true", "trainer.bf16=true"], ["trainer.fp16=true with trainer.bf16=true: choose one"]),
+        (["data.packing=true"], ["data.packing=true", "type data.packing=false"]),
+    ],
+)
+def test_values_that_cannot_meet(words, told):
+    message = refused(*words)
+    assert [part for part in told if part not in message] == []
+
+
+def test_all_impossible_combinations_are_told_at_once():
+    told = refused("quant=int4", "finetuning=full", "trainer.do_eval=true", "data.packing=true")
+    assert len(told.split("; also: ")) == 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["quant=int4"],
+        ["quant=int8", "finetuning=p_tuning"],
+        ["quant=int4", "finetuning=full", "trainer=evaluate"],
+        ["finetuning=none", "trainer=predict"],
+        ["data.dev_ratio=0.1", "trainer.do_predict=true", "trainer.predict_with_generate=true"],
+        ["data.eval_dataset=x", "trainer.eval_strategy=epoch", "trainer.save_strategy=epoch", "trainer.load_best_model_at_end=true"],
+        ["trainer=evaluate"],
+        ["data.dev_ratio=0"],
+    ],
+)
+def test_values_that_can_meet(words):
+    compose(words)
+
+
+def test_legal_words_pass():
+    check_words(parse(["finetuning=lora", "finetuning.lora_rank=4", "name=x", "hydra.run.dir=x"]), PRESETS, multirun=False)
+    check_words(parse(["finetuning=lora,freeze", "trainer.seed=1,2"]), PRESETS, multirun=True)
