@@ -52,7 +52,7 @@ def job_slug(overrides: str) -> str:
         for part in overrides.split(",")
         if part
     ]
-    readable = re.sub(r"[^\w.\-]+", "-", "_".join(parts))[:SLUG].strip("-_.")
+    readable = re.sub(r"[^\w.\-]+", "-", re.sub(r"[\[\]]", "", "_".join(parts)))[:SLUG].strip("-_.")
     return f"{readable}_{short_hash(overrides)}" if readable else short_hash(overrides)
 
 

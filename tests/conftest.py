@@ -33,13 +33,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def glmtuner(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`python -m glmtuner <words>` in a child process, in a folder of its own; `env` and `timeout` as in subprocess."""
+    """`python -m glmtuner <words>` in a child process, in a folder of its own; in `env` None removes a variable."""
 
-    def run(*words: str, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, env: dict[str, str | None] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        merged = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **(env or {})}
         return subprocess.run(
             [sys.executable, "-m", "glmtuner", *words],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **(env or {})},
+            env={name: value for name, value in merged.items() if value is not None},
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import setup_globals
@@ -103,19 +104,25 @@ def finish(config: DictConfig, words: list[str], typed: set[str]) -> Composed:
 
 
 class _composer:
-    """Hydra, initialised on the searched folders; calling it composes, with errors in our words."""
+    """Hydra, initialised on the searched folders; calling it composes, with errors in our words.
+
+    Hydra's globals are put back afterwards: inside a job of a sweep they belong to the sweep.
+    """
 
     def __init__(self, searched: Sequence[Path]) -> None:
         self.conf, *self.extra = searched
 
     def __enter__(self) -> "_composer":
         setup_globals()
+        self.outer = (GlobalHydra.instance().hydra, HydraConfig.instance().cfg)
+        GlobalHydra.instance().clear()
         self.context = initialize_config_dir(str(self.conf), version_base="1.3", job_name="glmtuner")
         self.context.__enter__()
         return self
 
     def __exit__(self, *reason: Any) -> None:
         self.context.__exit__(*reason)
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = self.outer
 
     def __call__(self, config_name: str, words: Sequence[str]) -> DictConfig:
         extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in self.extra)}]"] if self.extra else []

@@ -115,7 +115,7 @@ def test_a_sweep_with_a_mistake_in_one_job_starts_none(glmtuner: Callable, tmp_p
 def test_wandb_never_asks(glmtuner: Callable, tmp_path: Path) -> None:
     done = glmtuner(
         "model=tiny_glm", "data.dataset=belle_sample", "data.max_samples=16", "trainer.max_steps=2", "trainer.logging_steps=1",
-        "trainer.output_dir=run", env={"WANDB_MODE": "", "WANDB_API_KEY": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "no")},
+        "trainer.output_dir=run", env={"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": str(tmp_path), "NETRC": str(tmp_path / "no")},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "W&B: offline; send it with `wandb sync" in done.stdout
