@@ -287,7 +287,7 @@ def test_a_truncated_checkpoint_is_an_error_of_ours(variant, tmp_path):
         finetuning.restore(model, tmp_path)
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
-    with pytest.raises((CheckpointError), match=r"no \w+\.safetensors in"):
+    with pytest.raises(CheckpointError, match=r"no \w+\.safetensors in|holds a prefix without its projection"):
         finetuning.restore(model, tmp_path)
 
 
@@ -334,7 +334,7 @@ def test_gradient_checkpointing_changes_nothing(kind, variant, use_reentrant):
         model, _ = trained(variant, kind)
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
             if use_reentrant:  # which needs an input with a gradient
                 model.enable_input_require_grads()
         out = model(input_ids=tokens(), labels=tokens())

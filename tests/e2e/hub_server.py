@@ -1,0 +1,92 @@
+"""A small model and dataset hub on localhost: the part of the Hugging Face hub's HTTP interface that its client uses."""
+
+import hashlib
+import json
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import parse_qs, unquote, urlsplit
+
+COMMIT = "1" * 40
+
+
+def serve(root: Path) -> ThreadingHTTPServer:
+    """Serve `root/models/<org>/<name>` and `root/datasets/<org>/<name>` on a free port, until `shutdown()`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, root))
+    Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, root: Path, *args: object) -> None:
+        self.root = root
+        super().__init__(*args)  # type: ignore[arg-type]
+
+    def log_message(self, *args: object) -> None:
+        """Quiet."""
+
+    def do_GET(self) -> None:
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts[0] == "api" and len(parts) >= 4:
+            self._api(parts[1], "/".join(parts[2:4]), parts[4:])
+            return
+        kind = "datasets" if parts[0] == "datasets" else "models"
+        parts = parts[1:] if kind == "datasets" else parts
+        if len(parts) > 4 and parts[2] == "resolve":
+            self._file(kind, "/".join(parts[:2]), "/".join(parts[4:]))
+        else:
+            self._answer(404, {"error": "not found"}, {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        asked = json.loads(body) if "json" in (self.headers.get("Content-Type") or "") else parse_qs(body)
+        self.asked = asked.get("paths", [])
+        self.do_GET()
+
+    def _api(self, kind: str, repo: str, rest: list[str]) -> None:
+        folder = self.root / kind / repo
+        if not folder.is_dir():
+            self._answer(404, {"error": "not found"}, {"X-Error-Code": "RepoNotFound"})
+            return
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        entries = [
+            {"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": _digest(path)}
+            for path in files
+        ]
+        if not rest or rest[0] == "revision":
+            siblings = [{"rfilename": entry["path"]} for entry in entries]
+            about = {"_id": "1", "id": repo, "sha": COMMIT, "private": False, "gated": False, "disabled": False}
+            self._answer(200, {**about, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
+        elif rest[0] == "tree":
+            under = "/".join(rest[2:])
+            self._answer(200, [entry for entry in entries if entry["path"].startswith(under)])
+        elif rest[0] == "paths-info":
+            self._answer(200, [entry for entry in entries if entry["path"] in self.asked])
+        else:
+            self._answer(404, {"error": "not found"})
+
+    def _file(self, kind: str, repo: str, name: str) -> None:
+        path = self.root / kind / repo / name
+        if not path.is_file():
+            code = "EntryNotFound" if (self.root / kind / repo).is_dir() else "RepoNotFound"
+            self._answer(404, {"error": "not found"}, {"X-Error-Code": code, "X-Repo-Commit": COMMIT})
+            return
+        self._answer(200, path.read_bytes(), {"ETag": f'"{_digest(path)}"', "X-Repo-Commit": COMMIT})
+
+    def _answer(self, status: int, body: object, headers: dict[str, str] | None = None) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()

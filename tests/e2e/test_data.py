@@ -1,0 +1,89 @@
+"""Real records and other tools' dataset files, through the command line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+TINY = ["model=tiny_glm", "tracker=none", "trainer.max_steps=2", "trainer.disable_tqdm=true", "trainer.output_dir=run"]
+
+
+def test_real_records_train(glmtuner: Callable, tmp_path: Path, shared: Path) -> None:
+    done = glmtuner(
+        *TINY, f"data.dataset_dir={shared / 'data'}", "data.dataset=alpaca_zh_demo,oaast_sft_zh,identity",
+        "data.max_source_length=128", "data.max_target_length=64",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = json.loads((tmp_path / "run/provenance.json").read_text())["data"]
+    assert {name: about["records"] for name, about in kept.items()} == {
+        "alpaca_zh_demo": 1000, "oaast_sft_zh": 689, "identity": 91,
+    }  # fmt: skip
+    assert kept["oaast_sft_zh"]["prompts_cut"] > 0
+    assert kept["oaast_sft_zh"]["turns_dropped"] > 0
+    assert "prompts shortened" in done.stdout
+
+
+def test_ranked_pairs_are_refused_in_words(glmtuner: Callable, tmp_path: Path, shared: Path) -> None:
+    done = glmtuner(*TINY, f"data.dataset_dir={shared / 'data'}", "data.dataset=dpo_zh_demo")
+    assert done.returncode == 2
+    assert "data.dataset=dpo_zh_demo holds ranked pairs, and stage=sft learns single answers" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_entry_that_cannot_be_served_is_named_only_when_asked_for(glmtuner: Callable, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "mine.json").write_text(
+        json.dumps([{"from_user": "你好", "reply": "你好，很高兴见到你。", "rules": "简短"}] * 8), encoding="utf-8"
+    )
+    (folder / "dataset_info.json").write_text(
+        json.dumps(
+            {
+                "mine": {
+                    "file_name": "mine.json", "formatting": "alpaca", "ranking": False, "subset": None, "split": "train",
+                    "num_samples": 6, "columns": {"prompt": "from_user", "response": "reply", "system": "rules"},
+                },
+                "pictures": {"file_name": "mine.json", "columns": {"prompt": "from_user", "images": "pictures"}},
+                "scripted": {"script_url": "somewhere"},
+            }
+        ),
+        encoding="utf-8",
+    )  # fmt: skip
+    done = glmtuner(*TINY, "data.dataset=mine")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mine: 6 records" in done.stdout
+    for name, key in (("pictures", "images"), ("scripted", "script_url")):
+        refused = glmtuner(*TINY[:-1], f"data.dataset={name}")
+        assert refused.returncode == 2
+        assert name in refused.stderr
+        assert key in refused.stderr
+
+
+def test_shares_are_reached_and_told(glmtuner: Callable, tmp_path: Path) -> None:
+    done = glmtuner(
+        *TINY, "data.dataset=alpaca_zh_sample,belle_sample", "data.mix_probabilities=0.7,0.3", "data.dev_ratio=0.1",
+        "trainer.do_eval=true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = json.loads((tmp_path / "run/provenance.json").read_text())["data"]
+    assert abs(kept["alpaca_zh_sample"]["share"] - 0.7) < 0.1
+    assert abs(kept["alpaca_zh_sample"]["share"] + kept["belle_sample"]["share"] - 1) < 1e-5
+    assert "evaluation │ 24 records" in done.stdout.replace("  ", " ") or "24 records" in done.stdout
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["eval_loss"] > 0
+
+
+def test_tokenized_once(glmtuner: Callable, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for name in ("one", "two"):
+        done = glmtuner(
+            "model=tiny_glm", "tracker=none", "trainer=evaluate", "data.dataset=belle_sample", f"trainer.output_dir={name}",
+            f"trainer.per_device_eval_batch_size={8 if name == 'one' else 16}", env={"GLMTUNER_CACHE": str(cache)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    folders = list((cache / "tokenized").iterdir())
+    assert len(folders) == 1
+    done = glmtuner(
+        "model=tiny_glm", "tracker=none", "trainer=evaluate", "data.dataset=belle_sample", "trainer.output_dir=three",
+        "data.max_target_length=20", env={"GLMTUNER_CACHE": str(cache)},
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert len(list((cache / "tokenized").iterdir())) == 2
