@@ -4,6 +4,7 @@
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -42,9 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GlmtunerError as error:
         print(f"glmtuner: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if not out_of_space(error):
+            raise
+        print(f"glmtuner: the disk is full ({error}); free some space and type the same command again", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("glmtuner: stopped; the same command with the same trainer.output_dir goes on", file=sys.stderr)
         return 130
+
+
+def out_of_space(error: Exception) -> bool:
+    """Whether a write failed because the disk, or the user's share of it, is full."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return (isinstance(error, OSError) and error.errno in full) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _main(words: list[str]) -> int:
@@ -168,7 +180,11 @@ def _sweep(options: argparse.Namespace, words: list[str]) -> int:
 
     words = [word for word in words if word.replace(" ", "").lower() != "hydra.mode=multirun"]
     settled = check_sweep(words, config_dir=options.config_dir, config_name=options.config_name)
-    return _hydra(["--multirun", *_flags(options), *sweep_words(settled)], run_job)
+    try:
+        return _hydra(["--multirun", *_flags(options), *sweep_words(settled)], run_job)
+    except GlmtunerError as error:
+        print(f"glmtuner: a job of the sweep failed: {error}", file=sys.stderr)
+        return 1
 
 
 def _verb(words: list[str]) -> int:

@@ -35,7 +35,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def glmtuner(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`python -m glmtuner <words>` in a child process, in a folder of its own; in `env` None removes a variable."""
 
-    def run(*words: str, env: dict[str, str | None] | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(
+        *words: str, env: dict[str, str | None] | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
         merged = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **(env or {})}
         return subprocess.run(
             [sys.executable, "-m", "glmtuner", *words],

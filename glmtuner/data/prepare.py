@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BATCH = 1000
-CODE = ("data/encode.py", "data/prepare.py", "data/__init__.py", "data/records.py", "models/template.py")
+CODE = (
+    "data/encode.py",
+    "data/prepare.py",
+    "data/__init__.py",
+    "data/records.py",
+    "data/read.py",
+    "data/catalog.py",
+    "models/template.py",
+)
 
 
 @dataclass(frozen=True)

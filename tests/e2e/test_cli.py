@@ -70,7 +70,9 @@ def test_broken_records_are_named_and_counted(glmtuner: Callable, tmp_path: Path
 
 
 def test_the_folder_is_complete_and_shown(glmtuner: Callable, tmp_path: Path) -> None:
-    done = glmtuner(*TINY, "data.dataset=belle_sample", "model.plot_loss=true", "trainer.logging_steps=1", "trainer.hub_token=hf_x")
+    done = glmtuner(
+        *TINY, "data.dataset=belle_sample", "model.plot_loss=true", "trainer.logging_steps=1", "trainer.hub_token=hf_x"
+    )
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs").glob("*/*")
     names = {path.name for path in folder.iterdir()}
@@ -107,7 +109,9 @@ def test_a_sweep_runs_every_combination_in_folders_that_stay(glmtuner: Callable,
 
 
 def test_a_sweep_with_a_mistake_in_one_job_starts_none(glmtuner: Callable, tmp_path: Path) -> None:
-    told = one_paragraph(glmtuner("-m", *TINY, "data.dataset=belle_sample", "quant=none,int4", "finetuning=lora,freeze"))
+    told = one_paragraph(
+        glmtuner("-m", *TINY, "data.dataset=belle_sample", "quant=none,int4", "finetuning=lora,freeze")
+    )
     assert "quant=int4 stores frozen integer weights" in told
     assert list(tmp_path.iterdir()) == []
 

@@ -88,7 +88,9 @@ def test_a_lora_goes_on_or_is_merged(glmtuner: Callable, tmp_path: Path) -> None
     new = glmtuner(*words, "model.checkpoint_dir=first", "trainer.output_dir=new", "model.resume_lora_training=false")
     assert on.returncode == new.returncode == 0, on.stderr + new.stderr
     went_on, started_new = (lines(tmp_path / name / "history.jsonl") for name in ("on", "new"))
-    assert went_on[0]["loss"] == pytest.approx(started_new[0]["loss"], abs=1e-4)  # both start from the first run's model
+    assert went_on[0]["loss"] == pytest.approx(
+        started_new[0]["loss"], abs=1e-4
+    )  # both start from the first run's model
     rank = json.loads((tmp_path / "on/adapter/adapter_config.json").read_text())["r"]
     assert rank == 4, "the checkpoint's own rank is kept"
     predicted = {}

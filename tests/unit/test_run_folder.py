@@ -138,7 +138,13 @@ def test_steps_are_numbers(tmp_path):
 
 def config(**changed):
     values = {
-        "model": {"model_name_or_path": "m", "checkpoint_dir": [], "family": "glm", "template": None, "cache_dir": None},
+        "model": {
+            "model_name_or_path": "m",
+            "checkpoint_dir": [],
+            "family": "glm",
+            "template": None,
+            "cache_dir": None,
+        },
         "finetuning": {"lora_rank": 8, "lora_target": []},
         "trainer": {"learning_rate": 5e-5, "output_dir": None, "overwrite_output_dir": False, "hub_token": None},
         "data": {"dataset": ["a"], "overwrite_cache": False},
@@ -221,7 +227,9 @@ def test_an_unfinished_run_of_another_config_is_refused(tmp_path, changed):
 
 def test_a_finished_run_is_refused(tmp_path):
     before = files_of(run(tmp_path, finished=True))
-    with pytest.raises(CheckpointError, match=r"holds a finished run; type another .* or trainer\.overwrite_output_dir=true"):
+    with pytest.raises(
+        CheckpointError, match=r"holds a finished run; type another .* or trainer\.overwrite_output_dir=true"
+    ):
         claim(tmp_path, config(), overwrite=False)
     assert files_of(tmp_path) == before
 
@@ -306,7 +314,9 @@ def test_provenance_says_where_a_run_came_from(tmp_path, monkeypatch):
 
 def test_the_state_of_the_repository(tmp_path):
     def git(*words):
-        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *words], cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run(
+            ["git", "-c", "user.name=x", "-c", "user.email=x", *words], cwd=tmp_path, check=True, capture_output=True
+        )
 
     git("init")
     (tmp_path / "file").write_text("one", encoding="utf-8")
@@ -368,4 +378,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
 
 def test_flat_keys_are_dotted():
     assert flat({"a": {"b": 1, "c": {"d": [1]}}, "e": {}}) == {"a.b": 1, "a.c.d": [1], "e": {}}
-    assert differing(config(), config(finetuning__lora_rank=4, data__dataset=[])) == ["data.dataset", "finetuning.lora_rank"]
+    assert differing(config(), config(finetuning__lora_rank=4, data__dataset=[])) == [
+        "data.dataset",
+        "finetuning.lora_rank",
+    ]

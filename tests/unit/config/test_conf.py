@@ -293,7 +293,9 @@ def test_the_resolved_config_shows_the_names_of_the_family_s_attention_projectio
 
 def test_an_experiment_wins_over_presets_and_the_command_line_over_the_experiment():
     assert compose(["experiment=quickstart"]).run.trainer.learning_rate == 5e-3
-    typed = compose(["experiment=quickstart", "trainer.learning_rate=1e-3", "model=glm4_9b_0414", "finetuning.lora_target=q_proj"])
+    typed = compose(
+        ["experiment=quickstart", "trainer.learning_rate=1e-3", "model=glm4_9b_0414", "finetuning.lora_target=q_proj"]
+    )
     assert (typed.run.trainer.learning_rate, typed.run.model.family) == (1e-3, "glm4")
     assert typed.run.finetuning.lora_target == ["q_proj"]
 

@@ -67,7 +67,13 @@ def test_the_comma_rule_for_numbers(typed, single, sweep):
 
 
 def test_brackets_are_added_once_and_only_to_lists():
-    words = ["data.dataset=a,b", "finetuning=lora,freeze", "trainer.learning_rate=1e-3,1e-4", "name=a", "+data.dataset=a,b"]
+    words = [
+        "data.dataset=a,b",
+        "finetuning=lora,freeze",
+        "trainer.learning_rate=1e-3,1e-4",
+        "name=a",
+        "+data.dataset=a,b",
+    ]
     settled = bracket_lists(words, multirun=False)
     assert settled == ["data.dataset=[a,b]", *words[1:4], "+data.dataset=[a,b]"]
     assert bracket_lists(settled, multirun=False) == settled
@@ -125,7 +131,9 @@ def test_several_values_of_no_list_are_a_sweep(words):
 # Words that cannot be read, or stand elsewhere
 
 
-@pytest.mark.parametrize("key", ["data.datset", "data.datast", "dat.dataset", "finetuning.lora_targt", "model.checkpont_dir"])
+@pytest.mark.parametrize(
+    "key", ["data.datset", "data.datast", "dat.dataset", "finetuning.lora_targt", "model.checkpont_dir"]
+)
 @pytest.mark.parametrize("sweep", [False, True])
 def test_a_misspelt_list_key_with_a_comma_is_a_misspelt_key(key, sweep):
     told = refused(f"{key}=a,b", sweep=sweep)
@@ -143,7 +151,10 @@ def test_a_misspelt_list_key_with_a_comma_is_a_misspelt_key(key, sweep):
         ("data.dataset=a,,b", "'data.dataset=a,,b' cannot be read .*; quote text"),
         ("name=a=b", "'name=a=b' cannot be read .*; quote text"),
         ("lora_rank=4", "unknown key 'lora_rank': it belongs to finetuning; type finetuning.lora_rank=…"),
-        ("num_train_epochs=4", "unknown key 'num_train_epochs': it belongs to trainer; type trainer.num_train_epochs=…"),
+        (
+            "num_train_epochs=4",
+            "unknown key 'num_train_epochs': it belongs to trainer; type trainer.num_train_epochs=…",
+        ),
         ("nonsense=4", "unknown key 'nonsense'; the groups are data, experiment, .*--help"),
         ("trainer.nonsense.deep=4", "unknown key 'trainer.nonsense.deep'"),
     ],
@@ -193,7 +204,9 @@ def test_all_wrong_words_are_told_at_once():
 def test_a_key_of_another_method(words, home, here):
     key = words[-1].partition("=")[0]
     told = refused(*words)
-    assert told.startswith(f"unknown key '{key}': it belongs to finetuning={home}, and this run has finetuning={here}; ")
+    assert told.startswith(
+        f"unknown key '{key}': it belongs to finetuning={home}, and this run has finetuning={here}; "
+    )
     assert f"type finetuning={home}, or leave {key.partition('.')[2]} out" in told
 
 
@@ -266,10 +279,19 @@ def test_a_value_of_the_wrong_type(word, told):
         (["finetuning.lora_rank=0"], "finetuning.lora_rank=0: a rank is at least 1"),
         (["finetuning.lora_alpha=0"], "finetuning.lora_alpha=0.0: above 0"),
         (["finetuning.lora_dropout=1"], "finetuning.lora_dropout=1.0: a share in [0, 1)"),
-        (["finetuning=freeze", "finetuning.num_layer_trainable=0"], "finetuning.num_layer_trainable=0 trains nothing; type 3"),
+        (
+            ["finetuning=freeze", "finetuning.num_layer_trainable=0"],
+            "finetuning.num_layer_trainable=0 trains nothing; type 3",
+        ),
         (["finetuning=freeze", "finetuning.name_module_trainable=qkvs"], "did you mean 'qkv'? legal: mlp, qkv"),
-        (["finetuning=p_tuning", "finetuning.pre_seq_len=0"], "finetuning.pre_seq_len=0: a prefix has at least 1 token"),
-        (["generation.top_p=2", "generation.top_k=-1"], "generation.top_p=2.0: in (0, 1]; generation.top_k=-1: 0 or more"),
+        (
+            ["finetuning=p_tuning", "finetuning.pre_seq_len=0"],
+            "finetuning.pre_seq_len=0: a prefix has at least 1 token",
+        ),
+        (
+            ["generation.top_p=2", "generation.top_k=-1"],
+            "generation.top_p=2.0: in (0, 1]; generation.top_k=-1: 0 or more",
+        ),
         (["trainer.learning_rate=-1"], "trainer.learning_rate=-1.0: 0 or more"),
         (["trainer.per_device_train_batch_size=0"], "trainer.per_device_train_batch_size=0: 1 or more"),
         (["trainer.num_train_epochs=0"], "trainer.num_train_epochs=0.0: above 0"),
@@ -294,7 +316,10 @@ def test_a_checkpoint_that_is_not_there():
     ("words", "told"),
     [
         (["quant=int4", "finetuning=full"], ["quant=int4", "finetuning=full", "type finetuning=lora, or quant=none"]),
-        (["quant=int8", "finetuning=freeze"], ["quant=int8", "finetuning=freeze", "type finetuning=lora, or quant=none"]),
+        (
+            ["quant=int8", "finetuning=freeze"],
+            ["quant=int8", "finetuning=freeze", "type finetuning=lora, or quant=none"],
+        ),
         (
             ["quant=int8", "finetuning=p_tuning", "trainer.fp16=true"],
             ["trainer.fp16=true with quant=int8 and finetuning=p_tuning", "type trainer.fp16=false"],
@@ -308,7 +333,10 @@ def test_a_checkpoint_that_is_not_there():
         ),
         (
             ["trainer=predict", "trainer.predict_with_generate=false"],
-            ["trainer.do_predict=true without trainer.predict_with_generate=true", "type trainer.predict_with_generate=true"],
+            [
+                "trainer.do_predict=true without trainer.predict_with_generate=true",
+                "type trainer.predict_with_generate=true",
+            ],
         ),
         (
             ["finetuning=none"],
@@ -316,7 +344,10 @@ def test_a_checkpoint_that_is_not_there():
         ),
         (
             ["trainer.do_train=false"],
-            ["nothing to do: trainer.do_train, trainer.do_eval and trainer.do_predict are all false", "type trainer=train"],
+            [
+                "nothing to do: trainer.do_train, trainer.do_eval and trainer.do_predict are all false",
+                "type trainer=train",
+            ],
         ),
         (["trainer.do_eval=true"], ["evaluation after training", "type data.dev_ratio=0.1, or data.eval_dataset="]),
         (["trainer.eval_strategy=steps"], ["evaluation after training", "type data.dev_ratio=0.1"]),
@@ -351,7 +382,12 @@ def test_all_impossible_combinations_are_told_at_once():
         ["quant=int4", "finetuning=full", "trainer=evaluate"],
         ["finetuning=none", "trainer=predict"],
         ["data.dev_ratio=0.1", "trainer.do_predict=true", "trainer.predict_with_generate=true"],
-        ["data.eval_dataset=x", "trainer.eval_strategy=epoch", "trainer.save_strategy=epoch", "trainer.load_best_model_at_end=true"],
+        [
+            "data.eval_dataset=x",
+            "trainer.eval_strategy=epoch",
+            "trainer.save_strategy=epoch",
+            "trainer.load_best_model_at_end=true",
+        ],
         ["trainer=evaluate"],
         ["data.dev_ratio=0"],
     ],
@@ -361,5 +397,7 @@ def test_values_that_can_meet(words):
 
 
 def test_legal_words_pass():
-    check_words(parse(["finetuning=lora", "finetuning.lora_rank=4", "name=x", "hydra.run.dir=x"]), PRESETS, multirun=False)
+    check_words(
+        parse(["finetuning=lora", "finetuning.lora_rank=4", "name=x", "hydra.run.dir=x"]), PRESETS, multirun=False
+    )
     check_words(parse(["finetuning=lora,freeze", "trainer.seed=1,2"]), PRESETS, multirun=True)

@@ -129,7 +129,10 @@ def test_evaluation_strategy_is_answered_with_its_new_name():
     [
         ("trainer.save_safetensors=false", "trainer.save_safetensors=False: .* nothing but safetensors"),
         ("trainer.logging_dir=logs", "trainer.logging_dir=logs: .*leave it out"),
-        ("trainer.auto_find_batch_size=true", "trainer.auto_find_batch_size=true: .*set trainer.per_device_train_batch_size"),
+        (
+            "trainer.auto_find_batch_size=true",
+            "trainer.auto_find_batch_size=true: .*set trainer.per_device_train_batch_size",
+        ),
     ],
 )
 def test_words_that_cannot_be_followed_say_why(word, told):

@@ -38,7 +38,9 @@ def encode_one(encoder, *messages):
 
 def untouched(encoder, *messages):
     """The tokens of the same turns with room for all of them."""
-    roomy = Encoder(template=encoder.template, tokenizer=encoder.tokenizer, max_source_length=10**6, max_target_length=10**6)
+    roomy = Encoder(
+        template=encoder.template, tokenizer=encoder.tokenizer, max_source_length=10**6, max_target_length=10**6
+    )
     return encode_one(roomy, *messages)[0]
 
 
@@ -64,7 +66,11 @@ def test_what_fits_is_left_alone(encoder):
 
 
 def test_the_prompt_is_what_stands_before_the_answer(encoder):
-    for messages in ([ASK("q"), TOLD("a")], [ASK(WORDS), TOLD(WORDS)], [SYSTEM(WORDS), ASK("q"), TOLD("a"), ASK("r"), TOLD("b")]):
+    for messages in (
+        [ASK("q"), TOLD("a")],
+        [ASK(WORDS), TOLD(WORDS)],
+        [SYSTEM(WORDS), ASK("q"), TOLD("a"), ASK("r"), TOLD("b")],
+    ):
         row, _ = encode_one(encoder(every_answer=False), *messages)
         assert row["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
         first = next(place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX)
@@ -119,7 +125,9 @@ def test_a_long_system_turn_is_cut_last(encoder):
 
 def test_no_room_for_the_template_is_an_error(tokenizer):
     encoder = Encoder(template=TEMPLATES["plain"], tokenizer=tokenizer, max_source_length=8, max_target_length=8)
-    with pytest.raises(ConfigError, match=r"data\.max_source_length=8: the template alone needs \d+ tokens; type a larger"):
+    with pytest.raises(
+        ConfigError, match=r"data\.max_source_length=8: the template alone needs \d+ tokens; type a larger"
+    ):
         encode_one(encoder, ASK("q"), TOLD("a"))
 
 
@@ -162,7 +170,9 @@ def test_every_answer_or_the_last_one(encoder):
     every, last = (encode_one(encoder(every_answer=which), *messages) for which in (True, False))
     assert every[0]["input_ids"] == last[0]["input_ids"]
     assert every[1].learned_tokens > last[1].learned_tokens
-    different = [place for place, pair in enumerate(zip(every[0]["labels"], last[0]["labels"], strict=True)) if len({*pair}) > 1]
+    different = [
+        place for place, pair in enumerate(zip(every[0]["labels"], last[0]["labels"], strict=True)) if len({*pair}) > 1
+    ]
     assert different and all(last[0]["labels"][place] == IGNORE_INDEX for place in different)
     assert max(different) < len(last[0]["prompt_ids"])
 

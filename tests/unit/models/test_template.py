@@ -94,7 +94,9 @@ def test_labels_are_the_answers_and_their_stop_tokens(tokenizer, template, name)
     start, end = encoded.answers[-1]
     assert [place for place, _ in sorted(learned(last))] == [*range(start, end + 1)]
     assert all(every[end] == encoded.stop for _, end in encoded.answers)
-    assert all(encoded.input_ids[place] == every[place] for start, end in encoded.answers for place in range(start, end))
+    assert all(
+        encoded.input_ids[place] == every[place] for start, end in encoded.answers for place in range(start, end)
+    )
 
 
 @pytest.mark.parametrize("template", ["glm4", "plain", "tokenizer"])
@@ -165,7 +167,9 @@ def test_own_template_learns_the_stop_token_that_it_writes(chatml, name):
 
 
 def test_own_template_leaves_rewritten_history_as_context(chatml):
-    chatml.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('!')[-1] }}")
+    chatml.chat_template = CHATML.replace(
+        "{{ m.content }}", "{{ m.content if loop.last else m.content.split('!')[-1] }}"
+    )
     messages = [ASK("q"), TOLD("thinking!said"), ASK("r"), TOLD("more!told")]
     encoded = encode(template_named("tokenizer", chatml), chatml, messages)
     assert answer_texts(chatml, encoded) == ["more!told"]
