@@ -70,6 +70,7 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
     data = run.stage.datasets(run, specs, template, tokenizer)
     device = device_of(run)
     model, family = attached_model(composed, family, device)
+    run.model.family = family.name
 
     folder.path.mkdir(parents=True, exist_ok=True)
     describe(folder, composed, family, template, model_config, data, resumes)

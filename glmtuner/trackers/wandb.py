@@ -51,9 +51,10 @@ class Wandb(Tracker):
 
         if wandb.run is None:
             return None
-        offline, url, files = wandb.run.settings.mode == "offline", wandb.run.url, Path(wandb.run.dir).parent
-        wandb.finish(quiet=True)
-        return f"W&B: offline; send it with `wandb sync {files}`" if offline else f"W&B: {url}"
+        files = Path(wandb.run.dir).parent
+        closing = f"W&B: offline; send it with `wandb sync {files}`" if wandb.run.offline else f"W&B: {wandb.run.url}"
+        wandb.finish()
+        return closing
 
 
 def logged_in() -> bool:

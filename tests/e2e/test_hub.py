@@ -34,7 +34,7 @@ def test_the_readme_command_runs_as_written(glmtuner: Callable, tmp_path: Path, 
     (folder,) = (tmp_path / "outputs").glob("*/*")
     about = json.loads((folder / "provenance.json").read_text())
     assert {name: kept["records"] for name, kept in about["data"].items()} == {"alpaca_zh": 123, "belle": 124}
-    assert all(list(kept["sha256"].values())[0].startswith("commit 1111") for kept in about["data"].values())
+    assert all(next(iter(kept["sha256"].values())).startswith("commit 1111") for kept in about["data"].values())
     assert (folder / "model/model.safetensors").is_file()
 
 
