@@ -4,7 +4,8 @@ GlmtunerError                exit code 2; the message is one paragraph: what is 
 ├── ConfigError              a key, a value or a combination of values
 │   └── UnknownName          a name that is in no list; the nearest ones are offered
 ├── DataError                a dataset: its file, its entry, its records
-└── CheckpointError          a checkpoint or a run folder
+├── CheckpointError          a checkpoint or a run folder
+└── PreflightError           a run that would train nothing, or nonsense
 """
 
 from collections.abc import Iterable
@@ -24,6 +25,10 @@ class DataError(GlmtunerError):
 
 class CheckpointError(GlmtunerError):
     """A checkpoint or a run folder that cannot be used."""
+
+
+class PreflightError(GlmtunerError):
+    """A run that would train nothing, or nonsense."""
 
 
 class UnknownName(ConfigError):

@@ -98,9 +98,14 @@ def _use_prefixed_attention(model: nn.Module) -> None:
         return
     name = f"{PREFIXED}{base}"
     if base == "eager":
-        raise ConfigError("finetuning.p_tuning: this model has no attention but its own eager one; use finetuning=lora")
+        raise ConfigError("finetuning=p_tuning: this model has no attention but its own eager one; use finetuning=lora")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ConfigError(
+            f"finetuning=p_tuning: {type(model).__name__} computes attention in code of its own, where a prefix cannot be "
+            "added; type finetuning=lora"
+        )
     if base not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise ConfigError(f"finetuning.p_tuning: no masks are known for attention {base!r}; use finetuning=lora")
+        raise ConfigError(f"finetuning=p_tuning: no masks are known for attention {base!r}; use finetuning=lora")
     AttentionInterface.register(name, _prefixed(ALL_ATTENTION_FUNCTIONS[base], causal_from_right="flash" in base))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     model.config._attn_implementation = name

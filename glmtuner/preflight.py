@@ -4,15 +4,11 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from glmtuner.errors import GlmtunerError
+from glmtuner.errors import PreflightError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-
-class PreflightError(GlmtunerError):
-    """A run that would train nothing, or nonsense."""
 
 
 def check_first_batch(

@@ -320,8 +320,8 @@ def flaw(folder: Path) -> str | None:
 
 def step_of(folder: Path) -> int:
     """The step in `checkpoint-<step>`; -1 for any other name."""
-    number = folder.name.rpartition("-")[2]
-    return int(number) if folder.name.startswith("checkpoint-") and number.isdecimal() else -1
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if number != folder.name and number.isdecimal() else -1
 
 
 def checkpoints(run: Path) -> list[Path]:

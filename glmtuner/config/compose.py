@@ -1,6 +1,6 @@
 """Words -> one validated `Run`, or one ConfigError; nothing is loaded or written here."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -10,7 +10,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -127,7 +127,8 @@ class _composer:
     def __call__(self, config_name: str, words: Sequence[str]) -> DictConfig:
         extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in self.extra)}]"] if self.extra else []
         try:
-            return hydra_compose(config_name, overrides=[*extra, *words], return_hydra_config=True)
+            kept = [word for word in words if word != "experiment=null"]  # the default; Hydra takes no null typed
+            return hydra_compose(config_name, overrides=[*extra, *kept], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(explain(error)) from None
 
@@ -137,7 +138,7 @@ def check_sweep(words: Sequence[str], *, config_dir: str | None = None, config_n
     searched = searched_dirs(config_dir)
     settled, overrides = check(words, searched, multirun=True)
     with _composer(searched) as composed:
-        for job in islice(_jobs(settled, overrides), MOST_SWEEP_JOBS_CHECKED):
+        for job in islice(_jobs(settled, overrides, presets(searched)), MOST_SWEEP_JOBS_CHECKED):
             typed = typed_keys(overrides)
             config = composed(config_name, job)
             config = with_checkpoint(config, typed, lambda extra, job=job: composed(config_name, [*extra, *job]))
@@ -145,12 +146,15 @@ def check_sweep(words: Sequence[str], *, config_dir: str | None = None, config_n
     return settled
 
 
-def _jobs(words: Sequence[str], overrides: Sequence[Override]) -> Iterator[list[str]]:
+def _jobs(words: Sequence[str], overrides: Sequence[Override], known: Mapping[str, list[str]]) -> Iterator[list[str]]:
     """The words of each job of the basic sweeper's product; sweeps that only a sweeper can draw are left out."""
     choices: list[list[str]] = []
     for word, override in zip(words, overrides, strict=True):
         if not override.is_sweep_override():
             choices.append([word])
+        elif isinstance(override.value(), Glob):
+            names = override.value().filter(known.get(override.key_or_group, []))
+            choices.append([f"{override.key_or_group}={name}" for name in names])
         elif override.is_discrete_sweep():
             choices.append([f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()])
     for job in product(*choices):

@@ -6,7 +6,7 @@ All of it works on Hydra's own parse of the words, before anything is composed.
 from collections.abc import Iterable, Mapping
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
 from glmtuner.config.schema import legal_keys, list_keys
@@ -15,6 +15,7 @@ from glmtuner.errors import ConfigError, did_you_mean, nearest
 # Words of other tools and of CET, with what to type here instead.
 MOVED = {
     "model.quantization_bit": "type quant=int4, quant=int8 or quant=none",
+    "quant.quantization_bit": "the preset chooses the bits: type quant=int4, quant=int8 or quant=none",
     "model.quantization_type": "type quant.quantization_type=… with quant=int4",
     "model.double_quantization": "type quant.double_quantization=… with quant=int4",
     "finetuning.finetuning_type": "the preset is the method: type finetuning={value}",
@@ -119,6 +120,9 @@ def _wrong(override: Override, presets: Mapping[str, list[str]], multirun: bool)
     elif key in presets:
         if not override.is_delete():
             yield from _wrong_preset(key, override, presets[key], multirun)
+    elif (leaf := _dictionary_above(key)) and not override.is_force_add():
+        inner = key.removeprefix(f"{leaf}.")
+        yield f"{key}={value}: {leaf} is given whole; type '{leaf}={{{inner}: {value}}}'"
     elif not _is_legal(key):
         yield _unknown(key, presets)
     elif override.is_sweep_override() and not multirun and key not in list_keys():
@@ -131,7 +135,7 @@ def _value_of(override: Override) -> str:
 
 
 def _wrong_preset(group: str, override: Override, legal: list[str], multirun: bool) -> Iterable[str]:
-    if override.is_sweep_override() and not override.is_choice_sweep():
+    if override.is_sweep_override() and (not override.is_choice_sweep() or isinstance(override.value(), Glob)):
         return
     if override.is_sweep_override() and not multirun:
         yield f"{group}={_value_of(override)}: several presets are a sweep; type -m before them, or one preset"
@@ -148,10 +152,14 @@ def _sentence(legal: list[str]) -> str:
 
 
 def _is_legal(key: str) -> bool:
-    """A known leaf, a place inside a dictionary-valued leaf, or a whole group given as a dictionary."""
+    return key in legal_keys() or _dictionary_above(key) is not None
+
+
+def _dictionary_above(key: str) -> str | None:
+    """The leaf that a key goes further into, such as trainer.lr_scheduler_kwargs of …kwargs.num_cycles."""
     keys = legal_keys()
     parts = key.split(".")
-    return any(".".join(parts[:end]) in keys for end in range(1, len(parts) + 1))
+    return next((".".join(parts[:end]) for end in range(1, len(parts)) if ".".join(parts[:end]) in keys), None)
 
 
 def _home_of(leaf: str) -> str | None:
@@ -163,14 +171,19 @@ def _home_of(leaf: str) -> str | None:
 def _unknown(key: str, presets: Mapping[str, list[str]]) -> str:
     """`unknown key 'data.datset'; did you mean 'dataset'? type data.dataset=…`."""
     home = _home_of(key.rpartition(".")[2])
-    if home and (home == f"{key}" or "." not in key):
-        return f"unknown key {key!r}: it belongs to {home.partition('.')[0]}; type {home}=…"
-    places = [*legal_keys(), *presets]
-    near = nearest(key, places)
-    if home and home not in near and not near:
-        return f"unknown key {key!r}: it belongs to {home.partition('.')[0]}; type {home}=…"
+    elsewhere = f"unknown key {key!r}: it belongs to {(home or '').partition('.')[0]}; type {home}=…"
+    if home and ("." not in key or key.partition(".")[0] in presets):
+        return elsewhere
+    places = [place for place in (*legal_keys(), *presets) if place not in MOVED]
+    group, _, leaf = key.partition(".")
+    if leaf and group in presets:  # the group is right, so the word is one of its own
+        own = [place.partition(".")[2] for place in places if place.startswith(f"{group}.")]
+        near = [f"{group}.{word}" for word in nearest(leaf, own)]
+    else:
+        near = nearest(key, places)
+    if home and not near:
+        return elsewhere
     told = f"unknown key {key!r}"
-    group = key.partition(".")[0]
     if near:
         words = list(dict.fromkeys(_differing(key, place) for place in near))
         told += f"; did you mean {' or '.join(map(repr, words))}? type {' or '.join(f'{place}=…' for place in near)}"

@@ -85,10 +85,12 @@ class Quant:
     quantization_type: QuantizationType = QuantizationType.nf4
     double_quantization: bool = True
 
+    bits: typing.ClassVar[int | None] = None  # what the preset stores
+
     def __post_init__(self) -> None:
-        if self.quantization_bit not in (None, 4, 8):
+        if self.quantization_bit != self.bits:
             raise ConfigError(
-                f"quant.quantization_bit={self.quantization_bit}: base weights are stored in 4 or 8 bits; "
+                f"quant.quantization_bit={self.quantization_bit}: the preset chooses the bits; "
                 "type quant=int4, quant=int8 or quant=none"
             )
 
@@ -434,4 +436,8 @@ def legal_keys() -> dict[str, Any]:
 
 def list_keys() -> set[str]:
     """The dotted keys whose value is a list: the comma rule is for them."""
-    return {key for key, hint in legal_keys().items() if typing.get_origin(hint) is list}
+    return {
+        key
+        for key, hint in legal_keys().items()
+        if any(typing.get_origin(part) is list for part in (hint, *typing.get_args(hint)))
+    }

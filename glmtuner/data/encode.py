@@ -56,18 +56,18 @@ class Encoder:
 
     def encode(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Counts]:
         """One row an example: `input_ids` and `labels` of the whole, `prompt_ids`, `prompt` and `answer` of the last turn."""
-        conversations = [self._prefixed(example.messages) for example in examples]
-        encoded = self.template.encode(self.tokenizer, conversations)
+        conversations = [example.messages for example in examples]
+        encoded = self._encoded(conversations)
         counts = Counts(records=len(examples))
         for place, found in enumerate(encoded):
             if found.source_length > self.max_source_length:
                 shorter, dropped = self._shortened(conversations[place])
-                again = self.template.encode(self.tokenizer, [shorter])[0]
+                again = self._encoded([shorter])[0]
                 counts.prompts_cut += 1
                 counts.turns_dropped += dropped
                 counts.tokens_cut += len(found.input_ids) - len(again.input_ids)
                 conversations[place], encoded[place] = shorter, again
-        prompts = self.template.encode(self.tokenizer, [messages[:-1] for messages in conversations])
+        prompts = self._encoded([messages[:-1] for messages in conversations])
         rows = []
         for messages, found, prompt in zip(conversations, encoded, prompts, strict=True):
             cut = found.cut_answer(self.max_target_length)
@@ -81,7 +81,7 @@ class Encoder:
                     "input_ids": found.input_ids,
                     "labels": labels,
                     "prompt_ids": prompt.input_ids,
-                    "prompt": shown(messages[:-1]),
+                    "prompt": shown(self._prefixed(messages[:-1])),
                     "answer": messages[-1].content,
                 }
             )
@@ -96,7 +96,10 @@ class Encoder:
         return turns
 
     def _source_length(self, messages: Sequence[Message]) -> int:
-        return self.template.encode(self.tokenizer, [messages])[0].source_length
+        return self._encoded([messages])[0].source_length
+
+    def _encoded(self, conversations: Sequence[Sequence[Message]]) -> list[Any]:
+        return self.template.encode(self.tokenizer, [self._prefixed(messages) for messages in conversations])
 
     def _fits(self, messages: Sequence[Message]) -> bool:
         return self._source_length(messages) <= self.max_source_length

@@ -57,6 +57,11 @@ class Freeze(Full):
 
     def _parts(self, block: "nn.Module", family: "Family") -> "list[nn.Module]":
         if self.name_module_trainable is LayerPart.mlp:
+            if not family.mlp:
+                raise ConfigError(
+                    f"finetuning.name_module_trainable=mlp: the blocks of this model ({type(block).__name__}) have no MLP "
+                    "module of their own; type finetuning.name_module_trainable=qkv"
+                )
             return [block.get_submodule(family.mlp)]
         attention = block.get_submodule(family.attention_block)
         return [module for path, module in attention.named_modules() if path.rpartition(".")[2] in family.attention]

@@ -68,7 +68,7 @@ class PTuning(Finetuning):
         encoder = model.get_submodule("prefix_encoder")
         if (folder / RAW).is_file():
             assign(dict(encoder.named_parameters()), load_tensors(folder / RAW), folder)
-        elif self.prefix_projection:
+        elif self.prefix_projection and (folder / ADAPTER).is_file():
             raise CheckpointError(
                 f"{folder} holds a prefix without its projection, so finetuning.prefix_projection=true cannot go on with it; "
                 "type finetuning.prefix_projection=false"

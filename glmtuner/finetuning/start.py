@@ -56,7 +56,12 @@ def checkpoint_in(path: str) -> Checkpoint:
 
 def checkpoints_of(model: Model) -> list[Checkpoint]:
     """All checkpoints to apply to the base model, oldest first."""
-    found = [checkpoint for path in model.checkpoint_dir for checkpoint in lineage(path)]
+    found: list[Checkpoint] = []
+    for path in model.checkpoint_dir:
+        applied = {
+            checkpoint.folder.resolve() for checkpoint in found
+        }  # a,b may name a run and one that started from it
+        found += [checkpoint for checkpoint in lineage(path) if checkpoint.folder.resolve() not in applied]
     last_whole = max((place for place, checkpoint in enumerate(found) if checkpoint.kind == WEIGHTS), default=0)
     return found[last_whole:]
 

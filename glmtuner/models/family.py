@@ -18,7 +18,7 @@ class Family:
     model_types: tuple[str, ...]  # of config.json
     layers: str  # the list of blocks, from the causal LM down
     attention_block: str  # inside a block
-    mlp: str  # inside a block
+    mlp: str  # inside a block; empty where it has no module of its own
     attention: tuple[str, ...]  # the query, key and value projections: LoRA's default targets
     other_linears: tuple[str, ...]  # the block's remaining linear layers
     template: str
@@ -93,9 +93,9 @@ def family_from_structure(model: "nn.Module") -> Family:
     attention_block = next((name for name in _ATTENTION_BLOCKS if name in children), "")
     mlp = next((name for name in _MLPS if name in children), "")
     attention = [name for name in dict.fromkeys(linear.values()) if name in _ATTENTION]
-    if not (attention_block and mlp and attention):
+    if not (attention_block and attention):
         raise ConfigError(
-            f"model.family=auto: cannot tell attention and MLP of {type(model).__name__}'s blocks "
+            f"model.family=auto: cannot tell the attention of {type(model).__name__}'s blocks "
             f"({', '.join(children)}); declare the family in glmtuner/models/<family>.py and name it with model.family="
         )
     return Family(

@@ -1,7 +1,7 @@
 """Four-bit base weights, by bitsandbytes."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from glmtuner.config.schema import Quant, preset
 
@@ -10,6 +10,8 @@ from glmtuner.config.schema import Quant, preset
 @dataclass(kw_only=True)
 class Int4(Quant):
     """NF4 or FP4 blocks with their constants quantized again (QLoRA, arXiv:2305.14314); products in `compute_dtype`."""
+
+    bits: ClassVar[int | None] = 4
 
     def loading(self, device: Any, compute_dtype: Any) -> dict[str, Any]:
         from transformers import BitsAndBytesConfig

@@ -1,7 +1,7 @@
 """Eight-bit base weights, by bitsandbytes."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from glmtuner.config.schema import Quant, preset
 
@@ -10,6 +10,8 @@ from glmtuner.config.schema import Quant, preset
 @dataclass(kw_only=True)
 class Int8(Quant):
     """Rows of int8 with outlier columns apart (LLM.int8(), arXiv:2208.07339)."""
+
+    bits: ClassVar[int | None] = 8
 
     def loading(self, device: Any, compute_dtype: Any) -> dict[str, Any]:
         from transformers import BitsAndBytesConfig

@@ -395,3 +395,22 @@ def test_legal_words_pass():
         parse(["finetuning=lora", "finetuning.lora_rank=4", "name=x", "hydra.run.dir=x"]), PRESETS, multirun=False
     )
     check_words(parse(["finetuning=lora,freeze", "trainer.seed=1,2"]), PRESETS, multirun=True)
+
+
+@pytest.mark.parametrize("words", [["quant.quantization_bit=4"], ["quant=int8", "quant.quantization_bit=4"]])
+def test_bits_that_are_not_the_preset_s_are_refused(words):
+    assert "type quant=int4" in refused(*words)
+
+
+def test_no_experiment_is_null():
+    assert compose(["experiment=null"]).config == compose([]).config
+
+
+def test_a_glob_is_every_preset():
+    assert check_sweep(["experiment=glob(*)"]) == ["experiment=glob(*)"]
+
+
+def test_a_dictionary_is_given_whole():
+    told = refused("trainer.lr_scheduler_kwargs.num_cycles=2")
+    assert "type 'trainer.lr_scheduler_kwargs={num_cycles: 2}'" in told
+    assert compose(["trainer.lr_scheduler_kwargs={num_cycles: 2}"]).run.trainer.lr_scheduler_kwargs == {"num_cycles": 2}

@@ -456,7 +456,7 @@ def test_a_folded_projection_is_the_raw_one(kind, tmp_path):
 def test_a_prefix_is_not_added_to_a_model_with_its_own_attention():
     model, family = base()
     model.set_attn_implementation("eager")
-    with pytest.raises(ConfigError, match=r"finetuning\.p_tuning: .*finetuning=lora"):
+    with pytest.raises(ConfigError, match=r"finetuning=p_tuning: .*finetuning=lora"):
         method("p_tuning").attach(model, family)
 
 
@@ -657,3 +657,9 @@ def test_folders_without_trained_weights_say_what_to_name(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"names its targets by the pattern '\.\*proj'"):
         lora_settings(tmp_path)
+
+
+def test_a_checkpoint_listed_twice_is_applied_once(tmp_path):
+    a = run_folder(tmp_path / "a")
+    b = run_folder(tmp_path / "b", checkpoint_dir=[a], resume=False)
+    assert lineage_of(a, b) == [("lora", "a"), ("lora", "b")]
