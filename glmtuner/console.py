@@ -8,14 +8,20 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], show_header: bool = True) -> None:
-    """A table; wide characters are counted as two columns."""
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], show_header: bool = True, lines: bool = True
+) -> None:
+    """A table, with lines between rows when `lines`; wide characters are counted as two columns."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     drawn = Table(
-        title=title or None, title_justify="left", box=box.ROUNDED, show_header=show_header, show_lines=show_header
+        title=title or None,
+        title_justify="left",
+        box=box.ROUNDED,
+        show_header=show_header,
+        show_lines=show_header and lines,
     )
     for column in columns:
         drawn.add_column(column, overflow="fold")

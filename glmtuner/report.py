@@ -36,7 +36,7 @@ def show(path: Path) -> None:
     trained = folder.trained()
     rows.append(("weights", str(trained) if trained else MISSING))
     table("", ("", ""), rows, show_header=False)
-    _show_scores(folder.metrics())
+    _show_scores(folder)
     _show_answers(folder)
     if (folder / LOSS_PICTURE).is_file():
         say(f"loss curve: {folder / LOSS_PICTURE}")
@@ -44,7 +44,7 @@ def show(path: Path) -> None:
 
 def show_results(folder: RunFolder) -> None:
     """What a run prints when it ends."""
-    _show_scores(folder.metrics())
+    _show_scores(folder)
     _show_answers(folder)
     say(f"run folder: {folder.path}")
 
@@ -83,9 +83,22 @@ def _short(value: Any) -> str:
     )
 
 
-def _show_scores(metrics: dict[str, float]) -> None:
-    if metrics:
-        table("", ("metric", "value"), [(name, number(value)) for name, value in metrics.items()], show_header=False)
+def _show_scores(folder: RunFolder) -> None:
+    metrics, before = folder.metrics(), scores_before(folder)
+    if before:
+        rows = [
+            (name, number(value), number(before[name]) if name in before else "") for name, value in metrics.items()
+        ]
+        table("", ("metric", "value", "before training"), rows, lines=False)
+    elif metrics:
+        table("", ("", ""), [(name, number(value)) for name, value in metrics.items()], show_header=False)
+
+
+def scores_before(folder: RunFolder) -> dict[str, float]:
+    """The evaluation at step 0 (trainer.eval_on_start), under the names that metrics.json gives the later one."""
+    line = next((line for line in folder.history() if line["step"] == 0), {})
+    found = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+    return {f"{prefix}_{name}": value for name, value in found.items() for prefix in ("eval", "predict")}
 
 
 def number(value: float) -> str:
@@ -145,7 +158,7 @@ def draw_loss(folder: RunFolder) -> Path | None:
     figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=140, layout="constrained")
     if train:
         steps, losses = zip(*train, strict=True)
-        many = len(losses) >= 20
+        many = len(losses) >= 100
         axes.plot(steps, losses, color="#1f77b4", alpha=0.35 if many else 1.0, linewidth=1.2, label="training loss",
                   marker="" if many else "o", markersize=3)  # fmt: skip
         if many:
@@ -163,12 +176,14 @@ def draw_loss(folder: RunFolder) -> Path | None:
     return folder / LOSS_PICTURE
 
 
-def smoothed(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """An exponential average without the bias of its first values."""
-    average, weight, out = 0.0, 0.0, []
-    for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(average / weight)
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of each value's neighbourhood, a twentieth of all values wide, narrower at the ends: it does not lag."""
+    reach = max(len(values) // 40, 1)
+    out = []
+    for place in range(len(values)):
+        around = min(reach, place, len(values) - 1 - place)
+        window = values[place - around : place + around + 1]
+        out.append(sum(window) / len(window))
     return out
 
 
@@ -178,8 +193,12 @@ def write_report(folder: RunFolder, metrics: dict[str, float]) -> None:
     lines = [f"# {folder.path.name}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {_cell(value)} |" for name, value in _facts(folder.config(), about)]
     if metrics:
-        lines += ["", "## Results", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {number(value)} |" for name, value in metrics.items()]
+        before = scores_before(folder)
+        lines += ["", "## Results", "", f"| metric | value |{' before training |' if before else ''}"]
+        lines += [f"|---|---|{'---|' if before else ''}"]
+        for name, value in metrics.items():
+            earlier = f" {number(before[name]) if name in before else ''} |" if before else ""
+            lines.append(f"| {name} | {number(value)} |{earlier}")
     losses = [line["loss"] for line in folder.history() if "loss" in line]
     if losses:
         lines += ["", f"Training loss: {losses[0]:.4f} at the first logged step, {losses[-1]:.4f} at the last."]

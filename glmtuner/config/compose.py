@@ -130,7 +130,14 @@ class _composer:
             kept = [word for word in words if word != "experiment=null"]  # the default; Hydra takes no null typed
             return hydra_compose(config_name, overrides=[*extra, *kept], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(explain(error)) from None
+            told, typed = explain(error), next((word for word in words if word.startswith("experiment=")), None)
+            if (
+                typed
+                and "unknown key" in told
+                and not any(word.partition("=")[0] in told for word in words if "." in word)
+            ):
+                told = f"{typed} sets what does not fit the other words: {told}"
+            raise ConfigError(told) from None
 
 
 def check_sweep(words: Sequence[str], *, config_dir: str | None = None, config_name: str = "config") -> list[str]:

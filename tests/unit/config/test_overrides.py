@@ -414,3 +414,10 @@ def test_a_dictionary_is_given_whole():
     told = refused("trainer.lr_scheduler_kwargs.num_cycles=2")
     assert "type 'trainer.lr_scheduler_kwargs={num_cycles: 2}'" in told
     assert compose(["trainer.lr_scheduler_kwargs={num_cycles: 2}"]).run.trainer.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+def test_an_experiment_that_does_not_fit_is_named():
+    told = refused("experiment=quickstart", "finetuning=freeze")
+    assert told.startswith(
+        "experiment=quickstart sets what does not fit the other words: unknown key 'finetuning.lora_target'"
+    )
