@@ -292,7 +292,7 @@ def test_the_resolved_config_shows_the_names_of_the_family_s_attention_projectio
 
 
 def test_an_experiment_wins_over_presets_and_the_command_line_over_the_experiment():
-    assert compose(["experiment=quickstart"]).run.trainer.learning_rate == 5e-3
+    assert compose(["experiment=quickstart"]).run.trainer.learning_rate == 1e-2
     typed = compose(
         ["experiment=quickstart", "trainer.learning_rate=1e-3", "model=glm4_9b_0414", "finetuning.lora_target=q_proj"]
     )
