@@ -203,6 +203,7 @@ def attached_model(composed: Composed, family: Family | None, device: "torch.dev
     whole = base_folder(checkpoints)
     source = dataclasses.replace(run.model, model_name_or_path=str(whole), config_name=None) if whole else run.model
     model = load_model(source, run.quant, device, compute_dtype(run, device))
+    run.quant.prepare(model)
     if family is None:
         family = family_from_structure(model)
         run.finetuning.settle(family, len(family.blocks(model)))

@@ -98,6 +98,9 @@ class Quant:
         """What `from_pretrained` needs to be told, given the device and the torch dtype of the matrix products."""
         return {}
 
+    def prepare(self, model: "nn.Module") -> None:
+        """Called once on the loaded model."""
+
 
 @dataclass(kw_only=True)
 class Data:

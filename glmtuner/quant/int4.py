@@ -1,9 +1,12 @@
 """Four-bit base weights, by bitsandbytes."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.schema import Quant, preset
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @preset("quant", "int4")
@@ -23,3 +26,15 @@ class Int4(Quant):
             bnb_4bit_compute_dtype=compute_dtype,
         )
         return {"quantization_config": config, "device_map": {"": device}}
+
+    def prepare(self, model: "nn.Module") -> None:
+        """Keep the weights in the layout that gradients can pass.
+
+        On a CPU with AVX-512 bitsandbytes repacks them at the first forward pass in evaluation mode, for good, and the
+        repacked ones cannot be trained through: a run that generates before it trains would fail.
+        """
+        from bitsandbytes.nn import Linear4bit
+
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
