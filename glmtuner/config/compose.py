@@ -20,6 +20,7 @@ from glmtuner.config.explain import explain
 from glmtuner.config.overrides import bracket_lists, check_words, parse, typed_keys
 from glmtuner.config.paths import conf_dir
 from glmtuner.config.schema import Run
+from glmtuner.config.trainer_arguments import WORDS
 from glmtuner.errors import CheckpointError, ConfigError
 
 MOST_SWEEP_JOBS_CHECKED = 64
@@ -98,8 +99,11 @@ def finish(config: DictConfig, words: list[str], typed: set[str]) -> Composed:
         raise ConfigError(f"{error.full_key} has no value yet; type {error.full_key}=…") from None
     except (OmegaConfBaseException, ConfigError) as error:
         raise ConfigError(explain(error)) from None
-    resolved = OmegaConf.structured(run) if not isinstance(run, Run) else OmegaConf.create(config)
+    assert isinstance(run, Run)
+    resolved = OmegaConf.create(config)
     OmegaConf.resolve(resolved)
+    for name in WORDS:
+        resolved.trainer[name] = getattr(run.trainer, name)  # the word `no` where YAML read false
     return Composed(run=run, config=resolved, hydra=hydra, words=words, typed=typed)
 
 

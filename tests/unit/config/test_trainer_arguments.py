@@ -158,3 +158,10 @@ def test_a_misspelt_field_in_an_experiment_file_is_answered_too(tmp_path):
     folder = experiment(tmp_path, "trainer:\n  lerning_rate: 1e-3\n")
     with pytest.raises(ConfigError, match=r"unknown key 'trainer\.lerning_rate'; did you mean 'learning_rate'\?"):
         compose(["experiment=mine"], config_dir=folder)
+
+
+def test_the_word_no_of_a_yaml_file_is_kept_as_a_word(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/quiet.yaml").write_text("# @package _global_\ntrainer:\n  save_strategy: no\n")
+    composed = compose(["experiment=quiet"], config_dir=str(tmp_path))
+    assert composed.run.trainer.save_strategy == composed.config.trainer.save_strategy == "no"
