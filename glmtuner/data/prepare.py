@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.paths import PACKAGE, PACKAGE_DATA
 from glmtuner.config.schema import Data
-from glmtuner.data import BadLine, DatasetSpec, find, load, refuse
+from glmtuner.data import BadLine, DatasetSpec, load, refuse
 from glmtuner.data.encode import Counts, Encoder
 from glmtuner.data.read import read
 from glmtuner.data.records import Example
@@ -50,11 +50,6 @@ class Prepared:
         """What provenance.json keeps."""
         broken = [str(line) for line in self.bad]
         return {"origin": self.spec.origin, "sha256": self.files, **asdict(self.counts), "skipped": broken}
-
-
-def specs(names: Sequence[str], data: Data, catalogue: Sequence[Path]) -> list[DatasetSpec]:
-    """The entries of these names; what a stage of single answers cannot learn is refused here."""
-    return [find(name, data.dataset_dir, catalogue) for name in names]
 
 
 def cache_root() -> Path:

@@ -1,7 +1,7 @@
 """What a model family is: where its layers are, what its linear layers are called, how it is prompted, when it stops."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.errors import ConfigError, UnknownName
@@ -108,8 +108,3 @@ def family_from_structure(model: "nn.Module") -> Family:
         other_linears=tuple(dict.fromkeys(name for name in linear.values() if name not in attention)),
         template="tokenizer",
     )
-
-
-def with_template(family: Family, template: str | None) -> Family:
-    """The family with another chat template, when one was asked for."""
-    return family if template is None else replace(family, template=template)
