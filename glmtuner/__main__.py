@@ -90,7 +90,7 @@ def _register() -> None:
     """Make every method, stage, metric, model family, quantization and tracker known."""
     import glmtuner.finetuning
     import glmtuner.metrics
-    import glmtuner.models
+    import glmtuner.families
     import glmtuner.quant
     import glmtuner.stages
     import glmtuner.trackers  # noqa: F401

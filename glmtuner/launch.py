@@ -20,9 +20,9 @@ from glmtuner.config.schema import Dtype, Model, Run
 from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.console import say, table
 from glmtuner.errors import CheckpointError
-from glmtuner.models.family import Family, family_from_structure, family_named, family_of
-from glmtuner.models.load import load_model, load_tokenizer, read_config
-from glmtuner.models.template import template_named
+from glmtuner.families.family import Family, family_from_structure, family_named, family_of
+from glmtuner.hub import read_config
+from glmtuner.families.template import template_named
 from glmtuner.run_folder import (
     CONFIG,
     EVALUATIONS,
@@ -65,6 +65,8 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
     family = settle_family(run, model_config)
 
     quieten_libraries()
+    from glmtuner.models.load import load_tokenizer
+
     tokenizer = load_tokenizer(run.model)
     template = template_of(run, family, tokenizer)
     data = run.stage.datasets(run, specs, template, tokenizer)
@@ -197,6 +199,7 @@ def attached_model(composed: Composed, family: Family | None, device: "torch.dev
     from transformers import set_seed
 
     from glmtuner.finetuning.start import attach, base_folder, checkpoints_of
+    from glmtuner.models.load import load_model
 
     run = composed.run
     checkpoints = checkpoints_of(run.model)
@@ -510,7 +513,7 @@ def answer_all(
 
 def stop_ids(template: Any, tokenizer: "PreTrainedTokenizerBase", family: str) -> tuple[int, ...]:
     """The template's stop token, the family's, and the tokenizer's own end of text."""
-    from glmtuner.models.family import FAMILIES
+    from glmtuner.families.family import FAMILIES
 
     found = set(template.stop_ids(tokenizer))
     if tokenizer.eos_token_id is not None:

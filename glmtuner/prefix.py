@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from glmtuner.errors import ConfigError
 
 if TYPE_CHECKING:
-    from glmtuner.models.family import Family
+    from glmtuner.families.family import Family
 
 PREFIXED = "prefix|"  # prefix|sdpa is sdpa that sees the prefix
 

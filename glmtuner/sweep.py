@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import glmtuner.finetuning
 import glmtuner.metrics
-import glmtuner.models
+import glmtuner.families
 import glmtuner.quant
 import glmtuner.stages
 import glmtuner.trackers  # noqa: F401  (a job may start in a process of its own: everything registers itself here)

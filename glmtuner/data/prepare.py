@@ -32,7 +32,7 @@ CODE = (
     "data/records.py",
     "data/read.py",
     "data/catalog.py",
-    "models/template.py",
+    "families/template.py",
 )
 
 

@@ -11,7 +11,7 @@ from glmtuner.finetuning.trained import freeze_all, train
 if TYPE_CHECKING:
     from torch import nn
 
-    from glmtuner.models.family import Family
+    from glmtuner.families.family import Family
 
 
 def trainable_layer_ids(num_layer_trainable: int, total_layers: int) -> range:

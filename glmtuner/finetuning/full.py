@@ -10,7 +10,7 @@ from glmtuner.finetuning.trained import TRAINED, load_model_folder, restore_trai
 if TYPE_CHECKING:
     from torch import nn
 
-    from glmtuner.models.family import Family
+    from glmtuner.families.family import Family
 
 
 @preset("finetuning", "full")

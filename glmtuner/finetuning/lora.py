@@ -11,7 +11,7 @@ from glmtuner.finetuning.trained import assign, load_tensors, trained_parameters
 if TYPE_CHECKING:
     from torch import nn
 
-    from glmtuner.models.family import Family
+    from glmtuner.families.family import Family
 
 ADAPTER = "adapter_model.safetensors"
 

@@ -9,7 +9,7 @@ from glmtuner.finetuning.trained import freeze_all
 if TYPE_CHECKING:
     from torch import nn
 
-    from glmtuner.models.family import Family
+    from glmtuner.families.family import Family
 
 
 @preset("finetuning", "none")

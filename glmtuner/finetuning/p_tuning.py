@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from glmtuner.models.family import Family
+    from glmtuner.families.family import Family
 
 ADAPTER = "adapter_model.safetensors"
 RAW = "prefix_encoder.safetensors"  # what is trained, before projection; PEFT's file holds what comes out of it

@@ -16,7 +16,7 @@ from glmtuner.finetuning.trained import TRAINED, assign, load_tensors
 if TYPE_CHECKING:
     from torch import nn
 
-    from glmtuner.models.family import Family
+    from glmtuner.families.family import Family
 
 LORA, PREFIX, WEIGHTS, CHANGED = "lora", "prefix", "weights", "changed"
 

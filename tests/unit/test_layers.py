@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent.parent
 RANK = {
     "errors": 0,
     **dict.fromkeys(("config", "console"), 1),
-    **dict.fromkeys(("data", "metrics", "models", "quant", "trackers", "prefix", "run_folder"), 2),
-    **dict.fromkeys(("report", "finetuning", "generate", "preflight"), 3),
+    **dict.fromkeys(("data", "families", "hub", "metrics", "quant", "trackers", "prefix", "run_folder"), 2),
+    **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight"), 3),
     "trainer": 4,
     "stages": 5,
     "launch": 6,
@@ -110,11 +110,11 @@ def test_the_walk_sees_every_form_of_an_upward_import(line, tmp_path):
 
 
 def test_the_walk_refuses_siblings_and_leaves_annotations_alone(tmp_path):
-    (tmp_path / "quant.py").write_text("from glmtuner.models.family import Family", encoding="utf-8")
+    (tmp_path / "quant.py").write_text("from glmtuner.families.family import Family", encoding="utf-8")
     (tmp_path / "prefix.py").write_text(
-        "if TYPE_CHECKING:\n    from glmtuner.models.family import Family", encoding="utf-8"
+        "if TYPE_CHECKING:\n    from glmtuner.families.family import Family", encoding="utf-8"
     )
-    assert wrong_way(edges(tmp_path)) == [("quant", "models")]
+    assert wrong_way(edges(tmp_path)) == [("quant", "families")]
 
 
 def modules_loaded_by(folder: Path, *words: str) -> tuple[int, set[str]]:

@@ -26,8 +26,8 @@ from glmtuner.finetuning.none import NoTuning
 from glmtuner.finetuning.p_tuning import ADAPTER, RAW, PTuning, prefix_settings
 from glmtuner.finetuning.start import Checkpoint, attach, base_folder, checkpoint_in, checkpoints_of, lora_settings
 from glmtuner.finetuning.trained import TRAINED, assign, digest_of, load_tensors, trained_parameters
-from glmtuner.models import FAMILIES
-from glmtuner.models.family import family_from_structure
+from glmtuner.families import FAMILIES
+from glmtuner.families.family import family_from_structure
 
 torch.set_num_threads(1)
 

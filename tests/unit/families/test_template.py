@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 from glmtuner.config.paths import ASSETS
 from glmtuner.data.records import Message
 from glmtuner.errors import ConfigError, UnknownName
-from glmtuner.models.template import IGNORE_INDEX, TEMPLATES, Plain, TokenizersOwn, control_id, template_named
+from glmtuner.families.template import IGNORE_INDEX, TEMPLATES, Plain, TokenizersOwn, control_id, template_named
 
 SYSTEM, ASK, TOLD = (lambda text, role=role: Message(role, text) for role in ("system", "user", "assistant"))
 CONVERSATIONS = {

@@ -1,6 +1,6 @@
 """ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B in the layout of their first release (`model_type` chatglm)."""
 
-from glmtuner.models.family import Family, register
+from glmtuner.families.family import Family, register
 
 OTHER_LINEARS = ("dense", "dense_h_to_4h", "dense_4h_to_h")
 

@@ -350,5 +350,5 @@ def template_named(name: str, tokenizer: Any) -> Template:
         source = getattr(tokenizer, "chat_template", None)
         return TokenizersOwn(source=source) if isinstance(source, str) else TEMPLATES["plain"]
     if name not in TEMPLATES:
-        raise UnknownName("template", name, [*TEMPLATES, OWN], add_one="glmtuner/models/template.py")
+        raise UnknownName("template", name, [*TEMPLATES, OWN], add_one="glmtuner/families/template.py")
     return TEMPLATES[name]

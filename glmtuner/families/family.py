@@ -45,7 +45,7 @@ def register(family: Family) -> Family:
 def family_named(name: str) -> Family:
     """The family of that name; raises UnknownName."""
     if name not in FAMILIES:
-        raise UnknownName("model family", name, [*FAMILIES, "auto"], add_one="glmtuner/models/<family>.py")
+        raise UnknownName("model family", name, [*FAMILIES, "auto"], add_one="glmtuner/families/<family>.py")
     return FAMILIES[name]
 
 
@@ -81,7 +81,7 @@ def family_from_structure(model: "nn.Module") -> Family:
     if not lists:
         raise ConfigError(
             f"model.family=auto: no list of {count} blocks in {type(model).__name__}; "
-            "declare the family in glmtuner/models/<family>.py and name it with model.family="
+            "declare the family in glmtuner/families/<family>.py and name it with model.family="
         )
     block = model.get_submodule(lists[0])[0]
     linear = {
@@ -96,7 +96,7 @@ def family_from_structure(model: "nn.Module") -> Family:
     if not (attention_block and attention):
         raise ConfigError(
             f"model.family=auto: cannot tell the attention of {type(model).__name__}'s blocks "
-            f"({', '.join(children)}); declare the family in glmtuner/models/<family>.py and name it with model.family="
+            f"({', '.join(children)}); declare the family in glmtuner/families/<family>.py and name it with model.family="
         )
     return Family(
         name="auto",

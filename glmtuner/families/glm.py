@@ -1,6 +1,6 @@
 """GLM in transformers' own layout: GLM-4-9B(-Chat)-hf (`GlmForCausalLM`) and GLM-4-0414 (`Glm4ForCausalLM`)."""
 
-from glmtuner.models.family import Family, register
+from glmtuner.families.family import Family, register
 
 STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 
