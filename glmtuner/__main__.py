@@ -88,9 +88,9 @@ def _main(words: list[str]) -> int:
 
 def _register() -> None:
     """Make every method, stage, metric, model family, quantization and tracker known."""
+    import glmtuner.families
     import glmtuner.finetuning
     import glmtuner.metrics
-    import glmtuner.families
     import glmtuner.quant
     import glmtuner.stages
     import glmtuner.trackers  # noqa: F401

@@ -21,8 +21,8 @@ from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.console import say, table
 from glmtuner.errors import CheckpointError
 from glmtuner.families.family import Family, family_from_structure, family_named, family_of
-from glmtuner.hub import read_config
 from glmtuner.families.template import template_named
+from glmtuner.hub import read_config
 from glmtuner.run_folder import (
     CONFIG,
     EVALUATIONS,
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from glmtuner.stages.sft import Datasets
     from glmtuner.trainer import GlmTrainer
 
-SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")  # what a checkpoint's base must share
+# what a checkpoint's base must share, in all the words that config.json files have for it
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_layers", "vocab_size", "padded_vocab_size")
 
 
 def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[Path] | None = None) -> dict[str, float]:
@@ -205,7 +206,7 @@ def attached_model(composed: Composed, family: Family | None, device: "torch.dev
     checkpoints = checkpoints_of(run.model)
     whole = base_folder(checkpoints)
     source = dataclasses.replace(run.model, model_name_or_path=str(whole), config_name=None) if whole else run.model
-    model = load_model(source, run.quant, device, compute_dtype(run, device))
+    model = load_model(source, family, run.quant, device, compute_dtype(run, device))
     run.quant.prepare(model)
     if family is None:
         family = family_from_structure(model)

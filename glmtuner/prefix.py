@@ -23,20 +23,31 @@ class PrefixEncoder(nn.Module):
     """Keys and values of the prefix, a layer at a time.
 
     Without projection an embedding holds them all, [M, L * 2 * G * D], slot 2l the keys of layer l and slot 2l + 1 its
-    values. With projection a smaller embedding goes through a two-layer MLP; each layer computes its own slice, so that no
-    graph is shared between layers and every kind of gradient checkpointing works.
+    values. With projection an embedding goes through a two-layer MLP; each layer computes its own slice, so that no graph
+    is shared between layers and every kind of gradient checkpointing works. The embedding is as wide as the hidden size,
+    or, where `wide`, as what comes out: the published code of ChatGLM-6B and of ChatGLM2 differ in that.
     """
 
     def __init__(
-        self, *, tokens: int, layers: int, heads: int, head_dim: int, hidden: int, projection: bool, dropout: float
+        self,
+        *,
+        tokens: int,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        hidden: int,
+        projection: bool,
+        wide: bool,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.tokens, self.layers, self.heads, self.head_dim = tokens, layers, heads, head_dim
         self.layer_width = 2 * heads * head_dim
         width = layers * self.layer_width
-        self.embedding = nn.Embedding(tokens, hidden if projection else width)
+        embedded = hidden if projection and not wide else width
+        self.embedding = nn.Embedding(tokens, embedded)
         self.trans = (
-            nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, width)) if projection else None
+            nn.Sequential(nn.Linear(embedded, hidden), nn.Tanh(), nn.Linear(hidden, width)) if projection else None
         )
         self.dropout = nn.Dropout(dropout)
 
@@ -71,6 +82,7 @@ def add_prefix(model: nn.Module, family: "Family", *, tokens: int, projection: b
         head_dim=head_dim,
         hidden=config.hidden_size,
         projection=projection,
+        wide=family.wide_prefix,
         dropout=dropout,
     ).to(model.device)
     model.prefix_encoder = encoder

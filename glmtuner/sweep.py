@@ -8,9 +8,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+import glmtuner.families
 import glmtuner.finetuning
 import glmtuner.metrics
-import glmtuner.families
 import glmtuner.quant
 import glmtuner.stages
 import glmtuner.trackers  # noqa: F401  (a job may start in a process of its own: everything registers itself here)

@@ -1,8 +1,28 @@
-"""ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B in the layout of their first release (`model_type` chatglm)."""
+"""ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B in the layout of their first release (`model_type` chatglm).
+
+ChatGLM2 and ChatGLM3 cannot be told apart by config.json: they compute the same and are prompted differently.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 from glmtuner.families.family import Family, register
 
 OTHER_LINEARS = ("dense", "dense_h_to_4h", "dense_4h_to_h")
+CHATGLM2_VOCABULARY = 65024  # tokens, the most that ChatGLM2 and ChatGLM3 have; GLM-4 has 151552
+
+
+def _first_generation(config: Mapping[str, Any]) -> bool:
+    return "padded_vocab_size" not in config
+
+
+def _second_generation(config: Mapping[str, Any]) -> bool:
+    return config.get("padded_vocab_size", CHATGLM2_VOCABULARY + 1) <= CHATGLM2_VOCABULARY
+
+
+def _glm4(config: Mapping[str, Any]) -> bool:
+    return config.get("padded_vocab_size", 0) > CHATGLM2_VOCABULARY
+
 
 CHATGLM = register(
     Family(
@@ -15,6 +35,7 @@ CHATGLM = register(
         other_linears=OTHER_LINEARS,
         template="chatglm",
         stop_tokens=("<eop>",),
+        fits=_first_generation,
     )
 )
 CHATGLM2 = register(
@@ -28,6 +49,9 @@ CHATGLM2 = register(
         other_linears=OTHER_LINEARS,
         template="chatglm2",
         stop_tokens=("</s>",),
+        fits=_second_generation,
+        interpolates=True,
+        wide_prefix=True,
     )
 )
 CHATGLM3 = register(
@@ -41,6 +65,8 @@ CHATGLM3 = register(
         other_linears=OTHER_LINEARS,
         template="chatglm3",
         stop_tokens=("</s>", "<|user|>", "<|observation|>"),
+        fits=_second_generation,
+        wide_prefix=True,
     )
 )
 GLM4_ORIGINAL = register(
@@ -54,5 +80,7 @@ GLM4_ORIGINAL = register(
         other_linears=OTHER_LINEARS,
         template="glm4",
         stop_tokens=("<|endoftext|>", "<|user|>", "<|observation|>"),
+        fits=_glm4,
+        wide_prefix=True,
     )
 )

@@ -1,6 +1,6 @@
 """What a model family is: where its layers are, what its linear layers are called, how it is prompted, when it stops."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,11 @@ class Family:
     other_linears: tuple[str, ...]  # the block's remaining linear layers
     template: str
     stop_tokens: tuple[str, ...] = ()
+    fits: Callable[[Mapping[str, Any]], bool] = lambda config: (
+        True
+    )  # among families of one model type: what config.json has
+    interpolates: bool = False  # does rope_ratio divide positions, where others multiply the rotary base by it?
+    wide_prefix: bool = False  # does P-tuning's projection start from as many numbers as it ends in? (ChatGLM2 does)
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -49,15 +54,28 @@ def family_named(name: str) -> Family:
     return FAMILIES[name]
 
 
-def family_of(model_config: Mapping[str, Any], declared: str) -> Family | None:
-    """The family that config.json tells; the declared one where several share a model type; None for an unknown type.
-
-    Never told by a token id or a name: a folder called chatglm may hold anything.
-    """
+def families_that_fit(model_config: Mapping[str, Any]) -> list[Family]:
+    """The families that config.json may mean."""
     model_type = model_config.get("model_type", "")
-    fitting = [family for family in FAMILIES.values() if model_type in family.model_types]
+    return [family for family in FAMILIES.values() if model_type in family.model_types and family.fits(model_config)]
+
+
+def family_of(model_config: Mapping[str, Any], declared: str) -> Family | None:
+    """The family that config.json tells; the declared one where several would fit; None for an unknown type.
+
+    Never told by a token id or a name: a folder called chatglm may hold anything. Raises ConfigError where families that
+    fit would compute differently.
+    """
+    fitting = families_that_fit(model_config)
     if declared in {family.name for family in fitting}:
         return FAMILIES[declared]
+    stretched = model_config.get("rope_ratio", 1) != 1 and "rope_interpolation" not in model_config
+    if stretched and len({family.interpolates for family in fitting}) > 1:
+        names = " or ".join(family.name for family in fitting)
+        raise ConfigError(
+            f"model.family={declared}: config.json has rope_ratio={model_config['rope_ratio']}, which {names} read "
+            f"differently; type model.family={names}"
+        )
     return fitting[0] if fitting else None
 
 

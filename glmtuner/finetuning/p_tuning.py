@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.schema import Finetuning, preset
 from glmtuner.errors import CheckpointError, ConfigError
-from glmtuner.finetuning.trained import assign, freeze_all, load_tensors, save_tensors
+from glmtuner.finetuning.trained import assign, freeze_all, load_folder, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter_model.safetensors"
 RAW = "prefix_encoder.safetensors"  # what is trained, before projection; PEFT's file holds what comes out of it
+PUBLISHED_PREFIX = "transformer.prefix_encoder."  # in front of the names, in the checkpoints of ChatGLM's own trainer
 DROPOUT = 0.1  # of the published ChatGLM code, in training only
 
 
@@ -68,6 +69,8 @@ class PTuning(Finetuning):
         encoder = model.get_submodule("prefix_encoder")
         if (folder / RAW).is_file():
             assign(dict(encoder.named_parameters()), load_tensors(folder / RAW), folder)
+        elif not (folder / "adapter_config.json").is_file():
+            assign(dict(encoder.named_parameters()), published_prefix(folder), folder)
         elif self.prefix_projection and (folder / ADAPTER).is_file():
             raise CheckpointError(
                 f"{folder} holds a prefix without its projection, so finetuning.prefix_projection=true cannot go on with it; "
@@ -80,6 +83,27 @@ class PTuning(Finetuning):
 
 def prefix_settings(folder: Path) -> dict[str, Any]:
     """`pre_seq_len` and `prefix_projection` of a saved prefix, from its own files."""
+    if not (folder / "adapter_config.json").is_file():
+        saved = published_prefix(folder)
+        return {"pre_seq_len": len(saved["embedding.weight"]), "prefix_projection": "trans.0.weight" in saved}
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     projected = (folder / RAW).is_file() and any(name.startswith("trans") for name in load_tensors(folder / RAW))
     return {"pre_seq_len": config["num_virtual_tokens"], "prefix_projection": projected}
+
+
+def published_prefix(folder: Path) -> "dict[str, torch.Tensor]":
+    """The prefix in a checkpoint of ChatGLM's own P-tuning trainer, by PrefixEncoder's names."""
+    saved = load_folder(folder)
+    return {
+        name.removeprefix(PUBLISHED_PREFIX): value for name, value in saved.items() if name.startswith(PUBLISHED_PREFIX)
+    }
+
+
+def save_published_prefix(adapter: Path, folder: Path) -> Path:
+    """Write a run's prefix as ChatGLM's own P-tuning code reads it, `pytorch_model.bin`; returns the file."""
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "pytorch_model.bin"
+    torch.save({f"{PUBLISHED_PREFIX}{name}": value for name, value in load_tensors(adapter / RAW).items()}, path)
+    return path

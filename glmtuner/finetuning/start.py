@@ -1,6 +1,7 @@
 """What a run starts from: the base model with the checkpoints of `model.checkpoint_dir` applied, in order."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,8 @@ from omegaconf import OmegaConf
 from glmtuner.config.compose import run_folder_of
 from glmtuner.config.schema import Finetuning, Model
 from glmtuner.errors import CheckpointError, ConfigError
-from glmtuner.finetuning.p_tuning import prefix_settings
-from glmtuner.finetuning.trained import TRAINED, assign, load_tensors
+from glmtuner.finetuning.p_tuning import PUBLISHED_PREFIX, prefix_settings
+from glmtuner.finetuning.trained import TRAINED, assign, load_folder, load_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +26,8 @@ LORA, PREFIX, WEIGHTS, CHANGED = "lora", "prefix", "weights", "changed"
 class Checkpoint:
     """A folder of trained weights and what kind they are.
 
-    lora: a PEFT adapter; prefix: a PEFT prefix; weights: a whole model; changed: only the parameters that were trained.
+    lora: a PEFT adapter; prefix: a prefix, PEFT's or the published ChatGLM code's; weights: a whole model; changed: only
+    the parameters that were trained.
     """
 
     kind: str
@@ -46,12 +48,19 @@ def checkpoint_in(path: str) -> Checkpoint:
             return Checkpoint(kind, candidate)
         if (candidate / TRAINED).is_file():
             return Checkpoint(CHANGED, candidate)
-        if (candidate / "config.json").is_file() and list(candidate.glob("model*.safetensors")):
-            return Checkpoint(WEIGHTS, candidate)
+        if [*candidate.glob("model*.safetensors"), *candidate.glob("pytorch_model*.bin")]:
+            return Checkpoint(_kind_by_names(load_folder(candidate)), candidate)
     raise CheckpointError(
         f"model.checkpoint_dir={path} holds no trained weights: no adapter/, no model/, no adapter_config.json; "
         "name a finished run's folder or one of its checkpoints/"
     )
+
+
+def _kind_by_names(names: Iterable[str]) -> str:
+    """What a folder of weights without a word about them holds: the trainers of ChatGLM wrote what they had trained only."""
+    if any(PUBLISHED_PREFIX in name for name in names):
+        return PREFIX
+    return WEIGHTS if any("embed" in name for name in names) else CHANGED
 
 
 def checkpoints_of(model: Model) -> list[Checkpoint]:
@@ -153,7 +162,8 @@ def lora_settings(folder: Path) -> dict[str, Any]:
 
 def _merged(model: "nn.Module", checkpoint: Checkpoint) -> "nn.Module":
     if checkpoint.kind == CHANGED:
-        saved = load_tensors(checkpoint.folder / TRAINED)
+        trained = checkpoint.folder / TRAINED
+        saved = load_tensors(trained) if trained.is_file() else load_folder(checkpoint.folder)
         parameters = dict(model.named_parameters())
         assign({name: parameters[name] for name in saved if name in parameters}, saved, checkpoint.folder)
         return model

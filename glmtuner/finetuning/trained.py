@@ -41,18 +41,47 @@ def save_tensors(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
 
 
 def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
-    """The tensors of a safetensors file; raises CheckpointError when it is missing or cut short."""
+    """The tensors of a safetensors file, or of a .bin file, of which nothing but tensors is unpickled.
+
+    Where there is no safetensors file, the .bin file of the same stem is read. Raises CheckpointError when there is
+    neither, or when it is cut short.
+    """
+    import pickle
+
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    old = path.with_suffix(".bin")
+    if not path.is_file() and old.is_file():
+        path = old
     try:
+        if path.suffix == ".bin":
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return load_file(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"no {path.name} in {path.parent}; the checkpoint is not whole, use another one"
         ) from None
-    except SafetensorError as error:
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} holds more than tensors, or is damaged; it is not read, use another checkpoint"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint") from None
+
+
+def load_folder(folder: Path) -> "dict[str, torch.Tensor]":
+    """All tensors of a model folder, in one file or in shards; raises CheckpointError."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            shards = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+            saved: dict[str, Any] = {}
+            for shard in shards:
+                saved |= load_tensors(folder / shard)
+            return saved
+    old = folder / "pytorch_model.bin"
+    return load_tensors(old if old.is_file() else folder / "model.safetensors")
 
 
 def save_trained(model: "nn.Module", folder: Path) -> None:
@@ -90,15 +119,8 @@ def assign(parameters: "dict[str, torch.Tensor]", saved: "dict[str, torch.Tensor
 
 
 def load_model_folder(model: "nn.Module", folder: Path) -> None:
-    """Copy the weights of a transformers folder (one file or shards) into the model; raises CheckpointError."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        shards = ["model.safetensors"]
-    saved: dict[str, Any] = {}
-    for shard in shards:
-        saved |= load_tensors(folder / shard)
+    """Copy the weights of a transformers folder into the model; raises CheckpointError."""
+    saved = load_folder(folder)
     parameters = dict(model.named_parameters())
     assign(parameters, {name: saved[name] for name in saved if name in parameters}, folder)
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from glmtuner.families.family import Family
+
 
 def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     """The tokenizer, padding on the left, with a padding token."""
@@ -31,7 +33,9 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_model(model: Model, quant: Quant, device: "torch.device", compute_dtype: "torch.dtype") -> "PreTrainedModel":
+def load_model(
+    model: Model, family: "Family | None", quant: Quant, device: "torch.device", compute_dtype: "torch.dtype"
+) -> "PreTrainedModel":
     """The causal LM with the weights of the checkpoint, in `model.dtype`; quantized ones compute in `compute_dtype`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -43,6 +47,9 @@ def load_model(model: Model, quant: Quant, device: "torch.device", compute_dtype
             model_source(model.config_name or model.model_name_or_path), trust_remote_code=False, **hub_options(model)
         ),
     )
+    if family is not None and hasattr(config, "rope_interpolation"):
+        config.rope_interpolation = config.rope_interpolation or family.interpolates
+        config.set_rope()
     dtype = "auto" if model.dtype is Dtype.auto else getattr(torch, model.dtype.value)
     loaded = from_hub(
         model,

@@ -19,6 +19,8 @@ from transformers import (
 
 from glmtuner.config.schema import LayerPart, Model
 from glmtuner.errors import CheckpointError, ConfigError
+from glmtuner.families import FAMILIES
+from glmtuner.families.family import family_from_structure
 from glmtuner.finetuning.freeze import Freeze, trainable_layer_ids
 from glmtuner.finetuning.full import Full
 from glmtuner.finetuning.lora import Lora
@@ -26,8 +28,6 @@ from glmtuner.finetuning.none import NoTuning
 from glmtuner.finetuning.p_tuning import ADAPTER, RAW, PTuning, prefix_settings
 from glmtuner.finetuning.start import Checkpoint, attach, base_folder, checkpoint_in, checkpoints_of, lora_settings
 from glmtuner.finetuning.trained import TRAINED, assign, digest_of, load_tensors, trained_parameters
-from glmtuner.families import FAMILIES
-from glmtuner.families.family import family_from_structure
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,426 @@
+"""Tokenizers of ChatGLM-6B, of ChatGLM2 and ChatGLM3, and of GLM-4 as first published.
+
+The first three are sentencepiece, called for whole batches: the same ids as the published Python tokenizers, to the last
+one, at more than ten times their rate. GLM-4's file of byte pairs becomes a `tokenizers` one.
+"""
+
+import base64
+import binascii
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from transformers import BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+ICE_FILE, VOCAB_FILE = "ice_text.model", "tokenizer.model"
+THREADED = 64  # texts from which several threads are worth their start
+
+# ChatGLM-6B writes layout as words of its vocabulary
+LAYOUT = re.compile(r"\n|\t| {2,80}")
+LAYOUT_WORD = re.compile(r"<n>|<\|tab\|>|<\|blank_(\d+)\|>")
+PARSED = re.compile(r"\s*(\[MASK\]|<sop>|<eop>|<pad>|<unk>)\s*")  # what its published tokenizer reads in text
+
+# ChatGLM2 and ChatGLM3 share one file, behind whose pieces these follow
+APPENDED = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+ROLES = re.compile(r"(<\|system\|>|<\|user\|>|<\|assistant\|>|<\|observation\|>)")
+
+GLM4_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GLM4_SPECIAL = (
+    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
+)  # fmt: skip
+
+
+def layout_word(match: re.Match) -> str:
+    """The vocabulary's word for a line break, a tab, or a run of up to 80 spaces."""
+    found = match.group()
+    return {"\n": "<n>", "\t": "<|tab|>"}.get(found) or f"<|blank_{len(found)}|>"
+
+
+def layout_of(match: re.Match) -> str:
+    """What a word of the layout stands for."""
+    return {"<n>": "\n", "<|tab|>": "\t"}.get(match.group()) or " " * int(match.group(1))
+
+
+class ChatGLMTokenizer(PreTrainedTokenizer):
+    """ChatGLM-6B, where the folder holds `ice_text.model`; ChatGLM2 and ChatGLM3, where it holds `tokenizer.model`.
+
+    The name is the one in the published tokenizer_config.json. With special tokens ChatGLM-6B gives
+    `text [gMASK] <sop>` and `prompt [gMASK] <sop> answer <eop>`, the others `[gMASK] sop text` and
+    `[gMASK] sop prompt answer </s>`. Text is never read as a control token with `split_special_tokens=True`; without it
+    ChatGLM-6B reads five of them, as its published tokenizer does, and the others none, unless
+    `encode_special_tokens=True` asks for ChatGLM3's roles.
+    """
+
+    vocab_files_names = {"vocab_file": VOCAB_FILE, "ice_file": ICE_FILE}
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"
+
+    def __init__(
+        self,
+        vocab_file: str | None = None,
+        ice_file: str | None = None,
+        encode_special_tokens: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.first_generation = ice_file is not None
+        self.vocab_file = ice_file or vocab_file
+        if self.vocab_file is None:
+            raise ValueError(f"a ChatGLM tokenizer needs {ICE_FILE} or {VOCAB_FILE}")
+        self.encode_special_tokens = encode_special_tokens
+        self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.vocab_file))
+        if self.first_generation:
+            self.control = {
+                piece: self.sp.piece_to_id(piece)
+                for piece in ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<pad>", "<unk>", "<s>", "</s>")
+            }
+            named = {"bos_token": "<sop>", "eos_token": "<eop>", "mask_token": "[MASK]", "pad_token": "<pad>"}
+        else:
+            size = self.sp.get_piece_size()
+            self.control = {"<unk>": 0, "<s>": 1, "</s>": 2} | {
+                token: size + place for place, token in enumerate(APPENDED)
+            }
+            named = {"eos_token": "</s>", "pad_token": "<unk>"}
+        self.control_names = {token_id: token for token, token_id in self.control.items()}
+        for published in ("gmask_token", "end_token", "bos_token" if not self.first_generation else ""):
+            kwargs.pop(published, None)  # words of tokenizer_config.json for what is fixed here
+        super().__init__(**{"unk_token": "<unk>", **named, "clean_up_tokenization_spaces": False, **kwargs})
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """The tokenizer of a folder or hub id: this class, or ChatGLM4Tokenizer where the file is one of byte pairs."""
+        options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        found = cached_file(source, VOCAB_FILE, _raise_exceptions_for_missing_entries=False, **options)
+        if cls is ChatGLMTokenizer and found is not None and is_byte_pair_file(Path(found)):
+            return ChatGLM4Tokenizer.from_pretrained(source, *args, **kwargs)
+        return super().from_pretrained(source, *args, **kwargs)
+
+    # -- pickling: sentencepiece's own way keeps the whole model in the pickle, the file's path is enough ---------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "sp": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "sp": sentencepiece.SentencePieceProcessor(model_file=str(state["vocab_file"]))}
+
+    # -- vocabulary ------------------------------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sp.get_piece_size() + (0 if self.first_generation else len(APPENDED))
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def _update_total_vocab_size(self) -> None:
+        self.total_vocab_size = self.vocab_size
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return {self.sp.id_to_piece(token): token for token in range(self.sp.get_piece_size())} | self.control
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self._vocabulary)
+
+    @property
+    def gmask_token_id(self) -> int:
+        return self.control["[gMASK]"]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.control[token] if token in self.control else self.sp.piece_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if index in self.control_names:
+            return self.control_names[index]
+        # the published models have rows for more ids than their tokenizers know
+        return self.sp.id_to_piece(index) if 0 <= index < self.sp.get_piece_size() else "<unk>"
+
+    # -- text -> ids -----------------------------------------------------------------------------------------------------
+
+    def _parts(self, text: str, plain: bool) -> list[str | int]:
+        """The text in front of, between and behind the control tokens that are read in it, and those as ids."""
+        if plain or not (self.first_generation or self.encode_special_tokens):
+            return [text]
+        pieces = (PARSED if self.first_generation else ROLES).split(text)
+        # every second one is a token
+        return [self.control[piece] if place % 2 else piece for place, piece in enumerate(pieces) if piece]
+
+    def _prepared(self, text: str) -> str:
+        text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair becomes a question mark
+        return LAYOUT.sub(layout_word, text) if self.first_generation else text
+
+    def encode_texts(self, texts: Sequence[str], plain: bool) -> list[list[int]]:
+        """Ids of each text without added tokens; `plain`: nothing in it is read as a control token."""
+        parts = [self._parts(text, plain) for text in texts]
+        flat = [self._prepared(part) for row in parts for part in row if isinstance(part, str)]
+        encoded = iter(self.sp.encode(flat, num_threads=-1 if len(flat) >= THREADED else 1))
+        return [
+            next(encoded) if len(row) == 1 and isinstance(row[0], str)
+            else [token for part in row for token in ([part] if isinstance(part, int) else next(encoded))]
+            for row in parts
+        ]  # fmt: skip
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        """The pieces of a text."""
+        plain = kwargs.get("split_special_tokens", self.split_special_tokens)
+        tokens: list[str] = []
+        for part in self._parts(text, plain):
+            if isinstance(part, int):
+                tokens.append(self.control_names[part])
+            else:
+                tokens += self.sp.encode(self._prepared(part), out_type=str)
+        return tokens
+
+    def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
+        """All texts of a call in one batch; ids and lists of tokens go transformers' own way."""
+        batched = isinstance(text, (list, tuple))
+        first = list(text) if batched else [text]
+        if text_pair is None and batched and first and all(_is_pair(item) for item in first):
+            first, second = [item[0] for item in first], [item[1] for item in first]
+        elif text_pair is not None and isinstance(text_pair, (list, tuple)) is not batched:
+            raise ValueError("text and text_pair must both be batches, of the same length, or both be one text")
+        else:
+            second = None if text_pair is None else (list(text_pair) if batched else [text_pair])
+        if options.get("is_split_into_words") or not all(isinstance(item, str) for item in [*first, *(second or [])]):
+            return super()._encode_plus(text, text_pair, **options)
+        plain = options.pop("split_special_tokens", self.split_special_tokens)
+        ids = self.encode_texts([*first, *(second or [])], plain)
+        rows, pairs = ids[: len(first)], ids[len(first) :]
+        return self._finished(rows, pairs or None, batched, **options)
+
+    def _finished(
+        self, rows: list[list[int]], pairs: list[list[int]] | None, batched: bool, **options: Any
+    ) -> BatchEncoding:
+        """The encoding of rows of ids, cut, padded and wrapped as the options ask."""
+        strategies = {name: options.pop(f"{name}_strategy") for name in ("padding", "truncation")}
+        cuts = strategies["truncation"].value != "do_not_truncate"
+        pads = strategies["padding"].value != "do_not_pad"
+        extras = ("return_overflowing_tokens", "return_special_tokens_mask", "return_length")
+        if not cuts and not any(options.get(name) for name in extras):
+            if options.get("add_special_tokens", True):
+                rows = [
+                    self.build_inputs_with_special_tokens(row, pairs[place] if pairs else None)
+                    for place, row in enumerate(rows)
+                ]
+            elif pairs:
+                rows = [row + pair for row, pair in zip(rows, pairs, strict=True)]
+            wanted = options.get("return_attention_mask")
+            if batched and not pads and not options.get("return_tensors"):
+                found: dict[str, Any] = {"input_ids": rows}
+                if wanted is not False:
+                    found["attention_mask"] = [[1] * len(row) for row in rows]
+                return BatchEncoding(found)
+        kept = ("max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
+        padding = {name: options[name] for name in kept if name in options} | {"padding": strategies["padding"].value}
+        if not cuts and not any(options.get(name) for name in extras):
+            encoding = self.pad({"input_ids": rows if batched else rows[0]}, **padding)
+            if options.get("return_tensors") and not batched:
+                encoding = BatchEncoding({name: [value] for name, value in encoding.items()})
+            return BatchEncoding(dict(encoding), tensor_type=options.get("return_tensors"))
+        one = {name: value for name, value in options.items() if name in PREPARE_OPTIONS}
+        prepared = [
+            self.prepare_for_model(
+                row, pairs[place] if pairs else None, truncation=strategies["truncation"].value, padding=False,
+                **{**one, "return_attention_mask": False},
+            )
+            for place, row in enumerate(rows)
+        ]  # fmt: skip
+        columns = {name: [row[name] for row in prepared] for name in prepared[0]} if prepared else {"input_ids": []}
+        encoding = self.pad(columns, **padding)
+        if not batched:
+            encoding = BatchEncoding({name: value[0] for name, value in encoding.items()})
+            if options.get("return_tensors"):
+                encoding = BatchEncoding({name: [value] for name, value in encoding.items()})
+        return BatchEncoding(dict(encoding), tensor_type=options.get("return_tensors"))
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        gmask, end = self.control["[gMASK]"], [self.eos_token_id]
+        if self.first_generation:
+            opened = [*token_ids_0, gmask, self.control["<sop>"]]
+        else:
+            opened = [gmask, self.control["sop"], *token_ids_0]
+        return opened if token_ids_1 is None else [*opened, *token_ids_1, *end]
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        return 3 if pair else 2
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        ids = token_ids_0
+        if not already_has_special_tokens:
+            ids = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
+        return [int(token in self.control_names) for token in ids]
+
+    # -- ids -> text -----------------------------------------------------------------------------------------------------
+
+    def _decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The text; ids that no piece has are left out, and so are control tokens where they are not wanted.
+
+        ChatGLM-6B's control tokens have no text of their own; those of its successors have their names. Spaces before
+        punctuation stay unless `clean_up_tokenization_spaces` is true: the published tokenizer removed them from code too.
+        """
+        ids = [token_ids] if isinstance(token_ids, int) else [int(token) for token in token_ids]
+        ids = [token for token in ids if token < self.vocab_size]
+        if skip_special_tokens:
+            ids = [token for token in ids if token not in self.control_names]
+        text = self.convert_tokens_to_string([self._convert_id_to_token(token) for token in ids])
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
+        if self.first_generation:
+            return LAYOUT_WORD.sub(layout_of, self.sp.decode_pieces(list(tokens)))
+        text, run = "", []
+        for token in tokens:
+            if self.control.get(token, 0) > 2:
+                text += self._joined(run, behind=text) + token
+                run = []
+            else:
+                run.append(token)
+        return text + self._joined(run, behind=text)
+
+    def _joined(self, pieces: list[str], behind: str) -> str:
+        """The text of pieces; behind a control token the space that a text begins with is kept, as ChatGLM3's code does."""
+        lead = " " if behind and pieces and pieces[0].startswith("▁") else ""
+        return lead + self.sp.decode_pieces(pieces) if pieces else ""
+
+    # -- files -----------------------------------------------------------------------------------------------------------
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        name = ICE_FILE if self.first_generation else VOCAB_FILE
+        target = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
+        if Path(self.vocab_file).resolve() != target.resolve():
+            shutil.copyfile(self.vocab_file, target)
+        return (str(target),)
+
+    # -- prompts of the published code -----------------------------------------------------------------------------------
+
+    def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
+        """The text that the published `chat` of ChatGLM-6B, or of ChatGLM2, asks with."""
+        if self.first_generation:
+            if not history:
+                return query
+            rounds = [f"[Round {place}]\n问：{asked}\n答：{said}\n" for place, (asked, said) in enumerate(history)]
+            return f"{''.join(rounds)}[Round {len(rounds)}]\n问：{query}\n答："
+        rounds = [
+            f"[Round {place}]\n\n问：{asked}\n\n答：{said}\n\n" for place, (asked, said) in enumerate(history or [], 1)
+        ]
+        return f"{''.join(rounds)}[Round {len(rounds) + 1}]\n\n问：{query}\n\n答："
+
+    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
+        """ChatGLM3's ids of one message."""
+        head, body = self.encode_texts([f"{metadata}\n", message], plain=True)
+        return [self.control[f"<|{role}|>"], *head, *body]
+
+    def build_chat_input(
+        self, query: str, history: Sequence[dict[str, Any]] | None = None, role: str = "user"
+    ) -> BatchEncoding:
+        """ChatGLM3's conversation as tensors of one row, up to where the model answers."""
+        ids = [self.control["[gMASK]"], self.control["sop"]]
+        for item in history or []:
+            content = item["content"]
+            if item["role"] == "system" and "tools" in item:
+                content = f"{content}\n{json.dumps(item['tools'], indent=4, ensure_ascii=False)}"
+            ids += self.build_single_message(item["role"], item.get("metadata", ""), content)
+        ids += [*self.build_single_message(role, "", query), self.control["<|assistant|>"]]
+        return BatchEncoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type="pt")
+
+
+HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only", "subfolder")
+PREPARE_OPTIONS = (
+    "add_special_tokens", "max_length", "stride", "return_overflowing_tokens", "return_special_tokens_mask",
+    "return_length", "verbose",
+)  # fmt: skip
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, (list, tuple)) and len(item) == 2 and all(isinstance(part, str) for part in item)
+
+
+def is_byte_pair_file(path: Path) -> bool:
+    """Whether the file lists byte pairs, a line each: base64, a space, the rank."""
+    with path.open("rb") as file:
+        return _pair_of(file.readline(1000)) is not None
+
+
+def _pair_of(line: bytes) -> tuple[bytes, int] | None:
+    parts = line.split()
+    if len(parts) != 2 or not parts[1].isdigit():
+        return None
+    try:
+        return base64.b64decode(parts[0], validate=True), int(parts[1])
+    except binascii.Error:
+        return None
+
+
+class ChatGLM4Tokenizer(PreTrainedTokenizerFast):
+    """GLM-4 in the layout of its first release; the name is the one in its tokenizer_config.json."""
+
+    vocab_files_names = {"vocab_file": VOCAB_FILE, "tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"
+
+    def __init__(
+        self,
+        vocab_file: str | None = None,
+        tokenizer_file: str | None = None,
+        tokenizer_object: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if tokenizer_object is None and tokenizer_file is None and vocab_file is not None:
+            tokenizer_object = from_byte_pairs(Path(vocab_file))
+        for published in ("encode_special_tokens", "image_size", "additional_special_tokens", "added_tokens_decoder"):
+            kwargs.pop(published, None)
+        fixed = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False}
+        super().__init__(tokenizer_file=tokenizer_file, tokenizer_object=tokenizer_object, **{**fixed, **kwargs})
+
+    @classmethod
+    def convert_to_native_format(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """transformers' hook for foreign files; `__init__` reads this one."""
+        return kwargs
+
+
+def from_byte_pairs(path: Path) -> Any:
+    """A `tokenizers.Tokenizer` of a file of byte pairs: the pair whose merged bytes have the lowest rank is merged first."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    pairs = [_pair_of(line) for line in path.read_bytes().splitlines() if line.strip()]
+    ranks = dict(pair for pair in pairs if pair is not None)
+    letters = bytes_to_unicode()
+    written = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = []
+    for token, _ in sorted(ranks.items(), key=lambda pair: pair[1]):
+        splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [pair for pair in splits if pair[0] in ranks and pair[1] in ranks]
+        known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(written[left], written[right]) for left, right in known]
+    vocabulary = {written[token]: rank for token, rank in ranks.items()}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(GLM4_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in GLM4_SPECIAL])
+    opening = [(token, tokenizer.token_to_id(token)) for token in ("[gMASK]", "<sop>", "<|endoftext|>")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B:1 <|endoftext|>:1", special_tokens=opening
+    )
+    return tokenizer

@@ -1,0 +1,120 @@
+"""ChatGLM through the command line: every generation trains and predicts, from a folder and from a hub, without remote code."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hub_server import serve
+from safetensors.torch import load_file, save_file
+from upstream import write_checkpoint
+
+MODELS = {"chatglm_6b": "THUDM/chatglm-6b", "chatglm2_6b": "THUDM/chatglm2-6b", "chatglm3_6b": "THUDM/chatglm3-6b"}
+SHORT = (
+    "tracker=none", "data.dataset=alpaca_zh_sample", "data.max_samples=12", "data.max_target_length=16",
+    "trainer.max_steps=6", "trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=12",
+    "trainer.disable_tqdm=true",
+)  # fmt: skip
+PREDICTS = ("trainer.do_predict=true", "trainer.predict_with_generate=true")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def predict_again(glmtuner: Callable, tmp_path: Path, *words: str, env: dict | None = None) -> None:
+    """The finished run's folder alone gives the same answers."""
+    done = glmtuner(
+        "trainer=predict", "model.checkpoint_dir=run", *(word for word in SHORT if "max_steps" not in word),
+        "trainer.output_dir=predicted", *words, env=env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert lines(tmp_path / "predicted/predictions.jsonl") == lines(tmp_path / "run/predictions.jsonl")
+
+
+@pytest.mark.parametrize("preset", MODELS)
+def test_trains_and_predicts_from_a_folder(glmtuner: Callable, tmp_path: Path, shared: Path, preset: str) -> None:
+    write_checkpoint(preset, tmp_path / "base", shared / "goldens")
+    done = glmtuner(
+        f"model={preset}", "model.model_name_or_path=base", *SHORT, *PREDICTS, "trainer.learning_rate=1e-2",
+        "trainer.logging_steps=1", "trainer.output_dir=run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [line["loss"] for line in lines(tmp_path / "run/history.jsonl")]
+    assert losses[-1] < losses[0]
+    about = json.loads((tmp_path / "run/provenance.json").read_text())
+    assert about["template"]["name"] == {"chatglm_6b": "chatglm"}.get(preset, preset.removesuffix("_6b"))
+    predict_again(glmtuner, tmp_path)
+
+
+@pytest.mark.parametrize("preset", MODELS)
+def test_trains_and_predicts_from_a_hub(glmtuner: Callable, tmp_path: Path, shared: Path, preset: str) -> None:
+    write_checkpoint(preset, tmp_path / "hub/models" / MODELS[preset], shared / "goldens")
+    server = serve(tmp_path / "hub")
+    env = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": None, "HF_HUB_DISABLE_XET": "1",
+    }  # fmt: skip
+    try:
+        done = glmtuner(f"model={preset}", *SHORT, *PREDICTS, "trainer.output_dir=run", env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        predict_again(glmtuner, tmp_path, env=env)
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("preset", ["chatglm_6b", "chatglm2_6b"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("finetuning=freeze", "finetuning.num_layer_trainable=2"),
+        ("finetuning=p_tuning", "finetuning.pre_seq_len=8", "finetuning.prefix_projection=true"),
+        ("finetuning=full",),
+        ("finetuning=lora", "finetuning.lora_target=all", "quant=int4"),
+        ("finetuning=p_tuning", "finetuning.pre_seq_len=8", "quant=int8", "trainer.gradient_checkpointing=true"),
+    ],
+    ids=lambda words: words[0].partition("=")[2] + ("_quantized" if any("quant" in word for word in words) else ""),
+)
+def test_every_method(glmtuner: Callable, tmp_path: Path, shared: Path, preset: str, words: tuple[str, ...]) -> None:
+    write_checkpoint(preset, tmp_path / "base", shared / "goldens")
+    done = glmtuner(
+        f"model={preset}", "model.model_name_or_path=base", *SHORT, *PREDICTS, "trainer.learning_rate=1e-3",
+        "trainer.output_dir=run", *words,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    predict_again(glmtuner, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "freeze"])
+def test_twenty_steps_of_the_original_project(glmtuner: Callable, tmp_path: Path, shared: Path, method: str) -> None:
+    """Every step's loss, gradient norm and the final weights are those of ChatGLM-Efficient-Tuning 0.1.5."""
+    golden = shared / "goldens/parity_v2" / method
+    words = {"lora": ["finetuning=lora", "finetuning.lora_dropout=0", "model.checkpoint_dir=start"],
+             "freeze": ["finetuning=freeze", "finetuning.num_layer_trainable=-2"]}[method]  # fmt: skip
+    if method == "lora":
+        (tmp_path / "start").mkdir()
+        shutil.copyfile(golden / "adapter_peft040/adapter_config.json", tmp_path / "start/adapter_config.json")
+        start = load_file(golden / "initial_trainable.safetensors")
+        save_file({name.replace(".default.", "."): value for name, value in start.items()},
+                  tmp_path / "start/adapter_model.safetensors")  # fmt: skip
+    done = glmtuner(
+        "model=chatglm2_6b", f"model.model_name_or_path={shared}/goldens/chatglm2_realvocab", "model.dtype=float32",
+        *words, f"data.dataset={shared}/data/self_cognition.json", "data.max_source_length=64", "data.max_target_length=64",
+        "trainer.max_steps=20", "trainer.per_device_train_batch_size=4", "trainer.learning_rate=1e-2",
+        "trainer.train_sampling_strategy=sequential", "trainer.logging_steps=1", "tracker=none", "trainer.output_dir=run",
+        "trainer.disable_tqdm=true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = json.loads((golden / "parity.json").read_text(encoding="utf-8"))["steps"]
+    history = lines(tmp_path / "run/history.jsonl")
+    assert len(history) == len(steps) == 20
+    for found, wanted in zip(history, steps, strict=True):
+        assert abs(found["loss"] - wanted["loss"]) < 1e-4, wanted["step"]
+        assert abs(found["grad_norm"] - wanted["grad_norm_preclip"]) < 1e-3, wanted["step"]
+    final = load_file(golden / "final_trainable.safetensors")
+    trained = load_file(
+        tmp_path / ("run/adapter/adapter_model.safetensors" if method == "lora" else "run/model/model.safetensors")
+    )
+    for name, value in final.items():
+        assert (trained[name.replace(".default.", ".")] - value).abs().max() < 1e-3, name
