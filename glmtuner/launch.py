@@ -502,7 +502,7 @@ def answer_all(
         shown = bar and not run.trainer.disable_tqdm
         for place, tokens in tqdm(produced, total=len(left), desc="predict", disable=not shown):
             index = left[place]
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()  # ChatGLM3 begins with a line break
             line = {"index": index, "prompt": rows[index]["prompt"], "label": rows[index]["answer"], "predict": text}
             done[index] = line
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from glmtuner.data.collate import IGNORE_INDEX
 from glmtuner.data.records import Example, Message
 from glmtuner.errors import ConfigError
 
@@ -55,10 +56,53 @@ class Encoder:
     source_prefix: str | None = None
 
     def encode(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Counts]:
-        """One row an example: `input_ids` and `labels` of the whole, `prompt_ids`, `prompt` and `answer` of the last turn."""
-        conversations = [example.messages for example in examples]
-        encoded = self._encoded(conversations)
+        """One row an example: `input_ids` and `labels` of the whole, `prompt_ids`, `prompt` and `answer` of the last turn.
+
+        Where the template can teach one answer a row, `earlier` holds the rows (`input_ids`, `labels`) of the answers before.
+        """
         counts = Counts(records=len(examples))
+        conversations, encoded = self._fitted([example.messages for example in examples], counts)
+        prompts = self.template.prompts(self.tokenizer, [self._prefixed(turns) for turns in conversations], encoded)
+        rows = [
+            {
+                **self._learned(found, counts),
+                "prompt_ids": prompt,
+                "prompt": shown(self._prefixed(messages[:-1])),
+                "answer": messages[-1].content,
+            }
+            for messages, found, prompt in zip(conversations, encoded, prompts, strict=True)
+        ]
+        if self.every_answer and self.template.one_answer_a_row:
+            self._add_earlier(rows, examples, counts)
+        return rows, counts
+
+    def _add_earlier(self, rows: list[dict[str, Any]], examples: Sequence[Example], counts: Counts) -> None:
+        """Give each row the rows of its conversation's earlier answers."""
+        owners, parts = [], []
+        for place, example in enumerate(examples):
+            rows[place]["earlier"] = []
+            for end, message in enumerate(example.messages[:-1], 1):
+                if message.role == "assistant":
+                    owners.append(place)
+                    parts.append(example.messages[:end])
+        _, encoded = self._fitted(parts, counts)
+        for place, found in zip(owners, encoded, strict=True):
+            rows[place]["earlier"].append(self._learned(found, counts))
+
+    def _learned(self, found: Any, counts: Counts) -> dict[str, list[int]]:
+        """`input_ids` and `labels`, the last answer cut to its length."""
+        cut = found.cut_answer(self.max_target_length)
+        counts.answers_cut += cut > 0
+        counts.tokens_cut += cut
+        labels = found.labels(self.every_answer)
+        counts.tokens += len(found.input_ids)
+        counts.learned_tokens += len(labels) - labels.count(IGNORE_INDEX)
+        return {"input_ids": found.input_ids, "labels": labels}
+
+    def _fitted(self, conversations: list[list[Message]], counts: Counts) -> tuple[list[list[Message]], list[Any]]:
+        """The conversations with prompts no longer than they may be, and their tokens."""
+        encoded = self._encoded(conversations)
+        conversations = list(conversations)
         for place, found in enumerate(encoded):
             if found.source_length > self.max_source_length:
                 shorter, dropped = self._shortened(conversations[place])
@@ -67,25 +111,7 @@ class Encoder:
                 counts.turns_dropped += dropped
                 counts.tokens_cut += len(found.input_ids) - len(again.input_ids)
                 conversations[place], encoded[place] = shorter, again
-        prompts = self._encoded([messages[:-1] for messages in conversations])
-        rows = []
-        for messages, found, prompt in zip(conversations, encoded, prompts, strict=True):
-            cut = found.cut_answer(self.max_target_length)
-            counts.answers_cut += cut > 0
-            counts.tokens_cut += cut
-            labels = found.labels(self.every_answer)
-            counts.tokens += len(found.input_ids)
-            counts.learned_tokens += sum(label >= 0 for label in labels)
-            rows.append(
-                {
-                    "input_ids": found.input_ids,
-                    "labels": labels,
-                    "prompt_ids": prompt.input_ids,
-                    "prompt": shown(self._prefixed(messages[:-1])),
-                    "answer": messages[-1].content,
-                }
-            )
-        return rows, counts
+        return conversations, encoded
 
     def _prefixed(self, messages: Sequence[Message]) -> list[Message]:
         """The turns with `source_prefix` before the source, that is, before the first question."""

@@ -33,6 +33,7 @@ CODE = (
     "data/read.py",
     "data/catalog.py",
     "families/template.py",
+    "models/tokenization_chatglm.py",
 )
 
 
@@ -98,7 +99,7 @@ def _encode_into(
     counts, parts = Counts(), []
     for rows, found in _encoded(batches, encoder, data.preprocessing_num_workers):
         counts += found
-        parts.append(Dataset.from_list(rows))
+        parts.append(Dataset.from_list(rows, features=_features(rows[0])))
     counts.bad_records = len(bad)
     concatenate_datasets(parts).save_to_disk(str(partial), max_shard_size="500MB")
     (partial / "counts.json").write_text(json.dumps({"counts": asdict(counts), "bad": [asdict(line) for line in bad]}))
@@ -106,6 +107,15 @@ def _encode_into(
         partial.rename(folder)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)  # it is there already, with the same content
+
+
+def _features(row: dict[str, Any]) -> Any:
+    """The types of a row's columns, stated, since a batch of empty lists would have none."""
+    from datasets import Features, List, Value
+
+    ids = List(Value("int32"))
+    types = {"prompt": Value("string"), "answer": Value("string"), "earlier": List({"input_ids": ids, "labels": ids})}
+    return Features({name: types.get(name, ids) for name in row})
 
 
 def _encoded(batches: list[list[Example]], encoder: Encoder, workers: int | None) -> Any:
@@ -144,10 +154,13 @@ def digest(content: bytes) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """A hash of what the tokenizer does: its backend's own description, or its vocabulary."""
+    """A hash of what the tokenizer does: its backend's own description, its file, or its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return digest(backend.to_str().encode())
+    file = getattr(tokenizer, "vocab_file", None)
+    if file and Path(file).is_file():
+        return digest(f"{type(tokenizer).__name__} {tokenizer.special_tokens_map}".encode() + Path(file).read_bytes())
     return digest(json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False).encode())
 
 
@@ -160,6 +173,21 @@ def held_out(rows: "Dataset", dev_ratio: float, seed: int) -> tuple["Dataset", "
     count = min(max(round(len(rows) * dev_ratio), 1), len(rows) - 1)
     parts = rows.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"]
+
+
+def with_earlier_answers(rows: "Dataset") -> "Dataset":
+    """`input_ids` and `labels` to train on: each row behind those of its conversation's earlier answers."""
+    if "earlier" not in rows.column_names:
+        return rows.select_columns(["input_ids", "labels"])
+
+    def spread(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
+        for place, earlier in enumerate(batch["earlier"]):
+            for name, column in columns.items():
+                column += [*(part[name] for part in earlier), batch[name][place]]
+        return columns
+
+    return rows.map(spread, batched=True, remove_columns=rows.column_names)
 
 
 def mixed(parts: Sequence["Dataset"], probabilities: Sequence[float], seed: int) -> tuple["Dataset", list[float]]:

@@ -4,10 +4,11 @@ A template of ours is a list of pieces: control tokens, looked up by name, and t
 whatever a user writes in it. A model that no template here knows keeps its tokenizer's own (jinja) template.
 """
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from glmtuner.errors import ConfigError, UnknownName
 
@@ -16,7 +17,7 @@ OWN = "tokenizer"  # the tokenizer's chat_template
 
 
 class Message(Protocol):
-    """One turn: role is system, user or assistant."""
+    """One turn: role is system, user or assistant, or observation (what a tool answered)."""
 
     role: str
     content: str
@@ -66,11 +67,15 @@ class Encoded:
 
 
 class Template:
-    """A template as pieces; subclasses say how turns follow each other."""
+    """A template as pieces; subclasses say how turns follow each other.
+
+    `one_answer_a_row`: a row can teach its last answer alone, so a conversation of n answers is n rows to learn from.
+    """
 
     name: str
     stop: str  # the control token behind an answer
     prefix: tuple[str, ...] = ()  # control tokens before everything
+    one_answer_a_row: ClassVar[bool] = False
 
     def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
         """The pieces of the turns; when the last turn is the user's, up to where the answer begins."""
@@ -87,23 +92,33 @@ class Template:
         cut = [self.pieces(messages) for messages in conversations]
         texts = list(dict.fromkeys(piece.text for pieces in cut for piece in pieces if piece.kind != "control"))
         ids_of = dict(zip(texts, encode_text(tokenizer, texts), strict=True))
-        stop = control_id(tokenizer, self.stop, self.name)
+        controls = dict.fromkeys(piece.text for pieces in cut for piece in pieces if piece.kind == "control")
+        id_of = {token: control_id(tokenizer, token, self.name) for token in (*controls, self.stop)}
+        stop = id_of[self.stop]
         encoded = []
         for pieces in cut:
             input_ids: list[int] = []
             answers = []
             for piece in pieces:
                 if piece.kind == "control":
-                    input_ids.append(control_id(tokenizer, piece.text, self.name))
+                    input_ids.append(id_of[piece.text])
                     continue
                 start = len(input_ids)
                 input_ids += ids_of[piece.text]
                 if piece.kind == "answer":
+                    if answers and answers[-1][1] == start:  # an answer in two pieces
+                        start = answers.pop()[0]
                     answers.append((start, len(input_ids)))
             if answers and answers[-1][1] == len(input_ids):
                 input_ids.append(stop)
             encoded.append(Encoded(input_ids, answers, stop))
         return encoded
+
+    def prompts(
+        self, tokenizer: Any, conversations: Sequence[Sequence[Message]], encoded: Sequence[Encoded]
+    ) -> list[list[int]]:
+        """What stands before the last answer of each conversation, of which `encoded` are the tokens."""
+        return [found.input_ids[: found.source_length] for found in encoded]
 
     def stop_ids(self, tokenizer: Any) -> set[int]:
         return {control_id(tokenizer, self.stop, self.name)}
@@ -122,51 +137,58 @@ class _Turn:
 
 @dataclass(frozen=True)
 class RoleTokens(Template):
-    """`<|user|>` and its like before each turn (ChatGLM3, GLM-4)."""
+    """`<|user|>` and its like before each turn (ChatGLM3, GLM-4).
+
+    `apart`: ChatGLM3 tokenizes the line break behind a role apart from the text, and writes it itself when it answers.
+    """
 
     name: str
     stop: str
     prefix: tuple[str, ...]
-    apart: bool = False  # is the line break tokenized apart from the turn's text? (ChatGLM3 does)
+    apart: bool = False
 
     def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
         for message in messages:
             yield Piece(f"<|{message.role}|>", "control")
-            if message.role == "assistant":
-                yield Piece("\n", "text")
-                yield Piece(message.content, "answer")
-            elif self.apart:
-                yield Piece("\n", "text")
-                yield Piece(message.content, "text")
+            answers = message.role == "assistant"
+            if answers or self.apart:
+                yield Piece("\n", "answer" if answers and self.apart else "text")
+                yield Piece(message.content, "answer" if answers else "text")
             else:
                 yield Piece(f"\n{message.content}", "text")
         if messages[-1].role != "assistant":
             yield Piece("<|assistant|>", "control")
-            yield Piece("\n", "text")
+            if not self.apart:
+                yield Piece("\n", "text")
 
 
 @dataclass(frozen=True)
 class Rounds(Template):
-    """Numbered rounds of question and answer, as plain text (ChatGLM2, and ChatGLM-6B as CET trains it)."""
+    """Numbered rounds of question and answer, as plain text (ChatGLM2, and ChatGLM-6B as CET trains it).
+
+    The prompt, earlier answers and all, is one text, tokenized as one: so it is when these models chat. Only the last
+    answer is a text of its own, and only it can be learned; in ChatGLM-6B every earlier one is also seen in both directions.
+    """
 
     name: str
     stop: str
-    prefix: tuple[str, ...]
+    prefix: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()  # control tokens between the prompt and the answer
+    one_answer_a_row: ClassVar[bool] = True
 
     def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
+        answered = messages[-1].role == "assistant"
         text, number = "", 0
-        for message in messages:
-            if message.role == "system":
-                text += f"{message.content}\n\n"
-            elif message.role == "user":
+        for message in messages[:-1] if answered else messages:
+            if message.role == "user":
                 number += 1
                 text += f"[Round {number}]\n\n问：{message.content}\n\n答："
             else:
-                yield Piece(text, "text")
-                yield Piece(message.content, "answer")
-                text = "\n\n"
-        if messages[-1].role != "assistant":
-            yield Piece(text, "text")
+                text += f"{message.content}\n\n"
+        yield Piece(text, "text")
+        yield from (Piece(token, "control") for token in self.behind)
+        if answered:
+            yield Piece(messages[-1].content, "answer")
 
 
 @dataclass(frozen=True)
@@ -235,6 +257,12 @@ class TokenizersOwn(Template):
                 ids = [*ids[: answers[-1][1]], stop]
             encoded.append(Encoded(ids, answers, stop))
         return encoded
+
+    def prompts(
+        self, tokenizer: Any, conversations: Sequence[Sequence[Message]], encoded: Sequence[Encoded]
+    ) -> list[list[int]]:
+        """As transformers gives them: a jinja template may end a prompt otherwise than it begins an answer."""
+        return [found.input_ids for found in self.encode(tokenizer, [messages[:-1] for messages in conversations])]
 
     def _render(self, tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], dict[str, str]]:
         """The text, where each answer stands in it, and what stands for control tokens that users wrote."""
@@ -338,10 +366,15 @@ TEMPLATES: dict[str, Template] = {
         RoleTokens(name="glm4", stop="<|user|>", prefix=("[gMASK]", "<sop>")),
         RoleTokens(name="chatglm3", stop="</s>", prefix=("[gMASK]", "sop"), apart=True),
         Rounds(name="chatglm2", stop="</s>", prefix=("[gMASK]", "sop")),
-        Rounds(name="chatglm", stop="<eop>", prefix=("[gMASK]", "<sop>")),
+        Rounds(name="chatglm", stop="<eop>", behind=("[gMASK]", "<sop>")),
         Plain(),
     )
 }
+
+
+def with_tools(system: str, tools: Sequence[dict[str, Any]]) -> str:
+    """The system turn with which ChatGLM3 is told of tools."""
+    return f"{system}\n{json.dumps(list(tools), indent=4, ensure_ascii=False)}"
 
 
 def template_named(name: str, tokenizer: Any) -> Template:

@@ -51,7 +51,7 @@ class Sft(Stage):
         from datasets import concatenate_datasets
 
         from glmtuner.data.encode import Encoder
-        from glmtuner.data.prepare import held_out, mixed, prepare
+        from glmtuner.data.prepare import held_out, mixed, prepare, with_earlier_answers
 
         data, trainer = run.data, run.trainer
         encoder = Encoder(
@@ -87,6 +87,6 @@ class Sft(Stage):
             evaluation = concatenate_datasets(parts)
         if trainer.do_train:
             train, reached = mixed(parts, data.mix_probabilities, seed)
-            train = train.select_columns(["input_ids", "labels"])
+            train = with_earlier_answers(train)
             shares = dict(zip(data.dataset, reached, strict=True))
         return Datasets(train, evaluation, list(prepared.values()), shares)

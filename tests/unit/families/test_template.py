@@ -211,16 +211,23 @@ def test_plain_is_words_and_the_end_of_sequence(tokenizer):
     assert not set(encoded.input_ids[:-1]) & set(tokenizer.added_tokens_decoder)
 
 
-@pytest.mark.parametrize(("template", "sop"), [("chatglm", "<sop>"), ("chatglm2", "sop")])
-def test_rounds_are_numbered(template, sop):
-    messages = [ASK("q"), TOLD("a"), ASK("r")]
-    assert text_of(template, messages) == f"[gMASK]{sop}[Round 1]\n\n问：q\n\n答：a\n\n[Round 2]\n\n问：r\n\n答："
+@pytest.mark.parametrize(
+    ("template", "before", "behind"), [("chatglm", "", "[gMASK]<sop>"), ("chatglm2", "[gMASK]sop", "")]
+)
+def test_rounds_are_numbered_and_their_prompt_is_one_text(template, before, behind):
+    messages = [SYSTEM("s"), ASK("q"), TOLD("a"), ASK("r")]
+    text = "s\n\n[Round 1]\n\n问：q\n\n答：a\n\n[Round 2]\n\n问：r\n\n答："
+    assert text_of(template, messages) == f"{before}{text}{behind}"
+    pieces = TEMPLATES[template].pieces([*messages, TOLD("b")])
+    assert [piece.text for piece in pieces if piece.kind == "text"] == [text]
+    assert [piece.text for piece in pieces if piece.kind == "answer"] == ["b"]
+    assert pieces[-1].text == "b"
 
 
 def test_chatglm3_tokenizes_the_line_break_apart():
     pieces = TEMPLATES["chatglm3"].pieces([ASK("q"), TOLD("a")])
     assert [piece.text for piece in pieces] == ["[gMASK]", "sop", "<|user|>", "\n", "q", "<|assistant|>", "\n", "a"]
-    assert [piece.kind for piece in pieces[-4:]] == ["text", "control", "text", "answer"]
+    assert [piece.kind for piece in pieces[-4:]] == ["text", "control", "answer", "answer"]  # the model writes it too
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
