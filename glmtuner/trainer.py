@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ class GlmTrainer(Trainer):
         score: Callable[[str, int], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        with _adapter_declared(kwargs["model"]):
+            super().__init__(*args, **kwargs)
         self.finetuning, self.folder, self.score = finetuning, folder, score
         self.earlier_seconds = 0.0
         self.resumed_from: Path | None = None
@@ -139,6 +141,17 @@ class GlmTrainer(Trainer):
         if better and self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST):
             self.state.best_global_step = self.state.global_step
         return better
+
+
+@contextmanager
+def _adapter_declared(model: torch.nn.Module) -> Iterator[None]:
+    """While this lasts, transformers takes a quantized model with a prefix for one that can be trained; it knows PEFT's only."""
+    had = getattr(model, "_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = had or hasattr(model, "prefix_encoder")
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = had
 
 
 class _History(TrainerCallback):

@@ -51,6 +51,8 @@ def load_model(
         config.rope_interpolation = config.rope_interpolation or family.interpolates
         config.set_rope()
     dtype = "auto" if model.dtype is Dtype.auto else getattr(torch, model.dtype.value)
+    if dtype == "auto" and device.type == "cpu" and config.dtype == torch.float16:
+        dtype = torch.float32  # half precision is slow and partly missing on a CPU
     loaded = from_hub(
         model,
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -62,6 +64,6 @@ def load_model(
             **quant.loading(device, compute_dtype),
         ),
     )
-    if model.dtype is Dtype.auto and device.type == "cpu" and loaded.dtype == torch.float16:
-        loaded = loaded.float()  # half precision is slow and partly missing on a CPU
+    if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16 and quant.bits is None:
+        loaded = loaded.float()  # config.json did not say so
     return loaded
