@@ -104,7 +104,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     # -- pickling: sentencepiece's own way keeps the whole model in the pickle, the file's path is enough ---------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "sp": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("sp", "_vocabulary")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = {**state, "sp": sentencepiece.SentencePieceProcessor(model_file=str(state["vocab_file"]))}
