@@ -3,11 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from glmtuner.config.paths import model_source
 from glmtuner.config.schema import Model
 from glmtuner.errors import CheckpointError
+
+# in what torch, sentencepiece and transformers say of a file that is cut short, or of shapes that differ
+DAMAGE = ("PytorchStreamReader", "ModelProto", "mismatched", "size mismatch")
 
 
 def hub_options(model: Model) -> dict[str, Any]:
@@ -39,6 +43,7 @@ def from_hub(model: Model, fetch: Callable[[], Any]) -> Any:
     """What `fetch` returns; its failures as one paragraph."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
     from requests.exceptions import RequestException
+    from safetensors import SafetensorError
 
     name = f"model.model_name_or_path={model.model_name_or_path}"
     try:
@@ -52,6 +57,16 @@ def from_hub(model: Model, fetch: Callable[[], Any]) -> Any:
         raise CheckpointError(
             f"{name}: no such folder here and no such model on the hub; type the folder's path, the hub id "
             "(organisation/name), or model=tiny_glm, which ships with glmtuner"
+        ) from None
+    except (SafetensorError, UnpicklingError, EOFError, FileNotFoundError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not any(mark in reason for mark in DAMAGE):
+            raise
+        if isinstance(error, UnpicklingError):
+            reason = "a .bin file holds something else than tensors, and nothing else is unpickled"
+        raise CheckpointError(
+            f"{name}: its files are damaged, not all there, or do not belong together ({reason[:300]}); download them again, "
+            "or run `git lfs pull` in a folder that git cloned"
         ) from None
     except (HfHubHTTPError, RequestException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())

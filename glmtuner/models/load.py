@@ -1,9 +1,12 @@
 """A model's config, tokenizer and weights, from a folder or a hub, never running code that came with them."""
 
+import os
 from typing import TYPE_CHECKING
 
 from glmtuner.config.paths import model_source
 from glmtuner.config.schema import Dtype, Model, Quant
+from glmtuner.console import say
+from glmtuner.errors import CheckpointError
 from glmtuner.hub import from_hub, hub_options
 
 if TYPE_CHECKING:
@@ -53,10 +56,12 @@ def load_model(
     dtype = "auto" if model.dtype is Dtype.auto else getattr(torch, model.dtype.value)
     if dtype == "auto" and device.type == "cpu" and config.dtype == torch.float16:
         dtype = torch.float32  # half precision is slow and partly missing on a CPU
-    loaded = from_hub(
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert .bin files
+    loaded, found = from_hub(
         model,
         lambda: AutoModelForCausalLM.from_pretrained(
             source,
+            output_loading_info=True,
             config=config,
             dtype=dtype,
             trust_remote_code=False,
@@ -64,6 +69,17 @@ def load_model(
             **quant.loading(device, compute_dtype),
         ),
     )
+    missing, foreign = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing:
+        raise CheckpointError(
+            f"model.model_name_or_path={model.model_name_or_path}: the checkpoint lacks {len(missing)} of the model's weights "
+            f"(such as {missing[0]}), which would start at random; its config.json and its weights do not belong together, "
+            "download it again"
+        )
+    if foreign:
+        say(
+            f"{len(foreign)} weights of the checkpoint have no place in the model and are left out (such as {foreign[0]})"
+        )
     if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16 and quant.bits is None:
         loaded = loaded.float()  # config.json did not say so
     return loaded

@@ -18,6 +18,8 @@ import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from glmtuner.errors import CheckpointError
+
 ICE_FILE, VOCAB_FILE = "ice_text.model", "tokenizer.model"
 THREADED = 64  # texts from which several threads are worth their start
 
@@ -72,7 +74,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.first_generation = ice_file is not None
         self.vocab_file = ice_file or vocab_file
         if self.vocab_file is None:
-            raise ValueError(f"a ChatGLM tokenizer needs {ICE_FILE} or {VOCAB_FILE}")
+            raise CheckpointError(
+                f"{kwargs.get('name_or_path', 'the folder')} holds neither {ICE_FILE} nor {VOCAB_FILE}, the file of ChatGLM's "
+                "tokenizer; download it too, or name its folder with model.tokenizer_name"
+            )
         self.encode_special_tokens = encode_special_tokens
         self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.vocab_file))
         if self.first_generation:
