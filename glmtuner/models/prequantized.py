@@ -84,4 +84,9 @@ class PreQuantizedMixin:
             model = super().from_pretrained(source, *args, config=config, dtype=exact, **kwargs)  # type: ignore[misc]
         model._weight_conversions = []
         model.config.quantization_bit = None
-        return model.to(dtype) if dtype == torch.bfloat16 else model
+        if dtype == torch.bfloat16:
+            for parameter in model.parameters():
+                if parameter.is_floating_point():  # what bitsandbytes has packed is not, and model.to() would refuse
+                    parameter.data = parameter.data.to(dtype)
+            model.config.dtype = dtype
+        return model

@@ -436,6 +436,23 @@ def test_pre_quantized_checkpoints_are_dequantized_as_they_load(golden, tmp_path
 
 
 @both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pre_quantized_checkpoints_can_be_quantized_again(golden, tmp_path, name, dtype):
+    write_quantized(golden(name), tmp_path, 4)
+    inputs = golden(name).inputs("single")
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()(**inputs).logits
+        eight = BitsAndBytesConfig(load_in_8bit=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype=dtype, quantization_config=eight, device_map={"": "cpu"}
+        ).eval()
+        found = model(**inputs).logits.float()
+    assert "Linear8bitLt" in {type(module).__name__ for module in model.modules()}
+    assert {value.dtype for value in model.parameters() if value.is_floating_point()} == {dtype}
+    assert ((found - wanted).norm() / wanted.norm()).item() < 0.1
+
+
+@both
 @pytest.mark.parametrize("layout", ["shards", "bin", "bin shards"])
 def test_checkpoints_in_shards_and_bin_files(golden, tmp_path, name, layout):
     values = golden(name)
