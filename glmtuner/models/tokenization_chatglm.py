@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from transformers import BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from glmtuner.errors import CheckpointError
@@ -146,6 +146,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         # the published models have rows for more ids than their tokenizers know
         return self.sp.id_to_piece(index) if 0 <= index < self.sp.get_piece_size() else "<unk>"
 
+    def _add_tokens(self, new_tokens: Sequence[Any], special_tokens: bool = False) -> int:
+        """Declares tokens of the vocabulary as special; it cannot grow: raises ValueError for a token that it lacks."""
+        for token in new_tokens:
+            token_id = self._convert_token_to_id(str(token))
+            if token_id == self.control["<unk>"] and str(token) != "<unk>":
+                raise ValueError(f"{str(token)!r} is no token of this ChatGLM tokenizer, whose vocabulary is fixed")
+            added = (
+                token if isinstance(token, AddedToken) else AddedToken(token, special=special_tokens, normalized=False)
+            )
+            self._added_tokens_decoder[token_id] = added
+            self._added_tokens_encoder[str(token)] = token_id
+        return 0
+
     # -- text -> ids -----------------------------------------------------------------------------------------------------
 
     def _parts(self, text: str, plain: bool) -> list[str | int]:
@@ -203,46 +216,28 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self, rows: list[list[int]], pairs: list[list[int]] | None, batched: bool, **options: Any
     ) -> BatchEncoding:
         """The encoding of rows of ids, cut, padded and wrapped as the options ask."""
-        strategies = {name: options.pop(f"{name}_strategy") for name in ("padding", "truncation")}
-        cuts = strategies["truncation"].value != "do_not_truncate"
-        pads = strategies["padding"].value != "do_not_pad"
-        extras = ("return_overflowing_tokens", "return_special_tokens_mask", "return_length")
-        if not cuts and not any(options.get(name) for name in extras):
-            if options.get("add_special_tokens", True):
-                rows = [
-                    self.build_inputs_with_special_tokens(row, pairs[place] if pairs else None)
-                    for place, row in enumerate(rows)
-                ]
-            elif pairs:
-                rows = [row + pair for row, pair in zip(rows, pairs, strict=True)]
-            wanted = options.get("return_attention_mask")
-            if batched and not pads and not options.get("return_tensors"):
-                found: dict[str, Any] = {"input_ids": rows}
-                if wanted is not False:
-                    found["attention_mask"] = [[1] * len(row) for row in rows]
-                return BatchEncoding(found)
-        kept = ("max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
-        padding = {name: options[name] for name in kept if name in options} | {"padding": strategies["padding"].value}
-        if not cuts and not any(options.get(name) for name in extras):
-            encoding = self.pad({"input_ids": rows if batched else rows[0]}, **padding)
-            if options.get("return_tensors") and not batched:
-                encoding = BatchEncoding({name: [value] for name, value in encoding.items()})
-            return BatchEncoding(dict(encoding), tensor_type=options.get("return_tensors"))
-        one = {name: value for name, value in options.items() if name in PREPARE_OPTIONS}
-        prepared = [
-            self.prepare_for_model(
-                row, pairs[place] if pairs else None, truncation=strategies["truncation"].value, padding=False,
-                **{**one, "return_attention_mask": False},
-            )
-            for place, row in enumerate(rows)
-        ]  # fmt: skip
-        columns = {name: [row[name] for row in prepared] for name in prepared[0]} if prepared else {"input_ids": []}
-        encoding = self.pad(columns, **padding)
+        padding, truncation = (options[f"{name}_strategy"].value for name in ("padding", "truncation"))
+        second = pairs or [None] * len(rows)
+        if truncation != "do_not_truncate" or any(options.get(name) for name in EXTRAS):
+            words = {name: options[name] for name in (*EXTRAS, *LENGTHS) if name in options}
+            prepared = [
+                self.prepare_for_model(row, pair, truncation=truncation, return_attention_mask=False, **words)
+                for row, pair in zip(rows, second, strict=True)
+            ]
+            columns = {name: [row[name] for row in prepared] for name in (prepared[0] if prepared else ["input_ids"])}
+        elif options.get("add_special_tokens", True):
+            made = [self.build_inputs_with_special_tokens(row, pair) for row, pair in zip(rows, second, strict=True)]
+            columns = {"input_ids": made}
+        else:
+            columns = {"input_ids": [row + (pair or []) for row, pair in zip(rows, second, strict=True)]}
+        if padding != "do_not_pad":
+            words = {name: options[name] for name in PADDING if name in options}
+            columns = dict(self.pad(columns, padding=padding, **words))
+        elif options.get("return_attention_mask") is not False:
+            columns["attention_mask"] = [[1] * len(row) for row in columns["input_ids"]]
         if not batched:
-            encoding = BatchEncoding({name: value[0] for name, value in encoding.items()})
-            if options.get("return_tensors"):
-                encoding = BatchEncoding({name: [value] for name, value in encoding.items()})
-        return BatchEncoding(dict(encoding), tensor_type=options.get("return_tensors"))
+            columns = {name: values[0] for name, values in columns.items()}
+        return BatchEncoding(columns, tensor_type=options.get("return_tensors"), prepend_batch_axis=not batched)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -346,10 +341,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
 
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only", "subfolder")
-PREPARE_OPTIONS = (
-    "add_special_tokens", "max_length", "stride", "return_overflowing_tokens", "return_special_tokens_mask",
-    "return_length", "verbose",
-)  # fmt: skip
+EXTRAS = ("return_overflowing_tokens", "return_special_tokens_mask", "return_length")
+LENGTHS = ("add_special_tokens", "max_length", "stride", "verbose")
+PADDING = ("max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
 
 
 def _is_pair(item: Any) -> bool:

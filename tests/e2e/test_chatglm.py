@@ -33,7 +33,7 @@ def predict_again(glmtuner: Callable, tmp_path: Path) -> None:
     assert lines(tmp_path / "predicted/predictions.jsonl") == lines(tmp_path / "run/predictions.jsonl")
 
 
-@pytest.mark.parametrize("preset", MODELS)
+@pytest.mark.parametrize("preset", [*MODELS, "glm4_9b_chat"])
 def test_trains_and_predicts_from_a_folder(glmtuner: Callable, tmp_path: Path, shared: Path, preset: str) -> None:
     write_checkpoint(preset, tmp_path / "base", shared / "goldens")
     done = glmtuner(
@@ -44,7 +44,8 @@ def test_trains_and_predicts_from_a_folder(glmtuner: Callable, tmp_path: Path, s
     losses = [line["loss"] for line in lines(tmp_path / "run/history.jsonl")]
     assert sum(losses[-3:]) < sum(losses[:3])  # an epoch is three steps
     about = json.loads((tmp_path / "run/provenance.json").read_text())
-    assert about["template"]["name"] == {"chatglm_6b": "chatglm"}.get(preset, preset.removesuffix("_6b"))
+    templates = {"chatglm_6b": "chatglm", "chatglm2_6b": "chatglm2", "chatglm3_6b": "chatglm3", "glm4_9b_chat": "glm4"}
+    assert about["template"]["name"] == templates[preset]
     predict_again(glmtuner, tmp_path)
 
 

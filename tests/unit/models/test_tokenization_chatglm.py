@@ -205,6 +205,14 @@ def test_calls_as_transformers_users_make_them(loaded, version):
 
 
 @every
+def test_the_vocabulary_cannot_grow_silently(loaded, version):
+    with pytest.raises(ValueError, match="'<new>' is no token of this ChatGLM tokenizer"):
+        loaded[version].add_tokens(["<new>"])
+    assert loaded[version].add_special_tokens({"pad_token": "<unk>"}) == 0
+    loaded[version].pad_token = {"v1": "<pad>"}.get(version, "<unk>")
+
+
+@every
 def test_saved_and_pickled(published, loaded, tmp_path, version):
     tokenizer, (folder, values) = loaded[version], published[version]
     texts = [case["text"] for case in values["texts"]]
