@@ -235,6 +235,24 @@ def test_p_tuning(golden, name, kind):
         assert abs(value.grad.norm().item() - norm) < TOLERANCE, parameter
 
 
+@both
+def test_padded_rows_with_a_prefix_generate_what_they_generate_alone(golden, name):
+    values = golden(name)
+    model = values.model().requires_grad_(False)
+    encoder = add_prefix(model, family_named(FAMILY[name]), tokens=8, projection=False, dropout=0.1)
+    encoder.load_state_dict(
+        {"embedding.weight": next(iter(load_file(values.folder / "ptuning_noproj.safetensors").values()))}
+    )
+    encoder.eval()
+    inputs = values.inputs("generate_batch_left_padded")
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    together = model.generate(**inputs, **options)
+    assert (inputs["attention_mask"] == 0).any()
+    for row, keep in enumerate(inputs["attention_mask"].bool()):
+        alone = model.generate(inputs["input_ids"][row, keep][None], **options)
+        assert torch.equal(together[row, -12:], alone[0, -12:])
+
+
 # -- half precision ---------------------------------------------------------------------------------------------------
 
 HALF = {
