@@ -1,12 +1,8 @@
 """One composed run, from its words to its folder; reads top to bottom."""
 
 import dataclasses
-import json
-import logging
 import math
-import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -14,20 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from glmtuner.config.compose import Composed, run_folder_of
+from glmtuner.assemble import (
+    SHAPE,
+    attached_model,
+    check_base,
+    device_of,
+    quieten_libraries,
+    settle_family,
+    template_of,
+)
+from glmtuner.config.compose import Composed
 from glmtuner.config.paths import conf_dir
-from glmtuner.config.schema import Dtype, Model, Run
+from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.console import say, table
 from glmtuner.errors import CheckpointError
-from glmtuner.families.family import Family, family_from_structure, family_named, family_of
-from glmtuner.families.template import template_named
+from glmtuner.families.family import Family
 from glmtuner.hub import read_config
+from glmtuner.predict import answer_all, predict
 from glmtuner.run_folder import (
     CONFIG,
     EVALUATIONS,
     METRICS,
-    PREDICTIONS,
     PROVENANCE,
     TEMPLATE,
     WORDS,
@@ -36,7 +40,6 @@ from glmtuner.run_folder import (
     default_folder,
     newest_whole,
     provenance,
-    read_lines,
     shown_words,
     without_secrets,
     write_json,
@@ -50,9 +53,6 @@ if TYPE_CHECKING:
 
     from glmtuner.stages.sft import Datasets
     from glmtuner.trainer import GlmTrainer
-
-# what a checkpoint's base must share, in all the words that config.json files have for it
-SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_layers", "vocab_size", "padded_vocab_size")
 
 
 def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[Path] | None = None) -> dict[str, float]:
@@ -111,117 +111,7 @@ def output_folder(composed: Composed) -> Path:
     return default_folder(Path("outputs"), name.replace("/", "_").replace(" ", "_"))
 
 
-def check_base(model: Model, found: Mapping[str, Any]) -> None:
-    """Raise when a checkpoint's run was trained on a base of another shape."""
-    for path in model.checkpoint_dir:
-        source = run_folder_of(path)
-        wanted = RunFolder(source).provenance().get("base", {}) if source else {}
-        different = [
-            f"{key} {wanted[key]} there, {found.get(key)} here" for key in wanted if wanted[key] != found.get(key)
-        ]
-        if different:
-            raise CheckpointError(
-                f"model.model_name_or_path={model.model_name_or_path} does not fit model.checkpoint_dir={path} "
-                f"({', '.join(different)}); leave the model out, and the checkpoint's own is used"
-            )
-
-
-def settle_family(run: Run, model_config: Mapping[str, Any]) -> Family | None:
-    """The family that config.json tells, with the method's targets named; None when only the loaded model can tell."""
-    family = family_of(model_config, run.model.family)
-    if run.model.family != "auto":
-        declared = family_named(run.model.family)
-        if family is None:
-            family = declared
-        elif family.name != declared.name:
-            say(
-                f"model.family={declared.name}, and config.json says {model_config.get('model_type')}: taken as {family.name}"
-            )
-            if getattr(run.finetuning, "lora_target", None) == list(declared.attention):
-                run.finetuning.lora_target = []  # type: ignore[attr-defined]  # the default of the other family
-    layers = model_config.get("num_hidden_layers") or model_config.get("num_layers")
-    if family is not None and layers:
-        run.finetuning.settle(family, layers)
-    return family
-
-
-def quieten_libraries() -> None:
-    """Progress and our own lines only; the libraries' chatter about what works as intended is left out."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels it can do without
-    # PEFT still uses names that transformers renamed
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-
-
 # -- model, template, arguments ------------------------------------------------------------------------------------------
-
-
-def template_of(run: Run, family: Family | None, tokenizer: "PreTrainedTokenizerBase") -> Any:
-    """The chat template: the run's, else the family's; the one stored with a checkpoint when it is a tokenizer's own."""
-    name = run.model.template or (family.template if family else "tokenizer")
-    source = run_folder_of(run.model.checkpoint_dir[-1]) if run.model.checkpoint_dir else None
-    if name == "tokenizer" and source is not None and (source / TEMPLATE).is_file():
-        tokenizer.chat_template = (source / TEMPLATE).read_text(encoding="utf-8")
-    run.model.template = name
-    return template_named(name, tokenizer)
-
-
-def device_of(run: Run) -> "torch.device":
-    """The accelerator that transformers will train on, or the CPU."""
-    import torch
-
-    if run.trainer.use_cpu:
-        return torch.device("cpu")
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def compute_dtype(run: Run, device: "torch.device") -> "torch.dtype":
-    """What quantized layers multiply in: the run's precision, else bf16 where the GPU has it, else float32."""
-    import torch
-
-    if run.trainer.bf16 or run.trainer.fp16:
-        return torch.bfloat16 if run.trainer.bf16 else torch.float16
-    if run.model.dtype is not Dtype.auto:
-        return getattr(torch, run.model.dtype.value)
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def attached_model(composed: Composed, family: Family | None, device: "torch.device") -> "tuple[nn.Module, Family]":
-    """The base with its checkpoints and the fine-tuning method, and the family where only the model could tell."""
-    from transformers import set_seed
-
-    from glmtuner.finetuning.start import attach, base_folder, checkpoints_of
-    from glmtuner.models.load import load_model
-
-    run = composed.run
-    checkpoints = checkpoints_of(run.model)
-    whole = base_folder(checkpoints)
-    source = dataclasses.replace(run.model, model_name_or_path=str(whole), config_name=None) if whole else run.model
-    model = load_model(source, family, run.quant, device, compute_dtype(run, device))
-    run.quant.prepare(model)
-    if family is None:
-        family = family_from_structure(model)
-        run.finetuning.settle(family, len(family.blocks(model)))
-    set_seed(run.trainer.seed)  # what a method draws does not depend on what was loaded before it
-    model = attach(
-        model,
-        run.finetuning,
-        family,
-        checkpoints,
-        resume_lora=run.model.resume_lora_training,
-        trains=run.trainer.do_train,
-        typed=composed.typed,
-    )
-    return model, family
 
 
 def training_arguments(run: Run, folder: RunFolder, model: "nn.Module") -> Any:
@@ -453,77 +343,6 @@ def save_trained(run: Run, folder: RunFolder, model: "nn.Module", tokenizer: "Pr
         raise CheckpointError(f"what was written to {partial} is not what was trained; is the disk full or failing?")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-
-
-def predict(
-    run: Run,
-    folder: RunFolder,
-    model: "nn.Module",
-    tokenizer: "PreTrainedTokenizerBase",
-    template: Any,
-    data: "Datasets",
-) -> dict[str, float]:
-    """Answers to all evaluation records in predictions.jsonl, and their scores."""
-    found = answer_all(run, model, tokenizer, template, data, folder / PREDICTIONS, bar=True)
-    return {f"predict_{name}": value for name, value in found.items()}
-
-
-def answer_all(
-    run: Run,
-    model: "nn.Module",
-    tokenizer: "PreTrainedTokenizerBase",
-    template: Any,
-    data: "Datasets",
-    path: Path,
-    bar: bool = False,
-) -> dict[str, float]:
-    """Write each answer as it comes, those of an interrupted run kept; then all in order; returns their scores."""
-    from tqdm import tqdm
-
-    from glmtuner.generate import Decoding, answers
-
-    assert data.evaluation is not None
-    rows = data.evaluation
-    decoding = Decoding(
-        max_new_tokens=run.generation.max_new_tokens or run.data.max_target_length,
-        num_beams=run.data.eval_num_beams or 1,
-        repetition_penalty=run.generation.repetition_penalty,
-        stop_ids=stop_ids(template, tokenizer, run.model.family),
-        pad_id=tokenizer.pad_token_id,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = {line["index"]: line for line in read_lines(path)} if path == path.parent / PREDICTIONS else {}
-    left = [index for index in range(len(rows)) if index not in done]
-    prompts = [rows[index]["prompt_ids"] for index in left]
-    with path.open("w", encoding="utf-8") as file:
-        for line in done.values():
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        produced = answers(model, prompts, decoding, run.trainer.per_device_eval_batch_size)
-        shown = bar and not run.trainer.disable_tqdm
-        for place, tokens in tqdm(produced, total=len(left), desc="predict", disable=not shown):
-            index = left[place]
-            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()  # ChatGLM3 begins with a line break
-            line = {"index": index, "prompt": rows[index]["prompt"], "label": rows[index]["answer"], "predict": text}
-            done[index] = line
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-    ordered = [done[index] for index in sorted(done)]
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered))
-    return run.metric.scores([line["predict"].strip() for line in ordered], [line["label"].strip() for line in ordered])
-
-
-def stop_ids(template: Any, tokenizer: "PreTrainedTokenizerBase", family: str) -> tuple[int, ...]:
-    """The template's stop token, the family's, and the tokenizer's own end of text."""
-    from glmtuner.families.family import FAMILIES
-
-    found = set(template.stop_ids(tokenizer))
-    if tokenizer.eos_token_id is not None:
-        found.add(tokenizer.eos_token_id)
-    for token in FAMILIES[family].stop_tokens if family in FAMILIES else ():
-        known = tokenizer.convert_tokens_to_ids(token)
-        if known is not None and known != tokenizer.unk_token_id:
-            found.add(known)
-    return tuple(sorted(found))
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,148 @@
+"""The parts of a run put together: family, template, and the model with its checkpoints and its fine-tuning method."""
+
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from glmtuner.config.compose import Composed, run_folder_of
+from glmtuner.config.schema import Dtype, Model, Run
+from glmtuner.console import say
+from glmtuner.errors import CheckpointError
+from glmtuner.families.family import Family, family_from_structure, family_named, family_of
+from glmtuner.families.template import template_named
+from glmtuner.run_folder import TEMPLATE, RunFolder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+# what a checkpoint's base must share, in all the words that config.json files have for it
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_layers", "vocab_size", "padded_vocab_size")
+
+
+def check_base(model: Model, found: Mapping[str, Any]) -> None:
+    """Raise when a checkpoint's run was trained on a base of another shape."""
+    for path in model.checkpoint_dir:
+        source = run_folder_of(path)
+        wanted = RunFolder(source).provenance().get("base", {}) if source else {}
+        different = [
+            f"{key} {wanted[key]} there, {found.get(key)} here" for key in wanted if wanted[key] != found.get(key)
+        ]
+        if different:
+            raise CheckpointError(
+                f"model.model_name_or_path={model.model_name_or_path} does not fit model.checkpoint_dir={path} "
+                f"({', '.join(different)}); leave the model out, and the checkpoint's own is used"
+            )
+
+
+def settle_family(run: Run, model_config: Mapping[str, Any]) -> Family | None:
+    """The family that config.json tells, with the method's targets named; None when only the loaded model can tell."""
+    family = family_of(model_config, run.model.family)
+    if run.model.family != "auto":
+        declared = family_named(run.model.family)
+        if family is None:
+            family = declared
+        elif family.name != declared.name:
+            say(
+                f"model.family={declared.name}, and config.json says {model_config.get('model_type')}: taken as {family.name}"
+            )
+            if getattr(run.finetuning, "lora_target", None) == list(declared.attention):
+                run.finetuning.lora_target = []  # type: ignore[attr-defined]  # the default of the other family
+    layers = model_config.get("num_hidden_layers") or model_config.get("num_layers")
+    if family is not None and layers:
+        run.finetuning.settle(family, layers)
+    return family
+
+
+def quieten_libraries() -> None:
+    """Progress and our own lines only; the libraries' chatter about what works as intended is left out."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels it can do without
+    # PEFT still uses names that transformers renamed
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def template_of(run: Run, family: Family | None, tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """The chat template: the run's, else the family's; the one stored with a checkpoint when it is a tokenizer's own."""
+    name = run.model.template or (family.template if family else "tokenizer")
+    source = run_folder_of(run.model.checkpoint_dir[-1]) if run.model.checkpoint_dir else None
+    if name == "tokenizer" and source is not None and (source / TEMPLATE).is_file():
+        tokenizer.chat_template = (source / TEMPLATE).read_text(encoding="utf-8")
+    run.model.template = name
+    return template_named(name, tokenizer)
+
+
+def device_of(run: Run) -> "torch.device":
+    """The accelerator that transformers will train on, or the CPU."""
+    import torch
+
+    if run.trainer.use_cpu:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def compute_dtype(run: Run, device: "torch.device") -> "torch.dtype":
+    """What quantized layers multiply in: the run's precision, else bf16 where the GPU has it, else float32."""
+    import torch
+
+    if run.trainer.bf16 or run.trainer.fp16:
+        return torch.bfloat16 if run.trainer.bf16 else torch.float16
+    if run.model.dtype is not Dtype.auto:
+        return getattr(torch, run.model.dtype.value)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def attached_model(composed: Composed, family: Family | None, device: "torch.device") -> "tuple[nn.Module, Family]":
+    """The base with its checkpoints and the fine-tuning method, and the family where only the model could tell."""
+    from transformers import set_seed
+
+    from glmtuner.finetuning.start import attach, base_folder, checkpoints_of
+    from glmtuner.models.load import load_model
+
+    run = composed.run
+    checkpoints = checkpoints_of(run.model)
+    whole = base_folder(checkpoints)
+    source = dataclasses.replace(run.model, model_name_or_path=str(whole), config_name=None) if whole else run.model
+    model = load_model(source, family, run.quant, device, compute_dtype(run, device))
+    run.quant.prepare(model)
+    if family is None:
+        family = family_from_structure(model)
+        run.finetuning.settle(family, len(family.blocks(model)))
+    set_seed(run.trainer.seed)  # what a method draws does not depend on what was loaded before it
+    model = attach(
+        model,
+        run.finetuning,
+        family,
+        checkpoints,
+        resume_lora=run.model.resume_lora_training,
+        trains=run.trainer.do_train,
+        typed=composed.typed,
+    )
+    return model, family
+
+
+def stop_ids(template: Any, tokenizer: "PreTrainedTokenizerBase", family: str) -> tuple[int, ...]:
+    """The template's stop token, the family's, and the tokenizer's own end of text."""
+    from glmtuner.families.family import FAMILIES
+
+    found = set(template.stop_ids(tokenizer))
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    for token in FAMILIES[family].stop_tokens if family in FAMILIES else ():
+        known = tokenizer.convert_tokens_to_ids(token)
+        if known is not None and known != tokenizer.unk_token_id:
+            found.add(known)
+    return tuple(sorted(found))
