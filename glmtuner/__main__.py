@@ -13,7 +13,6 @@ from pathlib import Path
 from glmtuner import __version__
 from glmtuner.errors import ConfigError, GlmtunerError, did_you_mean, nearest
 
-VERBS = ("show",)
 EXAMPLES = """\
   python -m glmtuner experiment=quickstart                          one minute, offline, on the model that ships
   python -m glmtuner finetuning=freeze data.dataset=alpaca_zh,belle one run on the mix of two datasets
@@ -188,16 +187,31 @@ def _sweep(options: argparse.Namespace, words: list[str]) -> int:
 
 
 def _verb(words: list[str]) -> int:
+    """A verb, its run folders and options, and the key=value words that are composed over the run."""
+    from importlib import import_module
+
+    from glmtuner.verbs import VERBS
+
     verb, *rest = words
     if verb not in VERBS:
         rule = f"a first word without '=' is a verb ({', '.join(VERBS)}), then a run folder; a run is started with key=value words"
         raise ConfigError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS, rule)}")
-    if len(rest) != 1:
-        raise ConfigError(f"{verb} takes one run folder: type python -m glmtuner {verb} outputs/<date>/<time>_<name>")
-    from glmtuner.report import show
+    module = import_module(f"glmtuner.verbs.{verb}")
+    parser = _VerbParser(prog=f"python -m glmtuner {verb}", description=module.__doc__, allow_abbrev=False)
+    module.arguments(parser)
+    typed = [word for word in rest if not word.startswith("-") and "=" in word and not Path(word).exists()]
+    given = parser.parse_args([word for word in rest if word not in typed])
+    _register()
+    return module.run(given, typed)
 
-    show(Path(rest[0]))
-    return 0
+
+class _VerbParser(argparse.ArgumentParser):
+    """argparse whose errors are ours."""
+
+    def error(self, message: str) -> None:
+        raise ConfigError(
+            f"{self.prog.rpartition(' ')[2]}: {message}; type {self.format_usage().removeprefix('usage: ').strip()}"
+        )
 
 
 def help_text(config_dir: str | None = None) -> str:
@@ -211,7 +225,7 @@ def help_text(config_dir: str | None = None) -> str:
         "",
         "  python -m glmtuner [options] group=preset group.key=value …     one run",
         "  python -m glmtuner -m group=a,b group.key=1,2 …                 a sweep: every combination",
-        "  python -m glmtuner show RUN                                     a run folder on one page",
+        *(f"  {f'python -m glmtuner {verb} RUN …':<64}{line}" for verb, line in _verbs()),
         "",
         "Groups (the default preset comes first):",
     ]
@@ -233,6 +247,15 @@ def help_text(config_dir: str | None = None) -> str:
         "  -m, --multirun          a sweep                             --version, --hydra-help",
     ]
     return "\n".join(lines)
+
+
+def _verbs() -> list[tuple[str, str]]:
+    """Every verb and what it does."""
+    from importlib import import_module
+
+    from glmtuner.verbs import VERBS
+
+    return [(verb, import_module(f"glmtuner.verbs.{verb}").HELP) for verb in VERBS]
 
 
 def _default_presets() -> dict[str, str]:

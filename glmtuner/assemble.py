@@ -4,15 +4,18 @@ import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmtuner.config.compose import Composed, run_folder_of
+from glmtuner.config.compose import Composed, compose, run_folder_of
 from glmtuner.config.schema import Dtype, Model, Run
 from glmtuner.console import say
 from glmtuner.errors import CheckpointError
 from glmtuner.families.family import Family, family_from_structure, family_named, family_of
 from glmtuner.families.template import template_named
+from glmtuner.hub import read_config
 from glmtuner.run_folder import TEMPLATE, RunFolder
 
 if TYPE_CHECKING:
@@ -146,3 +149,44 @@ def stop_ids(template: Any, tokenizer: "PreTrainedTokenizerBase", family: str) -
         if known is not None and known != tokenizer.unk_token_id:
             found.add(known)
     return tuple(sorted(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A finished run, ready to answer: what its folder alone tells, and what was typed over it."""
+
+    run: Run
+    model: "nn.Module"
+    tokenizer: "PreTrainedTokenizerBase"
+    template: Any
+    family: Family
+    stops: tuple[int, ...]
+
+
+def finished_run(folders: Sequence[Path], words: Sequence[str]) -> Finished:
+    """The run in the last folder, on the checkpoints of all of them in order; `words` are composed over it.
+
+    Raises GlmtunerError where a folder holds no trained weights, or a word is wrong.
+    """
+    from glmtuner.models.load import load_tokenizer
+
+    paths = ",".join(f"'{folder}'" for folder in folders)
+    composed = compose(["trainer=predict", f"model.checkpoint_dir=[{paths}]", *words])
+    run = composed.run
+    model_config = read_config(run.model)
+    check_base(run.model, model_config)
+    family = settle_family(run, model_config)
+    quieten_libraries()
+    tokenizer = load_tokenizer(run.model)
+    template = template_of(run, family, tokenizer)
+    model, family = attached_model(composed, family, device_of(run))
+    if not run.quant.bits:
+        model = model.to(device_of(run))
+    return Finished(
+        run=run,
+        model=model.eval(),
+        tokenizer=tokenizer,
+        template=template,
+        family=family,
+        stops=stop_ids(template, tokenizer, family.name),
+    )

@@ -114,6 +114,10 @@ class Template:
             encoded.append(Encoded(input_ids, answers, stop))
         return encoded
 
+    def jinja(self) -> str | None:
+        """The same for tools that know jinja templates only; None where one cannot give these tokens."""
+        return None
+
     def prompts(
         self, tokenizer: Any, conversations: Sequence[Sequence[Message]], encoded: Sequence[Encoded]
     ) -> list[list[int]]:
@@ -161,6 +165,15 @@ class RoleTokens(Template):
             if not self.apart:
                 yield Piece("\n", "text")
 
+    def jinja(self) -> str:
+        # ChatGLM3's text is tokenized apart from the line break, which is to say behind a space
+        text, asks = (" ", "") if self.apart else ("", "\\n")
+        return (
+            "[gMASK]<sop>{% for message in messages %}"
+            f"{{{{ '<|' ~ message['role'] ~ '|>\\n{text}' ~ message['content'] }}}}"
+            f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '<|assistant|>{asks}' }}}}{{% endif %}}"
+        )
+
 
 @dataclass(frozen=True)
 class Rounds(Template):
@@ -189,6 +202,16 @@ class Rounds(Template):
         yield from (Piece(token, "control") for token in self.behind)
         if answered:
             yield Piece(messages[-1].content, "answer")
+
+    def jinja(self) -> str | None:
+        if self.behind:
+            return None  # ChatGLM-6B's tokenizer reads no [gMASK] in text
+        return (
+            "[gMASK]<sop>{% set rounds = namespace(count=0) %}{% for message in messages %}"
+            "{% if message['role'] == 'user' %}{% set rounds.count = rounds.count + 1 %}"
+            "{{ '[Round ' ~ rounds.count ~ ']\\n\\n问：' ~ message['content'] ~ '\\n\\n答：' }}"
+            "{% else %}{{ message['content'] ~ '\\n\\n' }}{% endif %}{% endfor %}"
+        )
 
 
 @dataclass(frozen=True)

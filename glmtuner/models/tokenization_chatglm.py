@@ -25,8 +25,24 @@ THREADED = 64  # texts from which several threads are worth their start
 
 # ChatGLM-6B writes layout as words of its vocabulary
 LAYOUT = re.compile(r"\n|\t| {2,80}")
-LAYOUT_WORD = re.compile(r"<n>|<\|tab\|>|<\|blank_(\d+)\|>")
-PARSED = re.compile(r"\s*(\[MASK\]|<sop>|<eop>|<pad>|<unk>)\s*")  # what its published tokenizer reads in text
+LAYOUT_WORD = re.compile(
+    r"<n>|<\|tab\|>|<\|blank_([2-9]|[1-7]\d|80)\|>"
+)  # a longer blank is text, however long it says
+CONTROL = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<pad>",
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "<unused_0>",
+    "<sop>",
+    "<eop>",
+    "<ENC>",
+    "<dBLOCK>",
+)
+PARSED = re.compile(r"(\[MASK\]|<sop>|<eop>|<pad>|<unk>)")  # what its published tokenizer reads in text
 
 # ChatGLM2 and ChatGLM3 share one file, behind whose pieces these follow
 APPENDED = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -81,10 +97,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.encode_special_tokens = encode_special_tokens
         self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.vocab_file))
         if self.first_generation:
-            self.control = {
-                piece: self.sp.piece_to_id(piece)
-                for piece in ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<pad>", "<unk>", "<s>", "</s>")
-            }
+            self.control = {piece: self.sp.piece_to_id(piece) for piece in CONTROL}
             named = {"bos_token": "<sop>", "eos_token": "<eop>", "mask_token": "[MASK]", "pad_token": "<pad>"}
         else:
             size = self.sp.get_piece_size()
@@ -95,11 +108,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.control_names = {token_id: token for token, token_id in self.control.items()}
         for published in ("gmask_token", "end_token", "bos_token" if not self.first_generation else ""):
             kwargs.pop(published, None)  # words of tokenizer_config.json for what is fixed here
+        if encode_special_tokens:
+            kwargs["encode_special_tokens"] = True  # what tokenizer_config.json is to say
         super().__init__(**{"unk_token": "<unk>", **named, "clean_up_tokenization_spaces": False, **kwargs})
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
         """The tokenizer of a folder or hub id: this class, or ChatGLM4Tokenizer where the file is one of byte pairs."""
+        source = pretrained_model_name_or_path
         options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         found = cached_file(source, VOCAB_FILE, _raise_exceptions_for_missing_entries=False, **options)
         if cls is ChatGLMTokenizer and found is not None and is_byte_pair_file(Path(found)):
@@ -165,12 +181,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """The text in front of, between and behind the control tokens that are read in it, and those as ids."""
         if plain or not (self.first_generation or self.encode_special_tokens):
             return [text]
-        pieces = (PARSED if self.first_generation else ROLES).split(text)
-        # every second one is a token
+        pieces = (PARSED if self.first_generation else ROLES).split(text)  # every second one is a token
+        if self.first_generation:  # white space beside a token is lost
+            for place in range(1, len(pieces), 2):
+                pieces[place - 1], pieces[place + 1] = pieces[place - 1].rstrip(), pieces[place + 1].lstrip()
         return [self.control[piece] if place % 2 else piece for place, piece in enumerate(pieces) if piece]
 
     def _prepared(self, text: str) -> str:
-        text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair becomes a question mark
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # joins the halves of surrogate pairs; half of one alone becomes a question mark
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+            text = text.encode("utf-8", "replace").decode("utf-8")
         return LAYOUT.sub(layout_word, text) if self.first_generation else text
 
     def encode_texts(self, texts: Sequence[str], plain: bool) -> list[list[int]]:
@@ -196,7 +218,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return tokens
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
-        """All texts of a call in one batch; ids and lists of tokens go transformers' own way."""
+        """All texts of a call in one batch; ids, lists of tokens and what is seldom asked for go transformers' own way."""
+        if any(options.get(name) for name in SELDOM):
+            return super()._encode_plus(text, text_pair, **options)
         batched = isinstance(text, (list, tuple))
         first = list(text) if batched else [text]
         if text_pair is None and batched and first and all(_is_pair(item) for item in first):
@@ -205,7 +229,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             raise ValueError("text and text_pair must both be batches, of the same length, or both be one text")
         else:
             second = None if text_pair is None else (list(text_pair) if batched else [text_pair])
-        if options.get("is_split_into_words") or not all(isinstance(item, str) for item in [*first, *(second or [])]):
+        if not all(isinstance(item, str) for item in [*first, *(second or [])]):
             return super()._encode_plus(text, text_pair, **options)
         plain = options.pop("split_special_tokens", self.split_special_tokens)
         ids = self.encode_texts([*first, *(second or [])], plain)
@@ -279,6 +303,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if skip_special_tokens:
             ids = [token for token in ids if token not in self.control_names]
         text = self.convert_tokens_to_string([self._convert_id_to_token(token) for token in ids])
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
@@ -341,6 +367,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
 
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only", "subfolder")
+SELDOM = ("is_split_into_words", "sanitize_control_tokens", "return_token_type_ids")
 EXTRAS = ("return_overflowing_tokens", "return_special_tokens_mask", "return_length")
 LENGTHS = ("add_special_tokens", "max_length", "stride", "verbose")
 PADDING = ("max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
@@ -423,3 +450,42 @@ def from_byte_pairs(path: Path) -> Any:
         single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B:1 <|endoftext|>:1", special_tokens=opening
     )
     return tokenizer
+
+
+def as_fast(tokenizer: ChatGLMTokenizer) -> PreTrainedTokenizerFast:
+    """ChatGLM2's or ChatGLM3's tokenizer as a `tokenizers` one, which saves as tokenizer.json and needs no glmtuner.
+
+    Its ids of plain text are the same: the file is byte-pair encoding without normalization. `sop` and `eop` are called
+    `<sop>` and `<eop>`, since it reads control tokens wherever they stand, and the bare words are English.
+    """
+    if tokenizer.first_generation:
+        raise ValueError("ChatGLM-6B's tokenizer is a unigram model with rules of its own and has no fast version")
+    from tokenizers import AddedToken as Added
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    sp = tokenizer.sp
+    vocabulary = {sp.id_to_piece(token): token for token in range(sp.get_piece_size())}
+    merges = []
+    for piece, token in vocabulary.items():
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [pair for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary]
+        known.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        merges += [(-sp.get_score(token), token, pair) for pair in known]
+    merges.sort(key=lambda merge: merge[:2])
+    backend = Tokenizer(
+        models.BPE(vocabulary, [pair for _, _, pair in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = [{"sop": "<sop>", "eop": "<eop>"}.get(token, token) for token in APPENDED]
+    backend.add_special_tokens([Added(token, normalized=False, special=True) for token in ("</s>", *names)])
+    opening = [(token, backend.token_to_id(token)) for token in ("[gMASK]", "<sop>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B:1 </s>:1", special_tokens=opening
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", pad_token="<unk>", unk_token="<unk>", padding_side="left",
+        model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
+    )  # fmt: skip

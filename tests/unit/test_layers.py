@@ -17,7 +17,7 @@ RANK = {
     **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight"), 3),
     **dict.fromkeys(("assemble", "trainer"), 4),
     **dict.fromkeys(("predict", "stages"), 5),
-    "launch": 6,
+    **dict.fromkeys(("launch", "verbs"), 6),
     "sweep": 7,
     "__main__": 8,
 }

@@ -11,7 +11,7 @@ from glmtuner.data.encode import Encoder
 from glmtuner.data.prepare import _features, with_earlier_answers
 from glmtuner.data.records import Example, Message
 from glmtuner.families.template import IGNORE_INDEX, TEMPLATES, with_tools
-from glmtuner.models.tokenization_chatglm import ChatGLMTokenizer
+from glmtuner.models.tokenization_chatglm import ChatGLMTokenizer, as_fast
 
 SYSTEM, ASK, TOLD = (lambda text, role=role: Message(role, text) for role in ("system", "user", "assistant"))
 TURNS = [
@@ -152,6 +152,16 @@ def test_no_text_becomes_a_control_token(tokenizers, name):
         return [token for token in found.input_ids if token in tokenizer.control_names]
 
     assert controls(dirty) == controls(clean)
+
+
+@pytest.mark.parametrize("name", ["chatglm2", "chatglm3"])
+def test_the_jinja_template_gives_the_same_prompts(tokenizers, name):
+    fast = as_fast(tokenizers[name])
+    fast.chat_template = TEMPLATES[name].jinja()
+    for end in (2, 4, 6):
+        (found,) = TEMPLATES[name].encode(tokenizers[name], [TURNS[:end]])
+        turns = [{"role": turn.role, "content": turn.content} for turn in TURNS[:end]]
+        assert fast.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) == found.input_ids
 
 
 def test_the_cache_s_key_changes_with_the_tokenizer_s_file(tokenizers, shared, tmp_path):

@@ -15,7 +15,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 import glmtuner.models  # noqa: F401, makes chatglm known
-from glmtuner.models.tokenization_chatglm import GLM4_SPECIAL, GLM4_SPLIT, ChatGLM4Tokenizer, ChatGLMTokenizer
+from glmtuner.models.tokenization_chatglm import GLM4_SPECIAL, GLM4_SPLIT, ChatGLM4Tokenizer, ChatGLMTokenizer, as_fast
 
 MODELS = {"v1": ("tokenizer_v1", "ice_text.model", "chatglm_v1"),
           "v2": ("chatglm2_realvocab", "tokenizer.model", "chatglm2"),
@@ -223,6 +223,29 @@ def test_saved_and_pickled(published, loaded, tmp_path, version):
         assert again(texts, padding=True).input_ids == tokenizer(texts, padding=True).input_ids
         assert again.special_tokens_map == tokenizer.special_tokens_map
     assert len(pickle.dumps(tokenizer)) < 1_000_000  # not the whole file
+
+
+def test_the_fast_version_gives_the_same_ids(published, loaded, shared, tmp_path):
+    as_fast(loaded["v2"]).save_pretrained(tmp_path)
+    fast = AutoTokenizer.from_pretrained(tmp_path)  # as a tool without glmtuner would
+    assert fast.is_fast and fast.padding_side == "left" and fast.pad_token_id == 0 and fast.eos_token_id == 2
+    texts = [case["text"] for case in published["v2"][1]["texts"]] + [
+        text for path in sorted((shared / "data").glob("*.json")) for text in texts_in(json.loads(path.read_text()))
+    ]
+    wanted = loaded["v2"](texts, add_special_tokens=False, split_special_tokens=True).input_ids
+    controls = [token for token in fast.get_added_vocab() if token != "<unk>"]
+    assert len(controls) == 10
+    for text, ids, slow in zip(texts, fast(texts, add_special_tokens=False).input_ids, wanted, strict=True):
+        if not any(token in text for token in controls):
+            assert ids == slow, text
+    assert fast(texts, add_special_tokens=False, split_special_tokens=True).input_ids == wanted
+    for case in published["v2"][1]["sft_pairs"]:
+        if case["answer"]:  # an empty one is no pair to `tokenizers`
+            assert fast(case["prompt"], case["answer"]).input_ids == case["input_ids"]
+    for case in published["v2"][1]["texts"]:
+        assert fast.decode(case["ids"]) == case["decode_ids"]
+    with pytest.raises(ValueError, match="no fast version"):
+        as_fast(loaded["v1"])
 
 
 # -- GLM-4: a file of byte pairs -----------------------------------------------------------------------------------------
