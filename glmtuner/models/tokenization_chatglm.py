@@ -25,23 +25,10 @@ THREADED = 64  # texts from which several threads are worth their start
 
 # ChatGLM-6B writes layout as words of its vocabulary
 LAYOUT = re.compile(r"\n|\t| {2,80}")
-LAYOUT_WORD = re.compile(
-    r"<n>|<\|tab\|>|<\|blank_([2-9]|[1-7]\d|80)\|>"
-)  # a longer blank is text, however long it says
+LAYOUT_WORD = re.compile(r"<n>|<\|tab\|>|<\|blank_([2-9]|[1-7]\d|80)\|>")
 CONTROL = (
-    "<unk>",
-    "<s>",
-    "</s>",
-    "<pad>",
-    "[MASK]",
-    "[gMASK]",
-    "[sMASK]",
-    "<unused_0>",
-    "<sop>",
-    "<eop>",
-    "<ENC>",
-    "<dBLOCK>",
-)
+    "<unk>", "<s>", "</s>", "<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>",
+)  # fmt: skip
 PARSED = re.compile(r"(\[MASK\]|<sop>|<eop>|<pad>|<unk>)")  # what its published tokenizer reads in text
 
 # ChatGLM2 and ChatGLM3 share one file, behind whose pieces these follow
@@ -367,8 +354,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
 
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only", "subfolder")
-SELDOM = ("is_split_into_words", "sanitize_control_tokens", "return_token_type_ids")
-EXTRAS = ("return_overflowing_tokens", "return_special_tokens_mask", "return_length")
+SELDOM = ("is_split_into_words", "sanitize_control_tokens", "return_token_type_ids", "return_overflowing_tokens")
+EXTRAS = ("return_special_tokens_mask", "return_length")
 LENGTHS = ("add_special_tokens", "max_length", "stride", "verbose")
 PADDING = ("max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
 

@@ -13,6 +13,7 @@ import pytest
 import regex
 import sentencepiece
 from transformers import AutoTokenizer
+from transformers.tokenization_python import PythonBackend
 
 import glmtuner.models  # noqa: F401, makes chatglm known
 from glmtuner.models.tokenization_chatglm import GLM4_SPECIAL, GLM4_SPLIT, ChatGLM4Tokenizer, ChatGLMTokenizer, as_fast
@@ -152,13 +153,19 @@ def test_every_text_of_real_records_is_sentencepiece_s_own(published, loaded, sh
 @every
 def test_text_never_becomes_a_control_token(loaded, version):
     tokenizer = loaded[version]
-    assert len(tokenizer.control) >= 9
+    pieces = range(tokenizer.sp.get_piece_size())
+    assert {token for token in pieces if tokenizer.sp.is_control(token)} <= tokenizer.control_names.keys()
+    assert len(tokenizer.control) == 12
+    wide = str.maketrans({chr(code): chr(code + 0xFEE0) for code in range(0x21, 0x7F)})  # NFKC makes them ASCII again
     texts = [
-        form.format(token)
+        form.format(written)
         for token in tokenizer.control
+        for written in (token, token.translate(wide), f"{token[:2]}\u200b{token[2:]}", f"{token[:2]}\0{token[2:]}")
         for form in ("{}", "a {} b", "a{}b", "\n{}\n", "{0}{0}", "▁{}")
     ]
     texts += [f"<0x{byte:02X}>" for byte in range(256)]
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    texts += ["".join(characters[start : start + 64]) for start in range(0, len(characters), 64)]
     for text, ids in zip(
         texts, tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids, strict=True
     ):
@@ -173,10 +180,64 @@ def test_odd_text(loaded, version):
     empty, half, null = tokenizer(["", "a\ud800b", "a\x00b"], add_special_tokens=False).input_ids
     assert empty == []
     assert half == tokenizer("a?b", add_special_tokens=False).input_ids
+    assert tokenizer("\ud83d\ude00").input_ids == tokenizer("😀").input_ids
     assert null
     assert tokenizer([]).input_ids == []
     beyond = {"v1": 130527, "v2": 65023, "v3": 65023}[version]  # the models have rows that no token has
     assert tokenizer.decode([*half, beyond], skip_special_tokens=True) == tokenizer.decode(half)
+    long = "<|blank_99999999999|>"  # an answer that says so does not become that many spaces
+    assert tokenizer.decode(tokenizer(long, add_special_tokens=False).input_ids) == long
+    assert tokenizer("\n" * 300_000, add_special_tokens=False).input_ids  # takes minutes where time is quadratic
+
+
+@every
+def test_every_option_is_transformers_own(published, loaded, version):
+    """The batches of ours give what transformers' own loop gives, whatever is asked for."""
+
+    class RowByRow(ChatGLMTokenizer):
+        _encode_plus = PythonBackend._encode_plus
+
+    own, texts = RowByRow.from_pretrained(published[version][0]), ["a b c d e f g h", "", "你好 [MASK]  x\n"]
+    inputs = [(texts,), (texts, texts[::-1]), ([(text, "b c") for text in texts],), (texts[0],), (texts[0], texts[2]),
+              ([[5, 6, 7], [8]],), ([["a", "b"], ["c", "d"]],), ([["a"], ["b"]],), ([("a", "b"), "c"],)]  # fmt: skip
+    padded = {"padding": True, "return_tensors": "pt"}
+    cut = {"truncation": True, "max_length": 6}
+    for options in (
+        {}, padded, cut, {**padded, **cut}, {**padded, "padding_side": "right", "pad_to_multiple_of": 8},
+        {"return_token_type_ids": True}, {"return_special_tokens_mask": True, **cut}, {"return_attention_mask": False},
+        {"truncation": "only_first", "max_length": 9, "padding": "max_length"}, {"split_special_tokens": True},
+        {"return_length": True}, {"return_overflowing_tokens": True, "stride": 1, "truncation": "only_first", "max_length": 5},
+        {"is_split_into_words": True}, {"return_offsets_mapping": True},
+    ):  # fmt: skip
+        for given in inputs:
+            for added in (True, False):
+                found, wanted = (
+                    _outcome(each, given, {**options, "add_special_tokens": added}) for each in (loaded[version], own)
+                )
+                assert found == wanted, (given, options)
+    for pairs in (["b"], ["b", "c", "d", "e"], "b"):
+        with pytest.raises(ValueError):
+            loaded[version](texts, pairs)
+
+
+def _outcome(tokenizer: ChatGLMTokenizer, given: tuple, options: dict[str, Any]) -> Any:
+    try:
+        encoding = tokenizer(*given, **options)
+    except (ValueError, AssertionError) as error:
+        return type(error)
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in encoding.items()}
+
+
+def test_chats_that_transformers_sanitizes(published):
+    """A control token that a user wrote is text in transformers' own chats too, and its marks are not seen."""
+    tokenizer = AutoTokenizer.from_pretrained(published["v1"][0])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}<eop>"
+    turns = [{"role": "user", "content": "a [MASK] b"}]
+    found = tokenizer.apply_chat_template(turns, sanitize_control_tokens=True).input_ids
+    plain = tokenizer("a [MASK] b", add_special_tokens=False, split_special_tokens=True).input_ids
+    assert sorted(set(found) & set(tokenizer.control_names)) == [130005]
+    shown = tokenizer.decode(found, skip_special_tokens=True)
+    assert shown.replace(" ", "") == tokenizer.decode(plain).replace(" ", "")  # it loses the space between its pieces
 
 
 @every
@@ -223,6 +284,31 @@ def test_saved_and_pickled(published, loaded, tmp_path, version):
         assert again(texts, padding=True).input_ids == tokenizer(texts, padding=True).input_ids
         assert again.special_tokens_map == tokenizer.special_tokens_map
     assert len(pickle.dumps(tokenizer)) < 1_000_000  # not the whole file
+
+
+def test_settings_are_kept(published, tmp_path):
+    """Of later revisions of the published settings, which list some control tokens, and of a user."""
+    folder, values = published["v3"]
+    token = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": False}
+    names = {"64790": "[gMASK]", "64792": "sop", "64795": "<|user|>", "64797": "<|observation|>"}
+    settings = {
+        "added_tokens_decoder": {token_id: {"content": name, **token} for token_id, name in names.items()},
+        "additional_special_tokens": ["<|user|>", "<|observation|>"], "tokenizer_class": "ChatGLMTokenizer",
+        "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>", "padding_side": "left", "use_fast": False,
+    }  # fmt: skip
+    shutil.copytree(folder, tmp_path / "later")
+    (tmp_path / "later/tokenizer_config.json").write_text(json.dumps(settings))
+    later = AutoTokenizer.from_pretrained(tmp_path / "later")
+    assert all(later(case["text"]).input_ids == case["ids_special"] for case in values["texts"])
+    assert len(later) == 64798
+    mine = ChatGLMTokenizer.from_pretrained(
+        folder, encode_special_tokens=True, padding_side="right", model_max_length=77
+    )
+    mine.save_pretrained(tmp_path / "mine")
+    again = ChatGLMTokenizer.from_pretrained(pretrained_model_name_or_path=tmp_path / "mine")
+    assert (again.padding_side, again.model_max_length) == ("right", 77)
+    case = values["encode_special_tokens_true"][0]
+    assert again(case["text"], add_special_tokens=False).input_ids == case["ids"]
 
 
 def test_the_fast_version_gives_the_same_ids(published, loaded, shared, tmp_path):
