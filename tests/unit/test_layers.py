@@ -16,7 +16,7 @@ RANK = {
     **dict.fromkeys(("data", "families", "hub", "metrics", "quant", "trackers", "prefix", "run_folder"), 2),
     **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight"), 3),
     **dict.fromkeys(("assemble", "trainer"), 4),
-    **dict.fromkeys(("predict", "stages"), 5),
+    **dict.fromkeys(("conversation", "predict", "stages"), 5),
     **dict.fromkeys(("launch", "verbs"), 6),
     "sweep": 7,
     "__main__": 8,
