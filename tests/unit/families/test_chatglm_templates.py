@@ -10,7 +10,8 @@ import pytest
 from glmtuner.data.encode import Encoder
 from glmtuner.data.prepare import _features, with_earlier_answers
 from glmtuner.data.records import Example, Message
-from glmtuner.families.template import IGNORE_INDEX, TEMPLATES, with_tools
+from glmtuner.errors import ConfigError
+from glmtuner.families.template import IGNORE_INDEX, TEMPLATES, template_named, with_tools
 from glmtuner.models.tokenization_chatglm import ChatGLMTokenizer, as_fast
 
 SYSTEM, ASK, TOLD = (lambda text, role=role: Message(role, text) for role in ("system", "user", "assistant"))
@@ -162,6 +163,12 @@ def test_the_jinja_template_gives_the_same_prompts(tokenizers, name):
         (found,) = TEMPLATES[name].encode(tokenizers[name], [TURNS[:end]])
         turns = [{"role": turn.role, "content": turn.content} for turn in TURNS[:end]]
         assert fast.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) == found.input_ids
+
+
+def test_a_jinja_template_on_a_tokenizer_without_offsets_is_refused(shared):
+    tokenizer = ChatGLMTokenizer.from_pretrained(shared / "goldens/chatglm2_realvocab", chat_template="{{ messages }}")
+    with pytest.raises(ConfigError, match=r"model\.template=tokenizer: ChatGLMTokenizer cannot tell.*chatglm3"):
+        template_named("tokenizer", tokenizer)
 
 
 def test_the_cache_s_key_changes_with_the_tokenizer_s_file(tokenizers, shared, tmp_path):
