@@ -14,14 +14,17 @@ from glmtuner.errors import ConfigError
 
 @dataclass(kw_only=True)
 class Counts:
-    """What became of a dataset's records; tokens of prompts and answers together unless said otherwise."""
+    """What became of a dataset's records; tokens of prompts and answers together unless said otherwise.
+
+    Where each answer is a row of its own, tokens and cuts are counted over all of a record's rows.
+    """
 
     records: int = 0
     tokens: int = 0
     learned_tokens: int = 0
-    prompts_cut: int = 0  # records whose prompt lost text or turns
+    prompts_cut: int = 0  # prompts that lost text or turns
     turns_dropped: int = 0  # the oldest question-answer pairs of those
-    answers_cut: int = 0  # records whose answer lost its end
+    answers_cut: int = 0  # answers that lost their end
     tokens_cut: int = 0
     bad_records: int = 0
 

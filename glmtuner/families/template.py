@@ -128,9 +128,16 @@ class Template:
         return {control_id(tokenizer, self.stop, self.name)}
 
     def describe(self) -> dict[str, Any]:
-        """What provenance.json keeps of the template."""
-        example = [_Turn("system", "{system}"), _Turn("user", "{user}"), _Turn("assistant", "{assistant}")]
-        return {"name": self.name, "example": "".join(piece.text for piece in self.pieces(example)), "stop": self.stop}
+        """What provenance.json keeps of the template, and the cache's key is made of."""
+        pieces = self.pieces([_Turn("system", "{system}"), _Turn("user", "{user}"), _Turn("assistant", "{assistant}")])
+        return {
+            "name": self.name,
+            "example": "".join(piece.text for piece in pieces),
+            "tokenized_apart": [piece.text for piece in pieces if piece.kind != "control"],
+            "learned": [piece.text for piece in pieces if piece.kind == "answer"],
+            "one_answer_a_row": self.one_answer_a_row,
+            "stop": self.stop,
+        }
 
 
 @dataclass(frozen=True)
