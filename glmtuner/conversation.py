@@ -1,11 +1,12 @@
 """Turns with a finished run's model: what was said so far goes in, the answer comes out a piece at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.data.records import Message
 from glmtuner.errors import ConfigError
-from glmtuner.generate import until_stop
+from glmtuner.generate import AnswerText, until_stop
 
 if TYPE_CHECKING:
     from glmtuner.assemble import Finished
@@ -28,10 +29,8 @@ class Conversation:
         turns = [*self.turns, Message("user", question)]
         prompt, room, dropped = self._fitted(turns)
         streamer = Streamer(self.finished, emit)
-        try:
+        with suppress(KeyboardInterrupt):
             self._generate(prompt, room, streamer)
-        except KeyboardInterrupt:
-            streamer.interrupted = True
         answer = streamer.finish()
         self.turns = [*turns, Message("assistant", answer)]
         return answer, dropped
@@ -67,7 +66,7 @@ class Conversation:
                 streamer=streamer if finished.run.generation.num_beams == 1 else None,
             )
         if finished.run.generation.num_beams > 1:  # beams are known at the end only
-            streamer.tokens = out[0, len(prompt) :].tolist()
+            streamer.take(out[0, len(prompt) :].tolist())
 
 
 def decoding(finished: "Finished", room: int, **typed: Any) -> Any:
@@ -88,37 +87,33 @@ def decoding(finished: "Finished", room: int, **typed: Any) -> Any:
 
 
 class Streamer:
-    """transformers calls `put` with the prompt, then with each token; whole characters go on to `emit`."""
+    """transformers calls `put` with the prompt, then with each token; text goes on to `emit` as soon as it is sure."""
 
     def __init__(self, finished: "Finished", emit: Callable[[str], None]) -> None:
-        self.finished, self.emit = finished, emit
-        self.tokens: list[int] = []
+        self.stops, self.emit = finished.stops, emit
+        self.answer = AnswerText(finished.tokenizer)
         self.told = ""
-        self.interrupted = False
         self.prompt_seen = False
 
     def put(self, value: Any) -> None:
         if not self.prompt_seen:
             self.prompt_seen = True
             return
-        self.tokens += value.reshape(-1).tolist()
-        text = self.text()
-        if text.endswith("\ufffd"):
-            return  # the first bytes of a character; its last ones are yet to come
-        if text.startswith(self.told):
-            self.emit(text[len(self.told) :])
-            self.told = text
+        self.take(value.reshape(-1).tolist())
 
     def end(self) -> None:
         """transformers' word that nothing follows."""
 
-    def text(self) -> str:
-        tokens = until_stop(self.tokens, self.finished.stops)
-        return self.finished.tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+    def take(self, tokens: Sequence[int]) -> None:
+        for token in until_stop(tokens, self.stops):
+            self._tell(self.answer.put(token))
 
     def finish(self) -> str:
         """The whole answer; what was not told of it yet is."""
-        text = self.text()
-        if text.startswith(self.told):
-            self.emit(text[len(self.told) :])
-        return text.strip()
+        self._tell(self.answer.finish())
+        return self.told
+
+    def _tell(self, text: str) -> None:
+        if text:
+            self.told += text
+            self.emit(text)

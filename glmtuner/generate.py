@@ -1,11 +1,11 @@
-"""Greedy or beam answers to many prompts: left-padded batches of similar length, handed out as they come."""
+"""Answers to many prompts in left-padded batches of similar length; and the text of an answer as its tokens come."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +66,65 @@ def until_stop(tokens: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
     """The tokens before the first stop token."""
     ends = [place for place, token in enumerate(tokens) if token in stop_ids]
     return list(tokens[: ends[0]] if ends else tokens)
+
+
+class AnswerText:
+    """The text of an answer whose tokens come one at a time, in pieces that are never taken back.
+
+    All pieces together are what `decode` gives for all tokens, without white space at either end. Held back until more
+    is known: half a character, white space that may be the answer's end, and what may be the beginning of one of
+    `stops`; the answer ends before the first of those.
+    """
+
+    LONGEST = 8  # tokens that one character may be spread over; behind them, bytes that are no text are shown as such
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, tuple(stops)
+        self.tokens: list[int] = []
+        # A tokenizer may join a token to the ones before it, so the new text is the difference of two decoded windows.
+        self.window, self.read, self.known = 0, 0, ""
+        self.held = ""
+        self.begun = False
+        self.stopped = False
+
+    def put(self, token: int) -> str:
+        """The text that can be shown now; `stopped` tells whether a stop text was reached."""
+        self.tokens.append(token)
+        return self._take(final=False)
+
+    def finish(self) -> str:
+        """The rest, nothing being held back any more."""
+        return self._take(final=True)
+
+    def _take(self, final: bool) -> str:
+        text = self._decoded(self.window)
+        if not final and text.endswith("\ufffd") and len(self.tokens) - self.read < self.LONGEST:
+            return ""
+        self.held += text[len(self.known) :]
+        self.window, self.read = self.read, len(self.tokens)
+        self.known = self._decoded(self.window)
+        if self.stopped:
+            return ""
+        if not self.begun:
+            self.held = self.held.lstrip()
+            self.begun = bool(self.held)
+        ends = [place for place in map(self.held.find, self.stops) if place >= 0]
+        if ends:
+            self.stopped = True
+            shown = self.held[: min(ends)].rstrip()
+        else:
+            shown = self.held if final else self.held[: len(self.held) - self._may_begin_a_stop()]
+            shown = shown.rstrip()
+        self.held = self.held[len(shown) :]
+        return shown
+
+    def _may_begin_a_stop(self) -> int:
+        """How many of the last characters held are the beginning of a stop text."""
+        lengths = range(1, max(map(len, self.stops), default=0))
+        fits = [
+            n for n in lengths if any(stop.startswith(self.held[-n:]) for stop in self.stops) and n <= len(self.held)
+        ]
+        return max(fits, default=0)
+
+    def _decoded(self, start: int) -> str:
+        return self.tokenizer.decode(self.tokens[start:], skip_special_tokens=True)

@@ -3,6 +3,7 @@
 All of it works on Hydra's own parse of the words, before anything is composed.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -70,11 +71,33 @@ def parse(words: Iterable[str]) -> list[Override]:
     return found
 
 
+QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
+VALUES = re.compile(QUOTED + r"""|[^,\[\]{}()'"]+""")  # and text between signs
+VALUES_OF_KEYS = re.compile(QUOTED + r"""|[^,:\[\]{}()'"]++(?!:)""")
+
+
+def quoted(word: str) -> str:
+    """`data.dataset=我的.json` as `data.dataset='我的.json'`: Hydra reads no character beyond ASCII that is not quoted."""
+    key, sign, value = word.partition("=")
+    if value.isascii() or "${" in value:
+        return word
+
+    def quote(found: re.Match[str]) -> str:
+        text = found.group()
+        core = text.strip()
+        return text if text.isascii() or text[0] in "'\"" else text.replace(core, f"'{core}'")
+
+    return key + sign + (VALUES_OF_KEYS if value.lstrip().startswith("{") else VALUES).sub(quote, value)
+
+
 def bracket_lists(words: Iterable[str], multirun: bool) -> list[str]:
-    """`data.dataset=a,b` as `data.dataset=[a,b]`; in a sweep as `data.dataset=[a],[b]`. Brackets always mean one mix."""
+    """`data.dataset=a,b` as `data.dataset=[a,b]`; in a sweep as `data.dataset=[a],[b]`. Brackets always mean one mix.
+
+    Every word comes back `quoted`.
+    """
     lists = list_keys()
     rewritten = []
-    for word, override in ((word, _readable(word)) for word in words):
+    for word, override in ((word, _readable(word)) for word in map(quoted, words)):
         if override is None or override.key_or_group not in lists:
             rewritten.append(word)
             continue

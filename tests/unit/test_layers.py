@@ -16,12 +16,12 @@ RANK = {
     **dict.fromkeys(("data", "families", "hub", "metrics", "quant", "trackers", "prefix", "run_folder"), 2),
     **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight"), 3),
     **dict.fromkeys(("assemble", "trainer"), 4),
-    **dict.fromkeys(("conversation", "predict", "stages"), 5),
+    **dict.fromkeys(("conversation", "predict", "serving", "stages"), 5),
     **dict.fromkeys(("launch", "verbs"), 6),
     "sweep": 7,
     "__main__": 8,
 }
-HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib", "rich", "pandas"}
+HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib", "rich", "pandas", "fastapi", "uvicorn"}
 SPY = """\
 import sys
 from glmtuner.__main__ import main

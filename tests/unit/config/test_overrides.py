@@ -421,3 +421,33 @@ def test_an_experiment_that_does_not_fit_is_named():
     assert told.startswith(
         "experiment=quickstart sets what does not fit the other words: unknown key 'finetuning.lora_target'"
     )
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        ("data.dataset=我的.json", ["我的.json"]),
+        ("data.dataset=/数据/a b/我的.json,belle", ["/数据/a b/我的.json", "belle"]),
+        ("data.dataset=[ 我的.json , b ]", ["我的.json", "b"]),
+        ("data.dataset='我的.json'", ["我的.json"]),
+        ('data.dataset="我,的.json",é.json', ["我,的.json", "é.json"]),
+        ("+x={a: 问题, b: [答案, c]}", {"a": "问题", "b": ["答案", "c"]}),
+        ("+x={a: '问题'}", {"a": "问题"}),
+        ("name=小格", "小格"),
+        ("name=${oc.env:名}", None),  # left to OmegaConf
+    ],
+)
+def test_values_may_hold_any_characters(typed, wanted):
+    (word,) = bracket_lists([typed], multirun=False)
+    if wanted is None:
+        assert word == typed
+        return
+    (override,) = parse([word])
+    value = override.value()
+    assert (value if isinstance(value, (list, dict)) else str(value)) == wanted
+    assert bracket_lists([word], multirun=False) == [word]
+
+
+def test_a_sweep_over_names_of_any_characters():
+    assert bracket_lists(["data.dataset=我的.json,belle"], multirun=True) == ["data.dataset=['我的.json'],[belle]"]
+    assert bracket_lists(["name=甲,乙"], multirun=True) == ["name='甲','乙'"]

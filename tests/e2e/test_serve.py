@@ -1,0 +1,355 @@
+"""`serve`: the real command line, asked by the official client, by raw HTTP, and by a browser."""
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from glmtuner.__main__ import main
+
+ROOT = Path(__file__).parent.parent.parent
+QUESTIONS = ["你是谁？", "3 + 4 = ?", "你好", "Who are you?", "把“天空”倒过来写", "12 - 5 = ?", "请写一句话", "再见"]
+HELLO = [{"role": "user", "content": "你是谁？"}]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the shipped model, trained for a step."""
+    folder = tmp_path_factory.mktemp("serve") / "小格"
+    words = [
+        "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "data.max_samples=4", "trainer.max_steps=1",
+        "trainer.learning_rate=1e-6", "trainer.disable_tqdm=true", f"trainer.output_dir={folder}",
+    ]  # fmt: skip
+    assert main(words) == 0
+    return folder
+
+
+@dataclass
+class Served:
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: Path
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def client(self, key: str = "none") -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def post(self, body: bytes | str, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, Any]:
+        """Status and JSON of a raw request."""
+        sent = {
+            "Content-Type": "application/json",
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        }
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", path, body.encode() if isinstance(body, str) else body, sent)
+        answer = connection.getresponse()
+        found = answer.status, json.loads(answer.read())
+        connection.close()
+        return found
+
+    def stop(self, how: int = signal.SIGINT) -> int:
+        self.process.send_signal(how)
+        return self.process.wait(20)
+
+
+def started(run: Path, folder: Path, *words: str, **env: str) -> Served:
+    """`glmtuner serve`, once it says where it listens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "serve.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "glmtuner", "serve", str(run), "--port", "0", *words], stdout=file,
+            stderr=subprocess.STDOUT, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        )  # fmt: skip
+    for _ in range(600):
+        found = re.search(r"at (http://\S+:\d+)/v1", log.read_text())
+        if found:
+            return Served(process, found.group(1).replace("0.0.0.0", "127.0.0.1"), log)
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture(scope="module")
+def served(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    server = started(run, tmp_path_factory.mktemp("server"), "generation=greedy", "--timeout", "60")
+    yield server
+    assert server.stop() == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def answers(run: Path) -> dict[str, str]:
+    """What `chat` answers, greedily."""
+    from glmtuner.assemble import finished_run
+    from glmtuner.conversation import Conversation
+
+    finished = finished_run([run], ["generation=greedy"])
+    return {question: Conversation(finished).ask(question, lambda text: None)[0] for question in QUESTIONS}
+
+
+def test_the_official_client_gets_an_answer(served: Served, answers: dict[str, str]) -> None:
+    client = served.client()
+    assert [model.id for model in client.models.list().data] == ["小格"]
+    assert client.models.retrieve("小格").owned_by == "glmtuner"
+    found = client.chat.completions.create(model="小格", messages=HELLO)
+    assert found.choices[0].message.content == answers["你是谁？"]
+    assert found.choices[0].finish_reason == "stop" and found.choices[0].message.role == "assistant"
+    assert found.usage and found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
+    assert found.usage.completion_tokens > 5
+    assert found.usage.prompt_tokens > 5 and abs(found.created - time.time()) < 60
+
+
+def test_an_answer_streams_in_whole_characters(served: Served, answers: dict[str, str]) -> None:
+    chunks = list(
+        served.client().chat.completions.create(
+            model="小格", messages=HELLO, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == answers["你是谁？"] and sum(map(bool, pieces)) > 3
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert chunks[-1].usage and chunks[-1].usage.completion_tokens > 5 and not chunks[-1].choices
+    assert len({chunk.id for chunk in chunks}) == 1
+    without = list(served.client().chat.completions.create(model="小格", messages=HELLO, stream=True))
+    assert all(chunk.usage is None and chunk.choices for chunk in without)
+
+
+def test_32_clients_at_once_get_whole_and_correct_answers(served: Served, answers: dict[str, str]) -> None:
+    gate = threading.Barrier(32)
+
+    def ask(number: int) -> tuple[str, str]:
+        question = QUESTIONS[number % len(QUESTIONS)]
+        asked = {"model": "小格", "messages": [{"role": "user", "content": question}]}
+        client = served.client()
+        gate.wait()
+        if number % 2:
+            found = client.chat.completions.create(**asked)  # type: ignore[call-overload]
+            return question, found.choices[0].message.content
+        chunks = client.chat.completions.create(**asked, stream=True)  # type: ignore[call-overload]
+        return question, "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(ask, range(32)))
+    assert len(found) == 32
+    for question, answer in found:
+        assert answer == answers[question]
+
+
+def test_conversations_parameters_and_stop_texts(served: Served, answers: dict[str, str]) -> None:
+    def ask(**asked: Any) -> Any:
+        return served.client().chat.completions.create(**{"model": "小格", "messages": HELLO, **asked})
+
+    whole = answers["你是谁？"]
+    stop = whole[4:6]
+    cut = ask(stop=[stop, "不会出现"])
+    assert cut.choices[0].message.content == whole[: whole.index(stop)].strip()
+    assert cut.choices[0].finish_reason == "stop"
+    streamed = ask(stop=stop, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == whole[: whole.index(stop)].strip()
+    short = ask(max_tokens=3)
+    assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens == 3
+    assert whole.startswith(short.choices[0].message.content)
+    assert ask(max_completion_tokens=2).usage.completion_tokens == 2
+    several = ask(n=3, temperature=1.5, seed=5, max_tokens=20)
+    assert [choice.index for choice in several.choices] == [0, 1, 2]
+    again = ask(n=3, temperature=1.5, seed=5, max_tokens=20)
+    texts = [choice.message.content for choice in several.choices]
+    assert texts == [choice.message.content for choice in again.choices] and len(set(texts)) > 1
+    turns = [{"role": "system", "content": "你是助手"}, *HELLO, {"role": "assistant", "content": whole},
+             {"role": "user", "content": [{"type": "text", "text": "再说"}, {"type": "text", "text": "一遍"}]}]  # fmt: skip
+    longer = ask(messages=turns, user="me", metadata={"a": "b"}, extra_body={"top_k": 5, "repetition_penalty": 1.1})
+    assert longer.choices[0].message.content and longer.usage.prompt_tokens > cut.usage.prompt_tokens + 10
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "told"),
+    [
+        ("{", 400, "not JSON"),
+        ("[]", 400, "chat request"),
+        ("[" * 100_000, 400, ""),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', 400, "'model': field required"),
+        ('{"model": "other", "messages": [{"role": "user", "content": "hi"}]}', 404, "does not exist"),
+        ({"messages": []}, 400, "'messages'"),
+        ({"messages": "hi"}, 400, "'messages'"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "'messages.0.role'"),
+        ({"messages": [{"role": "user"}]}, 400, "'messages.0.content'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "content.0"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, 400, "the user's"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "surrogate"),
+        ({"messages": [{"role": "user", "content": "长" * 9000}]}, 400, "generation.max_length"),
+        ({"max_tokens": 5000}, 400, "5000 were asked for"),
+        ({"max_tokens": 0}, 400, "'max_tokens'"),
+        ({"max_tokens": "5"}, 400, "'max_tokens'"),
+        ({"temperature": -1}, 400, "'temperature'"),
+        ({"temperature": float("nan")}, 400, "'temperature'"),
+        ({"top_p": 0}, 400, "'top_p'"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, 400, "'stop'"),
+        ({"stop": ""}, 400, "'stop.0'"),
+        ({"n": 1000}, 400, "'n'"),
+        ({"tools": []}, 400, "unsupported parameter: 'tools'"),
+        ({"response_format": {"type": "json_object"}}, 400, "'response_format.type'"),
+        ({"seed": 10**30}, 400, "'seed'"),
+    ],
+)  # fmt: skip
+def test_a_malformed_request_is_told_in_the_shape_of_the_api(served: Served, body: Any, status: int, told: str) -> None:
+    if isinstance(body, dict):
+        body = json.dumps({"model": "小格", "messages": HELLO, **body})
+    found, answer = served.post(body)
+    assert found == status, answer
+    error = answer["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert told in error["message"] and "pydantic" not in error["message"]
+
+
+def test_other_requests_that_are_turned_away(served: Served) -> None:
+    good = json.dumps({"model": "小格", "messages": HELLO})
+    assert served.post(good, Content_Type="text/plain")[0] == 415
+    assert served.post(good, Host="evil.example")[0] == 403
+    assert served.post(b"\xff\xfe", "/v1/chat/completions")[0] == 400
+    status, answer = served.post(json.dumps({"model": "x" * 5 * 2**20}))
+    assert status == 413 and "4 MiB" in answer["error"]["message"]
+    assert served.post(good, "/v1/completions")[0] == 404
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        served.client().models.retrieve("other")
+    chunked = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+    chunked.request(
+        "POST",
+        "/v1/chat/completions",
+        iter([b" " * 2**20] * 6),
+        {"Content-Type": "application/json"},
+        encode_chunked=True,
+    )
+    assert chunked.getresponse().status == 413
+    assert served.client().chat.completions.create(model="小格", messages=HELLO).choices  # and it lives on
+
+
+def test_a_client_that_leaves_frees_its_place(served: Served) -> None:
+    body = json.dumps({"model": "小格", "messages": HELLO, "stream": True, "temperature": 2, "max_tokens": 2000})
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body.encode())}\r\n\r\n"
+        connection.sendall((head + body).encode())
+        assert b"200 OK" in connection.recv(1000)
+    for _ in range(100):
+        if "the client left" in served.log.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(served.log.read_text())
+
+
+def test_a_key_many_requests_a_long_answer_and_a_stop(run: Path, tmp_path: Path) -> None:
+    server = started(
+        run, tmp_path, "--host", "0.0.0.0", "--batch", "1", "--waiting", "1", "--timeout", "2", "--name", "m",
+        GLMTUNER_API_KEY="秘密",
+    )  # fmt: skip
+    try:
+        with pytest.raises(openai.AuthenticationError, match="API key is needed"):
+            server.client("wrong").models.list()
+        assert server.post("{}", Host="anything.example")[0] == 401  # any host, with a key
+        key = {"Authorization": "Bearer 秘密".encode().decode("latin-1")}
+        long = {"model": "m", "messages": HELLO, "temperature": 2, "top_k": 0, "max_tokens": 1900}
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda _: server.post(json.dumps(long), **key), range(6)))
+        statuses = {status for status, _ in found}
+        assert 429 in statuses and statuses <= {200, 429, 504}
+        told = {answer["error"]["code"] for status, answer in found if status != 200}
+        assert told <= {"rate_limit_exceeded", "timeout"}
+        page = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        page.request("GET", "/")
+        assert b'"key": true' in page.getresponse().read()
+    finally:
+        assert server.stop() == 0
+    assert "秘密" not in server.log.read_text()
+
+
+def test_what_cannot_be_served_is_told_before_anything_is_loaded(run: Path, glmtuner: Callable) -> None:
+    for words, told in (
+        (["--host", "0.0.0.0"], "an API key is needed; type GLMTUNER_API_KEY="),
+        (["--timeout", "0"], "--timeout 0.0: legal are numbers above 0"),
+        (["--port", "99999"], "--port 99999: legal are 0 (any free one) to 65535"),
+        (["--host", "192.0.2.1", "--api-key", "k"], "cannot listen there"),
+        (["--port", "0", "generation.num_beams=2"], "generation.num_beams=2: beams cannot be streamed"),
+        (["--port", "0", "generation.temprature=1"], "did you mean 'temperature'"),
+    ):
+        done = glmtuner("serve", str(run), *words, timeout=60)
+        assert done.returncode == 2 and told in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = glmtuner("serve", str(run), "--port", str(taken.getsockname()[1]))
+        assert done.returncode == 2 and "choose another --port" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium that speaks Chinese."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs chromium and chromedriver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for word in (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--lang=zh-CN",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=900,700",
+        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):  # fmt: skip
+        options.add_argument(word)
+    options.add_experimental_option("prefs", {"intl.accept_languages": "zh-CN"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(shutil.which("chromedriver"))))
+    yield driver
+    driver.quit()
+
+
+def test_the_page_answers_in_a_browser(served: Served, answers: dict[str, str], browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def said(role: str) -> list[str]:
+        return [found.text for found in browser.find_elements(By.CSS_SELECTOR, f".{role} .said")]
+
+    def waiting() -> bool:
+        return bool(browser.find_elements(By.CSS_SELECTOR, ".waits"))
+
+    browser.get(served.url)
+    box = browser.find_element(By.ID, "question")
+    box.send_keys("你是谁？", Keys.ENTER)
+    WebDriverWait(browser, 30).until(lambda _: answers["你是谁？"] in said("assistant") and not waiting())
+    box.send_keys("<b>3 + 4</b> = ?", Keys.ENTER)
+    WebDriverWait(browser, 30).until(lambda _: len(said("assistant")) == 2 and not waiting())
+    assert said("user") == ["你是谁？", "<b>3 + 4</b> = ?"] and said("assistant")[1]
+    assert browser.find_element(By.ID, "send").text == "发送"
+    assert browser.save_screenshot(str(tmp_path / "page.png"))
+    browser.find_element(By.ID, "gear").click()
+    browser.find_element(By.ID, "temperature").send_keys("7")
+    box.send_keys("你好", Keys.ENTER)
+    WebDriverWait(browser, 30).until(lambda _: "'temperature'" in browser.find_element(By.CLASS_NAME, "wrong").text)
+    assert box.get_attribute("value") == "你好"  # nothing typed is lost
+    browser.find_element(By.ID, "clear").click()
+    assert said("user") == []
+    assert [entry for entry in browser.get_log("browser") if "400" not in entry["message"]] == []
