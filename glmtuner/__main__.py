@@ -55,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def out_of_space(error: Exception) -> bool:
     """Whether a write failed because the disk, or the user's share of it, is full."""
     full = (errno.ENOSPC, errno.EDQUOT)
-    return (isinstance(error, OSError) and error.errno in full) or os.strerror(errno.ENOSPC) in str(error)
+    if (isinstance(error, OSError) and error.errno in full) or os.strerror(errno.ENOSPC) in str(error):
+        return True
+    # torch.save tells no errno: its writer finds the file shorter than what it wrote
+    return isinstance(error, RuntimeError) and ("unexpected pos" in str(error) or "PytorchStreamWriter" in str(error))
 
 
 def _main(words: list[str]) -> int:

@@ -41,7 +41,13 @@ def read_config(model: Model) -> dict[str, Any]:
 
 def from_hub(model: Model, fetch: Callable[[], Any]) -> Any:
     """What `fetch` returns; its failures as one paragraph."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
     from requests.exceptions import RequestException
     from safetensors import SafetensorError
 
@@ -58,6 +64,8 @@ def from_hub(model: Model, fetch: Callable[[], Any]) -> Any:
             f"{name}: no such folder here and no such model on the hub; type the folder's path, the hub id "
             "(organisation/name), or model=tiny_glm, which ships with glmtuner"
         ) from None
+    except LocalEntryNotFoundError as error:  # a FileNotFoundError, and nothing is damaged
+        raise _not_loaded(model, error) from None
     except (SafetensorError, UnpicklingError, EOFError, FileNotFoundError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, RuntimeError) and not any(mark in reason for mark in DAMAGE):
@@ -69,8 +77,12 @@ def from_hub(model: Model, fetch: Callable[[], Any]) -> Any:
             "or run `git lfs pull` in a folder that git cloned"
         ) from None
     except (HfHubHTTPError, RequestException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{name} (revision {model.model_revision}) cannot be loaded: {reason[:400]}; name a local folder with "
-            "model.model_name_or_path=…, or set HF_ENDPOINT to a mirror that answers"
-        ) from None
+        raise _not_loaded(model, error) from None
+
+
+def _not_loaded(model: Model, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())
+    return CheckpointError(
+        f"model.model_name_or_path={model.model_name_or_path} (revision {model.model_revision}) cannot be loaded: "
+        f"{reason[:400]}; name a local folder with model.model_name_or_path=…, or set HF_ENDPOINT to a mirror that answers"
+    )

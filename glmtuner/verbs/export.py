@@ -192,6 +192,13 @@ def push(folder: Path, repository: str) -> None:
     from glmtuner.console import say
 
     api = HfApi()
-    url = api.create_repo(repository, exist_ok=True, private=True)
-    api.upload_folder(repo_id=repository, folder_path=folder)
+    try:
+        url = api.create_repo(repository, exist_ok=True, private=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"glmtuner export of {folder.name}")
+    except Exception as error:  # no network, no token, no right to write, a wrong name: the export is whole all the same
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"--push-to {repository}: the hub does not take it ({reason[:300]}); the export in {folder} is whole. Run `hf auth "
+            f"login` with a token that may write, then `hf upload {repository} {folder}`"
+        ) from None
     say(f"uploaded to {url}")

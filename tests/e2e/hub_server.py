@@ -1,5 +1,6 @@
 """A small model and dataset hub on localhost: the part of the Hugging Face hub's HTTP interface that its client uses."""
 
+import base64
 import hashlib
 import json
 from functools import partial
@@ -43,10 +44,72 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        path = unquote(urlsplit(self.path).path).strip("/")
+        if path == "api/repos/create" or "/preupload/" in path or "/commit/" in path or path.endswith("/objects/batch"):
+            self._written(path, self._body())
+            return
+        body = self._body().decode()
         asked = json.loads(body) if "json" in (self.headers.get("Content-Type") or "") else parse_qs(body)
         self.asked = asked.get("paths", [])
         self.do_GET()
+
+    def do_PUT(self) -> None:
+        """A large file's bytes."""
+        place = self.root / "lfs" / self.path.rpartition("/")[2]
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(self._body())
+        self._answer(200, {})
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _written(self, path: str, body: bytes) -> None:
+        """What an upload asks for: a repository, where each file goes, and the commit; all of it with the token `good`."""
+        if self.headers.get("Authorization") != "Bearer good":
+            self._answer(401, {"error": "Invalid username or password."})
+            return
+        endpoint = f"http://{self.headers['Host']}"
+        if path == "api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            (self.root / "models" / repo).mkdir(parents=True, exist_ok=True)
+            (self.root / "created.json").write_bytes(body)
+            self._answer(200, {"url": f"{endpoint}/{repo}", "id": repo, "name": repo})
+        elif "/preupload/" in path:
+            files = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["size"] > 100_000 else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            self._answer(200, {"files": files})
+        elif path.endswith("/objects/batch"):
+            objects = [
+                {**entry, "actions": {"upload": {"href": f"{endpoint}/lfs/{entry['oid']}"}}}
+                for entry in json.loads(body)["objects"]
+            ]
+            self._answer(200, {"transfer": "basic", "objects": objects})
+        else:
+            repo = "/".join(path.split("/")[2:4])
+            for line in map(json.loads, body.decode().splitlines()):
+                target = self.root / "models" / repo / line["value"].get("path", "")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if line["key"] == "file":
+                    target.write_bytes(base64.b64decode(line["value"]["content"]))
+                elif line["key"] == "lfsFile":
+                    target.write_bytes((self.root / "lfs" / line["value"]["oid"]).read_bytes())
+            self._answer(
+                200, {"commitOid": COMMIT, "commitUrl": f"{endpoint}/{repo}/commit/{COMMIT}", "hookOutput": ""}
+            )
 
     def _api(self, kind: str, repo: str, rest: list[str]) -> None:
         folder = self.root / kind / repo

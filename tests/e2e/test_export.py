@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import hub_server
 import pytest
 import torch
 from upstream import write_checkpoint
@@ -163,3 +165,34 @@ def test_an_export_that_is_not_the_run_s_model_is_refused(
     assert not (here / "out").exists()
     monkeypatch.setattr(export, "write_model", whole)
     assert main(["export", "run", "--to", "out"]) == 0  # what the failure left behind is in nobody's way
+
+
+def test_an_export_is_pushed_to_a_hub(here: Path, glmtuner: Callable) -> None:
+    hub = hub_server.serve(here / "hub")
+    try:
+        (here / "hub").mkdir()
+        assert main(["model=tiny_glm", *SHORT, "trainer.output_dir=run"]) == 0
+        endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
+        env = {
+            "HF_ENDPOINT": endpoint,
+            "HF_HUB_OFFLINE": None,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(here / "home"),
+        }
+        words = ["export", "run", "--push-to", "me/xiaoge", "--to"]
+        done = glmtuner(*words, "out", env={**env, "HF_TOKEN": "good"})
+        assert done.returncode == 0, done.stderr
+        assert f"uploaded to {endpoint}/me/xiaoge" in done.stdout
+        there = here / "hub" / "models" / "me" / "xiaoge"
+        assert {path.name: path.read_bytes() for path in there.iterdir()} == {
+            path.name: path.read_bytes() for path in (here / "out").iterdir()
+        }
+        assert json.loads((here / "hub" / "created.json").read_text())["visibility"] == "private"
+        done = glmtuner(*words, "again", env={**env, "HF_TOKEN": "bad"})
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "--push-to me/xiaoge: the hub does not take it" in done.stderr and "again is whole" in done.stderr
+        assert (here / "again" / "export.json").is_file()
+    finally:
+        hub.shutdown()
+    done = glmtuner(*words, "third", env={**env, "HF_TOKEN": "good", "HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert done.returncode == 2 and "third is whole" in done.stderr, done.stderr

@@ -1,0 +1,110 @@
+"""A full disk, kill -9 and half a file: the next command says what happened, and what was there before is whole."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from glmtuner.__main__ import main
+from glmtuner.run_folder import flaw
+
+ROOT = Path(__file__).parent.parent.parent
+SHORT = [
+    "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "data.max_samples=8", "data.max_target_length=16",
+    "trainer.max_steps=4", "trainer.save_steps=2", "trainer.learning_rate=1e-3", "trainer.disable_tqdm=true",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA run."""
+    folder = tmp_path_factory.mktemp("safety") / "run"
+    assert main([*SHORT, f"trainer.output_dir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A disk of its own, of so many MB; called again, it grows."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def sized(megabytes: int) -> Path:
+        again = ["-o", f"remount,size={megabytes}m"] if os.path.ismount(folder) else ["-o", f"size={megabytes}m"]
+        done = subprocess.run(["mount", "-t", "tmpfs", *again, "tmpfs", str(folder)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip("needs the right to mount a disk")
+        return folder
+
+    yield sized
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_during_training_keeps_the_checkpoint_before(
+    disk: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [*SHORT, "finetuning=full"]
+    assert main([*words, f"trainer.output_dir={tmp_path / 'undisturbed'}"]) == 0
+    folder = disk(45) / "run"  # a checkpoint has 27 MB
+    assert main([*words, f"trainer.output_dir={folder}"]) == 1
+    told = capsys.readouterr().err
+    assert "the disk is full" in told and "type the same command again" in told and "Traceback" not in told
+    assert flaw(folder / "checkpoints" / "checkpoint-2") is None
+    disk(300)
+    assert main([*words, f"trainer.output_dir={folder}"]) == 0
+    for name in ("history.jsonl", "model/model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_a_disk_that_fills_during_an_export(run: Path, disk: Callable, capsys: pytest.CaptureFixture) -> None:
+    folder = disk(7)
+    (folder / "before").mkdir()
+    (folder / "before" / "model.safetensors").write_bytes(b"an export of last week")
+    assert main(["export", str(run), "--to", str(folder / "out")]) == 1
+    told = capsys.readouterr().err
+    assert "the disk is full" in told and "Traceback" not in told
+    assert not (folder / "out").exists()
+    assert (folder / "before" / "model.safetensors").read_bytes() == b"an export of last week"
+    disk(100)
+    assert main(["export", str(run), "--to", str(folder / "out")]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["before", "out"]
+    assert (folder / "out" / "export.json").is_file()
+
+
+def test_an_export_that_is_killed_is_no_export(run: Path, tmp_path: Path) -> None:
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glmtuner", "export", str(run), "--to", str(out)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    while process.poll() is None and not (partial / "model.safetensors").exists():
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert partial.exists() and not out.exists()
+    assert main(["export", str(run), "--to", str(out)]) == 0
+    assert (out / "export.json").is_file() and not partial.exists()
+
+
+@pytest.mark.parametrize("verb", [["chat"], ["serve", "--port", "0"], ["export", "--to", "out"]])
+def test_half_a_file_of_weights_is_told_by_every_verb(
+    run: Path, verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, "run")
+    weights = Path("run/adapter/adapter_model.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert main([verb[0], "run", *verb[1:]]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("glmtuner: ") and str(weights) in told and "Traceback" not in told
+    assert not Path("out").exists()
+    weights.write_bytes(whole)
+    assert main(["export", "run", "--to", "out"]) == 0
