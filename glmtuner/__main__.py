@@ -1,6 +1,7 @@
 """`python -m glmtuner …`: words in, exit code out; the only place that turns our errors into messages.
 
-0 done; 2 the user's mistake; 1 a crash, or a sweep with failed jobs; 130 Ctrl-C.
+0 done; 2 the user's mistake; 1 a crash, or a sweep with failed jobs; 130 Ctrl-C; 140 and 143 a run that SIGUSR2 or SIGTERM
+stopped, with a checkpoint.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from glmtuner import __version__
 from glmtuner.errors import ConfigError, GlmtunerError, did_you_mean, nearest
+from glmtuner.preemption import Preempted
 
 EXAMPLES = """\
   python -m glmtuner experiment=quickstart                          one minute, offline, on the model that ships
@@ -47,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"glmtuner: the disk is full ({error}); free some space and type the same command again", file=sys.stderr)
         return 1
+    except Preempted as stopped:
+        print(f"glmtuner: {stopped}; the same command with the same trainer.output_dir goes on", file=sys.stderr)
+        stopped.hand_on()
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("glmtuner: stopped; the same command with the same trainer.output_dir goes on", file=sys.stderr)
         return 130
@@ -176,17 +182,40 @@ def _hydra(words: list[str], task: object = None) -> int:
 
 
 def _sweep(options: argparse.Namespace, words: list[str]) -> int:
-    """Every job of the sweep, one folder a job; nothing runs before every combination was composed and validated."""
+    """Every job of the sweep, one folder a job; nothing runs before every combination was composed and validated.
+
+    Started again, it skips what is finished, continues what is half done and tries again what failed.
+    """
     from glmtuner.config.compose import check_sweep
-    from glmtuner.sweep import run_job, sweep_words
+    from glmtuner.console import say
+    from glmtuner.launchers import register
+    from glmtuner.sweep import note_sweep, outcome, run_job, sweep_folder, sweep_words
 
     words = [word for word in words if word.replace(" ", "").lower() != "hydra.mode=multirun"]
+    register()
     settled = check_sweep(words, config_dir=options.config_dir, config_name=options.config_name)
+    root = sweep_folder(settled)
+    note_sweep(root, words)
+    crash = None
     try:
-        return _hydra(["--multirun", *_flags(options), *sweep_words(settled)], run_job)
-    except GlmtunerError as error:
-        print(f"glmtuner: a job of the sweep failed: {error}", file=sys.stderr)
-        return 1
+        _hydra(["--multirun", *_flags(options), *sweep_words(settled)], run_job)
+    except ConfigError:
+        raise
+    except Exception as error:  # such as Optuna's, when no trial of a search came to an end
+        crash = error
+    found = outcome(root)
+    if crash is not None and not found.failed and not found.infeasible:
+        raise crash
+    for folder in found.failed:
+        reason = (folder.failure() or {"reason": "cut off before its end"})["reason"]
+        print(f"glmtuner: a job of the sweep failed: {folder.path.name}: {reason[:300]}", file=sys.stderr)
+    say(
+        f"sweep folder: {root} ({found.finished} finished, {len(found.infeasible)} did not fit into memory, "
+        f"{len(found.failed)} failed)"
+    )
+    if found.failed:
+        print("glmtuner: the same command tries the failed ones again and skips the finished ones", file=sys.stderr)
+    return 1 if found.failed else 0
 
 
 def _verb(words: list[str]) -> int:

@@ -28,9 +28,11 @@ from glmtuner.errors import CheckpointError
 from glmtuner.families.family import Family
 from glmtuner.hub import read_config
 from glmtuner.predict import answer_all, predict
+from glmtuner.preemption import listening
 from glmtuner.run_folder import (
     CONFIG,
     EVALUATIONS,
+    FAILED,
     METRICS,
     PROVENANCE,
     TEMPLATE,
@@ -56,11 +58,28 @@ if TYPE_CHECKING:
 
 
 def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[Path] | None = None) -> dict[str, float]:
-    """Do what the run says; returns the content of metrics.json. Everything it writes lands in the run folder."""
+    """Do what the run says; returns the content of metrics.json. Everything it writes lands in the run folder.
+
+    An error after the folder is claimed is recorded there (failed.json) and raised; Preempted is raised by a run that a
+    signal stopped.
+    """
     run = composed.run
     specs = run.stage.specs(run, catalogue or catalogue_dirs(composed))
     folder = RunFolder(output_dir or output_folder(composed))
     resumes = claim(folder.path, composed.config, run.trainer.overwrite_output_dir)
+    try:
+        metrics = _launched(composed, specs, folder, resumes)
+    except Exception as error:
+        run.tracker.abandon()
+        if folder.path.is_dir():
+            folder.record_failure(error, composed.words)
+        raise
+    (folder / FAILED).unlink(missing_ok=True)
+    return metrics
+
+
+def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) -> dict[str, float]:
+    run = composed.run
     model_config = read_config(run.model)
     check_base(run.model, model_config)
     family = settle_family(run, model_config)
@@ -283,6 +302,7 @@ def train(
 ) -> dict[str, float]:
     """Train to the end, from the newest whole checkpoint when there is one; save what was trained and read it back."""
     from glmtuner.preflight import check_first_batch
+    from glmtuner.trainer import StopWhenAsked
 
     checkpoint = Path(run.trainer.resume_from_checkpoint) if run.trainer.resume_from_checkpoint else None
     if resumes and checkpoint is None:
@@ -301,7 +321,12 @@ def train(
         trainer.compute_loss_context_manager,
         lambda: first_words(trainer.model, tokenizer, data.train[0]),
     )
-    out = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with listening() as asked:
+        trainer.add_callback(StopWhenAsked(asked))
+        out = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if asked.signum is not None and trainer.state.global_step < trainer.state.max_steps:
+        run.tracker.abandon()
+        raise asked.preempted(trainer.state.global_step)
     save_trained(run, folder, trainer.model, tokenizer)
     return numbers(out.metrics)
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from glmtuner.errors import CheckpointError
+from glmtuner.errors import CheckpointError, GlmtunerError
 
 CONFIG, WORDS, PROVENANCE, HISTORY, METRICS = (
     "config.yaml",
@@ -29,10 +30,11 @@ CONFIG, WORDS, PROVENANCE, HISTORY, METRICS = (
 )
 PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE = "predictions.jsonl", "report.md", "loss.png", "template.jinja"
 CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL = "checkpoints", "evaluations", "adapter", "model"
+FAILED, OUTPUT = "failed.json", "output.log"  # why the last attempt ended; what a job of a sweep printed
 TRACKERS = ("wandb", "tensorboard")
 OURS = (
     CONFIG, WORDS, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE,
-    CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL, *TRACKERS,
+    CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL, FAILED, OUTPUT, *TRACKERS,
 )  # fmt: skip
 MARKER = "complete.json"  # written last into a checkpoint: its files and their sizes
 SECRETS = ("token", "api_key", "password", "secret")
@@ -78,6 +80,24 @@ class RunFolder:
     def history(self) -> list[dict[str, float]]:
         return list(read_lines(self / HISTORY))
 
+    def failure(self) -> dict[str, Any] | None:
+        """Why the last attempt ended early: its `kind` (error, or infeasible: out of memory), `reason`, `time`; or None."""
+        return read_json(self / FAILED) if (self / FAILED).is_file() else None
+
+    def record_failure(self, error: BaseException, words: list[str]) -> dict[str, Any]:
+        """Write failed.json; a traceback goes in for what is no mistake of the user's."""
+        found = {
+            "kind": "infeasible" if out_of_memory(error) else "error",
+            "reason": " ".join(f"{error}".split())[:2000] or type(error).__name__,
+            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "words": shown_words(words),
+        }
+        if not isinstance(error, GlmtunerError):
+            found["reason"] = f"{type(error).__name__}: {found['reason']}"
+            found["traceback"] = "".join(traceback.format_exception(error))
+        write_json(self / FAILED, found)
+        return found
+
     def trained(self) -> Path | None:
         """Where the trained weights are, when there are any: adapter/ or model/."""
         for name, file in ((ADAPTER, "adapter_config.json"), (MODEL, "config.json")):
@@ -93,6 +113,16 @@ class RunFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator or the machine had no memory left; torch is not imported for it."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(sign in text for sign in ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+    )
 
 
 def default_folder(root: Path, name: str) -> Path:
@@ -112,7 +142,7 @@ def claim(path: Path, config: DictConfig, overwrite: bool) -> bool:
     Raises CheckpointError when the folder holds a finished run, another run, or files that are no run's.
     """
     folder = RunFolder(path)
-    if not path.exists() or not any(path.iterdir()):
+    if not path.exists() or not any(entry.name not in (FAILED, OUTPUT) for entry in path.iterdir()):
         return False
     name = f"trainer.output_dir={path}"
     again = "type another trainer.output_dir, or trainer.overwrite_output_dir=true to start it afresh"

@@ -1,8 +1,14 @@
 """A job of a Hydra sweep: the same launch as a single run, in a folder that its overrides name."""
 
+import gc
 import hashlib
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -17,10 +23,14 @@ import glmtuner.trackers  # noqa: F401  (a job may start in a process of its own
 from glmtuner.config.compose import compose
 from glmtuner.config.overrides import parse, typed_keys
 from glmtuner.console import say
+from glmtuner.errors import ConfigError
 from glmtuner.launch import launch
-from glmtuner.run_folder import RunFolder
+from glmtuner.launchers import one_gpu
+from glmtuner.preemption import Preempted
+from glmtuner.run_folder import FAILED, OUTPUT, RunFolder, read_json, write_json
 
 SLUG = 60  # characters of a job folder's readable part
+SWEEP = "sweep.json"  # in the sweep's folder: what was typed, for its report
 
 
 def sweep_words(words: Sequence[str]) -> list[str]:
@@ -31,18 +41,32 @@ def sweep_words(words: Sequence[str]) -> list[str]:
     """
     overrides = parse(words)
     typed = typed_keys(overrides)
-    fixed = [word for word, override in zip(words, overrides, strict=True) if not override.is_sweep_override()]
-    name = next((word.partition("=")[2] for word in fixed if word.startswith("name=")), "")
-    output = next((word.partition("=")[2] for word in fixed if word.startswith("trainer.output_dir=")), "")
-    kept = [word for word in words if not word.startswith("trainer.output_dir=")]
-    same = short_hash(" ".join(sorted(fixed)))
-    root = output or f"outputs/sweeps/{name or same}"
     unswept = [override.key_or_group for override in overrides if not override.is_sweep_override()]
     where = {
-        "hydra.sweep.dir": root,
+        "hydra.sweep.dir": f"'{sweep_folder(words)}'",
         "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(unswept)}]",
     }
+    kept = [word for word in words if not word.startswith("trainer.output_dir=")]
     return [*kept, *(f"{key}={value}" for key, value in where.items() if key not in typed)]
+
+
+def sweep_folder(words: Sequence[str]) -> Path:
+    """Where the sweep of these words lives."""
+    overrides = parse(words)
+    fixed = {override.key_or_group: override for override in overrides if not override.is_sweep_override()}
+    for key in ("hydra.sweep.dir", "trainer.output_dir"):
+        if key in fixed:
+            return Path(str(fixed[key].value()))
+    same = [
+        word
+        for word, override in zip(words, overrides, strict=True)
+        if not override.is_sweep_override() and override.key_or_group not in LAUNCHING
+    ]
+    name = str(fixed["name"].value()) if "name" in fixed else short_hash(" ".join(sorted(same)))
+    return Path("outputs") / "sweeps" / name
+
+
+LAUNCHING = ("hydra/launcher", "hydra.launcher.n_jobs")  # how jobs are started does not make another sweep
 
 
 def job_slug(overrides: str) -> str:
@@ -64,22 +88,130 @@ OmegaConf.register_new_resolver("job_slug", job_slug, replace=True)
 
 
 def run_job(config: DictConfig) -> float | None:
-    """One job; a finished one is skipped. Returns the objective for a sweeper.
+    """One job; returns the objective for a sweeper, None for a job that failed or does not fit into memory.
 
-    The job's words are composed again, so that a job means exactly what the same words mean in a single run.
+    A finished job is skipped, a half-done one goes on, a failed one starts again. What goes wrong is recorded in the
+    job's folder and stops no other job. The job's words are composed again, so that a job means exactly what the same
+    words mean in a single run.
     """
     hydra = HydraConfig.get()
     folder = RunFolder(Path(hydra.runtime.output_dir))
     extra = next((source.path for source in hydra.runtime.config_sources if source.provider == "command-line"), None)
-    composed = compose(list(hydra.overrides.task), config_dir=extra, config_name=hydra.job.config_name)
-    if folder.is_finished and not composed.run.trainer.overwrite_output_dir:
-        say(f"finished before, skipped: {folder.path}")
-        return objective(folder.metrics(), composed.run.objective)
-    return objective(launch(composed, output_dir=folder.path), composed.run.objective)
+    words = [word for word in hydra.overrides.task if not word.startswith("trainer.output_dir=")]
+    apart = hydra.runtime.choices.get("hydra/launcher") == "joblib"
+    try:
+        composed = compose(words, config_dir=extra, config_name=hydra.job.config_name)
+        again = composed.run.trainer.overwrite_output_dir
+        failure = folder.failure()
+        if folder.is_finished and not again:
+            say(f"finished before, skipped: {folder.path}")
+            return objective(folder.metrics(), composed.run.objective)
+        if failure and failure["kind"] == "infeasible" and not again:
+            say(
+                f"did not fit into memory before, skipped (trainer.overwrite_output_dir=true tries it again): {folder.path}"
+            )
+            return None
+        say(f"job {hydra.job.num}: {folder.path}")
+        if apart:
+            in_a_process(words, folder, extra)
+            metrics = folder.metrics()
+        else:
+            metrics = launch(composed, output_dir=folder.path)
+        return objective(metrics, composed.run.objective)
+    except Preempted as stopped:
+        say(f"{folder.path}: {stopped}; started again, it goes on")
+        stopped.hand_on()
+        raise SystemExit(stopped.exit_code) from None
+    except JobFailed:
+        return None  # the process wrote down why
+    except Exception as error:
+        failure = folder.record_failure(error, words)
+        say(f"{failure['kind']}: {folder.path}: {failure['reason'][:300]}")
+        free_memory()
+        return None
+
+
+class JobFailed(Exception):
+    """A job that ran in a process of its own failed, which its folder tells."""
+
+
+def in_a_process(words: Sequence[str], folder: RunFolder, config_dir: str | None) -> None:
+    """Run the job in a process of its own, its output in output.log. Raises JobFailed, with the reason in failed.json."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "glmtuner", *(["--config-dir", config_dir] if config_dir else []), *words]
+    begun = (folder / FAILED).stat().st_mtime_ns if (folder / FAILED).is_file() else None
+    command.append(f"trainer.output_dir='{folder.path}'")
+    with (folder / OUTPUT).open("ab") as log, one_gpu(folder.path.parent) as chosen:
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **chosen})
+        for signum in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(signum, lambda received, frame: child.send_signal(received))
+        code = child.wait()
+    if code == 0:
+        return
+    told = (folder / FAILED).is_file() and (folder / FAILED).stat().st_mtime_ns != begun
+    if not told:
+        tail = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {' '.join(tail)}"
+        folder.record_failure(ConfigError(how), list(words))
+    say(f"failed: {folder.path}: {(folder.failure() or {}).get('reason', '')[:300]}")
+    raise JobFailed
+
+
+def free_memory() -> None:
+    """What a failed job held on an accelerator is free for the next one."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def objective(metrics: dict[str, float], name: str | None) -> float | None:
-    """The metric of that name, as it is or with eval_ or predict_ before it."""
+    """The metric of that name, as it is or with eval_ or predict_ before it; None when none is asked for."""
     if name is None:
         return None
-    return next((metrics[key] for key in (name, f"eval_{name}", f"predict_{name}") if key in metrics), None)
+    for key in (name, f"eval_{name}", f"predict_{name}"):
+        if key in metrics:
+            return metrics[key]
+    raise ConfigError(
+        f"objective={name}: the run measured {', '.join(metrics) or 'nothing'}; type one of these, or trainer.do_eval=true with "
+        "data.dev_ratio or data.eval_dataset for eval_loss, trainer.do_predict=true for scores of answers"
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a sweep's jobs."""
+
+    finished: int
+    infeasible: list[RunFolder]
+    failed: list[RunFolder]
+
+
+def outcome(root: Path) -> Outcome:
+    """Judged by the folders alone, whoever ran the jobs; one that neither finished nor failed was cut off, and failed."""
+    finished, infeasible, failed = 0, [], []
+    for folder in job_folders(root):
+        failure = folder.failure()
+        if folder.is_finished:
+            finished += 1
+        elif failure and failure["kind"] == "infeasible":
+            infeasible.append(folder)
+        else:
+            failed.append(folder)
+    return Outcome(finished, infeasible, failed)
+
+
+def job_folders(root: Path) -> list[RunFolder]:
+    """The folders of a sweep's jobs, in the order of their names."""
+    if not root.is_dir():
+        return []
+    found = [RunFolder(path) for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    return [folder for folder in found if folder.is_run or (folder / FAILED).is_file()]
+
+
+def note_sweep(root: Path, words: Sequence[str]) -> None:
+    """Write down what was typed, now and earlier."""
+    before = read_json(root / SWEEP) if (root / SWEEP).is_file() else {"typed": []}
+    command = " ".join(["python -m glmtuner -m", *words])
+    typed = [*(line for line in before["typed"] if line != command), command]
+    write_json(root / SWEEP, {"typed": typed, "cwd": os.getcwd()})

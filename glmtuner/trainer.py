@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from glmtuner.config.schema import Finetuning
+from glmtuner.preemption import Asked
 from glmtuner.run_folder import (
     CHECKPOINTS,
     HISTORY,
@@ -180,3 +181,22 @@ class _History(TrainerCallback):
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+class StopWhenAsked(TrainerCallback):
+    """Save and stop behind the step in which the signal came; all ranks behind the same one."""
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            self._agree(args.device)
+        if self.asked.signum is not None and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def _agree(self, device: Any) -> None:
+        """A signal that one rank got is everybody's."""
+        signum = torch.tensor(self.asked.signum or 0, device=device)
+        torch.distributed.all_reduce(signum, op=torch.distributed.ReduceOp.MAX)
+        self.asked.signum = int(signum) or None

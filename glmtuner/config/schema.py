@@ -262,6 +262,9 @@ class Tracker:
         """Prepare the tracker before training; returns transformers' `report_to` words."""
         return []
 
+    def abandon(self) -> None:
+        """The run ends early: by an error, or to be continued."""
+
     def finish(self, folder: "Path") -> str | None:
         """Close the tracker; returns a line on where its numbers are, if there is anything to say."""
         return None

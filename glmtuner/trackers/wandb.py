@@ -46,6 +46,12 @@ class Wandb(Tracker):
         )
         return ["wandb"]
 
+    def abandon(self) -> None:
+        import wandb
+
+        if wandb.run is not None:
+            wandb.finish(exit_code=1)
+
     def finish(self, folder: Path) -> str | None:
         import wandb
 

@@ -195,7 +195,9 @@ def push(folder: Path, repository: str) -> None:
     try:
         url = api.create_repo(repository, exist_ok=True, private=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"glmtuner export of {folder.name}")
-    except Exception as error:  # no network, no token, no right to write, a wrong name: the export is whole all the same
+    except (
+        Exception
+    ) as error:  # no network, no token, no right to write, a wrong name: the export is whole all the same
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"--push-to {repository}: the hub does not take it ({reason[:300]}); the export in {folder} is whole. Run `hf auth "
