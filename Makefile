@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup quickstart test check format schema wheel clean
+.PHONY: setup quickstart test test-slurm check format schema wheel clean
 
 setup: $(READY)
 
@@ -19,6 +19,10 @@ quickstart: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-slurm: $(READY)
+	SLURM_CONF=$$(scripts/local_slurm.sh start .slurm) $(BIN)/python -m pytest tests/slurm; \
+	status=$$?; scripts/local_slurm.sh stop .slurm; exit $$status
 
 check: $(READY)
 	$(BIN)/ruff check .

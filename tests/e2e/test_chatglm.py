@@ -50,7 +50,7 @@ def test_trains_and_predicts_from_a_folder(glmtuner: Callable, tmp_path: Path, s
 
 
 @pytest.mark.parametrize("preset", MODELS)
-def test_trains_and_predicts_from_a_hub(glmtuner: Callable, tmp_path: Path, shared: Path, preset: str) -> None:
+def test_trains_and_predicts_from_a_hub(glmtuner_process: Callable, tmp_path: Path, shared: Path, preset: str) -> None:
     write_checkpoint(preset, tmp_path / "hub/models" / MODELS[preset], shared / "goldens")
     server = serve(tmp_path / "hub")
     env = {
@@ -58,7 +58,7 @@ def test_trains_and_predicts_from_a_hub(glmtuner: Callable, tmp_path: Path, shar
         "HF_HUB_OFFLINE": None, "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
     try:
-        done = glmtuner(f"model={preset}", *SHORT, *PREDICTS, "trainer.output_dir=run", env=env)
+        done = glmtuner_process(f"model={preset}", *SHORT, *PREDICTS, "trainer.output_dir=run", env=env)
         assert done.returncode == 0, done.stdout + done.stderr
         assert len(lines(tmp_path / "run/predictions.jsonl")) == 12
     finally:

@@ -167,7 +167,7 @@ def test_an_export_that_is_not_the_run_s_model_is_refused(
     assert main(["export", "run", "--to", "out"]) == 0  # what the failure left behind is in nobody's way
 
 
-def test_an_export_is_pushed_to_a_hub(here: Path, glmtuner: Callable) -> None:
+def test_an_export_is_pushed_to_a_hub(here: Path, glmtuner_process: Callable) -> None:
     hub = hub_server.serve(here / "hub")
     try:
         (here / "hub").mkdir()
@@ -180,7 +180,7 @@ def test_an_export_is_pushed_to_a_hub(here: Path, glmtuner: Callable) -> None:
             "HF_HOME": str(here / "home"),
         }
         words = ["export", "run", "--push-to", "me/xiaoge", "--to"]
-        done = glmtuner(*words, "out", env={**env, "HF_TOKEN": "good"})
+        done = glmtuner_process(*words, "out", env={**env, "HF_TOKEN": "good"})
         assert done.returncode == 0, done.stderr
         assert f"uploaded to {endpoint}/me/xiaoge" in done.stdout
         there = here / "hub" / "models" / "me" / "xiaoge"
@@ -188,11 +188,11 @@ def test_an_export_is_pushed_to_a_hub(here: Path, glmtuner: Callable) -> None:
             path.name: path.read_bytes() for path in (here / "out").iterdir()
         }
         assert json.loads((here / "hub" / "created.json").read_text())["visibility"] == "private"
-        done = glmtuner(*words, "again", env={**env, "HF_TOKEN": "bad"})
+        done = glmtuner_process(*words, "again", env={**env, "HF_TOKEN": "bad"})
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert "--push-to me/xiaoge: the hub does not take it" in done.stderr and "again is whole" in done.stderr
         assert (here / "again" / "export.json").is_file()
     finally:
         hub.shutdown()
-    done = glmtuner(*words, "third", env={**env, "HF_TOKEN": "good", "HF_ENDPOINT": "http://127.0.0.1:9"})
+    done = glmtuner_process(*words, "third", env={**env, "HF_TOKEN": "good", "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert done.returncode == 2 and "third is whole" in done.stderr, done.stderr

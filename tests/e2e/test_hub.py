@@ -28,8 +28,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str | No
     server.shutdown()
 
 
-def test_the_readme_command_runs_as_written(glmtuner: Callable, tmp_path: Path, hub: dict[str, str | None]) -> None:
-    done = glmtuner("finetuning=freeze", "data.dataset=alpaca_zh,belle", env=hub)
+def test_the_readme_command_runs_as_written(
+    glmtuner_process: Callable, tmp_path: Path, hub: dict[str, str | None]
+) -> None:
+    done = glmtuner_process("finetuning=freeze", "data.dataset=alpaca_zh,belle", env=hub)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "outputs").glob("*/*")
     about = json.loads((folder / "provenance.json").read_text())
@@ -38,11 +40,13 @@ def test_the_readme_command_runs_as_written(glmtuner: Callable, tmp_path: Path, 
     assert (folder / "model/model.safetensors").is_file()
 
 
-def test_what_the_hub_does_not_have_is_said(glmtuner: Callable, tmp_path: Path, hub: dict[str, str | None]) -> None:
-    model = glmtuner("model=glm4_9b_chat_hf", "data.dataset=belle_sample", "tracker=none", env=hub)
+def test_what_the_hub_does_not_have_is_said(
+    glmtuner_process: Callable, tmp_path: Path, hub: dict[str, str | None]
+) -> None:
+    model = glmtuner_process("model=glm4_9b_chat_hf", "data.dataset=belle_sample", "tracker=none", env=hub)
     assert model.returncode == 2
     assert "model.model_name_or_path=THUDM/glm-4-9b-chat-hf: no such folder here and no such model" in model.stderr
-    data = glmtuner("model=tiny_glm", "data.dataset=firefly", "tracker=none", env=hub)
+    data = glmtuner_process("model=tiny_glm", "data.dataset=firefly", "tracker=none", env=hub)
     assert data.returncode == 2, data.stdout + data.stderr
     assert "YeungNLP/firefly-train-1.1M" in data.stderr
     assert "Traceback" not in data.stderr

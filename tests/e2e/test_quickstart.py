@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def test_quickstart_teaches_a_new_identity(glmtuner: Callable, tmp_path: Path) -> None:
-    done = glmtuner("experiment=quickstart", env={"HF_ENDPOINT": "http://127.0.0.1:9"}, timeout=600)
+def test_quickstart_teaches_a_new_identity(glmtuner_process: Callable, tmp_path: Path) -> None:
+    done = glmtuner_process("experiment=quickstart", env={"HF_ENDPOINT": "http://127.0.0.1:9"}, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "outputs").glob("*/*_quickstart")
     before = json.loads((folder / "history.jsonl").read_text().splitlines()[0])

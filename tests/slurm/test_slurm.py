@@ -1,0 +1,152 @@
+"""A sweep on a real SLURM of one node (`make test-slurm`): preempted, killed, started again, and equal to an undisturbed one."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+WORDS = [
+    "-m", "model=tiny_glm", "tracker=none", "data.dataset=belle_sample,alpaca_zh_sample", "data.max_samples=40",
+    "data.max_target_length=48", "trainer.max_steps=60", "trainer.logging_steps=5", "trainer.save_steps=20",
+    "trainer.seed=1,2", "trainer.learning_rate=1e-3", "trainer.disable_tqdm=true", "objective=train_loss",
+]  # fmt: skip
+SLURM = ["hydra/launcher=slurm", "hydra.launcher.array_parallelism=2", "hydra.launcher.cpus_per_task=1"]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slurm() -> None:
+    done = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"no SLURM answers: {done.stderr}; type make test-slurm"
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("slurm")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(here: Path) -> Path:
+    """The same sweep, one job after another in one process."""
+    done = glmtuner(here, *WORDS, "name=undisturbed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return here / "outputs/sweeps/undisturbed"
+
+
+def glmtuner(here: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "glmtuner", *words], cwd=here, env=ENV, capture_output=True, text=True, timeout=600
+    )
+
+
+class Driver:
+    """`glmtuner -m … hydra/launcher=slurm`, while it waits for its jobs."""
+
+    def __init__(self, here: Path, *words: str) -> None:
+        self.log = here / f"driver_{time.monotonic_ns()}.log"
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "glmtuner", *words, *SLURM], cwd=here, env=ENV, stdout=file, stderr=file
+            )
+
+    def jobs(self) -> dict[int, str]:
+        """SLURM's id of each job, once all are queued."""
+        return wait(lambda: {int(n): i for n, i in re.findall(r"job (\d+) is SLURM's (\S+):", self.said())} or None)
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    def end(self) -> int:
+        return self.process.wait(500)
+
+
+def wait(condition, seconds: float = 120):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
+
+
+def lines(folder: Path) -> int:
+    path = folder / "history.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def folders(sweep: Path) -> list[Path]:
+    return sorted(path for path in sweep.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def begun(sweep: Path, logged: int, name: str = "") -> Path | None:
+    """A job of that name that has logged so many lines and is not done."""
+    found = folders(sweep) if sweep.is_dir() else []
+    return next((f for f in found if name in f.name and lines(f) >= logged and not (f / "metrics.json").exists()), None)
+
+
+def job_processes() -> list[int]:
+    """The processes of submitit's jobs."""
+    listed = subprocess.run(["pgrep", "-f", "python.* -m submitit.core._submit"], capture_output=True, text=True)
+    return [int(pid) for pid in listed.stdout.split() if Path(f"/proc/{pid}/comm").read_text().startswith("python")]
+
+
+def same(sweep: Path, other: Path) -> None:
+    assert [folder.name for folder in folders(sweep)] == [folder.name for folder in folders(other)]
+    for mine, theirs in zip(folders(sweep), folders(other), strict=True):
+        for name in ("history.jsonl", "adapter/adapter_model.safetensors"):
+            assert (mine / name).read_bytes() == (theirs / name).read_bytes(), (mine, name)
+        metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (mine, theirs)]
+        timeless = [
+            {key: value for key, value in found.items() if "runtime" not in key and "second" not in key}
+            for found in metrics
+        ]
+        assert timeless[0] == timeless[1]
+
+
+def test_a_requeued_job_ends_like_its_undisturbed_twin(here: Path, undisturbed: Path) -> None:
+    driver = Driver(here, *WORDS, "name=requeued")
+    sweep = here / "outputs/sweeps/requeued"
+    jobs = driver.jobs()
+    folder = wait(lambda: begun(sweep, 3, "belle"))
+    number = 0 if "seed-1" in folder.name else 1
+    subprocess.run(["scontrol", "requeue", jobs[number]], check=True)
+    assert driver.end() == 0, driver.said()
+    assert "(4 finished, 0 did not fit into memory, 0 failed)" in driver.said()
+    same(sweep, undisturbed)
+    assert len(json.loads((folder / "provenance.json").read_text())["resumed"]) == 1
+
+
+def test_a_signal_before_the_time_limit_saves_and_requeues(here: Path, undisturbed: Path) -> None:
+    driver = Driver(here, *WORDS, "name=signalled")
+    sweep = here / "outputs/sweeps/signalled"
+    jobs = driver.jobs()
+    folder = wait(lambda: begun(sweep, 2, "belle"))
+    number = 0 if "seed-1" in folder.name else 1
+    subprocess.run(["scancel", "--signal=USR2", jobs[number]], check=True)
+    assert driver.end() == 0, driver.said()
+    same(sweep, undisturbed)
+    assert len(json.loads((folder / "provenance.json").read_text())["resumed"]) == 1
+
+
+def test_a_killed_job_is_tried_again_and_nothing_finished_is(here: Path, undisturbed: Path) -> None:
+    driver = Driver(here, *WORDS, "name=killed")
+    sweep = here / "outputs/sweeps/killed"
+    driver.jobs()
+    wait(lambda: begun(sweep, 5))
+    victim = wait(job_processes)[0]
+    os.kill(victim, signal.SIGKILL)
+    assert driver.end() == 1, driver.said()
+    assert "3 finished" in driver.said() and "1 failed" in driver.said()
+    kept = {f.name: (f / "metrics.json").stat().st_mtime_ns for f in folders(sweep) if (f / "metrics.json").is_file()}
+    assert len(kept) == 3
+    again = Driver(here, *WORDS, "name=killed")
+    assert again.end() == 0, again.said()
+    same(sweep, undisturbed)
+    assert {name: (sweep / name / "metrics.json").stat().st_mtime_ns for name in kept} == kept
