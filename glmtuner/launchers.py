@@ -163,9 +163,14 @@ def in_queue(arrays: set[str]) -> set[str] | None:
 
 
 def returned(job: Any, overrides: Sequence[str]) -> JobReturn:
-    """What Hydra's sweeper is told; a job without a result counts as done without an objective."""
-    try:
-        return job.results()[0]
-    except Exception as error:  # killed, or submitit's own; the job's folder and log say more
-        say(f"SLURM's {job.job_id} left no result ({type(error).__name__}); its log: {job.paths.stderr}")
-        return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=None)
+    """What Hydra's sweeper is told; a job without a result counts as done without an objective.
+
+    Only a result that is there is asked for: without accounting submitit would wait for one for ever.
+    """
+    if Path(job.paths.result_pickle).exists():
+        try:
+            return job.results()[0]
+        except Exception as error:  # submitit's own; a job's failure stands in its folder
+            say(f"SLURM's {job.job_id}: {type(error).__name__}: {error}")
+    say(f"SLURM's {job.job_id} left no result; its log: {job.paths.stderr}")
+    return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=None)
