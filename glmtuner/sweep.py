@@ -105,7 +105,9 @@ def run_job(config: DictConfig) -> float | None:
         failure = folder.failure()
         if folder.is_finished and not again:
             say(f"finished before, skipped: {folder.path}")
-            return objective(folder.metrics(), composed.run.objective)
+            value = objective(folder.metrics(), composed.run.objective)
+            (folder / FAILED).unlink(missing_ok=True)  # an earlier command asked for an objective that is not there
+            return value
         if failure and failure["kind"] == "infeasible" and not again:
             say(
                 f"did not fit into memory before, skipped (trainer.overwrite_output_dir=true tries it again): {folder.path}"
@@ -192,7 +194,7 @@ def outcome(root: Path) -> Outcome:
     finished, infeasible, failed = 0, [], []
     for folder in job_folders(root):
         failure = folder.failure()
-        if folder.is_finished:
+        if folder.is_finished and failure is None:
             finished += 1
         elif failure and failure["kind"] == "infeasible":
             infeasible.append(folder)
