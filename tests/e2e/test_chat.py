@@ -123,8 +123,8 @@ def test_in_a_terminal(run: Path, tmp_path: Path) -> None:
     master, slave = pty.openpty()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "GLMTUNER_CACHE": str(tmp_path), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
     child = subprocess.Popen(
-        [sys.executable, "-m", "glmtuner", "chat", str(run), *GREEDY], stdin=slave, stdout=slave, stderr=slave, env=env,
-        start_new_session=True, preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        ["setsid", "--ctty", sys.executable, "-m", "glmtuner", "chat", str(run), *GREEDY],
+        stdin=slave, stdout=slave, stderr=slave, env=env,
     )  # fmt: skip
     os.close(slave)
 

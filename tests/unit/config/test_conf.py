@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
+from glmtuner import launchers
 from glmtuner.__main__ import _register
 from glmtuner.config.compose import compose
 from glmtuner.config.paths import PACKAGE_DATA, conf_dir
@@ -30,8 +33,9 @@ CONF = conf_dir()
 PRESETS = [
     path
     for path in sorted(CONF.rglob("*.yaml"))
-    if path.relative_to(CONF).parts[0] != "dataset" and path != CONF / "config.yaml"
+    if path.relative_to(CONF).parts[0] not in ("dataset", "hydra") and path != CONF / "config.yaml"
 ]
+HYDRA = sorted((CONF / "hydra").rglob("*.yaml"))
 DATASETS = sorted((CONF / "dataset").glob("*.yaml"))
 COMPANY = {  # what a preset needs beside itself
     "model=causal_lm": ["model.model_name_or_path=x"],
@@ -63,6 +67,19 @@ def test_preset_composes(path):
     assert name in (group, "default", composed.hydra.runtime.choices[group])
     if group in SCHEMA_CLASSES:
         assert type(getattr(composed.run, group)) is SCHEMA_CLASSES[group][name]
+
+
+@pytest.mark.parametrize("path", HYDRA, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_preset_of_hydra_composes(path):
+    """A launcher or a sweeper keeps what its preset says, and has a class that exists."""
+    launchers.register()
+    kind, words = path.parent.name, [f"hydra/{path.parent.name}={path.stem}", "objective=eval_loss", "name=test"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra_compose("config", words, return_hydra_config=True)
+    resolved = OmegaConf.to_container(composed.hydra, resolve=False)[kind]
+    assert resolved["_target_"].rsplit(".", 1)[1] in ("SlurmLauncher", "JoblibLauncher", "OptunaSweeper")
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert {*written} - {"defaults", "_self_"} <= {*resolved}
 
 
 @pytest.mark.parametrize("method", ["full", "freeze"])
