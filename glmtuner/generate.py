@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,40 +26,65 @@ def answers(
 
     Each batch is padded on the left: padding on the right would be generated behind (LLaMA-Factory#10611).
     """
+    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        found = continuations(
+            model,
+            [prompts[place] for place in places],
+            max_new_tokens=decoding.max_new_tokens,
+            stop_ids=decoding.stop_ids,
+            pad_id=decoding.pad_id,
+            num_beams=decoding.num_beams,
+            repetition_penalty=decoding.repetition_penalty,
+            do_sample=False,
+        )
+        for place, tokens in zip(places, found, strict=True):
+            yield place, until_stop(tokens, decoding.stop_ids)
+
+
+def continuations(
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    **decoding: Any,
+) -> list[list[int]]:
+    """What the model writes behind each prompt of one batch, up to and with the first stop token.
+
+    `decoding` are transformers' own values. A sample is drawn from all tokens, with torch's random numbers.
+    """
     import torch
     from transformers import GenerationConfig
 
+    if decoding["do_sample"]:
+        decoding |= {"top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        num_beams=decoding.num_beams,
-        repetition_penalty=decoding.repetition_penalty,
-        do_sample=False,
-        eos_token_id=list(decoding.stop_ids),
-        pad_token_id=decoding.pad_id,
-        use_cache=True,
+        max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=pad_id, use_cache=True, **decoding
     )
-    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[row, width - len(prompt) :] = 1
+    assert bool(mask[:, -1].all()), "prompts are padded on the left"
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            width = max(len(prompts[place]) for place in places)
-            input_ids = torch.full((len(places), width), decoding.pad_id, dtype=torch.long)
-            mask = torch.zeros_like(input_ids)
-            for row, place in enumerate(places):
-                tokens = torch.tensor(prompts[place], dtype=torch.long)
-                input_ids[row, width - len(tokens) :] = tokens
-                mask[row, width - len(tokens) :] = 1
-            assert bool(mask[:, -1].all()), "prompts are padded on the left"
-            with torch.no_grad():
-                out = model.generate(
-                    input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-                )
-            for place, row in zip(places, out[:, width:].tolist(), strict=True):
-                yield place, until_stop(row, decoding.stop_ids)
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            )
     finally:
         model.train(was_training)
+    rows = []
+    for tokens in out[:, width:].tolist():
+        answer = until_stop(tokens, stop_ids)
+        rows.append(tokens[: len(answer) + 1])
+    return rows
 
 
 def until_stop(tokens: Sequence[int], stop_ids: Sequence[int]) -> list[int]:

@@ -24,10 +24,11 @@ from glmtuner.config.paths import conf_dir
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.console import say, table
+from glmtuner.data.splits import entries
 from glmtuner.errors import CheckpointError
 from glmtuner.families.family import Family
 from glmtuner.hub import read_config
-from glmtuner.predict import answer_all, predict
+from glmtuner.predict import answer_all
 from glmtuner.preemption import listening
 from glmtuner.run_folder import (
     CONFIG,
@@ -53,7 +54,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from glmtuner.stages.sft import Datasets
+    from glmtuner.data.splits import Datasets
+    from glmtuner.objectives.objective import Objective
     from glmtuner.trainer import GlmTrainer
 
 
@@ -64,7 +66,8 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
     signal stopped.
     """
     run = composed.run
-    specs = run.stage.specs(run, catalogue or catalogue_dirs(composed))
+    specs = entries(run, catalogue or catalogue_dirs(composed))
+    run.stage.check(run)
     folder = RunFolder(output_dir or output_folder(composed))
     resumes = claim(folder.path, composed.config, run.trainer.overwrite_output_dir)
     try:
@@ -93,20 +96,21 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
     device = device_of(run)
     model, family = attached_model(composed, family, device)
     run.model.family = family.name
+    objective = run.stage.objective(run, model, template, tokenizer)
 
     folder.path.mkdir(parents=True, exist_ok=True)
     describe(folder, composed, family, template, model_config, data, resumes)
     arguments = training_arguments(run, folder, model)
     show_plan(run, folder, model, data, arguments, device)
     reports = run.tracker.start(run, folder.path)
-    trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments, reports)
+    trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments, reports, objective)
     metrics: dict[str, float] = {}
     if run.trainer.do_train:
         metrics |= train(run, folder, trainer, tokenizer, data, resumes)
     if run.trainer.do_eval:
         metrics |= numbers(trainer.evaluate())
     if run.trainer.do_predict:
-        metrics |= predict(run, folder, trainer.model, tokenizer, template, data)
+        metrics |= run.stage.predict(run, folder, trainer, tokenizer, template, data)
     return finish(run, folder, trainer, metrics)
 
 
@@ -268,11 +272,14 @@ def make_trainer(
     data: "Datasets",
     arguments: Any,
     reports: list[str],
+    objective: "Objective | None",
 ) -> "GlmTrainer":
-    from glmtuner.data.collate import Collator
     from glmtuner.trainer import GlmTrainer
 
     arguments.report_to = reports
+    arguments.remove_unused_columns = (
+        False  # the datasets hold what a batch is made of, whatever a model's forward names
+    )
     generates = run.trainer.predict_with_generate and data.evaluation is not None
 
     def score(prefix: str, step: int) -> dict[str, float]:
@@ -282,13 +289,15 @@ def make_trainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
-        eval_dataset=data.evaluation.select_columns(["input_ids", "labels"]) if data.evaluation is not None else None,
-        data_collator=Collator(
+        eval_dataset=data.evaluation.select_columns(list(data.columns)) if data.evaluation is not None else None,
+        data_collator=run.stage.collator(
             pad_id=tokenizer.pad_token_id, ignore_pad_token_for_loss=run.data.ignore_pad_token_for_loss
         ),
         finetuning=run.finetuning,
         folder=folder,
         score=score if generates else None,
+        objective=objective,
+        derived=run.stage.derived,
     )
 
 
@@ -320,6 +329,7 @@ def train(
         collate([data.train[0]]),
         trainer.compute_loss_context_manager,
         lambda: first_words(trainer.model, tokenizer, data.train[0]),
+        trainer.objective.trial if trainer.objective is not None else None,
     )
     with listening() as asked:
         trainer.add_callback(StopWhenAsked(asked))
@@ -327,7 +337,7 @@ def train(
     if asked.signum is not None and trainer.state.global_step < trainer.state.max_steps:
         run.tracker.abandon()
         raise asked.preempted(trainer.state.global_step)
-    save_trained(run, folder, trainer.model, tokenizer)
+    save_trained(run, folder, trainer.model, tokenizer, trainer.objective)
     return numbers(out.metrics)
 
 
@@ -346,14 +356,21 @@ def first_words(model: "nn.Module", tokenizer: "PreTrainedTokenizerBase", row: M
     """Generate two tokens: a model that trains and cannot generate is found out now, not at the end."""
     from glmtuner.generate import Decoding, answers
 
-    prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label < 0]
+    labels = row.get("labels", [-100] * len(row["input_ids"]))
+    prompt = [token for token, label in zip(row["input_ids"], labels, strict=True) if label < 0]
     decoding = Decoding(
         max_new_tokens=2, num_beams=1, repetition_penalty=1.0, stop_ids=(), pad_id=tokenizer.pad_token_id
     )
     list(answers(model, [prompt or row["input_ids"][:1]], decoding, batch_size=1))
 
 
-def save_trained(run: Run, folder: RunFolder, model: "nn.Module", tokenizer: "PreTrainedTokenizerBase") -> None:
+def save_trained(
+    run: Run,
+    folder: RunFolder,
+    model: "nn.Module",
+    tokenizer: "PreTrainedTokenizerBase",
+    objective: "Objective | None",
+) -> None:
     """Write adapter/ or model/ whole or not at all, and compare what was written with what was trained (CET#262)."""
     from glmtuner.finetuning.trained import digest_of
 
@@ -362,6 +379,8 @@ def save_trained(run: Run, folder: RunFolder, model: "nn.Module", tokenizer: "Pr
     shutil.rmtree(partial, ignore_errors=True)
     run.finetuning.save(model, partial)
     tokenizer.save_pretrained(partial)
+    if objective is not None:
+        objective.save(partial)
     trained = digest_of(model)
     run.finetuning.restore(model, partial)
     if digest_of(model) != trained:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from glmtuner.stages.sft import Datasets
+    from glmtuner.data.splits import Datasets
+    from glmtuner.trainer import GlmTrainer
 
 
 def predict(
@@ -70,3 +71,30 @@ def answer_all(
     ordered = [done[index] for index in sorted(done)]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered))
     return run.metric.scores([line["predict"].strip() for line in ordered], [line["label"].strip() for line in ordered])
+
+
+def score_pairs(run: Run, folder: RunFolder, trainer: "GlmTrainer", data: "Datasets") -> dict[str, float]:
+    """Write prompt, answers and their scores of every pair to predictions.jsonl; returns the share ranked right, and the margin."""
+    import torch
+
+    assert data.evaluation is not None
+    trainer.model.eval()
+    rows, size, lines = data.evaluation, run.trainer.per_device_eval_batch_size, []
+    for start in range(0, len(rows), size):
+        batch = [rows[index] for index in range(start, min(start + size, len(rows)))]
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            scores = trainer.objective.scores(trainer._prepare_inputs(trainer.data_collator(batch))).tolist()
+        for place, (row, chosen, rejected) in enumerate(
+            zip(batch, scores[: len(batch)], scores[len(batch) :], strict=True)
+        ):
+            line = {
+                "index": start + place,
+                "prompt": row["prompt"],
+                "chosen": row["answer"],
+                "rejected": row["rejected"],
+            }
+            lines.append({**line, "chosen_score": chosen, "rejected_score": rejected})
+    write_text(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    margins = [line["chosen_score"] - line["rejected_score"] for line in lines]
+    right = sum(margin > 0 for margin in margins)
+    return {"predict_accuracy": right / len(margins), "predict_margin": sum(margins) / len(margins)}

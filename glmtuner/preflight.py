@@ -16,8 +16,11 @@ def check_first_batch(
     batch: "dict[str, torch.Tensor]",
     autocast: Callable[[], Any] = contextlib.nullcontext,
     generate: Callable[[], Any] | None = None,
+    loss_of: "Callable[[dict[str, Any]], torch.Tensor] | None" = None,
 ) -> float:
     """One forward and backward pass, and a few generated tokens; returns the loss and leaves no trace.
+
+    The loss is the model's own, or `loss_of` the batch.
 
     Raises PreflightError when nothing is learned in the batch, when the loss is not finite, or when no trained parameter
     gets a gradient (CET#188, LLaMA-Factory#1147, trl#6668).
@@ -25,7 +28,7 @@ def check_first_batch(
     import torch
 
     device = next(model.parameters()).device
-    if not bool((batch["labels"][:, 1:] != -100).any()):
+    if "labels" in batch and not bool((batch["labels"][:, 1:] != -100).any()):
         raise PreflightError(
             "the first batch has no token to learn: every label is masked; look at the dataset's columns and at "
             "data.max_target_length"
@@ -34,7 +37,8 @@ def check_first_batch(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model.train()
         with autocast():
-            loss = model(**{name: values.to(device) for name, values in batch.items()}).loss
+            there = {name: values.to(device) if hasattr(values, "to") else values for name, values in batch.items()}
+            loss = loss_of(there) if loss_of is not None else model(**there).loss
         if not bool(torch.isfinite(loss)):
             raise PreflightError(
                 f"the loss of the first batch is {loss.item()}: the weights or the precision are unfit; try model.dtype=float32 "

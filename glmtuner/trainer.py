@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -26,6 +26,9 @@ from glmtuner.run_folder import (
     write_json,
 )
 
+if TYPE_CHECKING:
+    from glmtuner.objectives.objective import Objective
+
 PROGRESS = "progress.json"  # what transformers forgets: the loss since the last logged step, and the time so far
 TIMINGS = ("_runtime", "_per_second", "_time", "total_flos")
 
@@ -43,14 +46,50 @@ class GlmTrainer(Trainer):
         finetuning: Finetuning,
         folder: RunFolder,
         score: Callable[[str, int], dict[str, float]] | None = None,
+        objective: "Objective | None" = None,
+        derived: Callable[[dict[str, float]], dict[str, float]] = lambda means: {},
         **kwargs: Any,
     ) -> None:
         with _adapter_declared(kwargs["model"]):
             super().__init__(*args, **kwargs)
         self.finetuning, self.folder, self.score = finetuning, folder, score
+        self.objective, self.derived, self.measured = objective, derived, Measurements()
+        if objective is not None:
+            self.model_accepts_loss_kwargs = False  # the loss is a mean over rows, whatever tokens they have
         self.earlier_seconds = 0.0
         self.resumed_from: Path | None = None
         self.add_callback(_History(self))
+
+    # -- objectives: the loss of a stage that is not the model's own ------------------------------------------------
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        if self.objective is None or not self.objective.updates:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        return self.objective.update(self, model, self._prepare_inputs(inputs))
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.objective is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        loss_R, measured = self.objective.loss(model, inputs)
+        self.measured.add(measured)
+        return loss_R.mean()
+
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.objective is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss_R, measured = self.objective.loss(model, inputs)
+        self.measured.add({"loss": loss_R, **measured})
+        return loss_R.mean(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The line of a logging step has the means of what was measured since the last one."""
+        if "loss" in logs and self.is_in_train:
+            means = self.measured.take(self.accelerator)
+            logs |= means | self.derived(means)
+        super().log(logs, start_time)
 
     # -- checkpoints: written to a temporary name, marked complete, renamed ------------------------------------------
 
@@ -68,6 +107,8 @@ class GlmTrainer(Trainer):
         self.store_flos()
         if self.args.should_save:
             self.finetuning.save_trained(self.accelerator.unwrap_model(model), partial)
+            if self.objective is not None:
+                self.objective.save(partial)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(partial))
             self._save_scaler(str(partial))
@@ -93,8 +134,9 @@ class GlmTrainer(Trainer):
         for path in droppable[: len(droppable) - max(keep, 1)]:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _progress(self) -> dict[str, float]:
+    def _progress(self) -> dict[str, Any]:
         return {
+            "measured": self.measured.sums,
             "loss_since_log": self._tr_loss.item(),
             "loss_logged": self._total_loss_scalar,
             "step_logged": self._globalstep_last_logged,
@@ -104,11 +146,16 @@ class GlmTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """The method's own files, every name and shape compared; transformers would load what fits."""
         self.resumed_from = Path(resume_from_checkpoint)
-        self.finetuning.restore(model or self.model, self.resumed_from)
+        self._restore(model or self.model, self.resumed_from)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        self.finetuning.restore(self.model, Path(self.state.best_model_checkpoint))
+        self._restore(self.model, Path(self.state.best_model_checkpoint))
+
+    def _restore(self, model: torch.nn.Module, checkpoint: Path) -> None:
+        self.finetuning.restore(model, checkpoint)
+        if self.objective is not None:
+            self.objective.restore(checkpoint)
 
     # -- history -----------------------------------------------------------------------------------------------------
 
@@ -122,6 +169,7 @@ class GlmTrainer(Trainer):
         self._total_loss_scalar = progress["loss_logged"]
         self._globalstep_last_logged = progress["step_logged"]
         self.earlier_seconds = progress["seconds"]
+        self.measured.sums = progress["measured"]
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Loss and time of the whole training, not of the part since the last resume."""
@@ -130,7 +178,15 @@ class GlmTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The losses, then the scores of generated answers, so that both stand in one line of the history."""
+        of_training, self.measured = self.measured, Measurements()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self.measured.take(self.accelerator)
+        self.measured = of_training
+        if self.objective is None:
+            means = {"loss": output.metrics[f"{metric_key_prefix}_loss"]}
+        output.metrics.update(
+            {f"{metric_key_prefix}_{name}": value for name, value in (means | self.derived(means)).items()}
+        )
         if self.score is not None:
             found = self.score(metric_key_prefix, self.state.global_step)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
@@ -142,6 +198,27 @@ class GlmTrainer(Trainer):
         if better and self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST):
             self.state.best_global_step = self.state.global_step
         return better
+
+
+class Measurements:
+    """Sums and counts of what an objective measures, and their means; a checkpoint keeps them."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = {}  # name -> sum, count
+
+    def add(self, measured: dict[str, torch.Tensor]) -> None:
+        for name, values in measured.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = [total + values.double().sum().item(), count + values.numel()]
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """The means over all ranks since the last call; a name that counted nothing is left out."""
+        names = list(self.sums)
+        table = torch.tensor([self.sums[name] for name in names], dtype=torch.float64, device=accelerator.device)
+        if names:
+            table = accelerator.reduce(table, "sum")
+        self.sums = {}
+        return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True) if count}
 
 
 @contextmanager

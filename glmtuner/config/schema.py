@@ -52,6 +52,12 @@ class LossOn(str, Enum):
     last_answer = "last_answer"
 
 
+class PreferenceLoss(str, Enum):
+    sigmoid = "sigmoid"
+    ipo = "ipo"
+    hinge = "hinge"
+
+
 class LayerPart(str, Enum):
     mlp = "mlp"
     qkv = "qkv"
@@ -169,6 +175,11 @@ class Data:
         if wrong:
             raise ConfigError("; ".join(wrong))
 
+    def lengths(self) -> dict[str, Any]:
+        """What an encoder needs to know of lengths and prefix."""
+        names = ("max_source_length", "max_target_length", "source_prefix")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(kw_only=True)
 class Finetuning:
@@ -202,9 +213,52 @@ class Finetuning:
 
 @dataclass(kw_only=True)
 class Stage:
-    """What is learned: the records it takes, how they are encoded, the loss, what a prediction is."""
+    """What is learned: the records it takes, how they become batches, the loss, what a prediction is."""
 
     name: str
+
+    policy: typing.ClassVar[bool] = True  # does what it trains answer? (a reward model scores)
+
+    def impossible(self, run: "Run") -> "Iterator[str]":
+        """One sentence for each value of the run that cannot meet this stage."""
+        if run.trainer.predict_with_generate:
+            yield (
+                f"trainer.predict_with_generate=true with stage={self.name}: only stage=sft generates; "
+                "type trainer.predict_with_generate=false"
+            )
+        if run.trainer.do_predict:
+            yield (
+                f"trainer.do_predict=true with stage={self.name}: answers are predicted in a run of their own; "
+                "type trainer=predict model.checkpoint_dir=<the folder of this run>"
+            )
+
+    def check(self, run: "Run") -> None:
+        """Raise when a file that the stage needs is not there or does not fit; called before anything is loaded."""
+
+    def datasets(self, run: "Run", specs: dict[str, Any], template: Any, tokenizer: Any) -> Any:
+        """The encoded records (`Datasets` of glmtuner/data/splits.py)."""
+        raise NotImplementedError
+
+    def collator(self, **padding: Any) -> Any:
+        """Rows -> a batch; `padding` is what the collators of glmtuner/data take."""
+        raise NotImplementedError
+
+    def objective(self, run: "Run", model: "nn.Module", template: Any, tokenizer: Any) -> Any:
+        """The loss and what belongs to it besides the model (glmtuner/objectives); None is the model's own loss.
+
+        Called on the model as training will start, before a checkpoint is restored; heads are added to it here.
+        """
+        return None
+
+    def predict(
+        self, run: "Run", folder: Any, trainer: Any, tokenizer: Any, template: Any, data: Any
+    ) -> dict[str, float]:
+        """Write predictions.jsonl, one line an evaluation record; returns their scores, whose names begin with predict_."""
+        raise NotImplementedError
+
+    def derived(self, means: dict[str, float]) -> dict[str, float]:
+        """More metrics that follow from the means of what was measured, in training or in an evaluation."""
+        return {}
 
 
 @dataclass(kw_only=True)
@@ -377,13 +431,9 @@ class Run:
                 "nothing to do: trainer.do_train, trainer.do_eval and trainer.do_predict are all false; "
                 "type trainer=train, trainer=evaluate or trainer=predict"
             )
-        if trainer.predict_with_generate and self.stage.name != "sft":
-            yield f"trainer.predict_with_generate=true with stage={self.stage.name}: only stage=sft generates; drop it"
-        if trainer.do_predict and self.stage.name == "sft" and not trainer.predict_with_generate:
-            yield (
-                "trainer.do_predict=true without trainer.predict_with_generate=true: a prediction of stage=sft is a "
-                "generated answer; type trainer.predict_with_generate=true, or trainer=evaluate for the loss alone"
-            )
+        yield from self.stage.impossible(self)
+        if self.model.reward_model is not None and self.stage.name != "ppo":
+            yield f"model.reward_model={self.model.reward_model} with stage={self.stage.name}: it is for stage=ppo; leave it out"
         evaluates = trainer.do_eval or trainer.do_predict or trainer.eval_strategy != "no" or trainer.eval_on_start
         if trainer.do_train and evaluates and not self.data.dev_ratio and not self.data.eval_dataset:
             yield (

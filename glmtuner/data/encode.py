@@ -4,8 +4,8 @@ The template comes in as an argument: it alone knows how turns become tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
 
 from glmtuner.data.collate import IGNORE_INDEX
 from glmtuner.data.records import Example, Message
@@ -49,7 +49,11 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Encodes batches of examples with one template, tokenizer and set of lengths."""
+    """Encodes batches of examples with one template, tokenizer and set of lengths.
+
+    Subclasses encode other kinds of records than single answers; `takes` are those an encoder can use, `wanted` tells of
+    them where others come, and `columns` are what a batch is made of.
+    """
 
     template: Any
     tokenizer: Any
@@ -57,6 +61,16 @@ class Encoder:
     max_target_length: int
     every_answer: bool = True
     source_prefix: str | None = None
+
+    takes: ClassVar[tuple[str, ...]] = ("single answers", "feedback")
+    wanted: ClassVar[str] = "stage=sft learns single answers; name a dataset of instructions or conversations"
+    columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
+    learns: ClassVar[bool] = True  # are tokens of the records learned? (their prompts alone are not)
+
+    def settings(self) -> dict[str, Any]:
+        """What changes the rows besides template and tokenizer."""
+        names = [declared.name for declared in fields(self) if declared.name not in ("template", "tokenizer")]
+        return {"encoder": type(self).__name__, **{name: getattr(self, name) for name in names}}
 
     def encode(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Counts]:
         """One row an example: `input_ids` and `labels` of the whole, `prompt_ids`, `prompt` and `answer` of the last turn.

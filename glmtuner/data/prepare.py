@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 BATCH = 1000
 CODE = (
     "data/encode.py",
+    "data/pairs.py",
+    "data/feedback.py",
+    "data/blocks.py",
+    "data/prompts.py",
     "data/prepare.py",
     "data/__init__.py",
     "data/records.py",
@@ -87,13 +91,9 @@ def _encode_into(
     """Encode and write the rows, to a temporary name first; another process may have written the same by then."""
     from datasets import Dataset, concatenate_datasets
 
-    unfit = next((example for example in examples if example.chosen is not None or not example.messages), None)
+    unfit = next((example.kind for example in examples if example.kind not in encoder.takes), None)
     if unfit is not None:
-        what = "ranked pairs" if unfit.chosen is not None else "plain text"
-        raise DataError(
-            f"data.dataset={spec.name} holds {what}, and stage=sft learns single answers; name a dataset of instructions "
-            "or conversations"
-        )
+        raise DataError(f"data.dataset={spec.name} holds {unfit}, and {encoder.wanted}")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     batches = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
@@ -115,7 +115,11 @@ def _features(row: dict[str, Any]) -> Any:
     from datasets import Features, List, Value
 
     ids = List(Value("int32"))
-    types = {"prompt": Value("string"), "answer": Value("string"), "earlier": List({"input_ids": ids, "labels": ids})}
+    types = {
+        **dict.fromkeys(("prompt", "answer", "rejected"), Value("string")),
+        "is_desirable": Value("bool"),
+        "earlier": List({"input_ids": ids, "labels": ids}),
+    }
     return Features({name: types.get(name, ids) for name in row})
 
 
@@ -139,9 +143,7 @@ def key_of(spec: DatasetSpec, files: dict[str, str], data: Data, encoder: Encode
         "spec": {name: value for name, value in asdict(spec).items() if name not in ("origin", "description", "kind")},
         "split": data.split,
         "max_samples": data.max_samples,
-        "lengths": [encoder.max_source_length, encoder.max_target_length],
-        "every_answer": encoder.every_answer,
-        "source_prefix": encoder.source_prefix,
+        "encoder": encoder.settings(),
         "template": encoder.template.describe(),
         "tokenizer": tokenizer_digest(encoder.tokenizer),
         "code": [digest((PACKAGE / name).read_bytes()) for name in CODE]

@@ -41,6 +41,15 @@ class Example:
     desirable: bool | None = None
     text: str | None = None
 
+    @property
+    def kind(self) -> str:
+        """What it can teach, in words."""
+        if self.text is not None:
+            return "plain text"
+        if self.chosen is not None:
+            return "ranked pairs"
+        return "single answers" if self.desirable is None else "feedback"
+
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 Turn = tuple[str, Message]  # the place of a turn in its record, such as conversations[3], and the turn

@@ -127,6 +127,16 @@ class Template:
     def stop_ids(self, tokenizer: Any) -> set[int]:
         return {control_id(tokenizer, self.stop, self.name)}
 
+    def documents(self, tokenizer: Any, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """What every row of plain text begins with, and each text's tokens with the tokenizer's end of text behind them.
+
+        Where the template has no tokens to begin with, a text begins as the tokenizer itself begins one.
+        """
+        start = [control_id(tokenizer, token, self.name) for token in (*self.prefix, *getattr(self, "behind", ()))]
+        begin, end = tokenizer.bos_token_id, control_id(tokenizer, "eos", self.name)
+        begins = [] if start or tokenizer("a").input_ids[0] != begin else [begin]
+        return start, [[*begins, *ids, end] for ids in encode_text(tokenizer, texts)]
+
     def describe(self) -> dict[str, Any]:
         """What provenance.json keeps of the template, and the cache's key is made of."""
         pieces = self.pieces([_Turn("system", "{system}"), _Turn("user", "{user}"), _Turn("assistant", "{assistant}")])

@@ -119,11 +119,7 @@ def attach(
             f"finetuning={method} cannot build on the prefix in {prefixes[0].folder}: a prefix has no weights to merge; "
             "type finetuning=p_tuning, with that checkpoint last"
         )
-    goes_on = (
-        last
-        if last and (last.kind == PREFIX or (last.kind == LORA and method == "lora" and (resume_lora or not trains)))
-        else None
-    )
+    goes_on = continued(checkpoints, finetuning, resume_lora, trains)
     for checkpoint in rest:
         if checkpoint is not goes_on:
             model = _merged(model, checkpoint)
@@ -142,6 +138,15 @@ def attach(
     model = finetuning.attach(model, family)
     finetuning.restore(model, goes_on.folder)
     return model
+
+
+def continued(
+    checkpoints: list[Checkpoint], finetuning: Finetuning, resume_lora: bool, trains: bool
+) -> Checkpoint | None:
+    """The checkpoint whose adapter or prefix the method goes on with; all others are merged."""
+    last = checkpoints[-1] if checkpoints else None
+    adapts = last is not None and last.kind == LORA and finetuning.finetuning_type == "lora"
+    return last if last is not None and (last.kind == PREFIX or (adapts and (resume_lora or not trains))) else None
 
 
 def lora_settings(folder: Path) -> dict[str, Any]:

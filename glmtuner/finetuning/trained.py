@@ -27,8 +27,12 @@ def train(parameter: "nn.Parameter") -> None:
 
 
 def trained_parameters(model: "nn.Module") -> "dict[str, torch.Tensor]":
-    """Name -> parameter, for those that are trained; tied ones once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Name -> parameter, for those that are trained; tied ones once. A value head is the stage's and is left out."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.startswith("value_head.")
+    }
 
 
 def save_tensors(tensors: "dict[str, torch.Tensor]", path: Path) -> None:

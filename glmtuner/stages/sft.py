@@ -1,36 +1,14 @@
 """Supervised fine-tuning on single answers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.schema import LossOn, Run, Stage, preset
 from glmtuner.data import DatasetSpec
-from glmtuner.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from glmtuner.data.prepare import Prepared
-
-
-@dataclass(frozen=True)
-class Datasets:
-    """What a run trains on and is evaluated on; None where it does not."""
-
-    train: "Dataset | None"
-    evaluation: "Dataset | None"
-    prepared: "list[Prepared]"
-    shares: dict[str, float]  # of the training records, reached by mixing
-
-    def about(self) -> dict[str, Any]:
-        """What provenance.json keeps."""
-        found = {part.spec.name: part.about() for part in self.prepared}
-        return {
-            name: {**kept, "share": round(self.shares[name], 6)} if name in self.shares else kept
-            for name, kept in found.items()
-        }
+    from glmtuner.data.splits import Datasets
 
 
 @preset("stage", "sft")
@@ -38,55 +16,31 @@ class Datasets:
 class Sft(Stage):
     """Instructions and conversations in, the assistant's answers learned."""
 
-    def specs(self, run: Run, catalogue: Sequence[Path]) -> dict[str, DatasetSpec]:
-        """The entries of all datasets that the run names; raises for an unknown name before anything is loaded."""
-        from glmtuner.data import find
-
-        return {
-            name: find(name, run.data.dataset_dir, catalogue) for name in (*run.data.dataset, *run.data.eval_dataset)
-        }
-
-    def datasets(self, run: Run, specs: dict[str, DatasetSpec], template: Any, tokenizer: Any) -> Datasets:
-        """The encoded records, split, mixed and checked: a dataset without a token to learn is refused."""
-        from datasets import concatenate_datasets
-
+    def datasets(self, run: Run, specs: dict[str, DatasetSpec], template: Any, tokenizer: Any) -> "Datasets":
         from glmtuner.data.encode import Encoder
-        from glmtuner.data.prepare import held_out, mixed, prepare, with_earlier_answers
+        from glmtuner.data.prepare import with_earlier_answers
+        from glmtuner.data.splits import datasets_of
 
-        data, trainer = run.data, run.trainer
-        encoder = Encoder(
-            template=template,
-            tokenizer=tokenizer,
-            max_source_length=data.max_source_length,
-            max_target_length=data.max_target_length,
-            every_answer=data.loss_on is LossOn.every_answer,
-            source_prefix=data.source_prefix,
-        )
-        hub = {"hub_cache": run.model.cache_dir, "token": run.model.use_auth_token}
-        evaluates = trainer.do_eval or trainer.do_predict or trainer.eval_strategy != "no" or trainer.eval_on_start
-        wanted = [*data.dataset] if trainer.do_train or not data.eval_dataset else []
-        wanted += data.eval_dataset if evaluates else []
-        prepared = {name: prepare(specs[name], data, encoder, **hub) for name in dict.fromkeys(wanted)}
-        for part in prepared.values():
-            if part.counts.learned_tokens == 0:
-                raise DataError(
-                    f"data.dataset={part.spec.name}: not one token would be learned of its {part.counts.records} records; "
-                    f"its entry ({part.spec.origin}) names the wrong columns, or data.max_target_length={data.max_target_length} "
-                    "leaves nothing of the answers"
-                )
-        seed = trainer.seed if trainer.data_seed is None else trainer.data_seed
-        train, evaluation, shares = None, None, {}
-        if data.eval_dataset and evaluates:
-            evaluation = concatenate_datasets([prepared[name].rows for name in data.eval_dataset])
-        parts = [prepared[name].rows for name in data.dataset if name in prepared]
-        if data.dev_ratio:
-            halves = [held_out(rows, data.dev_ratio, seed) for rows in parts]
-            parts = [kept for kept, _ in halves]
-            evaluation = concatenate_datasets([held for _, held in halves]) if evaluates else None
-        elif evaluates and not data.eval_dataset:
-            evaluation = concatenate_datasets(parts)
-        if trainer.do_train:
-            train, reached = mixed(parts, data.mix_probabilities, seed)
-            train = with_earlier_answers(train)
-            shares = dict(zip(data.dataset, reached, strict=True))
-        return Datasets(train, evaluation, list(prepared.values()), shares)
+        every_answer = run.data.loss_on is LossOn.every_answer
+        encoder = Encoder(template=template, tokenizer=tokenizer, every_answer=every_answer, **run.data.lengths())
+        found = datasets_of(run, specs, encoder)
+        return found if found.train is None else replace(found, train=with_earlier_answers(found.train))
+
+    def impossible(self, run: Run) -> Iterator[str]:
+        if run.trainer.do_predict and not run.trainer.predict_with_generate:
+            yield (
+                "trainer.do_predict=true without trainer.predict_with_generate=true: a prediction of stage=sft is a "
+                "generated answer; type trainer.predict_with_generate=true, or trainer=evaluate for the loss alone"
+            )
+
+    def collator(self, **padding: Any) -> Any:
+        from glmtuner.data.collate import Collator
+
+        return Collator(**padding)
+
+    def predict(
+        self, run: Run, folder: Any, trainer: Any, tokenizer: Any, template: Any, data: "Datasets"
+    ) -> dict[str, float]:
+        from glmtuner.predict import predict
+
+        return predict(run, folder, trainer.model, tokenizer, template, data)

@@ -13,13 +13,16 @@ ROOT = Path(__file__).parent.parent.parent
 RANK = {
     "errors": 0,
     **dict.fromkeys(("config", "console", "preemption"), 1),
-    **dict.fromkeys(("data", "families", "hub", "metrics", "quant", "trackers", "prefix", "run_folder"), 2),
+    **dict.fromkeys(
+        ("data", "families", "hub", "metrics", "quant", "trackers", "prefix", "run_folder", "losses", "value_head"), 2
+    ),
     **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight"), 3),
-    **dict.fromkeys(("assemble", "trainer"), 4),
-    **dict.fromkeys(("conversation", "predict", "serving", "stages"), 5),
-    **dict.fromkeys(("launch", "launchers", "verbs"), 6),
-    "sweep": 7,
-    "__main__": 8,
+    **dict.fromkeys(("assemble", "objectives", "trainer"), 4),
+    **dict.fromkeys(("conversation", "predict", "serving"), 5),
+    "stages": 6,
+    **dict.fromkeys(("launch", "launchers", "verbs"), 7),
+    "sweep": 8,
+    "__main__": 9,
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib", "rich", "pandas", "fastapi", "uvicorn"}
 SPY = """\

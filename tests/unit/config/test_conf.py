@@ -40,6 +40,7 @@ DATASETS = sorted((CONF / "dataset").glob("*.yaml"))
 COMPANY = {  # what a preset needs beside itself
     "model=causal_lm": ["model.model_name_or_path=x"],
     "finetuning=none": ["trainer=evaluate"],
+    "stage=ppo": ["model.reward_model=x"],
 }
 
 

@@ -1,0 +1,56 @@
+"""Ranked pairs as rows, and as batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from glmtuner.data.collate import Collator
+from glmtuner.data.encode import Counts, Encoder, shown
+from glmtuner.data.records import Example, Message
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairEncoder(Encoder):
+    """One row a pair: `input_ids` and `labels` with the better answer, `rejected_ids` and `rejected_labels` with the worse."""
+
+    takes: ClassVar[tuple[str, ...]] = ("ranked pairs",)
+    wanted: ClassVar[str] = (
+        "this stage learns from ranked pairs: two answers to one question, the better one first (`output: [chosen, "
+        "rejected]`, or columns chosen and rejected); name such a dataset, or type stage=sft"
+    )
+    columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels", "rejected_ids", "rejected_labels")
+
+    def encode(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Counts]:
+        """Both answers stand behind the same prompt, cut once; each is cut to `max_target_length`."""
+        counts = Counts(records=len(examples))
+        asked = [[*example.messages, Message("assistant", str(example.chosen))] for example in examples]
+        conversations, chosen = self._fitted(asked, counts)
+        worse = [
+            [*messages[:-1], Message("assistant", str(example.rejected))]
+            for messages, example in zip(conversations, examples, strict=True)
+        ]
+        rejected = self._encoded(worse)
+        rows = []
+        for messages, example, better, other in zip(conversations, examples, chosen, rejected, strict=True):
+            row, lost = self._learned(better, counts), self._learned(other, counts)
+            row |= {"rejected_ids": lost["input_ids"], "rejected_labels": lost["labels"]}
+            row |= {
+                "prompt": shown(self._prefixed(messages[:-1])),
+                "answer": example.chosen,
+                "rejected": example.rejected,
+            }
+            rows.append(row)
+        return rows, counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairCollator(Collator):
+    """A batch of pairs: the better answers in its first half, the worse ones, in the same order, in its second."""
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> "dict[str, torch.Tensor]":
+        """`input_ids`, `attention_mask` and `labels`, each [2 rows, longest]."""
+        rejected = [{"input_ids": row["rejected_ids"], "labels": row["rejected_labels"]} for row in rows]
+        return super().__call__([*rows, *rejected])

@@ -1,0 +1,54 @@
+"""Direct preference optimization."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from glmtuner.config.schema import PreferenceLoss
+from glmtuner.losses import IGNORE_INDEX, hinge_preference, ipo_preference, label_logprobs, sigmoid_preference
+from glmtuner.objectives.objective import Measured, Objective, Weights, without_dropout
+
+
+class DpoObjective(Objective):
+    """A preference loss on log(policy / reference) of both answers; the reference is the model as it comes in here.
+
+    `settings` has the keys of stage=dpo.
+    """
+
+    def __init__(self, model: Any, settings: Any) -> None:
+        super().__init__(model)
+        self.settings, self.reference = settings, Weights.trained_in(model)
+        without_dropout(model)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, Measured]:
+        with self.reference.on(self.model):
+            reference_R, _ = self.answer_logprobs(self.model, batch)
+        logprobs_R, tokens_R = self.answer_logprobs(model, batch)
+        settings = self.settings
+        is_ipo = settings.loss is PreferenceLoss.ipo
+        ratio_R = (logprobs_R - reference_R) / (tokens_R if is_ipo else 1)
+        chosen_R, rejected_R = ratio_R.chunk(2)
+        if is_ipo:
+            loss_R = ipo_preference(chosen_R, rejected_R, settings.beta)
+        elif settings.loss is PreferenceLoss.hinge:
+            loss_R = hinge_preference(chosen_R, rejected_R, settings.beta)
+        else:
+            loss_R = sigmoid_preference(chosen_R, rejected_R, settings.beta, settings.label_smoothing)
+        nll_R = -(logprobs_R / tokens_R).chunk(2)[0]
+        if settings.sft_weight:
+            loss_R = loss_R + settings.sft_weight * nll_R
+        rewards = (settings.beta * ratio_R).detach().chunk(2)
+        return loss_R, {
+            "reward_chosen": rewards[0],
+            "reward_rejected": rewards[1],
+            "margin": rewards[0] - rewards[1],
+            "accuracy": (rewards[0] > rewards[1]).float(),
+            "nll_chosen": nll_R.detach(),
+        }
+
+    def answer_logprobs(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The log-probability of each answer, [R], and its number of tokens, [R]."""
+        logits_RTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        tokens_R = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1)
+        return label_logprobs(logits_RTV, batch["labels"]).sum(1), tokens_R.clamp(min=1)

@@ -1,0 +1,45 @@
+"""Kahneman-Tversky optimization."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from glmtuner.losses import kto, label_logprobs
+from glmtuner.objectives.objective import Measured, Objective, Weights, without_dropout
+
+
+class KtoObjective(Objective):
+    """The value of single answers under prospect theory; the reference is the model as it comes in here.
+
+    `settings` has the keys of stage=kto.
+    """
+
+    def __init__(self, model: Any, settings: Any) -> None:
+        super().__init__(model)
+        self.settings, self.reference = settings, Weights.trained_in(model)
+        without_dropout(model)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, Measured]:
+        """The KL that answers are measured from is the batch's own, estimated on answers that belong to other prompts."""
+        own, crossed = (
+            {name: batch[name].chunk(2)[half] for name in ("input_ids", "attention_mask", "labels")} for half in (0, 1)
+        )
+        with self.reference.on(self.model):
+            reference_R, reference_crossed_R = self.logprobs(self.model, own), self.logprobs(self.model, crossed)
+        with torch.no_grad():
+            kl = (self.logprobs(self.model, crossed) - reference_crossed_R).mean().clamp(min=0)
+        ratio_R = self.logprobs(model, own) - reference_R
+        good_R, settings = batch["is_desirable"], self.settings
+        loss_R = kto(ratio_R, good_R, kl, settings.beta, settings.desirable_weight, settings.undesirable_weight)
+        reward_R = (settings.beta * ratio_R).detach()
+        return loss_R, {
+            "reward_desirable": reward_R[good_R],
+            "reward_undesirable": reward_R[~good_R],
+            "kl": kl[None],
+        }
+
+    def logprobs(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        """The log-probability of each answer, [R]."""
+        logits_RTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        return label_logprobs(logits_RTV, batch["labels"]).sum(1)
