@@ -54,6 +54,7 @@ def _facts(config: Any, about: dict[str, Any]) -> list[tuple[str, str]]:
     knobs = ", ".join(f"{name} {_short(value)}" for name, value in method.items() if name != "finetuning_type")
     return [
         ("command", about.get("command", MISSING)),
+        ("stage", config.stage.name),
         ("model", f"{config.model.model_name_or_path} ({config.model.family}, template {config.model.template})"),
         ("quantization", f"int{config.quant.quantization_bit}" if config.quant.quantization_bit else "none"),
         ("method", f"{method.finetuning_type}{f' ({knobs})' if knobs else ''}"),
@@ -107,14 +108,22 @@ def number(value: float) -> str:
 
 
 def answers(folder: RunFolder) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headers and rows of the answers: question, answer before training where there is one, answer after, label."""
+    """Headers and rows of the answers: question, answer before training where there is one, answer after, label.
+
+    Of pairs that a reward model scored: question, both answers, their scores.
+    """
     after = {line["index"]: line for line in read_lines(folder / PREDICTIONS)}
     before = {line["index"]: line for line in read_lines(folder / EVALUATIONS / "step-0.jsonl")}
+    header: tuple[str, ...]
     if not after:
         return (), []
     chosen = _spread(sorted(after), SHOWN_ANSWERS)
-    if before:
-        header: tuple[str, ...] = ("question", "before", "after", "label")
+    if "chosen_score" in after[chosen[0]]:
+        header = ("question", "better answer", "score", "worse answer", "score")
+        columns = ("prompt", "chosen", "chosen_score", "rejected", "rejected_score")
+        rows = [tuple(number(after[i][column]) if "score" in column else after[i][column] for column in columns) for i in chosen]
+    elif before:
+        header = ("question", "before", "after", "label")
         rows = [
             (after[i]["prompt"], before.get(i, {}).get("predict", MISSING), after[i]["predict"], after[i]["label"])
             for i in chosen

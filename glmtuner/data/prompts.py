@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from glmtuner.data.collate import Collator
 from glmtuner.data.encode import Counts, Encoder, shown
 from glmtuner.data.records import Example, Message
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,16 @@ class PromptEncoder(Encoder):
         return rows, counts
 
 
-def as_they_are(rows: Sequence[dict[str, Any]]) -> dict[str, list[list[int]]]:
-    """A batch of prompts, not padded: they are padded on the left to be answered, and on the right with their answers."""
-    return {"input_ids": [list(row["input_ids"]) for row in rows]}
+@dataclass(frozen=True, kw_only=True)
+class PromptCollator(Collator):
+    """A batch of prompts, padded on the right as all batches are; whoever answers them pads on the left."""
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> "dict[str, torch.Tensor]":
+        """`input_ids` and `attention_mask`, each [rows, longest]."""
+        batch = super().__call__([{**row, "labels": row["input_ids"]} for row in rows])
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def prompts_of(batch: "dict[str, torch.Tensor]") -> list[list[int]]:
+    """The prompts of a batch without their padding."""
+    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]

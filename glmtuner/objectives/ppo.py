@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from glmtuner.data.prompts import prompts_of
 from glmtuner.generate import continuations
 from glmtuner.losses import (
     IGNORE_INDEX,
@@ -189,7 +190,7 @@ class PpoObjective(Objective):
 
         Returns the mean loss of the updates; the gradient of the last one is in the parameters.
         """
-        rollout, measured, kl = self.rollout(batch["input_ids"])
+        rollout, measured, kl = self.rollout(prompts_of(batch))
         trainer.measured.add(measured)
         losses = []
         parts = list(self.minibatches(rollout))
@@ -214,12 +215,12 @@ class PpoObjective(Objective):
         return torch.stack(losses).mean()
 
     def trial(self, batch: dict[str, Any]) -> torch.Tensor:
-        rollout, _, _ = self.rollout(batch["input_ids"])
+        rollout, _, _ = self.rollout(prompts_of(batch))
         return self.update_loss(rollout)[0]
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, Measured]:
         """An evaluation: the negative score of each prompt's greedy answer, [R], and the same as `reward`."""
-        input_ids_RT, attention_mask_RT, labels_RT = self.answered(batch["input_ids"], sample=False)
+        input_ids_RT, attention_mask_RT, labels_RT = self.answered(prompts_of(batch), sample=False)
         scores_R = self.scores(input_ids_RT, attention_mask_RT)
         lengths_R = (labels_RT != IGNORE_INDEX).sum(1).float()
         return -scores_R, {"reward": scores_R, "response_length": lengths_R}

@@ -140,9 +140,9 @@ class Ppo(Stage):
         return datasets_of(run, specs, encoder)
 
     def collator(self, **padding: Any) -> Any:
-        from glmtuner.data.prompts import as_they_are
+        from glmtuner.data.prompts import PromptCollator
 
-        return as_they_are
+        return PromptCollator(**padding)
 
     def objective(self, run: Run, model: "nn.Module", template: Any, tokenizer: Any) -> Any:
         from glmtuner.assemble import stop_ids
