@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from glmtuner import __version__
+from glmtuner import __version__, ranks
 from glmtuner.errors import ConfigError, GlmtunerError, did_you_mean, nearest
 from glmtuner.preemption import Preempted
 
@@ -32,6 +32,7 @@ MEANINGS = {
     "metric": "how answers are scored",
     "generation": "how chat decodes",
     "tracker": "where the numbers go besides the run folder",
+    "parallel": "how many processes train one run, and what each holds",
     "experiment": "whole recipes",
 }
 
@@ -39,18 +40,25 @@ MEANINGS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    ranks.settle()
     try:
         return _main(words)
     except GlmtunerError as error:
-        print(f"glmtuner: {error}", file=sys.stderr)
+        if ranks.has_a_word_of_its_own(error):
+            print(f"glmtuner: {error}", file=sys.stderr)
         return 2
+    except ranks.RankFailed as failed:
+        if failed.code not in (1, 2):  # otherwise it has told why
+            print(f"glmtuner: {failed}; the same command with the same trainer.output_dir goes on", file=sys.stderr)
+        return 2 if failed.code == 2 else 1
     except Exception as error:
         if not out_of_space(error):
             raise
         print(f"glmtuner: the disk is full ({error}); free some space and type the same command again", file=sys.stderr)
         return 1
     except Preempted as stopped:
-        print(f"glmtuner: {stopped}; the same command with the same trainer.output_dir goes on", file=sys.stderr)
+        if ranks.is_main() and not ranks.is_child():
+            print(f"glmtuner: {stopped}; the same command with the same trainer.output_dir goes on", file=sys.stderr)
         stopped.hand_on()
         return stopped.exit_code
     except KeyboardInterrupt:
@@ -91,14 +99,16 @@ def _main(words: list[str]) -> int:
     from glmtuner.launch import launch
 
     launch(composed)
+    ranks.leave()
     return 0
 
 
 def _register() -> None:
-    """Make every method, stage, metric, model family, quantization and tracker known."""
+    """Make every method, stage, metric, model family, quantization, tracker and way of several processes known."""
     import glmtuner.families
     import glmtuner.finetuning
     import glmtuner.metrics
+    import glmtuner.parallel
     import glmtuner.quant
     import glmtuner.stages
     import glmtuner.trackers  # noqa: F401

@@ -1,17 +1,25 @@
-"""What a run says on the terminal."""
+"""What a run says on the terminal; of several ranks the first one alone speaks."""
 
+import os
 from collections.abc import Iterable, Sequence
+
+
+def silent() -> bool:
+    return os.environ.get("RANK", "0") != "0"
 
 
 def say(text: str) -> None:
     """One line, as plain text."""
-    print(text, flush=True)
+    if not silent():
+        print(text, flush=True)
 
 
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], show_header: bool = True, lines: bool = True
 ) -> None:
     """A table, with lines between rows when `lines`; wide characters are counted as two columns."""
+    if silent():
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from glmtuner import ranks
 from glmtuner.assemble import (
     SHAPE,
     attached_model,
@@ -29,11 +30,10 @@ from glmtuner.errors import CheckpointError
 from glmtuner.families.family import Family
 from glmtuner.hub import read_config
 from glmtuner.predict import answer_all
-from glmtuner.preemption import listening
+from glmtuner.preemption import Preempted, listening
 from glmtuner.run_folder import (
     CONFIG,
     EVALUATIONS,
-    FAILED,
     METRICS,
     PROVENANCE,
     TEMPLATE,
@@ -44,6 +44,7 @@ from glmtuner.run_folder import (
     newest_whole,
     provenance,
     shown_words,
+    step_of,
     without_secrets,
     write_json,
     write_text,
@@ -63,22 +64,47 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
     """Do what the run says; returns the content of metrics.json. Everything it writes lands in the run folder.
 
     An error after the folder is claimed is recorded there (failed.json) and raised; Preempted is raised by a run that a
-    signal stopped.
+    signal stopped. A run of several processes is started here, and every one of them comes here again as one rank of it.
     """
     run = composed.run
     specs = entries(run, catalogue or catalogue_dirs(composed))
     run.stage.check(run)
-    folder = RunFolder(output_dir or output_folder(composed))
-    resumes = claim(folder.path, composed.config, run.trainer.overwrite_output_dir)
+    run.parallel.check_machine()
+    if (count := ranks.to_start(run.parallel)) > 1:
+        return in_ranks(composed, RunFolder(output_dir or output_folder(composed)), count)
+    ranks.join(run.trainer)
+    folder, resumes = ranks.agreed(lambda: claimed(output_dir or output_folder(composed), composed))
     try:
         metrics = _launched(composed, specs, folder, resumes)
     except Exception as error:
         run.tracker.abandon()
         if folder.path.is_dir():
-            folder.record_failure(error, composed.words)
+            folder.record_failure(error, composed.words, first_wins=ranks.world_size() > 1)
         raise
-    (folder / FAILED).unlink(missing_ok=True)
+    finally:
+        folder.unlock()
     return metrics
+
+
+def claimed(path: Path, composed: Composed) -> tuple[RunFolder, bool]:
+    """The run's folder, locked by this process where it exists, and whether the run in it is to be resumed."""
+    return RunFolder(path), claim(path, composed.config, composed.run.trainer.overwrite_output_dir)
+
+
+def in_ranks(composed: Composed, folder: RunFolder, count: int) -> dict[str, float]:
+    """The run by `count` processes of this machine; raises RankFailed for the first that fails, Preempted when told to go."""
+    claimed(folder.path, composed)
+    folder.unlock()
+    try:
+        ranks.run_ranks(ranks.command_of(composed.flags, composed.words, folder.path), count)
+    except ranks.RankFailed as failed:
+        if failed.stopped_by is not None:
+            checkpoint, _ = newest_whole(folder.path)
+            raise Preempted.by(failed.stopped_by, step_of(checkpoint) if checkpoint else 0) from None
+        if folder.path.is_dir() and failed.killed:
+            folder.record_failure(failed, composed.words, first_wins=True)
+        raise
+    return folder.metrics()
 
 
 def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) -> dict[str, float]:
@@ -98,11 +124,15 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
     run.model.family = family.name
     objective = run.stage.objective(run, model, template, tokenizer)
 
-    folder.path.mkdir(parents=True, exist_ok=True)
-    describe(folder, composed, family, template, model_config, data, resumes)
+    if ranks.is_main():
+        folder.lock()
+        describe(folder, composed, family, template, model_config, data, resumes)
     arguments = training_arguments(run, folder, model)
     show_plan(run, folder, model, data, arguments, device)
-    reports = run.tracker.start(run, folder.path)
+    reports = run.tracker.start(run, folder.path) if ranks.is_main() else []
+    if ranks.world_size() > 1:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps it
+        run.parallel.spread(model, family.blocks(base))
     trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments, reports, objective)
     metrics: dict[str, float] = {}
     if run.trainer.do_train:
@@ -154,6 +184,8 @@ def training_arguments(run: Run, folder: RunFolder, model: "nn.Module") -> Any:
         if "gradient_checkpointing_kwargs" in chosen:
             chosen["activation_checkpointing_kwargs"] = chosen.pop("gradient_checkpointing_kwargs")
     chosen |= {"output_dir": str(folder.path), "report_to": "none", "run_name": run.name or folder.path.name}
+    if ranks.world_size() > 1:
+        chosen |= run.parallel.arguments()
     half = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} & {
         torch.float16,
         torch.bfloat16,
@@ -166,9 +198,9 @@ def training_arguments(run: Run, folder: RunFolder, model: "nn.Module") -> Any:
     ):
         chosen["bf16" if torch.bfloat16 in half else "fp16"] = True  # float32 weights between half-precision ones
     if not torch.cuda.is_available():
-        chosen["dataloader_pin_memory"] = (
-            False  # transformers pins by default and warns where there is nothing to pin for
-        )
+        chosen["dataloader_pin_memory"] = False  # transformers warns where there is nothing to pin for
+        if ranks.world_size() > 1:
+            chosen["use_cpu"] = True  # accelerate meets no ranks on a CPU that it was not told of
     chosen["eval_on_start"] = run.trainer.eval_on_start and run.trainer.do_train
     return Seq2SeqTrainingArguments(**{name: value for name, value in chosen.items() if value is not None})
 
@@ -282,8 +314,8 @@ def make_trainer(
     )
     generates = run.trainer.predict_with_generate and data.evaluation is not None
 
-    def score(prefix: str, step: int) -> dict[str, float]:
-        return answer_all(run, model, tokenizer, template, data, folder / EVALUATIONS / f"step-{step}.jsonl")
+    def score(step: int) -> dict[str, float]:
+        return answer_all(run, folder, model, tokenizer, template, data, folder / EVALUATIONS / f"step-{step}.jsonl")
 
     return GlmTrainer(
         model=model,
@@ -296,6 +328,7 @@ def make_trainer(
         finetuning=run.finetuning,
         folder=folder,
         score=score if generates else None,
+        sharded=run.parallel.sharded and ranks.world_size() > 1,
         objective=objective,
         derived=run.stage.derived,
     )
@@ -315,7 +348,7 @@ def train(
 
     checkpoint = Path(run.trainer.resume_from_checkpoint) if run.trainer.resume_from_checkpoint else None
     if resumes and checkpoint is None:
-        checkpoint, passed = newest_whole(folder.path)
+        checkpoint, passed = ranks.agreed(lambda: newest_whole(folder.path, ranks.world_size()))
         for sentence in passed:
             say(sentence)
         say(f"resumed from {checkpoint.name}" if checkpoint else "no whole checkpoint yet: started again from step 0")
@@ -344,7 +377,7 @@ def train(
 def refuse_flawed(checkpoint: Path) -> None:
     from glmtuner.run_folder import flaw
 
-    reason = flaw(checkpoint) if checkpoint.is_dir() else "no such folder"
+    reason = flaw(checkpoint, ranks.world_size()) if checkpoint.is_dir() else "no such folder"
     if reason:
         raise CheckpointError(
             f"trainer.resume_from_checkpoint={checkpoint} cannot be resumed from: {reason}; name another checkpoint, or leave "
@@ -372,21 +405,26 @@ def save_trained(
     objective: "Objective | None",
 ) -> None:
     """Write adapter/ or model/ whole or not at all, and compare what was written with what was trained (CET#262)."""
-    from glmtuner.finetuning.trained import digest_of
+    from glmtuner.finetuning.trained import digest_of, gathered
 
     final = folder / run.finetuning.saved_as
     partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    run.finetuning.save(model, partial)
-    tokenizer.save_pretrained(partial)
-    if objective is not None:
-        objective.save(partial)
-    trained = digest_of(model)
-    run.finetuning.restore(model, partial)
-    if digest_of(model) != trained:
-        raise CheckpointError(f"what was written to {partial} is not what was trained; is the disk full or failing?")
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    with gathered(model, everything=run.finetuning.saved_as == "model"):
+        if ranks.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            run.finetuning.save(model, partial)
+            tokenizer.save_pretrained(partial)
+            if objective is not None:
+                objective.save(partial)
+            trained = digest_of(model)
+            run.finetuning.restore(model, partial)
+            if digest_of(model) != trained:
+                raise CheckpointError(
+                    f"what was written to {partial} is not what was trained; is the disk full or failing?"
+                )
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+    ranks.meet()
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -401,6 +439,9 @@ def finish(run: Run, folder: RunFolder, trainer: "GlmTrainer", metrics: dict[str
     """Pictures, the report, and metrics.json last: with it the run counts as finished."""
     from glmtuner.report import draw_loss, show_results, write_report
 
+    metrics |= trainer.resources()
+    if not ranks.is_main():
+        return metrics
     if run.model.plot_loss and run.trainer.do_train:
         draw_loss(folder)
     closing = run.tracker.finish(folder.path)

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmtuner import ranks
 from glmtuner.assemble import stop_ids
 from glmtuner.config.schema import Run
-from glmtuner.run_folder import PREDICTIONS, RunFolder, read_lines, write_text
+from glmtuner.run_folder import EVALUATIONS, PREDICTIONS, RunFolder, read_lines, write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,12 +26,13 @@ def predict(
     data: "Datasets",
 ) -> dict[str, float]:
     """Answers to all evaluation records in predictions.jsonl, and their scores."""
-    found = answer_all(run, model, tokenizer, template, data, folder / PREDICTIONS, bar=True)
+    found = answer_all(run, folder, model, tokenizer, template, data, folder / PREDICTIONS, bar=True)
     return {f"predict_{name}": value for name, value in found.items()}
 
 
 def answer_all(
     run: Run,
+    folder: RunFolder,
     model: "nn.Module",
     tokenizer: "PreTrainedTokenizerBase",
     template: Any,
@@ -38,7 +40,11 @@ def answer_all(
     path: Path,
     bar: bool = False,
 ) -> dict[str, float]:
-    """Write each answer as it comes, those of an interrupted run kept; then all in order; returns their scores."""
+    """Write each answer as it comes, those of an interrupted prediction kept; then all in order; returns their scores.
+
+    Several ranks share the records, each with a file of its own until all are done. Ranks that hold a share of the weights
+    each answer every record together, since each needs the others for every token.
+    """
     from tqdm import tqdm
 
     from glmtuner.generate import Decoding, answers
@@ -52,24 +58,44 @@ def answer_all(
         stop_ids=stop_ids(template, tokenizer, run.model.family),
         pad_id=tokenizer.pad_token_id,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = {line["index"]: line for line in read_lines(path)} if path == path.parent / PREDICTIONS else {}
+    parts = [path, *(folder / EVALUATIONS / f"{path.stem}.rank{rank}.jsonl" for rank in range(1, ranks.world_size()))]
+    done = ranks.agreed(lambda: earlier(parts, path.name == PREDICTIONS))
     left = [index for index in range(len(rows)) if index not in done]
-    prompts = [rows[index]["prompt_ids"] for index in left]
-    with path.open("w", encoding="utf-8") as file:
-        for line in done.values():
+    together = run.parallel.sharded and ranks.world_size() > 1
+    mine = left if together else left[ranks.rank() :: ranks.world_size()]
+    prompts = [rows[index]["prompt_ids"] for index in mine]
+    with parts[ranks.rank()].open("w", encoding="utf-8") as file:
+        for line in done.values() if ranks.is_main() else ():
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         produced = answers(model, prompts, decoding, run.trainer.per_device_eval_batch_size)
-        shown = bar and not run.trainer.disable_tqdm
-        for place, tokens in tqdm(produced, total=len(left), desc="predict", disable=not shown):
-            index = left[place]
+        shown = bar and ranks.is_main() and not run.trainer.disable_tqdm
+        for place, tokens in tqdm(produced, total=len(mine), desc="predict", disable=not shown):
+            index = mine[place]
             text = tokenizer.decode(tokens, skip_special_tokens=True).strip()  # ChatGLM3 begins with a line break
             line = {"index": index, "prompt": rows[index]["prompt"], "label": rows[index]["answer"], "predict": text}
-            done[index] = line
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
+    ranks.meet()
+    return ranks.agreed(lambda: scored(run, parts))
+
+
+def earlier(parts: list[Path], kept: bool) -> dict[int, dict[str, Any]]:
+    """The answers in the files of the ranks by index, when they are to be kept; the files of the other ranks go."""
+    done = {line["index"]: line for part in parts for line in read_lines(part)} if kept else {}
+    for part in parts:
+        part.parent.mkdir(parents=True, exist_ok=True)
+    for part in parts[1:]:
+        part.unlink(missing_ok=True)
+    return done
+
+
+def scored(run: Run, parts: list[Path]) -> dict[str, float]:
+    """The scores of all ranks' answers, which stand in order in the first file from now on."""
+    done = {line["index"]: line for part in parts for line in read_lines(part)}
     ordered = [done[index] for index in sorted(done)]
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered))
+    write_text(parts[0], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered))
+    for part in parts[1:]:
+        part.unlink(missing_ok=True)
     return run.metric.scores([line["predict"].strip() for line in ordered], [line["label"].strip() for line in ordered])
 
 

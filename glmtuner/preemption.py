@@ -17,6 +17,12 @@ class Preempted(BaseException):
         super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
         self.signum, self.before = signum, before
 
+    @classmethod
+    def by(cls, signum: int, step: int) -> "Preempted":
+        """With whoever handles the signal now as the one to hand it on to."""
+        before = signal.getsignal(signum)
+        return cls(signum, step, before if callable(before) else None)
+
     def hand_on(self) -> None:
         """Call who handled the signal before: submitit puts its job back into SLURM's queue, and exits."""
         if self.before is not None:

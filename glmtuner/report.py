@@ -121,7 +121,10 @@ def answers(folder: RunFolder) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     if "chosen_score" in after[chosen[0]]:
         header = ("question", "better answer", "score", "worse answer", "score")
         columns = ("prompt", "chosen", "chosen_score", "rejected", "rejected_score")
-        rows = [tuple(number(after[i][column]) if "score" in column else after[i][column] for column in columns) for i in chosen]
+        rows = [
+            tuple(number(after[i][column]) if "score" in column else after[i][column] for column in columns)
+            for i in chosen
+        ]
     elif before:
         header = ("question", "before", "after", "label")
         rows = [

@@ -3,6 +3,7 @@
 No torch here: a folder can be read, shown and judged without loading a model.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,10 +32,12 @@ CONFIG, WORDS, PROVENANCE, HISTORY, METRICS = (
 PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE = "predictions.jsonl", "report.md", "loss.png", "template.jinja"
 CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL = "checkpoints", "evaluations", "adapter", "model"
 FAILED, OUTPUT = "failed.json", "output.log"  # why the last attempt ended; what a job of a sweep printed
+LOSSES = "losses.jsonl"  # of each evaluation record: `index`, `loss` (nats, summed over the answer), `tokens`
+LOCK = ".lock"  # held by the process that runs the run
 TRACKERS = ("wandb", "tensorboard")
 OURS = (
     CONFIG, WORDS, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE,
-    CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL, FAILED, OUTPUT, *TRACKERS,
+    CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL, FAILED, OUTPUT, LOSSES, *TRACKERS,
 )  # fmt: skip
 MARKER = "complete.json"  # written last into a checkpoint: its files and their sizes
 SECRETS = ("token", "api_key", "password", "secret")
@@ -84,8 +87,53 @@ class RunFolder:
         """Why the last attempt ended early: its `kind` (error, or infeasible: out of memory), `reason`, `time`; or None."""
         return read_json(self / FAILED) if (self / FAILED).is_file() else None
 
-    def record_failure(self, error: BaseException, words: list[str]) -> dict[str, Any]:
-        """Write failed.json; a traceback goes in for what is no mistake of the user's."""
+    def lock(self) -> None:
+        """Make the folder, and hold it until `unlock` or the end of this process, however it ends.
+
+        Raises CheckpointError when another process runs the run in it. On a disk that knows no locks nothing is held.
+        """
+        if self.path in _LOCKS:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self / LOCK).open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise CheckpointError(
+                f"trainer.output_dir={self.path}: another process runs the run in it right now; wait for its end, or type "
+                "another trainer.output_dir"
+            ) from None
+        except OSError:
+            file.close()
+            return
+        _LOCKS[self.path] = file
+
+    def unlock(self) -> None:
+        if file := _LOCKS.pop(self.path, None):
+            file.close()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process, this one or another, holds the folder."""
+        if not (self / LOCK).is_file():
+            return False
+        with (self / LOCK).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+        return False
+
+    def record_failure(self, error: BaseException, words: list[str], first_wins: bool = False) -> dict[str, Any]:
+        """Write failed.json, and return it; a traceback goes in for what is no mistake of the user's.
+
+        With `first_wins` a failure that is there already stays: of several ranks, the later ones fail for the first.
+        """
+        if first_wins and (before := self.failure()) is not None:
+            return before
         found = {
             "kind": "infeasible" if out_of_memory(error) else "error",
             "reason": " ".join(f"{error}".split())[:2000] or type(error).__name__,
@@ -115,6 +163,9 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
 
+_LOCKS: dict[Path, IO[str]] = {}  # what this process holds
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an accelerator or the machine had no memory left; torch is not imported for it."""
     text = str(error)
@@ -139,11 +190,24 @@ def default_folder(root: Path, name: str) -> Path:
 def claim(path: Path, config: DictConfig, overwrite: bool) -> bool:
     """Whether the run in this folder is to be resumed; False for a fresh folder.
 
-    Raises CheckpointError when the folder holds a finished run, another run, or files that are no run's.
+    Where the folder exists it is locked. Raises CheckpointError when another process has it, and when it holds a finished
+    run, another run, or files that are no run's.
     """
     folder = RunFolder(path)
-    if not path.exists() or not any(entry.name not in (FAILED, OUTPUT) for entry in path.iterdir()):
+    if not path.exists() or not any(entry.name not in (FAILED, OUTPUT, LOCK) for entry in path.iterdir()):
+        (folder / FAILED).unlink(missing_ok=True)
         return False
+    refuse_foreign(folder, config, overwrite)
+    folder.lock()
+    if overwrite:
+        folder.clear()
+    (folder / FAILED).unlink(missing_ok=True)  # of an earlier attempt
+    return not overwrite
+
+
+def refuse_foreign(folder: RunFolder, config: DictConfig, overwrite: bool) -> None:
+    """Raise CheckpointError where the folder holds what this run may neither go on with nor replace."""
+    path = folder.path
     name = f"trainer.output_dir={path}"
     again = "type another trainer.output_dir, or trainer.overwrite_output_dir=true to start it afresh"
     if overwrite:
@@ -152,8 +216,7 @@ def claim(path: Path, config: DictConfig, overwrite: bool) -> bool:
                 f"{name} holds files that are no run's ({', '.join(sorted(entry.name for entry in path.iterdir())[:3])}), and "
                 "trainer.overwrite_output_dir=true only replaces a run; type another trainer.output_dir"
             )
-        folder.clear()
-        return False
+        return
     if not folder.is_run:
         raise CheckpointError(
             f"{name} is not empty and holds no run ({', '.join(sorted(entry.name for entry in path.iterdir())[:3])}); "
@@ -165,7 +228,6 @@ def claim(path: Path, config: DictConfig, overwrite: bool) -> bool:
     if different:
         told = ", ".join(different[:6]) + (f" and {len(different) - 6} more" if len(different) > 6 else "")
         raise CheckpointError(f"{name} holds an unfinished run of another configuration (different: {told}); {again}")
-    return True
 
 
 def differing(one: DictConfig, other: DictConfig) -> list[str]:
@@ -326,8 +388,8 @@ NEEDED = {
 }
 
 
-def flaw(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, in a few words; None when it is whole."""
+def flaw(folder: Path, ranks: int | None = None) -> str | None:
+    """Why a checkpoint cannot be resumed from (by so many ranks), in a few words; None when it is whole."""
     if not (folder / MARKER).is_file():
         return f"half-written: it has no {MARKER}"
     try:
@@ -340,6 +402,8 @@ def flaw(folder: Path) -> str | None:
             return f"it lacks {what} ({name})"
     if not list(folder.glob("rng_state*.pth")):
         return "it lacks its random states (rng_state.pth)"
+    if ranks not in (None, about.get("ranks", 1)):
+        return f"{about.get('ranks', 1)} processes wrote it, and this run has {ranks}"
     for name, size in sizes.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -360,11 +424,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+def newest_whole(run: Path, ranks: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint to resume from, and a sentence for each one that was passed over."""
     passed = [f"{path.name} is passed over: half-written" for path in sorted((run / CHECKPOINTS).glob(".partial-*"))]
     for folder in reversed(checkpoints(run)):
-        reason = flaw(folder)
+        reason = flaw(folder, ranks)
         if reason is None:
             return folder, passed
         passed.append(f"{folder.name} is passed over: {reason}")

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 import glmtuner.families
 import glmtuner.finetuning
 import glmtuner.metrics
+import glmtuner.parallel
 import glmtuner.quant
 import glmtuner.stages
 import glmtuner.trackers  # noqa: F401  (a job may start in a process of its own: everything registers itself here)
+from glmtuner import ranks
 from glmtuner.config.compose import compose
 from glmtuner.config.overrides import parse, typed_keys
 from glmtuner.console import say
@@ -29,6 +32,7 @@ from glmtuner.launchers import one_gpu
 from glmtuner.preemption import Preempted
 from glmtuner.run_folder import FAILED, OUTPUT, RunFolder, read_json, write_json
 
+HANDED_ON = 120.0  # seconds that SLURM may take to end a job that goes back into the queue
 SLUG = 60  # characters of a job folder's readable part
 SWEEP = "sweep.json"  # in the sweep's folder: what was typed, for its report
 
@@ -94,6 +98,7 @@ def run_job(config: DictConfig) -> float | None:
     job's folder and stops no other job. The job's words are composed again, so that a job means exactly what the same
     words mean in a single run.
     """
+    ranks.settle()
     hydra = HydraConfig.get()
     folder = RunFolder(Path(hydra.runtime.output_dir))
     extra = next((source.path for source in hydra.runtime.config_sources if source.provider == "command-line"), None)
@@ -115,7 +120,7 @@ def run_job(config: DictConfig) -> float | None:
             return None
         say(f"job {hydra.job.num}: {folder.path}")
         if apart:
-            in_a_process(words, folder, extra)
+            in_a_process(words, folder, composed.flags)
             metrics = folder.metrics()
         else:
             metrics = launch(composed, output_dir=folder.path)
@@ -123,12 +128,19 @@ def run_job(config: DictConfig) -> float | None:
     except Preempted as stopped:
         say(f"{folder.path}: {stopped}; started again, it goes on")
         stopped.hand_on()
+        if not ranks.is_main():
+            time.sleep(HANDED_ON)  # rank 0 is putting the job back into the queue, and the end of any rank ends it
         raise SystemExit(stopped.exit_code) from None
+    except ranks.ToldByRank0:
+        return None
     except JobFailed:
         return None  # the process wrote down why
     except Exception as error:
-        failure = folder.record_failure(error, words)
+        told = ranks.world_size() > 1 or isinstance(error, ranks.RankFailed)  # by the rank that failed first
+        failure = folder.record_failure(error, words, first_wins=told)
         say(f"{failure['kind']}: {folder.path}: {failure['reason'][:300]}")
+        if ranks.world_size() > 1:
+            raise SystemExit(1) from None  # the other ranks wait for this one in a collective
         free_memory()
         return None
 
@@ -137,21 +149,26 @@ class JobFailed(Exception):
     """A job that ran in a process of its own failed, which its folder tells."""
 
 
-def in_a_process(words: Sequence[str], folder: RunFolder, config_dir: str | None) -> None:
+def in_a_process(words: Sequence[str], folder: RunFolder, flags: Sequence[str]) -> None:
     """Run the job in a process of its own, its output in output.log. Raises JobFailed, with the reason in failed.json."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "glmtuner", *(["--config-dir", config_dir] if config_dir else []), *words]
-    begun = (folder / FAILED).stat().st_mtime_ns if (folder / FAILED).is_file() else None
-    command.append(f"trainer.output_dir='{folder.path}'")
+    (folder / FAILED).unlink(missing_ok=True)
     with (folder / OUTPUT).open("ab") as log, one_gpu(folder.path.parent) as chosen:
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **chosen})
-        for signum in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(signum, lambda received, frame: child.send_signal(received))
-        code = child.wait()
-    if code == 0:
-        return
-    told = (folder / FAILED).is_file() and (folder / FAILED).stat().st_mtime_ns != begun
-    if not told:
+        child = subprocess.Popen(
+            ranks.command_of(flags, words, folder.path),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **chosen},
+        )
+        try:
+            ranks.wait_for([child])
+            return
+        except ranks.RankFailed as failed:
+            if failed.stopped_by is not None:
+                say(f"{folder.path}: {failed}; started again, it goes on")
+                raise JobFailed from None
+            code = failed.code
+    if folder.failure() is None:
         tail = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {' '.join(tail)}"
         folder.record_failure(ConfigError(how), list(words))

@@ -4,26 +4,37 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from glmtuner import ranks
 from glmtuner.config.schema import Finetuning
+from glmtuner.data.collate import IGNORE_INDEX
+from glmtuner.finetuning.trained import gathered
 from glmtuner.preemption import Asked
 from glmtuner.run_folder import (
     CHECKPOINTS,
     HISTORY,
+    LOSSES,
     RunFolder,
     checkpoints,
     mark_complete,
     read_json,
     step_of,
     write_json,
+    write_text,
 )
 
 if TYPE_CHECKING:
@@ -36,8 +47,8 @@ TIMINGS = ("_runtime", "_per_second", "_time", "total_flos")
 class GlmTrainer(Trainer):
     """What transformers' Trainer does, except where a method below says otherwise.
 
-    `score` is called with a metric prefix after the losses of an evaluation and returns more metrics, such as the scores
-    of generated answers.
+    `score` is called with the step after the losses of an evaluation and returns more metrics, such as the scores of
+    generated answers. `sharded` says that every rank holds only its share of the model's weights.
     """
 
     def __init__(
@@ -45,51 +56,39 @@ class GlmTrainer(Trainer):
         *args: Any,
         finetuning: Finetuning,
         folder: RunFolder,
-        score: Callable[[str, int], dict[str, float]] | None = None,
+        score: Callable[[int], dict[str, float]] | None = None,
+        sharded: bool = False,
         objective: "Objective | None" = None,
         derived: Callable[[dict[str, float]], dict[str, float]] = lambda means: {},
         **kwargs: Any,
     ) -> None:
+        self.sharded = sharded
         with _adapter_declared(kwargs["model"]):
             super().__init__(*args, **kwargs)
+        if sharded and not self.is_deepspeed_enabled:
+            # What transformers calls a model that owns its placement and the reduction of its gradients, so that accelerate
+            # puts no DDP around it. Said after __init__, which refuses checkpoints of such models; ours are whole.
+            self.is_distributed_loading_by_transformers = True
+        forget_peak(self.args.device)
         self.finetuning, self.folder, self.score = finetuning, folder, score
         self.objective, self.derived, self.measured = objective, derived, Measurements()
         if objective is not None:
             self.model_accepts_loss_kwargs = False  # the loss is a mean over rows, whatever tokens they have
         self.earlier_seconds = 0.0
+        self.tokens = torch.zeros(
+            (), dtype=torch.long, device=self.args.device
+        )  # learned from by this rank, no padding
+        self.evaluated: list[
+            dict[str, torch.Tensor]
+        ] = []  # of the evaluation in progress: a batch's rows, by what is measured
+        self.train_seconds = 0.0
         self.resumed_from: Path | None = None
         self.add_callback(_History(self))
 
-    # -- objectives: the loss of a stage that is not the model's own ------------------------------------------------
-
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-        if self.objective is None or not self.objective.updates:
-            return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
-        return self.objective.update(self, model, self._prepare_inputs(inputs))
-
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.objective is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        loss_R, measured = self.objective.loss(model, inputs)
-        self.measured.add(measured)
-        return loss_R.mean()
-
-    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.objective is None:
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss_R, measured = self.objective.loss(model, inputs)
-        self.measured.add({"loss": loss_R, **measured})
-        return loss_R.mean(), None, None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The line of a logging step has the means of what was measured since the last one."""
-        if "loss" in logs and self.is_in_train:
-            means = self.measured.take(self.accelerator)
-            logs |= means | self.derived(means)
-        super().log(logs, start_time)
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Weights that are shared out lie where they belong."""
+        if not self.sharded:
+            super()._move_model_to_device(model, device)
 
     # -- checkpoints: written to a temporary name, marked complete, renamed ------------------------------------------
 
@@ -101,25 +100,30 @@ class GlmTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         root = self.folder / CHECKPOINTS
         partial, final = root / f".partial-{name}", root / name
+        progress = self._progress()
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+        ranks.meet()
         self.store_flos()
-        if self.args.should_save:
-            self.finetuning.save_trained(self.accelerator.unwrap_model(model), partial)
-            if self.objective is not None:
-                self.objective.save(partial)
+        whole = self.accelerator.unwrap_model(model)
+        with gathered(whole, everything=False):
+            if self.args.should_save:
+                self.finetuning.save_trained(whole, partial)
+                if self.objective is not None:
+                    self.objective.save(partial)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(partial))
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))
+        ranks.meet()
         if not self.args.should_save:
             return
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(root / f"checkpoint-{self.state.best_global_step}")
         self.state.save_to_json(str(partial / "trainer_state.json"))
-        write_json(partial / PROGRESS, self._progress())
-        mark_complete(partial, {"step": self.state.global_step})
+        write_json(partial / PROGRESS, progress)
+        mark_complete(partial, {"step": self.state.global_step, "ranks": ranks.world_size()})
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         self._drop_old_checkpoints()
@@ -135,13 +139,35 @@ class GlmTrainer(Trainer):
             shutil.rmtree(path, ignore_errors=True)
 
     def _progress(self) -> dict[str, Any]:
+        """What each rank has summed up, a list with an entry a rank, and what all share."""
         return {
-            "measured": self.measured.sums,
-            "loss_since_log": self._tr_loss.item(),
+            "loss_since_log": ranks.from_all(self._tr_loss.item()),
+            "measured": ranks.from_all(self.measured.sums),
+            "tokens": ranks.from_all(self.tokens.item()),
             "loss_logged": self._total_loss_scalar,
             "step_logged": self._globalstep_last_logged,
             "seconds": self.earlier_seconds + time.time() - self._session_start,
         }
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The optimizer of weights that are shared out, whole, in the file that the plain one has."""
+        if not self.sharded or self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or self.is_deepspeed_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+        options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, optim_state_dict=state, options=options)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """The method's own files, every name and shape compared; transformers would load what fits."""
@@ -165,32 +191,125 @@ class GlmTrainer(Trainer):
         if self.resumed_from is None:
             return
         progress = read_json(self.resumed_from / PROGRESS)
-        self._tr_loss += progress["loss_since_log"]
+        self._tr_loss += progress["loss_since_log"][ranks.rank()]
+        self.tokens += progress["tokens"][ranks.rank()]
         self._total_loss_scalar = progress["loss_logged"]
         self._globalstep_last_logged = progress["step_logged"]
         self.earlier_seconds = progress["seconds"]
-        self.measured.sums = progress["measured"]
+        self.measured.sums = progress["measured"][ranks.rank()]
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Loss and time of the whole training, not of the part since the last resume."""
         self._initial_global_step = 0
+        self.train_seconds = self.earlier_seconds + time.time() - start_time
         return super()._finalize_training(trial, num_train_samples, start_time - self.earlier_seconds)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """The losses, then the scores of generated answers, so that both stand in one line of the history."""
-        of_training, self.measured = self.measured, Measurements()
+        """The losses, then the scores of generated answers, so that both stand in one line of the history.
+
+        The loss is the mean over all tokens of the evaluation records, whatever the batches and the ranks; transformers'
+        is the mean over batches. What an objective measures is the mean over the records. losses.jsonl keeps each record's.
+        """
+        self.evaluated = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self.measured.take(self.accelerator)
-        self.measured = of_training
+        columns = {name: torch.cat([part[name] for part in self.evaluated]) for name in self.evaluated[0]}
+        if self.args.should_save:
+            rows = [
+                dict(zip(columns, row, strict=True))
+                for row in zip(*(c.tolist() for c in columns.values()), strict=True)
+            ]
+            lines = [
+                {
+                    "index": place,
+                    **{
+                        name: int(value) if name == "tokens" else value for name, value in row.items() if value == value
+                    },
+                }
+                for place, row in enumerate(rows)
+            ]
+            write_text(self.folder / LOSSES, "".join(f"{json.dumps(line)}\n" for line in lines))
         if self.objective is None:
-            means = {"loss": output.metrics[f"{metric_key_prefix}_loss"]}
-        output.metrics.update(
-            {f"{metric_key_prefix}_{name}": value for name, value in (means | self.derived(means)).items()}
-        )
+            means = {"loss": (columns["loss"].sum() / columns["tokens"].sum()).item()}
+        else:
+            means = {name: column.nanmean().item() for name, column in columns.items() if not column.isnan().all()}
+        means |= self.derived(means)
         if self.score is not None:
-            found = self.score(metric_key_prefix, self.state.global_step)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+            means |= self.score(self.state.global_step)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, None, None]:
+        """The loss of each row, kept for `evaluation_loop`; transformers would take the batch's mean."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if self.objective is not None:
+                loss_B, measured = self.objective.loss(model, inputs)
+                found = {"loss": loss_B, **measured}
+            else:
+                labels_BT = inputs.pop("labels")
+                logits_BTV = model(**inputs).logits
+                rows = [
+                    row_loss(logits_TV, labels_T) for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True)
+                ]
+                found = dict(zip(("loss", "tokens"), torch.stack(rows).unbind(1), strict=True))
+        self.evaluated.append({name: self.gather_function(values).cpu() for name, values in found.items()})
+        return None, None, None
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if self.objective is not None and self.objective.updates:
+            model.train()
+            return self.objective.update(self, model, self._prepare_inputs(inputs))
+        taught_B = inputs["labels"].ne(IGNORE_INDEX).any(dim=1)  # all but blank rows
+        self.tokens += inputs["attention_mask"][taught_B].sum().to(self.tokens.device)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss, or the mean of an objective's over the rows."""
+        if self.objective is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        loss_B, measured = self.objective.loss(model, inputs)
+        self.measured.add(measured)
+        return loss_B.mean()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A logging step of the training also tells what an objective has measured since the last one."""
+        if "loss" in logs and self.objective is not None:
+            means = self.measured.take()
+            logs |= means | self.derived(means)
+        super().log(logs, start_time)
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> DataLoader:
+        """Several ranks learn an epoch's rows once each: accelerate would fill the last batches up with rows seen before.
+
+        So it does where an objective learns: its rows have no blank one among them.
+        """
+        plain = ranks.world_size() == 1 or not kwargs.get("is_training") or self.args.dataloader_drop_last
+        if plain or self.objective is not None:
+            return super()._get_dataloader(dataset, description, batch_size, **kwargs)
+        sampler_of = kwargs.pop("sampler_fn")
+        filled = Filled(dataset)
+        loader = super()._get_dataloader(
+            filled, description, batch_size, sampler_fn=lambda _: sampler_of(dataset), **kwargs
+        )
+        inner = loader.batch_sampler.batch_sampler  # accelerate's BatchSamplerShard is around it
+        loader.batch_sampler.batch_sampler = EvenBatches(inner, ranks.world_size(), filled.blank)
+        return loader
+
+    def resources(self) -> dict[str, float]:
+        """What the run took: non-padding tokens a second, peak memory of the largest rank, trained and all parameters."""
+        found = {
+            "peak_memory_gib": max(ranks.from_all(peak_memory_gib(self.args.device))),
+            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "total_parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+        seconds = self.train_seconds
+        if seconds:
+            found["train_tokens_per_second"] = sum(ranks.from_all(self.tokens.item())) / seconds
+        return found
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """transformers remembers the best step only; its checkpoint is kept under our folder."""
@@ -201,24 +320,100 @@ class GlmTrainer(Trainer):
 
 
 class Measurements:
-    """Sums and counts of what an objective measures, and their means; a checkpoint keeps them."""
+    """Sums and counts of what an objective measures in training, on this rank; a checkpoint keeps them."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[float]] = {}  # name -> sum, count
 
     def add(self, measured: dict[str, torch.Tensor]) -> None:
+        """Values of rows, by name; NaN where a row has none."""
         for name, values in measured.items():
             total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = [total + values.double().sum().item(), count + values.numel()]
+            known = values[~values.isnan()].double()
+            self.sums[name] = [total + known.sum().item(), count + known.numel()]
 
-    def take(self, accelerator: Any) -> dict[str, float]:
+    def take(self) -> dict[str, float]:
         """The means over all ranks since the last call; a name that counted nothing is left out."""
-        names = list(self.sums)
-        table = torch.tensor([self.sums[name] for name in names], dtype=torch.float64, device=accelerator.device)
-        if names:
-            table = accelerator.reduce(table, "sum")
-        self.sums = {}
-        return {name: total / count for name, (total, count) in zip(names, table.tolist(), strict=True) if count}
+        everywhere, self.sums = ranks.from_all(self.sums), {}
+        found = {}
+        for name in everywhere[0]:
+            total, count = (sum(sums[name][place] for sums in everywhere) for place in (0, 1))
+            if count:
+                found[name] = total / count
+        return found
+
+
+def row_loss(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+    """Of one row: the loss in nats, summed over its learned tokens, and their number, as float32 [2]."""
+    targets = labels_T[1:]
+    loss = torch.nn.functional.cross_entropy(
+        logits_TV[:-1].float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return torch.stack([loss, targets.ne(IGNORE_INDEX).sum().float()])
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that this process has held, in GiB: the GPU's, or on a CPU the resident set since `forget_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts bytes
+
+
+def forget_peak(device: torch.device) -> None:
+    """Measure the peak from now on: the jobs of a sweep may share a process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class Filled(Dataset):
+    """The rows of a dataset and, at `blank`, a row that teaches nothing."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows, self.blank = rows, len(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, places: list[int]) -> list[Mapping[str, Any]]:
+        found = iter(self.rows.__getitems__([place for place in places if place != self.blank]))
+        return [self._blank() if place == self.blank else next(found) for place in places]
+
+    def _blank(self) -> Mapping[str, Any]:
+        ids = self.rows[0]["input_ids"]  # a sequence that every model takes
+        return {"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)}
+
+
+class EvenBatches(BatchSampler):
+    """The batches of another sampler, all of one size and as many for each rank, filled up with the blank row."""
+
+    def __init__(self, batches: BatchSampler, world_size: int, blank: int) -> None:
+        self.batches, self.world_size, self.blank = batches, world_size, blank
+        self.batch_size, self.drop_last = batches.batch_size, batches.drop_last
+
+    @property
+    def sampler(self) -> Any:
+        return self.batches.sampler
+
+    @sampler.setter
+    def sampler(self, value: Any) -> None:
+        self.batches.sampler = value
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            yield [*batch, *[self.blank] * (self.batch_size - len(batch))]
+        for _ in range(len(self) - len(self.batches)):
+            yield [self.blank] * self.batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.world_size) * self.world_size
 
 
 @contextmanager

@@ -12,8 +12,7 @@ from torch import nn
 
 from glmtuner.errors import CheckpointError
 
-NAME = "value_head"  # the head on the model, and its file beside an adapter
-FILE = f"{NAME}.safetensors"
+FILE = "value_head.safetensors"
 PUBLISHED = "v_head.summary."  # in front of the names, in ChatGLM-Efficient-Tuning's value_head.bin
 
 

@@ -1,7 +1,7 @@
 """Words -> one validated `Run`, or one ConfigError; nothing is loaded or written here."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Composed:
     hydra: DictConfig
     words: list[str]  # as typed, commas expanded
     typed: set[str]  # the keys among them
+    flags: tuple[str, ...] = ()  # the options that the same words need in another process
 
 
 def presets(searched: Sequence[Path]) -> dict[str, list[str]]:
@@ -84,7 +85,9 @@ def compose(words: Sequence[str], *, config_dir: str | None = None, config_name:
     with _composer(searched) as composed:
         config = composed(config_name, settled)
         config = with_checkpoint(config, typed_keys(overrides), lambda extra: composed(config_name, [*extra, *settled]))
-        return finish(config, settled, typed_keys(overrides))
+        flags = ("--config-dir", str(config_dir)) if config_dir else ()
+        flags += ("--config-name", config_name) if config_name != "config" else ()
+        return replace(finish(config, settled, typed_keys(overrides)), flags=flags)
 
 
 def finish(config: DictConfig, words: list[str], typed: set[str]) -> Composed:

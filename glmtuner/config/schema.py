@@ -218,6 +218,7 @@ class Stage:
     name: str
 
     policy: typing.ClassVar[bool] = True  # does what it trains answer? (a reward model scores)
+    spreads: typing.ClassVar[bool] = True  # can ranks that hold a share of the weights or gradients train it?
 
     def impossible(self, run: "Run") -> "Iterator[str]":
         """One sentence for each value of the run that cannot meet this stage."""
@@ -325,6 +326,35 @@ class Tracker:
 
 
 @dataclass(kw_only=True)
+class Parallel:
+    """How many processes train one run, and what each of them holds."""
+
+    name: str
+    processes: int | None = None
+
+    several: typing.ClassVar[bool] = True  # one process a GPU, where there are several
+    sharded: typing.ClassVar[bool] = False  # does a process hold only its share of every weight?
+
+    def __post_init__(self) -> None:
+        if self.processes is not None and self.processes < 1:
+            raise ConfigError(f"parallel.processes={self.processes}: 1 or more, or null for one a GPU of this machine")
+
+    def impossible(self, run: "Run") -> Iterator[str]:
+        """One sentence for each value of the run that cannot meet this."""
+        yield from ()
+
+    def check_machine(self) -> None:
+        """Raises ConfigError where this machine lacks what it takes."""
+
+    def arguments(self) -> dict[str, Any]:
+        """What transformers' TrainingArguments are to be told."""
+        return {}
+
+    def spread(self, model: "nn.Module", blocks: "list[nn.Module]") -> None:
+        """Called once on every process with the model whose training begins; `blocks` are its layers."""
+
+
+@dataclass(kw_only=True)
 class Trainer(TrainerArguments):
     """transformers' Seq2SeqTrainingArguments, and the words that transformers 5 dropped."""
 
@@ -400,6 +430,7 @@ class Run:
     metric: Metric
     generation: Generation
     tracker: Tracker
+    parallel: Parallel
     name: str | None = None
     objective: str | None = None
 
@@ -432,6 +463,11 @@ class Run:
                 "type trainer=train, trainer=evaluate or trainer=predict"
             )
         yield from self.stage.impossible(self)
+        if not self.stage.spreads and self.parallel.name not in ("none", "ddp"):
+            yield (
+                f"parallel={self.parallel.name} with stage={self.stage.name}: its loss needs every rank to hold the whole model; "
+                "type parallel=ddp"
+            )
         if self.model.reward_model is not None and self.stage.name != "ppo":
             yield f"model.reward_model={self.model.reward_model} with stage={self.stage.name}: it is for stage=ppo; leave it out"
         evaluates = trainer.do_eval or trainer.do_predict or trainer.eval_strategy != "no" or trainer.eval_on_start
@@ -452,6 +488,7 @@ class Run:
                 f"trainer.load_best_model_at_end=true with trainer.eval_strategy={trainer.eval_strategy} and "
                 f"trainer.save_strategy={trainer.save_strategy}: both must be the same, steps or epoch"
             )
+        yield from self.parallel.impossible(self)
         if self.data.packing:
             yield "data.packing=true: this version trains one sample a row; type data.packing=false"
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmtuner import ranks
 from glmtuner.config.paths import PACKAGE, PACKAGE_DATA
 from glmtuner.config.schema import Data
 from glmtuner.data import BadLine, DatasetSpec, load, refuse
@@ -66,6 +67,7 @@ def cache_root() -> Path:
 def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str | None, token: bool) -> Prepared:
     """The dataset's rows, from the cache when it has them."""
     from datasets import load_from_disk
+    from filelock import FileLock
 
     options = {
         "dataset_dir": data.dataset_dir, "package_data": PACKAGE_DATA, "split": data.split,
@@ -73,12 +75,14 @@ def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str |
     }  # fmt: skip
     files = read(spec, **options).fingerprint()
     folder = cache_root() / "tokenized" / key_of(spec, files, data, encoder)
-    if data.overwrite_cache:
+    if data.overwrite_cache and ranks.is_main():
         shutil.rmtree(folder, ignore_errors=True)
-    if not (folder / "counts.json").is_file():
-        loaded = load(spec, max_samples=data.max_samples, **options)
-        refuse(loaded.bad, data.max_bad_records)
-        _encode_into(folder, loaded.examples, loaded.bad, encoder, data, spec)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process encodes; ranks and other jobs wait for it
+        if not (folder / "counts.json").is_file():
+            loaded = load(spec, max_samples=data.max_samples, **options)
+            refuse(loaded.bad, data.max_bad_records)
+            _encode_into(folder, loaded.examples, loaded.bad, encoder, data, spec)
     kept = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
     bad = [BadLine(**line) for line in kept["bad"]]
     refuse(bad, data.max_bad_records)
@@ -88,7 +92,7 @@ def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str |
 def _encode_into(
     folder: Path, examples: list[Example], bad: list[BadLine], encoder: Encoder, data: Data, spec: DatasetSpec
 ) -> None:
-    """Encode and write the rows, to a temporary name first; another process may have written the same by then."""
+    """Encode and write the rows, to a temporary name first."""
     from datasets import Dataset, concatenate_datasets
 
     unfit = next((example.kind for example in examples if example.kind not in encoder.takes), None)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from glmtuner.config.schema import Finetuning, preset
-from glmtuner.finetuning.trained import TRAINED, load_model_folder, restore_trained, save_trained, train
+from glmtuner.finetuning.trained import TRAINED, VALUE_HEAD, load_model_folder, restore_trained, save_trained, train
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +27,12 @@ class Full(Finetuning):
         return model
 
     def save(self, model: "nn.Module", folder: Path) -> None:
-        model.save_pretrained(folder)
+        head = model._modules.pop(VALUE_HEAD, None)  # the stage's, which writes it beside
+        try:
+            model.save_pretrained(folder)
+        finally:
+            if head is not None:
+                model.add_module(VALUE_HEAD, head)
 
     def save_trained(self, model: "nn.Module", folder: Path) -> None:
         save_trained(model, folder)

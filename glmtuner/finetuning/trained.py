@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TRAINED = "trained.safetensors"
+VALUE_HEAD = "value_head"  # a module that a stage adds to the model, and keeps itself
 
 
 def freeze_all(model: "nn.Module") -> None:
@@ -27,12 +30,13 @@ def train(parameter: "nn.Parameter") -> None:
 
 
 def trained_parameters(model: "nn.Module") -> "dict[str, torch.Tensor]":
-    """Name -> parameter, for those that are trained; tied ones once. A value head is the stage's and is left out."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not name.startswith("value_head.")
-    }
+    """Name -> parameter, for those that are trained; tied ones once."""
+    return {name: parameter for name, parameter in own_parameters(model).items() if parameter.requires_grad}
+
+
+def own_parameters(model: "nn.Module") -> "dict[str, nn.Parameter]":
+    """Name -> parameter, without the value head's."""
+    return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(f"{VALUE_HEAD}.")}
 
 
 def save_tensors(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
@@ -117,16 +121,55 @@ def assign(parameters: "dict[str, torch.Tensor]", saved: "dict[str, torch.Tensor
         raise CheckpointError(
             f"{folder} does not fit this model: of its parameters {', '.join(told)}; use another checkpoint"
         )
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+            value = saved[name]
+            if isinstance(parameter, DTensor):  # this process's share of it; every process has read the file
+                mesh = parameter.device_mesh
+                value = distribute_tensor(value.to(parameter), mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(value)
 
 
 def load_model_folder(model: "nn.Module", folder: Path) -> None:
     """Copy the weights of a transformers folder into the model; raises CheckpointError."""
     saved = load_folder(folder)
-    parameters = dict(model.named_parameters())
+    parameters = own_parameters(model)
     assign(parameters, {name: saved[name] for name in saved if name in parameters}, folder)
+
+
+@contextmanager
+def gathered(model: "nn.Module", everything: bool) -> Iterator[None]:
+    """While this lasts, rank 0 has parameters that are shared out over the ranks whole, on the CPU, and can save them.
+
+    The trained ones, or all of them. Every rank must come here; a model that is not shared out is left as it is.
+    """
+    from torch import nn
+    from torch.distributed import get_rank
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    whole: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not isinstance(parameter, DTensor) or not (everything or parameter.requires_grad):
+                continue
+            if id(parameter) not in whole:
+                value = parameter.full_tensor().detach().cpu()
+                whole[id(parameter)] = nn.Parameter(value, parameter.requires_grad) if get_rank() == 0 else parameter
+            replaced.append((module, name, parameter))
+    for module, name, parameter in replaced:
+        module._parameters[name] = whole[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in replaced:
+            module._parameters[name] = parameter
 
 
 def digest_of(model: "nn.Module") -> str:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from glmtuner import ranks
 from glmtuner.losses import kto, label_logprobs
 from glmtuner.objectives.objective import Measured, Objective, Weights, without_dropout
 
@@ -28,15 +29,15 @@ class KtoObjective(Objective):
         with self.reference.on(self.model):
             reference_R, reference_crossed_R = self.logprobs(self.model, own), self.logprobs(self.model, crossed)
         with torch.no_grad():
-            kl = (self.logprobs(self.model, crossed) - reference_crossed_R).mean().clamp(min=0)
+            kl = ranks.mean((self.logprobs(self.model, crossed) - reference_crossed_R).mean()).clamp(min=0)
         ratio_R = self.logprobs(model, own) - reference_R
         good_R, settings = batch["is_desirable"], self.settings
         loss_R = kto(ratio_R, good_R, kl, settings.beta, settings.desirable_weight, settings.undesirable_weight)
         reward_R = (settings.beta * ratio_R).detach()
         return loss_R, {
-            "reward_desirable": reward_R[good_R],
-            "reward_undesirable": reward_R[~good_R],
-            "kl": kl[None],
+            "reward_desirable": reward_R.where(good_R, torch.nan),
+            "reward_undesirable": reward_R.where(~good_R, torch.nan),
+            "kl": kl.expand(len(good_R)),
         }
 
     def logprobs(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from glmtuner.config.schema import Finetuning
-from glmtuner.finetuning.trained import trained_parameters
+from glmtuner.finetuning.trained import own_parameters, trained_parameters
 
-Measured = dict[str, torch.Tensor]  # name -> one value a row; the trainer logs their mean
+Measured = dict[
+    str, torch.Tensor
+]  # name -> a value for each row, NaN where a row has none; the trainer logs their mean
 
 
 class Objective:
@@ -56,7 +58,7 @@ class Weights:
         """What a checkpoint of the same method makes of the model, which is left as it was; raises CheckpointError."""
         whole = finetuning.saved_as == "model"
         trained = trained_parameters(model)
-        parameters = dict(model.named_parameters()) if whole else trained
+        parameters = own_parameters(model) if whole else trained
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         finetuning.restore(model, folder)
         found = {

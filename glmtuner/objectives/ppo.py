@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from glmtuner import ranks
 from glmtuner.data.prompts import prompts_of
 from glmtuner.generate import continuations
 from glmtuner.losses import (
@@ -72,6 +73,7 @@ class PpoObjective(Objective):
     ) -> None:
         super().__init__(model)
         self.settings, self.reward, self.reference = settings, reward, Weights.trained_in(model)
+        self.policy = Weights({})  # the model as it is
         self.max_new_tokens, self.stop_ids, self.pad_id = max_new_tokens, stop_ids, pad_id
         self.kl_coefficient: float = settings.kl_coefficient
         self.reward_head = new_head(model, drawn=False).requires_grad_(False)
@@ -114,7 +116,7 @@ class PpoObjective(Objective):
         scores_R = self.scores(input_ids_RT, attention_mask_RT)
         with self.reference.on(self.model):
             reference_RT, _, _ = self._judged(input_ids_RT, attention_mask_RT, labels_RT)
-        with Weights({}).on(self.model):
+        with self.policy.on(self.model):
             logprobs_RT, values_RT, entropy_R = self._judged(input_ids_RT, attention_mask_RT, labels_RT)
         settings = self.settings
         kl_RT = (logprobs_RT - reference_RT) * is_response_RT
@@ -192,6 +194,7 @@ class PpoObjective(Objective):
         """
         rollout, measured, kl = self.rollout(prompts_of(batch))
         trainer.measured.add(measured)
+        trainer.tokens += rollout.attention_mask_RT.sum()
         losses = []
         parts = list(self.minibatches(rollout))
         for number, part in enumerate(parts, 1):
@@ -207,8 +210,8 @@ class PpoObjective(Objective):
                 trainer.optimizer.zero_grad()
         settings = self.settings
         if settings.kl_target is not None:
-            mean_kl = trainer.accelerator.reduce(torch.tensor(kl, device=self.model.device), "mean").item()
-            rows = len(batch["input_ids"]) * trainer.args.world_size
+            mean_kl = ranks.mean(torch.tensor(kl, device=self.model.device)).item()
+            rows = len(batch["input_ids"]) * ranks.world_size()
             self.kl_coefficient = next_kl_coefficient(
                 self.kl_coefficient, mean_kl, settings.kl_target, settings.kl_horizon, rows
             )

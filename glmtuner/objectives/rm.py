@@ -18,6 +18,9 @@ class RewardObjective(Objective):
         """`head` is the file of the head to go on with; a new one is drawn without."""
         super().__init__(model)
         model.value_head = new_head(model, drawn=True)
+        words = model.get_output_embeddings().weight
+        if words is not model.get_input_embeddings().weight:
+            words.requires_grad_(False)  # nothing of a reward goes through them
         if head is not None:
             load_head(model.value_head, head)
 

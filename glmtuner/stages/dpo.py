@@ -1,7 +1,7 @@
 """Direct preference optimization."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.schema import PreferenceLoss, Run, Stage, preset
 from glmtuner.data import DatasetSpec
@@ -29,6 +29,8 @@ class Dpo(Stage):
     loss: PreferenceLoss
     label_smoothing: float = 0.0
     sft_weight: float = 0.0
+
+    spreads: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         wrong = [

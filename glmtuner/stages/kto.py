@@ -1,7 +1,7 @@
 """Kahneman-Tversky optimization."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.schema import Run, Stage, preset
 from glmtuner.data import DatasetSpec
@@ -26,6 +26,8 @@ class Kto(Stage):
     beta: float
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+
+    spreads: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         names = ("beta", "desirable_weight", "undesirable_weight")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.compose import run_folder_of
 from glmtuner.config.schema import Run, Stage, preset
@@ -59,6 +59,8 @@ class Ppo(Stage):
     whiten_advantages: bool = True
     temperature: float = 1.0
     max_new_tokens: int | None = None
+
+    spreads: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         wrong = [

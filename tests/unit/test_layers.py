@@ -11,10 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 RANK = {
-    "errors": 0,
-    **dict.fromkeys(("config", "console", "preemption"), 1),
+    **dict.fromkeys(("errors", "preemption"), 0),
+    **dict.fromkeys(("config", "console", "ranks"), 1),
     **dict.fromkeys(
-        ("data", "families", "hub", "metrics", "quant", "trackers", "prefix", "run_folder", "losses", "value_head"), 2
+        (
+            *("data", "families", "hub", "losses", "metrics", "parallel", "quant", "trackers", "prefix", "run_folder"),
+            "value_head",
+        ),
+        2,
     ),
     **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight"), 3),
     **dict.fromkeys(("assemble", "objectives", "trainer"), 4),

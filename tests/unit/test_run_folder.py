@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 from omegaconf import OmegaConf
@@ -163,7 +164,8 @@ def run(path, made=None, finished=False):
 
 
 def files_of(path):
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != ".lock"]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -223,6 +225,43 @@ def test_an_unfinished_run_of_another_config_is_refused(tmp_path, changed):
     with pytest.raises(CheckpointError, match=told):
         claim(tmp_path, config(**changed), overwrite=False)
     assert files_of(tmp_path) == before
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from glmtuner.run_folder import RunFolder
+RunFolder(Path(sys.argv[1])).lock()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_that_another_process_runs_in_is_refused_until_that_one_is_gone(tmp_path):
+    before = files_of(run(tmp_path))
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    assert RunFolder(tmp_path).is_running
+    with pytest.raises(CheckpointError, match=r"another process runs the run in it right now; wait .* or type another"):
+        claim(tmp_path, config(), overwrite=False)
+    with pytest.raises(CheckpointError, match="right now"):
+        claim(tmp_path, config(), overwrite=True)
+    assert files_of(tmp_path) == before
+    other.kill()
+    other.communicate()
+    assert not RunFolder(tmp_path).is_running
+    assert claim(tmp_path, config(), overwrite=False) is True
+    assert RunFolder(tmp_path).is_running
+    RunFolder(tmp_path).unlock()
+    assert not RunFolder(tmp_path).is_running
+
+
+def test_the_failure_of_an_earlier_attempt_is_gone_with_the_next(tmp_path):
+    RunFolder(run(tmp_path)).record_failure(ValueError("a"), [])
+    RunFolder(tmp_path).record_failure(ValueError("b"), [], first_wins=True)
+    assert RunFolder(tmp_path).failure()["reason"] == "ValueError: a"
+    claim(tmp_path, config(), overwrite=False)
+    assert RunFolder(tmp_path).failure() is None
 
 
 def test_a_finished_run_is_refused(tmp_path):

@@ -1,0 +1,7 @@
+"""Ways to train one run on several processes, one file each, named like the preset. Importing this package makes them known."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,15 @@
+"""DistributedDataParallel, by torch and accelerate."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from glmtuner.config.schema import Parallel, preset
+
+
+@preset("parallel", "ddp")
+@dataclass(kw_only=True)
+class Ddp(Parallel):
+    """Every process holds the whole model; gradients are averaged (Li et al. 2020, arXiv:2006.15704)."""
+
+    def arguments(self) -> dict[str, Any]:
+        return {"ddp_find_unused_parameters": False}

@@ -1,0 +1,47 @@
+"""Fully sharded data parallel, by torch's `fully_shard`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from glmtuner.config.schema import Parallel, Run, preset
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@preset("parallel", "fsdp2")
+@dataclass(kw_only=True)
+class Fsdp2(Parallel):
+    """Every process holds its share of every weight and gathers one layer at a time (Zhao et al. 2023, arXiv:2304.11277)."""
+
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+
+    sharded = True
+
+    def impossible(self, run: Run) -> Iterator[str]:
+        if run.quant.quantization_bit is not None:
+            yield (
+                f"parallel=fsdp2 with quant=int{run.quant.quantization_bit}: integer weights are not shared out; type "
+                "parallel=ddp, or quant=none"
+            )
+        if run.trainer.load_best_model_at_end:
+            yield "parallel=fsdp2 with trainer.load_best_model_at_end=true: not built; type parallel=ddp"
+
+    def spread(self, model: "nn.Module", blocks: "list[nn.Module]") -> None:
+        """Share the weights out, a group a layer and one for what is left.
+
+        accelerate does this on GPUs only, and in a checkpoint format of its own; so it is done here, by torch alone.
+        """
+        import torch
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+
+        device = "cuda" if torch.distributed.get_backend() != "gloo" else "cpu"
+        mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+        policy = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
+        for block in blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward, offload_policy=policy)
+        fully_shard(model, mesh=mesh, offload_policy=policy)
+        register_fsdp_forward_method(model, "generate")
