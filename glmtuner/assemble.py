@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.compose import Composed, compose, run_folder_of
-from glmtuner.config.schema import Dtype, Model, Run
+from glmtuner.config.schema import SCHEMA_CLASSES, Dtype, Model, Run
 from glmtuner.console import say
 from glmtuner.errors import CheckpointError
 from glmtuner.families.family import Family, family_from_structure, family_named, family_of
@@ -163,13 +163,27 @@ class Finished:
     stops: tuple[int, ...]
 
 
-def finished_run(folders: Sequence[Path], words: Sequence[str]) -> Finished:
+def is_policy(path: Path) -> bool:
+    """Whether the run in a folder trained a model that answers; taken for one where no run tells."""
+    source = run_folder_of(str(path))
+    name = RunFolder(source).config().get("stage", {}).get("name", "sft") if source else "sft"
+    stage = SCHEMA_CLASSES["stage"].get(name)
+    return stage is None or stage.policy
+
+
+def finished_run(folders: Sequence[Path], words: Sequence[str], *, to_talk: bool = True) -> Finished:
     """The run in the last folder, on the checkpoints of all of them in order; `words` are composed over it.
 
-    Raises GlmtunerError where a folder holds no trained weights, or a word is wrong.
+    Raises GlmtunerError where a folder holds no trained weights, where a word is wrong, or where the run is `to_talk` and
+    is no model that answers.
     """
     from glmtuner.models.load import load_tokenizer
 
+    if to_talk and not is_policy(folders[-1]):
+        raise CheckpointError(
+            f"{folders[-1]} holds a reward model: it scores answers and gives none; name the run of a model that answers, such as "
+            "the one it was trained from or one of stage=ppo"
+        )
     paths = ",".join(f"'{folder}'" for folder in folders)
     composed = compose(["trainer=predict", f"model.checkpoint_dir=[{paths}]", *words])
     run = composed.run

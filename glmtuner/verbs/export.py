@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 HELP = "its model as a folder of its own, merged and checked"
 RECEIPT = "export.json"  # written last: with it the export is whole
+VALUE_HEAD_FILE = "value_head.safetensors"  # of a reward model
 PROMPT = "你好，请用一句话介绍你自己。Hello, who are you?"
 NEW_TOKENS = 16
 # The largest difference of a logit that rounding explains, as a share of the largest logit; float32's is absolute.
@@ -43,8 +44,9 @@ class Answer:
 
 
 def run(given: argparse.Namespace, words: list[str]) -> int:
-    from glmtuner.assemble import finished_run
+    from glmtuner.assemble import finished_run, is_policy
     from glmtuner.console import say
+    from glmtuner.finetuning.start import checkpoint_in
     from glmtuner.run_folder import version_of, write_json
 
     if given.to.exists() and any(given.to.iterdir() if given.to.is_dir() else [given.to]):
@@ -55,7 +57,7 @@ def run(given: argparse.Namespace, words: list[str]) -> int:
             f"{typed[0]}: an export is made on the unquantized base, in float32; --dtype says what is written"
         )
     # merged in float32 on the unquantized base: what was trained on a quantized one is added to the weights it stands for
-    finished = finished_run(given.run, ["quant=none", "model.dtype=float32", *words])
+    finished = finished_run(given.run, ["quant=none", "model.dtype=float32", *words], to_talk=False)
     dtype = given.dtype or stored_dtype(finished)
     wanted = answer(finished, finished.model)
     partial = given.to.with_name(f".{given.to.name}.partial")
@@ -66,6 +68,9 @@ def run(given: argparse.Namespace, words: list[str]) -> int:
         write_prefix(finished, partial, given.layout)
     else:
         write_model(finished, partial, given.layout, dtype, given.shard)
+    scores = not is_policy(given.run[-1])
+    if scores:
+        shutil.copyfile(checkpoint_in(str(given.run[-1])).folder / VALUE_HEAD_FILE, partial / VALUE_HEAD_FILE)
     again = reloaded(finished, partial, prefix)
     found = answer(finished, again)
     drift = (found.logits - wanted.logits).abs().max().item()
@@ -82,6 +87,7 @@ def run(given: argparse.Namespace, words: list[str]) -> int:
         "runs": [str(path) for path in given.run], "base": finished.run.model.model_name_or_path, "layout": given.layout,
         "dtype": dtype, "method": finished.run.finetuning.finetuning_type, "drift": drift, "same_greedy_answer": same,
         "prompt": PROMPT, "template": finished.template.describe(), "glmtuner": version_of("glmtuner"),
+        "stage": "a reward model" if scores else "a model that answers",
     }  # fmt: skip
     write_json(partial / RECEIPT, receipt)
     if given.to.exists():
@@ -89,6 +95,11 @@ def run(given: argparse.Namespace, words: list[str]) -> int:
     partial.rename(given.to)
     told = "the same" if same else "another"
     say(f"{given.to}: {'prefix' if prefix else dtype}, logits within {drift:.2g} of the run's, {told} greedy answer")
+    if scores:
+        say(
+            f"a reward model, not one to talk to: an answer's score is weight x hidden state + bias of {VALUE_HEAD_FILE}, read at the "
+            "last hidden state of its last token"
+        )
     if given.push_to:
         push(given.to, given.push_to)
     return 0
