@@ -41,6 +41,8 @@ COMPANY = {  # what a preset needs beside itself
     "model=causal_lm": ["model.model_name_or_path=x"],
     "finetuning=none": ["trainer=evaluate"],
     "stage=ppo": ["model.reward_model=x"],
+    "experiment=rlhf_rm": ["model.checkpoint_dir=[]"],  # step 1 makes it
+    "experiment=rlhf_ppo": ["model.checkpoint_dir=[]"],
 }
 
 
