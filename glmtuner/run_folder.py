@@ -132,8 +132,6 @@ class RunFolder:
 
         With `first_wins` a failure that is there already stays: of several ranks, the later ones fail for the first.
         """
-        if first_wins and (before := self.failure()) is not None:
-            return before
         found = {
             "kind": "infeasible" if out_of_memory(error) else "error",
             "reason": " ".join(f"{error}".split())[:2000] or type(error).__name__,
@@ -143,7 +141,18 @@ class RunFolder:
         if not isinstance(error, GlmtunerError):
             found["reason"] = f"{type(error).__name__}: {found['reason']}"
             found["traceback"] = "".join(traceback.format_exception(error))
-        write_json(self / FAILED, found)
+        if not first_wins:
+            write_json(self / FAILED, found)
+            return found
+        mine = self / f".{FAILED}.{os.getpid()}"
+        write_json(mine, found)
+        try:
+            os.link(mine, self / FAILED)
+        except FileExistsError:
+            found = read_json(self / FAILED)
+        except OSError:  # a disk without hard links
+            mine.replace(self / FAILED)
+        mine.unlink(missing_ok=True)
         return found
 
     def trained(self) -> Path | None:
