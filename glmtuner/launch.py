@@ -98,8 +98,8 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
     describe(folder, composed, family, template, model_config, data, resumes)
     arguments = training_arguments(run, folder, model)
     show_plan(run, folder, model, data, arguments, device)
-    reports = run.tracker.start(run, folder.path)
-    trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments, reports)
+    run.tracker.start(run, folder.path)
+    trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments)
     metrics: dict[str, float] = {}
     if run.trainer.do_train:
         metrics |= train(run, folder, trainer, tokenizer, data, resumes)
@@ -267,12 +267,10 @@ def make_trainer(
     template: Any,
     data: "Datasets",
     arguments: Any,
-    reports: list[str],
 ) -> "GlmTrainer":
     from glmtuner.data.collate import Collator
     from glmtuner.trainer import GlmTrainer
 
-    arguments.report_to = reports
     generates = run.trainer.predict_with_generate and data.evaluation is not None
 
     def score(prefix: str, step: int) -> dict[str, float]:
@@ -287,6 +285,7 @@ def make_trainer(
             pad_id=tokenizer.pad_token_id, ignore_pad_token_for_loss=run.data.ignore_pad_token_for_loss
         ),
         finetuning=run.finetuning,
+        tracker=run.tracker,
         folder=folder,
         score=score if generates else None,
     )
@@ -325,7 +324,7 @@ def train(
         trainer.add_callback(StopWhenAsked(asked))
         out = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if asked.signum is not None and trainer.state.global_step < trainer.state.max_steps:
-        run.tracker.abandon()
+        run.tracker.abandon(preempted=True)
         raise asked.preempted(trainer.state.global_step)
     save_trained(run, folder, trainer.model, tokenizer)
     return numbers(out.metrics)
@@ -384,7 +383,7 @@ def finish(run: Run, folder: RunFolder, trainer: "GlmTrainer", metrics: dict[str
 
     if run.model.plot_loss and run.trainer.do_train:
         draw_loss(folder)
-    closing = run.tracker.finish(folder.path)
+    closing = run.tracker.finish(folder.path, metrics)
     write_report(folder, metrics)
     write_json(folder / METRICS, metrics)
     show_results(folder)

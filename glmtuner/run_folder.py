@@ -31,6 +31,7 @@ CONFIG, WORDS, PROVENANCE, HISTORY, METRICS = (
 PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE = "predictions.jsonl", "report.md", "loss.png", "template.jinja"
 CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL = "checkpoints", "evaluations", "adapter", "model"
 FAILED, OUTPUT = "failed.json", "output.log"  # why the last attempt ended; what a job of a sweep printed
+SWEEP = "sweep.json"  # in the sweep's folder: what was typed, for its report
 TRACKERS = ("wandb", "tensorboard")
 OURS = (
     CONFIG, WORDS, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE,
@@ -42,6 +43,7 @@ SECRETS = ("token", "api_key", "password", "secret")
 FREE_TO_CHANGE = (
     "trainer.overwrite_output_dir", "trainer.output_dir", "trainer.disable_tqdm", "trainer.log_level",
     "data.overwrite_cache", "data.preprocessing_num_workers", "model.cache_dir", "model.use_auth_token",
+    "tracker.project", "tracker.entity", "tracker.group", "tracker.job_type", "tracker.tags", "tracker.log_artifact",
 )  # fmt: skip
 
 

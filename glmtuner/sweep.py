@@ -27,10 +27,9 @@ from glmtuner.errors import ConfigError
 from glmtuner.launch import launch
 from glmtuner.launchers import one_gpu
 from glmtuner.preemption import Preempted
-from glmtuner.run_folder import FAILED, OUTPUT, RunFolder, read_json, write_json
+from glmtuner.run_folder import FAILED, OUTPUT, SWEEP, RunFolder, read_json, write_json
 
 SLUG = 60  # characters of a job folder's readable part
-SWEEP = "sweep.json"  # in the sweep's folder: what was typed, for its report
 
 
 def sweep_words(words: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from glmtuner.config.schema import Finetuning
+from glmtuner.config.schema import Finetuning, Tracker
 from glmtuner.preemption import Asked
 from glmtuner.run_folder import (
     CHECKPOINTS,
@@ -41,13 +41,14 @@ class GlmTrainer(Trainer):
         self,
         *args: Any,
         finetuning: Finetuning,
+        tracker: Tracker,
         folder: RunFolder,
         score: Callable[[str, int], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         with _adapter_declared(kwargs["model"]):
             super().__init__(*args, **kwargs)
-        self.finetuning, self.folder, self.score = finetuning, folder, score
+        self.finetuning, self.tracker, self.folder, self.score = finetuning, tracker, folder, score
         self.earlier_seconds = 0.0
         self.resumed_from: Path | None = None
         self.add_callback(_History(self))
@@ -156,7 +157,10 @@ def _adapter_declared(model: torch.nn.Module) -> Iterator[None]:
 
 
 class _History(TrainerCallback):
-    """history.jsonl: one line a logging step, without timings; cut back to the checkpoint when a run is resumed."""
+    """history.jsonl: one line a logging step, without timings; cut back to the checkpoint when a run is resumed.
+
+    The tracker gets the same lines.
+    """
 
     def __init__(self, trainer: GlmTrainer) -> None:
         self.trainer = trainer
@@ -171,6 +175,8 @@ class _History(TrainerCallback):
             last = step_of(self.trainer.resumed_from)
             kept = [line for line in self.trainer.folder.history() if line["step"] <= last]
         self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+        for line in kept:
+            self.trainer.tracker.log(line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         values = {name: value for name, value in (logs or {}).items() if not name.endswith(TIMINGS)}
@@ -181,6 +187,7 @@ class _History(TrainerCallback):
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self.trainer.tracker.log(line)
 
 
 class StopWhenAsked(TrainerCallback):

@@ -1,74 +1,236 @@
 """Weights & Biases."""
 
-import netrc
 import os
 import secrets
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from glmtuner.config.schema import Run, Tracker, preset
+from glmtuner.console import say
+from glmtuner.run_folder import PREDICTIONS, SWEEP, RunFolder, read_lines, shown_words, write_text
+
+MOST_ANSWERS = 1000  # rows of the table of predictions
+# W&B's own variables (WANDB_INIT_TIMEOUT, …) win over these. Of git it would keep the remote's URL with a token that
+# stands where the user name does, and the changed lines; the commit is in the config instead.
+SETTINGS = {"silent": True, "console": "off", "disable_git": True, "init_timeout": 30.0, "finish_timeout": 600.0}
 
 
 @preset("tracker", "wandb")
 @dataclass(kw_only=True)
 class Wandb(Tracker):
-    """Online when logged in, offline otherwise; it never asks. One run stays one W&B run when it is resumed."""
+    """Online when logged in, offline otherwise; it never asks. One run stays one W&B run when it is resumed.
+
+    What is typed wins over W&B's environment variables, and those over what is filled in here.
+    """
 
     project: str
     entity: str | None = None
     group: str | None = None
+    job_type: str | None = None
     tags: list[str] | None = None
+    log_artifact: bool = False
 
-    def start(self, run: Run, folder: Path) -> list[str]:
-        import wandb
+    def __post_init__(self) -> None:
+        self._line = self._sent = 0  # lines of the history that were logged here, and that W&B had before
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
-        logs = folder / "wandb"
-        logs.mkdir(parents=True, exist_ok=True)
-        remembered = logs / "run_id.txt"
-        run_id = remembered.read_text(encoding="utf-8").strip() if remembered.is_file() else secrets.token_hex(4)
-        remembered.write_text(run_id, encoding="utf-8")
-        wandb.init(
-            project=self.project,
-            entity=self.entity,
-            group=self.group,
-            tags=self.tags,
-            name=run.name or folder.name,
-            id=run_id,
-            resume="allow",
-            dir=str(folder),
-            mode=mode,
-            config=OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")),
-            settings=wandb.Settings(silent=True, console="off"),
+    def start(self, run: Run, folder: Path) -> None:
+        sweep = sweep_of(folder)
+        work = "train" if run.trainer.do_train else "predict" if run.trainer.do_predict else "evaluate"
+        if sweep is None:
+            names = (run.name, os.environ.get("WANDB_NAME"), folder.name)
+            proposed = os.environ.get("WANDB_RUN_ID")
+        else:  # one variable cannot name all jobs, and `name` names the sweep
+            names = (folder.name.rpartition("_")[0], folder.name)
+            proposed = None
+        about = RunFolder(folder).provenance()
+        self._open(
+            folder,
+            proposed,
+            name=next(filter(None, names)),
+            group=self._group(sweep),
+            job_type=self.job_type or os.environ.get("WANDB_JOB_TYPE") or work,
+            config={
+                **OmegaConf.to_container(RunFolder(folder).config()),
+                "provenance": {name: about.get(name) for name in ("git", "packages")},
+            },
         )
-        return ["wandb"]
 
-    def abandon(self) -> None:
+    def log(self, line: dict[str, float]) -> None:
+        """One row a line, under transformers' names (train/loss, eval/loss, …); a line that W&B has is not sent again."""
+        import wandb
+        from transformers.integrations import rewrite_logs
+
+        if wandb.run is None:
+            return
+        if self._line >= self._sent:
+            values = rewrite_logs({name: value for name, value in line.items() if name != "step"})
+            wandb.run.log({"train/global_step": line["step"], **values}, step=self._line, commit=True)
+        self._line += 1
+
+    def abandon(self, preempted: bool = False) -> None:
         import wandb
 
         if wandb.run is not None:
-            wandb.finish(exit_code=1)
+            if preempted:
+                wandb.run.mark_preempting()  # with the exit code, W&B shows the run as preempted and not as crashed
+            wandb.run.finish(exit_code=1)
+            wandb.teardown()
 
-    def finish(self, folder: Path) -> str | None:
+    def finish(self, folder: Path, metrics: dict[str, float]) -> str | None:
         import wandb
 
         if wandb.run is None:
             return None
-        files = Path(wandb.run.dir).parent
-        closing = f"W&B: offline; send it with `wandb sync {files}`" if wandb.run.offline else f"W&B: {wandb.run.url}"
-        wandb.finish()
-        return closing
+        shown = pictures(folder)
+        answers = list(islice(read_lines(folder / PREDICTIONS), MOST_ANSWERS))
+        if answers:
+            columns = ["index", "prompt", "label", "predict"]
+            shown["predictions"] = wandb.Table(columns, [[answer[name] for name in columns] for answer in answers])
+        if shown:
+            wandb.run.log(shown)
+        wandb.run.summary.update(metrics)
+        trained = RunFolder(folder).trained()
+        if self.log_artifact and trained is not None:
+            artifact = wandb.Artifact(f"{trained.name}-{wandb.run.id}", type="model", metadata=dict(metrics))
+            artifact.add_dir(str(trained), policy="immutable")  # read where it lies: no second copy on the disk
+            wandb.run.log_artifact(artifact)
+        return self._close(folder)
+
+    def publish(self, sweep: Path) -> str | None:
+        """A run of the sweep's group with its pictures, its leaderboard and its report; the same one when done again."""
+        import pandas
+        import wandb
+
+        shown = pictures(sweep)
+        leaderboard, report = sweep / "leaderboard.csv", sweep / "report.html"
+        if leaderboard.is_file():
+            table = pandas.read_csv(leaderboard).astype(object)
+            shown["leaderboard"] = wandb.Table(dataframe=table.where(table.notna(), None))
+        if report.is_file():
+            shown["report"] = wandb.Html(report.read_text(encoding="utf-8"), inject=False)
+        if not shown:
+            return None
+        self._open(sweep, None, name=f"{sweep.name} report", group=self._group(sweep), job_type="report")
+        assert wandb.run is not None
+        wandb.run.log(shown)
+        return self._close(sweep)
+
+    def _group(self, sweep: Path | None) -> str | None:
+        return self.group or os.environ.get("WANDB_RUN_GROUP") or (sweep.resolve().name if sweep else None)
+
+    def _open(self, folder: Path, proposed: str | None, **about: Any) -> None:
+        """Start the W&B run of this folder, or go on with the one whose id the folder remembers."""
+        import wandb
+
+        logs = folder / "wandb"
+        remembered = logs / "run_id.txt"
+        if not remembered.is_file():
+            write_text(remembered, proposed or secrets.token_hex(4))
+        run_id = remembered.read_text(encoding="utf-8").strip()
+        earlier = sessions(logs)
+        settings = {name: value for name, value in SETTINGS.items() if f"WANDB_{name.upper()}" not in os.environ}
+        if self.log_artifact:
+            settings.pop("finish_timeout", None)  # weights may take long
+        about |= {"project": self.project, "entity": self.entity, "tags": self.tags, "dir": str(folder)}
+        about |= {"id": run_id, "resume": "allow", "allow_val_change": True, "settings": wandb.Settings(**settings)}
+        mode = mode_now()
+        with hidden_secrets():
+            try:
+                opened = wandb.init(mode=mode, **about)
+            except wandb.Error as error:
+                if mode == "offline":
+                    raise
+                say(f"W&B does not take this run ({one_line(error)}): it is written offline")
+                wandb.teardown(exit_code=1)
+                for session in set(sessions(logs)) - set(earlier):
+                    shutil.rmtree(session, ignore_errors=True)
+                opened = wandb.init(mode="offline", **about)
+        opened.define_metric("train/global_step", hidden=True)
+        for names in ("train/*", "eval/*"):
+            opened.define_metric(names, step_metric="train/global_step")
+        self._line, self._sent = 0, opened.step
+        if opened.offline and any(is_sent(session) for session in earlier):
+            self._sent = len(RunFolder(folder).history())
+
+    def _close(self, folder: Path) -> str | None:
+        """End the W&B run; returns where it is, or how to send it."""
+        import wandb
+
+        run = wandb.run
+        assert run is not None
+        disabled, offline, url = run.disabled, run.offline, run.url
+        run.finish()
+        wandb.teardown()  # the next run reads W&B's environment anew, and no process stays behind
+        if disabled:
+            return None
+        if not offline:
+            return f"W&B: {url}"
+        left = [session for session in sessions(folder / "wandb") if not is_sent(session)]
+        if len(left) == len(sessions(folder / "wandb")):
+            for session in left[:-1]:  # nothing was sent yet, and the last session holds every line of the history
+                shutil.rmtree(session, ignore_errors=True)
+            left = left[-1:]
+        return f"W&B: offline; send it with `wandb sync {shlex.join(map(str, left))}`"
 
 
-def logged_in() -> bool:
-    """Whether a W&B key is at hand, in the environment or in ~/.netrc, without asking W&B."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+def mode_now() -> str:
+    """W&B's mode, from its environment and settings files; offline where that is online and no server takes the login."""
+    import wandb
+
+    mode = wandb.setup(wandb.Settings(silent=True)).settings.mode
+    if mode in ("offline", "dryrun", "disabled"):
+        return mode
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        return mode if wandb.login(prompt=False, verify=True) else "offline"
+    except wandb.Error as error:
+        say(f"W&B cannot be logged in to ({one_line(error)}): this run is written offline")
+        return "offline"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")
+
+
+@contextmanager
+def hidden_secrets() -> Iterator[None]:
+    """While this lasts, `sys.argv`, which W&B keeps with the run, shows no tokens and keys."""
+    typed = sys.argv
+    sys.argv = shown_words(typed)
+    try:
+        yield
+    finally:
+        sys.argv = typed
+
+
+def sweep_of(folder: Path) -> Path | None:
+    """The sweep whose job lives in this folder; None for a single run."""
+    parent = folder.resolve().parent
+    return parent if (parent / SWEEP).is_file() else None
+
+
+def sessions(logs: Path) -> list[Path]:
+    """What W&B wrote at each start of the run, oldest first: run-<time>-<id> and offline-run-<time>-<id>."""
+    found = [path for path in logs.glob("*run-*-*") if path.is_dir() and not path.is_symlink()]
+    return sorted(found, key=lambda path: path.name.removeprefix("offline-"))
+
+
+def is_sent(session: Path) -> bool:
+    """Whether W&B's server has this session: it was online, or `wandb sync` has marked it."""
+    return not session.name.startswith("offline-") or any(session.glob("*.synced"))
+
+
+def pictures(folder: Path) -> dict[str, Any]:
+    """The pictures of a run's or a sweep's report, by their names."""
+    import wandb
+
+    found = [*sorted(folder.glob("*.png")), *sorted(folder.glob("pictures/*.png"))]
+    return {f"pictures/{path.stem}": wandb.Image(str(path)) for path in found}

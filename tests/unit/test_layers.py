@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent.parent
 RANK = {
     "errors": 0,
     **dict.fromkeys(("config", "console", "preemption"), 1),
-    **dict.fromkeys(("data", "families", "hub", "metrics", "quant", "trackers", "prefix", "run_folder"), 2),
-    **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight"), 3),
+    **dict.fromkeys(("data", "families", "hub", "metrics", "quant", "prefix", "run_folder"), 2),
+    **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight", "trackers"), 3),
     **dict.fromkeys(("assemble", "trainer"), 4),
     **dict.fromkeys(("conversation", "predict", "serving", "stages"), 5),
     **dict.fromkeys(("launch", "launchers", "verbs"), 6),
