@@ -21,7 +21,7 @@ from glmtuner.run_folder import PREDICTIONS, SWEEP, RunFolder, read_lines, shown
 MOST_ANSWERS = 1000  # rows of the table of predictions
 # W&B's own variables (WANDB_INIT_TIMEOUT, …) win over these. Of git it would keep the remote's URL with a token that
 # stands where the user name does, and the changed lines; the commit is in the config instead.
-SETTINGS = {"silent": True, "console": "off", "disable_git": True, "init_timeout": 30.0, "finish_timeout": 600.0}
+SETTINGS = {"silent": True, "console": "off", "disable_git": True, "init_timeout": 30.0, "finish_timeout": 300.0}
 
 
 @preset("tracker", "wandb")
@@ -82,8 +82,7 @@ class Wandb(Tracker):
         if wandb.run is not None:
             if preempted:
                 wandb.run.mark_preempting()  # with the exit code, W&B shows the run as preempted and not as crashed
-            wandb.run.finish(exit_code=1)
-            wandb.teardown()
+            end(exit_code=1)
 
     def finish(self, folder: Path, metrics: dict[str, float]) -> str | None:
         import wandb
@@ -141,7 +140,12 @@ class Wandb(Tracker):
         if self.log_artifact:
             settings.pop("finish_timeout", None)  # weights may take long
         about |= {"project": self.project, "entity": self.entity, "tags": self.tags, "dir": str(folder)}
-        about |= {"id": run_id, "resume": "allow", "allow_val_change": True, "settings": wandb.Settings(**settings)}
+        about |= {
+            "id": run_id,
+            "resume": "allow",
+            "allow_val_change": True,
+            "settings": wandb.Settings(**settings, finish_timeout_raises=True),
+        }
         mode = mode_now()
         with hidden_secrets():
             try:
@@ -167,19 +171,33 @@ class Wandb(Tracker):
 
         run = wandb.run
         assert run is not None
-        disabled, offline, url = run.disabled, run.offline, run.url
-        run.finish()
-        wandb.teardown()  # the next run reads W&B's environment anew, and no process stays behind
+        disabled, offline, url, here = run.disabled, run.offline, run.url, Path(run.dir).parent
+        all_sent = end(exit_code=0)
         if disabled:
             return None
         if not offline:
-            return f"W&B: {url}"
+            rest = f"; it did not take everything in time: `wandb sync --include-online {shlex.quote(str(here))}`"
+            return f"W&B: {url}{'' if all_sent else rest}"
         left = [session for session in sessions(folder / "wandb") if not is_sent(session)]
         if len(left) == len(sessions(folder / "wandb")):
             for session in left[:-1]:  # nothing was sent yet, and the last session holds every line of the history
                 shutil.rmtree(session, ignore_errors=True)
             left = left[-1:]
         return f"W&B: offline; send it with `wandb sync {shlex.join(map(str, left))}`"
+
+
+def end(exit_code: int) -> bool:
+    """Close the W&B run and its process; returns whether the server, where there is one, took everything in time."""
+    import wandb
+
+    assert wandb.run is not None
+    try:
+        wandb.run.finish(exit_code=exit_code)
+    except TimeoutError:
+        return False
+    finally:
+        wandb.teardown(exit_code)  # the next run reads W&B's environment anew, and no process stays behind
+    return True
 
 
 def mode_now() -> str:

@@ -1,6 +1,5 @@
 """What the trackers keep of real runs, read back from their files."""
 
-import http.server
 import json
 import os
 import pty
@@ -15,6 +14,9 @@ from pathlib import Path
 import pytest
 import wandb_file
 from omegaconf import OmegaConf
+from wandb_server import WandbServer
+
+from glmtuner.trackers.wandb import Wandb
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = [
@@ -48,6 +50,10 @@ def logged(session: wandb_file.Written) -> list[dict[str, float]]:
     kept = [row for row in session.history if "train/global_step" in row]
     assert [row["_step"] for row in kept] == list(range(kept[0]["_step"], kept[0]["_step"] + len(kept)))
     return [{name: value for name, value in row.items() if name[0] != "_"} for row in kept]
+
+
+def received(server: WandbServer) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if name[0] != "_"} for row in server.rows]
 
 
 def bytes_of(folder: Path) -> bytes:
@@ -147,46 +153,67 @@ def test_wandb_mode_disabled_writes_nothing(
     assert [path.name for path in (tmp_path / "run/wandb").iterdir()] == ["run_id.txt"]
 
 
-class Refusing(http.server.BaseHTTPRequestHandler):
-    """A W&B server that knows no key."""
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"] or 0))
-        self.send_response(401)
-        self.end_headers()
-
-    def log_message(self, *given: object) -> None:
-        pass
-
-
 @pytest.fixture
-def refusing() -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A W&B server of this test alone, and the login for it."""
+    with WandbServer(refused="f" * 40) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.delenv("WANDB_MODE")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield server
+        server.shutdown()
 
 
 def test_a_refused_key_and_a_dead_server_cost_seconds_and_no_run(
-    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusing: str
+    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: WandbServer
 ) -> None:
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "2")
     words = ["trainer=evaluate", *TINY[:4], "trainer.disable_tqdm=true"]
-    for name, server, key in (
-        ("refused", refusing, KEY),
-        ("dead", "http://127.0.0.1:9", KEY),
-        ("short", refusing, "k"),
-    ):
-        monkeypatch.setenv("WANDB_BASE_URL", server)
+    dead = "http://127.0.0.1:9"
+    for name, url, key in (("refused", server.url, "f" * 40), ("dead", dead, KEY), ("short", server.url, "k")):
+        monkeypatch.setenv("WANDB_BASE_URL", url)
         monkeypatch.setenv("WANDB_API_KEY", key)
         done = glmtuner(*words, f"trainer.output_dir={name}")
         assert done.returncode == 0, done.stderr
         assert "W&B cannot be logged in to (" in done.stdout and "this run is written offline" in done.stdout
         assert f"send it with `wandb sync {name}/wandb/offline-run-" in done.stdout
-        assert KEY.encode() not in bytes_of(tmp_path / name)
+        assert KEY.encode() not in bytes_of(tmp_path / name) and b"f" * 40 not in bytes_of(tmp_path / name)
+    assert server.run is None
+
+
+def test_a_server_that_takes_the_login_and_not_the_run(
+    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: WandbServer
+) -> None:
+    answer = server.answer
+    monkeypatch.setattr(
+        server, "answer", lambda query, given: None if "UpsertBucket" in query else answer(query, given)
+    )
+    done = glmtuner("trainer=evaluate", *TINY[:4], "trainer.disable_tqdm=true", "trainer.output_dir=run")
+    assert done.returncode == 0, done.stderr
+    assert "W&B does not take this run (" in done.stdout and "`wandb sync run/wandb/offline-run-" in done.stdout
+    (session,) = wandb_file.sessions(tmp_path / "run")
+    assert session.exit_code == 0 and not list((tmp_path / "run/wandb").glob("run-2*"))
+
+
+def test_online_a_stopped_run_goes_on_where_the_server_has_it(
+    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: WandbServer
+) -> None:
+    words = [*TINY, "trainer.output_dir=run"]
+    stop_after_step_three(monkeypatch)
+    assert glmtuner(*words).returncode == 143
+    assert any(end.get("preempting") for end in server.ends) and server.ends[-1]["exitcode"] == 1
+    assert [row["train/global_step"] for row in server.rows] == [1, 2, 3]
+    (tmp_path / "run/checkpoints/checkpoint-3/complete.json").unlink()
+    done = glmtuner(*words)
+    assert done.returncode == 0, done.stderr
+    assert f"W&B: {server.url}/team/glmtuner/runs/{server.run['name']}" in done.stdout
+    assert server.run["name"] == (tmp_path / "run/wandb/run_id.txt").read_text()
+    assert received(server) == rows(tmp_path / "run") and len(server.rows) == 4
+    assert json.loads((tmp_path / "run/metrics.json").read_text()).items() <= server.summary.items()
+    assert server.ends[-1] == {"complete": True, "exitcode": 0}
+    assert KEY.encode() not in bytes_of(tmp_path / "run")
 
 
 def test_a_stopped_run_stays_one_run_with_each_line_once(
@@ -208,15 +235,38 @@ def test_a_stopped_run_stays_one_run_with_each_line_once(
     assert second.exit_code == 0
 
 
-def test_lines_that_were_sent_are_not_sent_again(
-    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_server_that_goes_away_holds_up_the_end_for_a_while_only(
+    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: WandbServer
 ) -> None:
-    words = [*TINY, "trainer.output_dir=run"]
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "2")
+    finish = Wandb.finish
+
+    def gone(self, folder, metrics):
+        server.gone = True
+        return finish(self, folder, metrics)
+
+    monkeypatch.setattr(Wandb, "finish", gone)
+    done = glmtuner("trainer=evaluate", *TINY[:4], "trainer.disable_tqdm=true", "trainer.output_dir=run")
+    assert done.returncode == 0, done.stderr
+    assert "it did not take everything in time: `wandb sync --include-online run/wandb/run-" in done.stdout
+    assert (tmp_path / "run/metrics.json").is_file()
+
+
+def test_what_was_synced_is_not_sent_again(
+    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: WandbServer
+) -> None:
+    def sync() -> None:
+        paths = [path for path in sorted(run.glob("wandb/offline-run-*")) if not list(path.glob("*.synced"))]
+        command = ["wandb", "sync", *map(str, paths)]
+        env = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
+        subprocess.run([sys.executable, "-m", *command], env=env, check=True, capture_output=True, timeout=60)
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    words, run = [*TINY, "trainer.output_dir=run"], tmp_path / "run"
     stop_after_step_three(monkeypatch)
     assert glmtuner(*words).returncode == 143
-    run = tmp_path / "run"
-    (sent,) = run.glob("wandb/offline-run-*/*.wandb")
-    sent.with_suffix(".wandb.synced").touch()  # what `wandb sync` leaves behind
+    sync()
+    assert [row["train/global_step"] for row in server.rows] == [1, 2, 3]
     (run / "checkpoints/checkpoint-3/complete.json").unlink()
     done = glmtuner(*words)
     assert done.returncode == 0, done.stderr
@@ -224,6 +274,8 @@ def test_lines_that_were_sent_are_not_sent_again(
     assert first.run.run_id == second.run.run_id and logged(first) + logged(second) == rows(run)
     last = sorted(run.glob("wandb/offline-run-*"))[-1].relative_to(tmp_path)
     assert f"`wandb sync {last}`" in done.stdout
+    sync()
+    assert received(server) == rows(run) and len(server.rows) == 4
 
 
 def test_the_runs_of_a_sweep_share_a_group_and_are_named_by_their_overrides(glmtuner: Callable, tmp_path: Path) -> None:
