@@ -108,7 +108,7 @@ def workspace(entity: str, project: str, sweep: Sweep) -> Any:
         sections=[workspaces.Section(name=name, panels=shown, is_open=True) for name, shown in sections.items()],
         settings=workspaces.WorkspaceSettings(x_axis="train/global_step", max_runs=100),
         runset_settings=workspaces.RunsetSettings(
-            filters=[expr.Metric("Group") == sweep.group], pinned_columns=[f"summary:{sweep.objective}"]
+            filters=expr.And(expr.Metric("Group") == sweep.group), pinned_columns=[f"summary:{sweep.objective}"]
         ),
     )
 
