@@ -43,7 +43,7 @@ SECRETS = ("token", "api_key", "password", "secret")
 FREE_TO_CHANGE = (
     "trainer.overwrite_output_dir", "trainer.output_dir", "trainer.disable_tqdm", "trainer.log_level",
     "data.overwrite_cache", "data.preprocessing_num_workers", "model.cache_dir", "model.use_auth_token",
-    "tracker.project", "tracker.entity", "tracker.group", "tracker.job_type", "tracker.tags", "tracker.log_artifact",
+    "tracker.name", "tracker.project", "tracker.entity", "tracker.group", "tracker.job_type", "tracker.tags", "tracker.log_artifact",
 )  # fmt: skip
 
 

@@ -43,6 +43,8 @@ class Wandb(Tracker):
         self._line = self._sent = 0  # lines of the history that were logged here, and that W&B had before
 
     def start(self, run: Run, folder: Path) -> None:
+        import wandb
+
         sweep = sweep_of(folder)
         work = "train" if run.trainer.do_train else "predict" if run.trainer.do_predict else "evaluate"
         if sweep is None:
@@ -63,6 +65,9 @@ class Wandb(Tracker):
                 "provenance": {name: about.get(name) for name in ("git", "packages")},
             },
         )
+        assert wandb.run is not None
+        if wandb.run.url:
+            say(f"W&B: {wandb.run.url}")
 
     def log(self, line: dict[str, float]) -> None:
         """One row a line, under transformers' names (train/loss, eval/loss, …); a line that W&B has is not sent again."""
@@ -161,7 +166,7 @@ class Wandb(Tracker):
         opened.define_metric("train/global_step", hidden=True)
         for names in ("train/*", "eval/*"):
             opened.define_metric(names, step_metric="train/global_step")
-        self._line, self._sent = 0, opened.step
+        self._line, self._sent = 0, opened.starting_step
         if opened.offline and any(is_sent(session) for session in earlier):
             self._sent = len(RunFolder(folder).history())
 
@@ -175,15 +180,17 @@ class Wandb(Tracker):
         all_sent = end(exit_code=0)
         if disabled:
             return None
-        if not offline:
-            rest = f"; it did not take everything in time: `wandb sync --include-online {shlex.quote(str(here))}`"
-            return f"W&B: {url}{'' if all_sent else rest}"
-        left = [session for session in sessions(folder / "wandb") if not is_sent(session)]
-        if len(left) == len(sessions(folder / "wandb")):
-            for session in left[:-1]:  # nothing was sent yet, and the last session holds every line of the history
-                shutil.rmtree(session, ignore_errors=True)
-            left = left[-1:]
-        return f"W&B: offline; send it with `wandb sync {shlex.join(map(str, left))}`"
+        found = sessions(folder / "wandb")
+        left = [session for session in found if not is_sent(session)]
+        # the server has everything, or, while it has nothing, the last session does
+        replaced = left if not offline and all_sent else left[:-1] if left == found else []
+        for session in replaced:
+            shutil.rmtree(session, ignore_errors=True)
+        if offline:
+            paths = [str(session) for session in left if session not in replaced]
+            return f"W&B: offline; send it with `wandb sync {shlex.join(paths)}`"
+        rest = f"; it did not take everything in time: `wandb sync --include-online {shlex.quote(str(here))}`"
+        return f"W&B: {url}{'' if all_sent else rest}"
 
 
 def end(exit_code: int) -> bool:

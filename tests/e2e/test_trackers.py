@@ -208,7 +208,7 @@ def test_online_a_stopped_run_goes_on_where_the_server_has_it(
     (tmp_path / "run/checkpoints/checkpoint-3/complete.json").unlink()
     done = glmtuner(*words)
     assert done.returncode == 0, done.stderr
-    assert f"W&B: {server.url}/team/glmtuner/runs/{server.run['name']}" in done.stdout
+    assert done.stdout.count(f"W&B: {server.url}/team/glmtuner/runs/{server.run['name']}\n") == 2  # first and last
     assert server.run["name"] == (tmp_path / "run/wandb/run_id.txt").read_text()
     assert received(server) == rows(tmp_path / "run") and len(server.rows) == 4
     assert json.loads((tmp_path / "run/metrics.json").read_text()).items() <= server.summary.items()
@@ -233,6 +233,20 @@ def test_a_stopped_run_stays_one_run_with_each_line_once(
     (second,) = wandb_file.sessions(run)  # nothing was sent, and the last session holds everything
     assert second.run.run_id == first.run.run_id and logged(second) == rows(run) and len(rows(run)) == 4
     assert second.exit_code == 0
+
+
+def test_a_run_that_began_offline_is_whole_online(
+    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: WandbServer
+) -> None:
+    words = [*TINY, "trainer.output_dir=run"]
+    stop_after_step_three(monkeypatch)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert glmtuner(*words).returncode == 143 and server.run is None
+    monkeypatch.delenv("WANDB_MODE")
+    done = glmtuner(*words)
+    assert done.returncode == 0, done.stderr
+    assert received(server) == rows(tmp_path / "run") and len(server.rows) == 4
+    assert not list(tmp_path.glob("run/wandb/offline-run-*"))
 
 
 def test_a_server_that_goes_away_holds_up_the_end_for_a_while_only(
