@@ -294,12 +294,16 @@ def test_what_was_synced_is_not_sent_again(
 
 def test_the_runs_of_a_sweep_share_a_group_and_are_named_by_their_overrides(glmtuner: Callable, tmp_path: Path) -> None:
     words = [word for word in TINY if "save_steps" not in word]
-    done = glmtuner("-m", *words, "trainer.max_steps=1", "finetuning=lora,freeze", "trainer.seed=3", "name=methods")
+    words += ["finetuning=lora,freeze", "trainer.seed=3", f"trainer.hub_token=hf_{KEY}", "name=methods"]
+    done = glmtuner("-m", *words)
     assert done.returncode == 0, done.stderr
-    found = [session for job in (tmp_path / "outputs/sweeps/methods").iterdir() for session in wandb_file.sessions(job)]
+    found = [
+        session for job in (tmp_path / "outputs/sweeps/methods").glob("*/") for session in wandb_file.sessions(job)
+    ]
     assert {session.run.run_group for session in found} == {"methods"}
     assert sorted(session.run.display_name for session in found) == ["finetuning-freeze", "finetuning-lora"]
     assert len({session.run.run_id for session in found}) == 2
+    assert KEY.encode() not in bytes_of(tmp_path / "outputs")
 
 
 def test_tensorboard_has_each_point_once(glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

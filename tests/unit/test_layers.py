@@ -21,7 +21,7 @@ RANK = {
     "sweep": 7,
     "__main__": 8,
 }
-HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib", "rich", "pandas", "fastapi", "uvicorn"}
+HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib", "rich", "pandas", "fastapi", "uvicorn", "wandb"}
 SPY = """\
 import sys
 from glmtuner.__main__ import main
