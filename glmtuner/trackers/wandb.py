@@ -66,7 +66,7 @@ class Wandb(Tracker):
             },
         )
         assert wandb.run is not None
-        if wandb.run.url:
+        if not (wandb.run.offline or wandb.run.disabled):
             say(f"W&B: {wandb.run.url}")
 
     def log(self, line: dict[str, float]) -> None:
@@ -97,8 +97,8 @@ class Wandb(Tracker):
         shown = pictures(folder)
         answers = list(islice(read_lines(folder / PREDICTIONS), MOST_ANSWERS))
         if answers:
-            columns = ["index", "prompt", "label", "predict"]
-            shown["predictions"] = wandb.Table(columns, [[answer[name] for name in columns] for answer in answers])
+            columns = list(answers[0])
+            shown["predictions"] = wandb.Table(columns, [[answer.get(name) for name in columns] for answer in answers])
         if shown:
             wandb.run.log(shown)
         wandb.run.summary.update(metrics)
@@ -111,12 +111,13 @@ class Wandb(Tracker):
 
     def publish(self, sweep: Path) -> str | None:
         """A run of the sweep's group with its pictures, its leaderboard and its report; the same one when done again."""
-        import pandas
         import wandb
 
         shown = pictures(sweep)
         leaderboard, report = sweep / "leaderboard.csv", sweep / "report.html"
         if leaderboard.is_file():
+            import pandas
+
             table = pandas.read_csv(leaderboard).astype(object)
             shown["leaderboard"] = wandb.Table(dataframe=table.where(table.notna(), None))
         if report.is_file():
@@ -176,7 +177,8 @@ class Wandb(Tracker):
 
         run = wandb.run
         assert run is not None
-        disabled, offline, url, here = run.disabled, run.offline, run.url, Path(run.dir).parent
+        disabled, offline, here = run.disabled, run.offline, Path(run.dir).parent
+        url = None if disabled or offline else run.url  # asked for offline, it prints a warning
         all_sent = end(exit_code=0)
         if disabled:
             return None

@@ -117,6 +117,7 @@ def test_a_run_is_in_its_file_and_no_secret_is(glmtuner_process: Callable, tmp_p
     assert session.exit_code == 0
     assert KEY.encode() not in bytes_of(run)
     path = next(run.glob("wandb/offline-run-*")).relative_to(tmp_path)
+    assert "wandb:" not in done.stdout + done.stderr
     assert f"W&B: offline; send it with `wandb sync {path}`" in done.stdout
 
 
