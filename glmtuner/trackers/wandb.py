@@ -40,7 +40,7 @@ class Wandb(Tracker):
     log_artifact: bool = False
 
     def __post_init__(self) -> None:
-        self._line = self._sent = 0  # lines of the history that were logged here, and that W&B had before
+        self._line = self._sent = 0  # lines of the history: logged here; sent before, as far as only we know
 
     def start(self, run: Run, folder: Path) -> None:
         import wandb
@@ -70,7 +70,10 @@ class Wandb(Tracker):
             say(f"W&B: {wandb.run.url}")
 
     def log(self, line: dict[str, float]) -> None:
-        """One row a line, under transformers' names (train/loss, eval/loss, …); a line that W&B has is not sent again."""
+        """One row a line, under transformers' names (train/loss, eval/loss, …); the line's number is W&B's step.
+
+        What W&B has is not sent again: online it refuses steps behind its last one, offline they are left out here.
+        """
         import wandb
         from transformers.integrations import rewrite_logs
 
@@ -167,9 +170,8 @@ class Wandb(Tracker):
         opened.define_metric("train/global_step", hidden=True)
         for names in ("train/*", "eval/*"):
             opened.define_metric(names, step_metric="train/global_step")
-        self._line, self._sent = 0, opened.starting_step
-        if opened.offline and any(is_sent(session) for session in earlier):
-            self._sent = len(RunFolder(folder).history())
+        sent = opened.offline and any(is_sent(session) for session in earlier)
+        self._line, self._sent = 0, len(RunFolder(folder).history()) if sent else 0
 
     def _close(self, folder: Path) -> str | None:
         """End the W&B run; returns where it is, or how to send it."""
