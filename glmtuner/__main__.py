@@ -213,6 +213,8 @@ def _sweep(options: argparse.Namespace, words: list[str]) -> int:
         raise
     except Exception as error:  # such as Optuna's, when no trial of a search came to an end
         crash = error
+    finally:
+        (root / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the words, keys and tokens among them
     found = outcome(root)
     if crash is not None and not found.failed and not found.infeasible:
         raise crash

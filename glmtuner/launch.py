@@ -22,7 +22,7 @@ from glmtuner.assemble import (
 )
 from glmtuner.config.compose import Composed
 from glmtuner.config.paths import conf_dir
-from glmtuner.config.schema import Run
+from glmtuner.config.schema import Run, Tracker
 from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.console import say, table
 from glmtuner.errors import CheckpointError
@@ -70,6 +70,8 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
     if (count := ranks.to_start(run.parallel)) > 1:
         return in_ranks(composed, RunFolder(output_dir or output_folder(composed)), count)
     ranks.join(run.trainer)
+    if not ranks.is_main():
+        run.tracker = Tracker(name="none")
     folder, resumes = ranks.agreed(lambda: claimed(output_dir or output_folder(composed), composed))
     try:
         metrics = _launched(composed, specs, folder, resumes)
@@ -125,11 +127,11 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
         describe(folder, composed, family, template, model_config, data, resumes)
     arguments = training_arguments(run, folder, model)
     show_plan(run, folder, model, data, arguments, device)
-    reports = run.tracker.start(run, folder.path) if ranks.is_main() else []
+    run.tracker.start(run, folder.path)
     if ranks.world_size() > 1:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps it
         run.parallel.spread(model, family.blocks(base))
-    trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments, reports)
+    trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments)
     metrics: dict[str, float] = {}
     if run.trainer.do_train:
         metrics |= train(run, folder, trainer, tokenizer, data, resumes)
@@ -299,12 +301,10 @@ def make_trainer(
     template: Any,
     data: "Datasets",
     arguments: Any,
-    reports: list[str],
 ) -> "GlmTrainer":
     from glmtuner.data.collate import Collator
     from glmtuner.trainer import GlmTrainer
 
-    arguments.report_to = reports
     generates = run.trainer.predict_with_generate and data.evaluation is not None
 
     def score(step: int) -> dict[str, float]:
@@ -319,6 +319,7 @@ def make_trainer(
             pad_id=tokenizer.pad_token_id, ignore_pad_token_for_loss=run.data.ignore_pad_token_for_loss
         ),
         finetuning=run.finetuning,
+        tracker=run.tracker,
         folder=folder,
         score=score if generates else None,
         sharded=run.parallel.sharded and ranks.world_size() > 1,
@@ -358,7 +359,7 @@ def train(
         trainer.add_callback(StopWhenAsked(asked))
         out = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if asked.signum is not None and trainer.state.global_step < trainer.state.max_steps:
-        run.tracker.abandon()
+        run.tracker.abandon(preempted=True)
         raise asked.preempted(trainer.state.global_step)
     save_trained(run, folder, trainer.model, tokenizer)
     return numbers(out.metrics)
@@ -425,7 +426,7 @@ def finish(run: Run, folder: RunFolder, trainer: "GlmTrainer", metrics: dict[str
         return metrics
     if run.model.plot_loss and run.trainer.do_train:
         draw_loss(folder)
-    closing = run.tracker.finish(folder.path)
+    closing = run.tracker.finish(folder.path, metrics)
     write_report(folder, metrics)
     write_json(folder / METRICS, metrics)
     show_results(folder)

@@ -34,6 +34,7 @@ CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL = "checkpoints", "evaluations", "adapte
 FAILED, OUTPUT = "failed.json", "output.log"  # why the last attempt ended; what a job of a sweep printed
 LOSSES = "losses.jsonl"  # of each evaluation record: `index`, `loss` (nats, summed over the answer), `tokens`
 LOCK = ".lock"  # held by the process that runs the run
+SWEEP = "sweep.json"  # in the sweep's folder: what was typed, for its report
 TRACKERS = ("wandb", "tensorboard")
 OURS = (
     CONFIG, WORDS, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE,
@@ -45,6 +46,7 @@ SECRETS = ("token", "api_key", "password", "secret")
 FREE_TO_CHANGE = (
     "trainer.overwrite_output_dir", "trainer.output_dir", "trainer.disable_tqdm", "trainer.log_level",
     "data.overwrite_cache", "data.preprocessing_num_workers", "model.cache_dir", "model.use_auth_token",
+    "tracker.name", "tracker.project", "tracker.entity", "tracker.group", "tracker.job_type", "tracker.tags", "tracker.log_artifact",
 )  # fmt: skip
 
 

@@ -30,11 +30,10 @@ from glmtuner.errors import ConfigError
 from glmtuner.launch import launch
 from glmtuner.launchers import one_gpu
 from glmtuner.preemption import Preempted
-from glmtuner.run_folder import FAILED, OUTPUT, RunFolder, read_json, write_json
+from glmtuner.run_folder import FAILED, OUTPUT, SWEEP, RunFolder, read_json, shown_words, write_json
 
 HANDED_ON = 120.0  # seconds that SLURM may take to end a job that goes back into the queue
 SLUG = 60  # characters of a job folder's readable part
-SWEEP = "sweep.json"  # in the sweep's folder: what was typed, for its report
 
 
 def sweep_words(words: Sequence[str]) -> list[str]:
@@ -231,6 +230,6 @@ def job_folders(root: Path) -> list[RunFolder]:
 def note_sweep(root: Path, words: Sequence[str]) -> None:
     """Write down what was typed, now and earlier."""
     before = read_json(root / SWEEP) if (root / SWEEP).is_file() else {"typed": []}
-    command = " ".join(["python -m glmtuner -m", *words])
+    command = " ".join(["python -m glmtuner -m", *shown_words(list(words))])
     typed = [*(line for line in before["typed"] if line != command), command]
     write_json(root / SWEEP, {"typed": typed, "cwd": os.getcwd()})

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from glmtuner import ranks
-from glmtuner.config.schema import Finetuning
+from glmtuner.config.schema import Finetuning, Tracker
 from glmtuner.data.collate import IGNORE_INDEX
 from glmtuner.finetuning.trained import gathered
 from glmtuner.preemption import Asked
@@ -52,6 +52,7 @@ class GlmTrainer(Trainer):
         self,
         *args: Any,
         finetuning: Finetuning,
+        tracker: Tracker,
         folder: RunFolder,
         score: Callable[[int], dict[str, float]] | None = None,
         sharded: bool = False,
@@ -65,11 +66,9 @@ class GlmTrainer(Trainer):
             # puts no DDP around it. Said after __init__, which refuses checkpoints of such models; ours are whole.
             self.is_distributed_loading_by_transformers = True
         forget_peak(self.args.device)
-        self.finetuning, self.folder, self.score = finetuning, folder, score
+        self.finetuning, self.tracker, self.folder, self.score = finetuning, tracker, folder, score
         self.earlier_seconds = 0.0
-        self.tokens = torch.zeros(
-            (), dtype=torch.long, device=self.args.device
-        )  # learned from by this rank, no padding
+        self.tokens = torch.zeros((), dtype=torch.long, device=self.args.device)  # without padding, of this rank
         self.row_losses: list[torch.Tensor] = []  # of the evaluation in progress: [rows, 2], loss and tokens
         self.train_seconds = 0.0
         self.resumed_from: Path | None = None
@@ -347,7 +346,10 @@ def _adapter_declared(model: torch.nn.Module) -> Iterator[None]:
 
 
 class _History(TrainerCallback):
-    """history.jsonl: one line a logging step, without timings; cut back to the checkpoint when a run is resumed."""
+    """history.jsonl: one line a logging step, without timings; cut back to the checkpoint when a run is resumed.
+
+    The tracker gets the same lines.
+    """
 
     def __init__(self, trainer: GlmTrainer) -> None:
         self.trainer = trainer
@@ -362,6 +364,8 @@ class _History(TrainerCallback):
             last = step_of(self.trainer.resumed_from)
             kept = [line for line in self.trainer.folder.history() if line["step"] <= last]
         self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+        for line in kept:
+            self.trainer.tracker.log(line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         values = {name: value for name, value in (logs or {}).items() if not name.endswith(TIMINGS)}
@@ -372,6 +376,7 @@ class _History(TrainerCallback):
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self.trainer.tracker.log(line)
 
 
 class StopWhenAsked(TrainerCallback):

@@ -13,15 +13,15 @@ ROOT = Path(__file__).parent.parent.parent
 RANK = {
     **dict.fromkeys(("errors", "preemption"), 0),
     **dict.fromkeys(("config", "console", "ranks"), 1),
-    **dict.fromkeys(("data", "families", "hub", "metrics", "parallel", "quant", "trackers", "prefix", "run_folder"), 2),
-    **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight"), 3),
+    **dict.fromkeys(("data", "families", "hub", "metrics", "parallel", "quant", "prefix", "run_folder"), 2),
+    **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight", "trackers"), 3),
     **dict.fromkeys(("assemble", "trainer"), 4),
     **dict.fromkeys(("conversation", "predict", "serving", "stages"), 5),
     **dict.fromkeys(("launch", "launchers", "verbs"), 6),
     "sweep": 7,
     "__main__": 8,
 }
-HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib", "rich", "pandas", "fastapi", "uvicorn"}
+HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib", "rich", "pandas", "fastapi", "uvicorn", "wandb"}
 SPY = """\
 import sys
 from glmtuner.__main__ import main
