@@ -254,8 +254,10 @@ def show_plan(
     run: Run, folder: RunFolder, model: "nn.Module", data: "Datasets", arguments: Any, device: "torch.device"
 ) -> None:
     """The short table of what will run."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    from glmtuner.trainer import size_of
+
+    total = sum(map(size_of, model.parameters()))
+    trained = sum(size_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
     rows = [("model", f"{run.model.model_name_or_path} ({run.model.family}), {total:,} parameters")]
     rows += [("data", f"{part.spec.name}: {part.counts.told()}") for part in data.prepared]
     if run.data.mix_probabilities and data.train is not None:

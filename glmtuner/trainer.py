@@ -1,6 +1,7 @@
 """The Hugging Face Trainer with checkpoints that survive a kill and a history that does not show where it was resumed."""
 
 import json
+import math
 import os
 import shutil
 import time
@@ -99,7 +100,7 @@ class GlmTrainer(Trainer):
         with gathered(whole, everything=False):
             if self.args.should_save:
                 self.finetuning.save_trained(whole, partial)
-        if not self.args.save_only_model:
+        if not (self.args.save_only_model or self.is_deepspeed_enabled):  # DeepSpeed's states are pickles, never loaded
             self._save_optimizer_and_scheduler(str(partial))
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))
@@ -137,7 +138,7 @@ class GlmTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The optimizer of weights that are shared out, whole, in the file that the plain one has."""
-        if not self.sharded or self.is_deepspeed_enabled:
+        if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -151,7 +152,7 @@ class GlmTrainer(Trainer):
         return nullcontext()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.sharded or self.is_deepspeed_enabled or checkpoint is None:
+        if not self.sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -245,8 +246,8 @@ class GlmTrainer(Trainer):
         """What the run took: non-padding tokens a second, peak memory of the largest rank, trained and all parameters."""
         found = {
             "peak_memory_gib": max(ranks.from_all(peak_memory_gib(self.args.device))),
-            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "total_parameters": sum(p.numel() for p in self.model.parameters()),
+            "trained_parameters": sum(size_of(p) for p in self.model.parameters() if p.requires_grad),
+            "total_parameters": sum(size_of(p) for p in self.model.parameters()),
         }
         seconds = self.train_seconds
         if seconds:
@@ -259,6 +260,14 @@ class GlmTrainer(Trainer):
         if better and self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST):
             self.state.best_global_step = self.state.global_step
         return better
+
+
+def size_of(parameter: torch.nn.Parameter) -> int:
+    """How many numbers the parameter has, also where this rank holds a share of them, or two in a byte (int4)."""
+    if hasattr(parameter, "ds_numel"):
+        return parameter.ds_numel
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed is not None else parameter.numel()
 
 
 def row_loss(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
