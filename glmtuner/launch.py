@@ -380,12 +380,12 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def finish(run: Run, folder: RunFolder, trainer: "GlmTrainer", metrics: dict[str, float]) -> dict[str, float]:
     """Pictures, the report, and metrics.json last: with it the run counts as finished."""
-    from glmtuner.report import draw_loss, show_results, write_report
+    from glmtuner.report import draw_loss, show_results, write_run
 
     if run.model.plot_loss and run.trainer.do_train:
         draw_loss(folder)
     closing = run.tracker.finish(folder.path)
-    write_report(folder, metrics)
+    write_run(folder, metrics)
     write_json(folder / METRICS, metrics)
     show_results(folder)
     if closing:

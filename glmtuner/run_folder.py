@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from glmtuner.errors import CheckpointError, GlmtunerError
 
@@ -29,15 +30,19 @@ CONFIG, WORDS, PROVENANCE, HISTORY, METRICS = (
     "metrics.json",
 )
 PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE = "predictions.jsonl", "report.md", "loss.png", "template.jinja"
+REPORT_PAGE, SWEEP = "report.html", "sweep.json"  # sweep.json is in a sweep's folder: what was typed
 CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL = "checkpoints", "evaluations", "adapter", "model"
 FAILED, OUTPUT = "failed.json", "output.log"  # why the last attempt ended; what a job of a sweep printed
 TRACKERS = ("wandb", "tensorboard")
 OURS = (
-    CONFIG, WORDS, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE,
+    CONFIG, WORDS, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, REPORT_PAGE, LOSS_PICTURE, TEMPLATE,
     CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL, FAILED, OUTPUT, *TRACKERS,
 )  # fmt: skip
 MARKER = "complete.json"  # written last into a checkpoint: its files and their sizes
 SECRETS = ("token", "api_key", "password", "secret")
+HIDDEN = "<hidden>"  # stands for the value of one of them
+# Keys that a run fills in itself, from the model.
+FILLED_IN = ("finetuning.lora_target", "model.family", "model.template")
 # Keys that may differ between a run and its continuation: they change no number.
 FREE_TO_CHANGE = (
     "trainer.overwrite_output_dir", "trainer.output_dir", "trainer.disable_tqdm", "trainer.log_level",
@@ -67,8 +72,12 @@ class RunFolder:
         """The resolved config; raises CheckpointError when the folder holds no run."""
         if not self.is_run:
             raise CheckpointError(f"{self.path} holds no run: it has no {CONFIG}; name a folder under outputs/")
-        loaded = OmegaConf.load(self / CONFIG)
-        assert isinstance(loaded, DictConfig)
+        try:
+            loaded = OmegaConf.load(self / CONFIG)
+        except (YAMLError, ValueError) as error:
+            raise CheckpointError(f"{self / CONFIG} is damaged ({' '.join(str(error).split())})") from None
+        if not isinstance(loaded, DictConfig):
+            raise CheckpointError(f"{self / CONFIG} is damaged (it holds no keys)")
         return loaded
 
     def metrics(self) -> dict[str, float]:
@@ -113,6 +122,14 @@ class RunFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def job_folders(sweep: Path) -> list[RunFolder]:
+    """The folders of a sweep's jobs, in the order of their names: those of runs that started, or failed to."""
+    if not sweep.is_dir():
+        return []
+    found = [RunFolder(path) for path in sorted(sweep.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    return [folder for folder in found if folder.is_run or (folder / FAILED).is_file()]
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -176,7 +193,7 @@ def differing(one: DictConfig, other: DictConfig) -> list[str]:
 
 def _comparable(config: DictConfig) -> dict[str, Any]:
     values = flat(OmegaConf.to_container(without_secrets(config)))
-    for key in ("finetuning.lora_target", "model.family", "model.template"):
+    for key in FILLED_IN:
         values.pop(key, None)
     for key in ("model.model_name_or_path", "model.checkpoint_dir"):
         value = values.get(key)
@@ -215,7 +232,7 @@ def shown_words(words: list[str]) -> list[str]:
         key, equals, _ = word.partition("=")
         leaf = key.rpartition(".")[2]
         secret = equals and any(leaf == name or leaf.endswith(f"_{name}") for name in SECRETS)
-        shown.append(f"{key}=<hidden>" if secret else word)
+        shown.append(f"{key}={HIDDEN}" if secret else word)
     return shown
 
 
@@ -273,11 +290,16 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: to a temporary name, to the disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -301,9 +323,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
+            found = json.loads(line)
         except ValueError:
             continue
+        if isinstance(found, dict):
+            yield found
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------------

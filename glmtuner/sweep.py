@@ -4,11 +4,11 @@ import gc
 import hashlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -21,16 +21,16 @@ import glmtuner.quant
 import glmtuner.stages
 import glmtuner.trackers  # noqa: F401  (a job may start in a process of its own: everything registers itself here)
 from glmtuner.config.compose import compose
+from glmtuner.config.objective import measured_as
 from glmtuner.config.overrides import parse, typed_keys
 from glmtuner.console import say
 from glmtuner.errors import ConfigError
 from glmtuner.launch import launch
 from glmtuner.launchers import one_gpu
 from glmtuner.preemption import Preempted
-from glmtuner.run_folder import FAILED, OUTPUT, RunFolder, read_json, write_json
+from glmtuner.run_folder import FAILED, OUTPUT, SWEEP, RunFolder, read_json, shown_words, write_json
 
 SLUG = 60  # characters of a job folder's readable part
-SWEEP = "sweep.json"  # in the sweep's folder: what was typed, for its report
 
 
 def sweep_words(words: Sequence[str]) -> list[str]:
@@ -171,49 +171,18 @@ def objective(metrics: dict[str, float], name: str | None) -> float | None:
     """The metric of that name, as it is or with eval_ or predict_ before it; None when none is asked for."""
     if name is None:
         return None
-    for key in (name, f"eval_{name}", f"predict_{name}"):
-        if key in metrics:
-            return metrics[key]
+    key = measured_as(name, metrics)
+    if key is not None:
+        return metrics[key]
     raise ConfigError(
         f"objective={name}: the run measured {', '.join(metrics) or 'nothing'}; type one of these, or trainer.do_eval=true with "
         "data.dev_ratio or data.eval_dataset for eval_loss, trainer.do_predict=true for scores of answers"
     )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a sweep's jobs."""
-
-    finished: int
-    infeasible: list[RunFolder]
-    failed: list[RunFolder]
-
-
-def outcome(root: Path) -> Outcome:
-    """Judged by the folders alone, whoever ran the jobs; one that neither finished nor failed was cut off, and failed."""
-    finished, infeasible, failed = 0, [], []
-    for folder in job_folders(root):
-        failure = folder.failure()
-        if folder.is_finished and failure is None:
-            finished += 1
-        elif failure and failure["kind"] == "infeasible":
-            infeasible.append(folder)
-        else:
-            failed.append(folder)
-    return Outcome(finished, infeasible, failed)
-
-
-def job_folders(root: Path) -> list[RunFolder]:
-    """The folders of a sweep's jobs, in the order of their names."""
-    if not root.is_dir():
-        return []
-    found = [RunFolder(path) for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    return [folder for folder in found if folder.is_run or (folder / FAILED).is_file()]
-
-
 def note_sweep(root: Path, words: Sequence[str]) -> None:
     """Write down what was typed, now and earlier."""
     before = read_json(root / SWEEP) if (root / SWEEP).is_file() else {"typed": []}
-    command = " ".join(["python -m glmtuner -m", *words])
+    command = shlex.join(["python", "-m", "glmtuner", "-m", *shown_words(list(words))])
     typed = [*(line for line in before["typed"] if line != command), command]
     write_json(root / SWEEP, {"typed": typed, "cwd": os.getcwd()})

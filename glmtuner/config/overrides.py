@@ -22,6 +22,7 @@ MOVED = {
     "finetuning.finetuning_type": "the preset is the method: type finetuning={value}",
     "stage.name": "the preset is the stage: type stage={value}",
     "tracker.name": "the preset is the tracker: type tracker={value}",
+    "metric.name": "the preset is the metric: type metric={value}",
     "trainer.report_to": "type tracker=wandb, tracker=tensorboard or tracker=none",
     "trainer.generation_num_beams": "type data.eval_num_beams={value}",
     "trainer.generation_max_length": "answers have up to data.max_target_length tokens: type data.max_target_length={value}",

@@ -12,27 +12,19 @@ NAMES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 class RougeBleuZh(Metric):
     """ROUGE-1/2/L F1 on jieba words and BLEU-4 on characters (NLTK smoothing method 3), each times 100."""
 
-    def scores(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        """The mean over all pairs of each score, itself rounded to four decimals as in CET; empty without pairs."""
-        if not predictions:
-            return {}
-        pairs = [
-            pair_scores(prediction, reference) for prediction, reference in zip(predictions, references, strict=True)
-        ]
-        return {name: sum(pair[name] for pair in pairs) / len(pairs) for name in NAMES}
+    name: str = "rouge_bleu_zh"
 
+    def score(self, prediction: str, reference: str) -> dict[str, float]:
+        """The four scores in percent, rounded to four decimals as in CET; an empty prediction or reference scores 0."""
+        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+        from rouge_chinese import Rouge
 
-def pair_scores(prediction: str, reference: str) -> dict[str, float]:
-    """The four scores of one pair, in percent; an empty prediction or reference scores 0."""
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-    from rouge_chinese import Rouge
-
-    if not prediction.strip() or not reference.strip():
-        return dict.fromkeys(NAMES, 0.0)
-    rouge = Rouge().get_scores(" ".join(words(prediction)), " ".join(words(reference)))[0]
-    bleu = sentence_bleu([list(reference)], list(prediction), smoothing_function=SmoothingFunction().method3)
-    found = {name: score["f"] * 100 for name, score in rouge.items()} | {"bleu-4": bleu * 100}
-    return {name: round(found[name], 4) for name in NAMES}
+        if not prediction.strip() or not reference.strip():
+            return dict.fromkeys(NAMES, 0.0)
+        rouge = Rouge().get_scores(" ".join(words(prediction)), " ".join(words(reference)))[0]
+        bleu = sentence_bleu([list(reference)], list(prediction), smoothing_function=SmoothingFunction().method3)
+        found = {name: score["f"] * 100 for name, score in rouge.items()} | {"bleu-4": bleu * 100}
+        return {name: round(found[name], 4) for name in NAMES}
 
 
 def words(text: str) -> list[str]:
