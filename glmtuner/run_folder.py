@@ -81,17 +81,17 @@ class RunFolder:
         return loaded
 
     def metrics(self) -> dict[str, float]:
-        return read_json(self / METRICS) if (self / METRICS).is_file() else {}
+        return read_object(self / METRICS) if (self / METRICS).is_file() else {}
 
     def provenance(self) -> dict[str, Any]:
-        return read_json(self / PROVENANCE) if (self / PROVENANCE).is_file() else {}
+        return read_object(self / PROVENANCE) if (self / PROVENANCE).is_file() else {}
 
     def history(self) -> list[dict[str, float]]:
         return list(read_lines(self / HISTORY))
 
     def failure(self) -> dict[str, Any] | None:
         """Why the last attempt ended early: its `kind` (error, or infeasible: out of memory), `reason`, `time`; or None."""
-        return read_json(self / FAILED) if (self / FAILED).is_file() else None
+        return read_object(self / FAILED) if (self / FAILED).is_file() else None
 
     def record_failure(self, error: BaseException, words: list[str]) -> dict[str, Any]:
         """Write failed.json; a traceback goes in for what is no mistake of the user's."""
@@ -315,6 +315,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged ({error})") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The file's object; raises CheckpointError when it is damaged, or holds something else."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged (it holds no keys)")
+    return found
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -32,8 +32,10 @@ def filled(template: str, **given: Any) -> str:
 def sweep_page(board: Ranking, pictures: list[Picture]) -> str:
     """The report of a sweep as HTML."""
     header, rows = table_of(board, board.scores, knob_columns=True)
-    places = [place for place, row in enumerate(board.rows, 1) for _ in [row, *row.seeds]]
-    marks = [mark for row in board.rows for mark in ["tied" if row.tied else "", *("seed" for _ in row.seeds)]]
+    marks = ["best" if row is board.winner else "" for row in board.rows]
+    marks = [
+        mark for row, first in zip(board.rows, marks, strict=True) for mark in (first, *("seed" for _ in row.seeds))
+    ]
     answers_header, answered = best_answers(board)
     return filled(
         "sweep.html",
@@ -42,8 +44,7 @@ def sweep_page(board: Ranking, pictures: list[Picture]) -> str:
         objective=title(board.objective or ""),
         winner=winner_told(board),
         header=header,
-        rows=[*zip(rows, places, marks, strict=True)],
-        knobs=len(board.knobs),
+        rows=[*zip(rows, marks, strict=True)],
         pictures=pictures,
         answers_header=answers_header,
         answers=answered,

@@ -121,7 +121,8 @@ class Ranking:
 
     @property
     def costs(self) -> list[str]:
-        return [name for name in COSTS if any(name in row.metrics for row in self.rows)]
+        """What the jobs took, as far as that was measured and is not the objective itself."""
+        return [name for name in COSTS if name != self.objective and any(name in row.metrics for row in self.rows)]
 
 
 def rank_of(metrics: dict[str, float], objective: str | None) -> tuple[bool, float]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from glmtuner.errors import ConfigError
 
-HELP = "of a sweep or a run: leaderboard, pictures, a page"
+HELP = "a sweep (or a run) as tables, pictures and a page"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

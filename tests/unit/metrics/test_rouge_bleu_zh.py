@@ -1,6 +1,7 @@
 """ROUGE and BLEU are the numbers that ChatGLM-Efficient-Tuning computed; what is empty scores 0."""
 
 import json
+from random import Random
 
 import pytest
 
@@ -24,6 +25,37 @@ def test_the_score_is_the_mean_over_the_pairs(pairs):
     found = RougeBleuZh().scores([pair["predict"] for pair in pairs], [pair["label"] for pair in pairs])
     assert found == pytest.approx({name: sum(pair[name] for pair in pairs) / 40 for name in NAMES}, abs=1e-4)
     assert [*found] == [*NAMES]
+
+
+def test_rouge_l_is_that_of_rouge_chinese():
+    from rouge_chinese import Rouge
+
+    random = Random(5)
+    pieces = [
+        "我",
+        "今天",
+        "天气",
+        "。",
+        "……",
+        "……好",
+        "？",
+        "”",
+        " ",
+        "\n",
+        "a.b",
+        "......",
+        "！x",
+        "，",
+        "去",
+        "公园",
+        "🙂",
+    ]
+    for _ in range(300):
+        one, other = ("".join(random.choices(pieces, k=random.randrange(1, 40))) + "x" for _ in range(2))
+        expected = Rouge(metrics=["rouge-l"]).get_scores(" ".join(words(one)), " ".join(words(other)))[0]["rouge-l"][
+            "f"
+        ]
+        assert RougeBleuZh().score(one, other)["rouge-l"] == pytest.approx(expected * 100, abs=1e-4)
 
 
 @pytest.mark.parametrize(("prediction", "reference"), [("", "你好"), (" \n\t", "你好"), ("你好", ""), ("", "")])
