@@ -15,8 +15,8 @@ def best_answers(board: Ranking) -> tuple[list[str], list[list[str]]]:
     wanted = answers_of(board.chosen)
     columns = [(board.winner.label, wanted)]
     for row in board.rows[1:]:
-        found = answers_of(row.jobs[0])
-        if found and wanted.keys() == found.keys():
+        found = next((each for each in map(answers_of, row.jobs) if each.keys() == wanted.keys()), None)
+        if found:
             columns.append((row.label, found))
         if len(columns) == RUNS:
             break

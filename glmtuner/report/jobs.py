@@ -62,8 +62,8 @@ class Job:
         )
 
     def label(self, knobs: Iterable[str]) -> str:
-        """Its values of these knobs in a line; its folder's name when there are none."""
-        return ", ".join(shown(value_of(self, knob)) for knob in knobs) or self.name
+        """Its values of these knobs in a line, what says nothing by itself with its name; its folder without knobs."""
+        return ", ".join(_said(knob, value_of(self, knob)) for knob in knobs) or self.name
 
 
 def read_jobs(sweep: Path) -> list[Job]:
@@ -199,6 +199,14 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return ",".join(map(shown, value)) if isinstance(value, list) else str(value)
+
+
+def _said(knob: str, value: Any) -> str:
+    return (
+        f"{knob.rpartition('.')[2]} {shown(value)}"
+        if value is None or isinstance(value, (int, float))
+        else shown(value)
+    )
 
 
 def short_names(knobs: Iterable[str]) -> dict[str, str]:

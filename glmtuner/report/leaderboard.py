@@ -63,7 +63,7 @@ def table_of(board: Ranking, scores: Sequence[str], knob_columns: bool) -> tuple
             (name, lambda rank, row, knob=knob: shown(row.settings[knob])) for knob, name in board.knobs.items()
         ]
     else:
-        columns.append((", ".join(board.knobs.values()) or "run", lambda rank, row: row.label))
+        columns.append(("settings" if board.knobs else "run", lambda rank, row: row.label))
     columns.append(("seed", lambda rank, row: f"{len(row.jobs)} runs" if len(row.jobs) > 1 else row.jobs[0].seed))
     for name in scores:
         columns.append((title(name), lambda rank, row, name=name: score_with_interval(row, name)))

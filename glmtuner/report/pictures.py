@@ -1,6 +1,7 @@
 """Pictures of runs, each in a light and a dark version; matplotlib draws them without a display."""
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ OTHERS = "#9a9a94"
 HIGHLIGHTED = 5
 THEMES = {"light": ("#ffffff", "#33332f", "#e4e4de"), "dark": ("#232528", "#d8d8d4", "#3b3d41")}  # ground, ink, grid
 MANY = 100  # points from which a loss curve is smoothed
+LEGEND = 90  # characters of a name beside the picture
 DECADE = 10.0  # a numeric knob whose values span more is drawn on a logarithmic axis
 
 
@@ -137,32 +139,25 @@ def sweep_losses(board: Ranking) -> Picture | None:
     rest = len(settings) - coloured
 
     def paint(axes: "Axes") -> None:
+        named = {}
         for place, (label, jobs) in reversed([*enumerate(settings)]):  # the best on top
             best = place < coloured
-            colour, width = (COLOURS[place], 1.8) if best else (OTHERS, 0.9)
-            name = label if best else f"{rest} more" if place == coloured else None
-            for number, job in enumerate(jobs):
+            style = {
+                "color": COLOURS[place] if best else OTHERS,
+                "linewidth": 1.8 if best else 0.9,
+                "alpha": 1 if best else 0.6,
+            }
+            for job in jobs:
                 steps, losses = points(job.history, "loss")
-                curve = smoothed(losses) if len(losses) >= MANY else losses
-                axes.plot(
-                    steps,
-                    curve,
-                    color=colour,
-                    linewidth=width,
-                    alpha=1.0 if best else 0.6,
-                    label=None if number else name,
-                )
-                evaluation = points(job.history, "eval_loss")
-                axes.plot(
-                    *evaluation, color=colour, linewidth=width, linestyle="--", marker="o", markersize=3,
-                    alpha=1.0 if best else 0.5,
-                )  # fmt: skip
+                (line,) = axes.plot(steps, smoothed(losses) if len(losses) >= MANY else losses, **style)
+                axes.plot(*points(job.history, "eval_loss"), linestyle="--", marker="o", markersize=3, **style)
+            named[min(place, coloured)] = (line, label[:LEGEND] if best else f"{rest} more")
         axes.set_xlabel("step")
         axes.set_ylabel("loss (nats per token)")
-        handles, names = axes.get_legend_handles_labels()
         axes.figure.legend(
-            handles[::-1], names[::-1], loc="outside lower left", fontsize=9, title="the best first", alignment="left"
-        )
+            *zip(*(named[place] for place in sorted(named)), strict=True), loc="outside lower left", fontsize=9,
+            title="the best first", alignment="left",
+        )  # fmt: skip
 
     return drawn(
         "loss",
@@ -176,10 +171,10 @@ def sweep_losses(board: Ranking) -> Picture | None:
 
 
 def by_knob(board: Ranking) -> list[Picture]:
-    """The objective against each knob, a point a run and the mean over everything else."""
+    """The objective against each knob: a point a run, and the mean at each value."""
     if board.objective is None:
         return []
-    jobs = [job for row in board.rows for job in row.jobs if is_number(job.metrics.get(board.objective))]
+    jobs = [job for row in board.rows for job in row.jobs if math.isfinite(job.metrics.get(board.objective, math.nan))]
     found = [_against(jobs, board.objective, knob, name, board.chosen) for knob, name in board.knobs.items()]
     return [picture for picture in found if picture is not None]
 
@@ -211,7 +206,7 @@ def _against(jobs: Sequence[Job], objective: str, knob: str, called: str, winner
                     label="the winner",
                 )  # fmt: skip
         if numeric:
-            axes.plot(places, means, color=COLOURS[2], linewidth=1.6, label="mean over the rest")
+            axes.plot(places, means, color=COLOURS[2], linewidth=1.6, label="mean")
             positive = min(values) > 0
             if positive and max(values) / min(values) > DECADE:
                 axes.set_xscale("log")
@@ -222,7 +217,7 @@ def _against(jobs: Sequence[Job], objective: str, knob: str, called: str, winner
         else:
             axes.hlines(
                 means, [at - 0.28 for at in places], [at + 0.28 for at in places], color=COLOURS[2], linewidth=2,
-                label="mean over the rest",
+                label="mean",
             )  # fmt: skip
             slanted = sum(map(len, values)) > 60
             axes.set_xticks(places, [value if len(value) <= 32 else f"{value[:31]}…" for value in values],
