@@ -168,7 +168,7 @@ def free_memory() -> None:
 
 
 def objective(metrics: dict[str, float], name: str | None) -> float | None:
-    """The metric of that name, as it is or with eval_ or predict_ before it; None when none is asked for."""
+    """The metric of that name, as it is or with predict_ or eval_ before it; None when none is asked for."""
     if name is None:
         return None
     key = measured_as(name, metrics)

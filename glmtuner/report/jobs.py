@@ -44,7 +44,6 @@ class Job:
     folder: RunFolder
     state: State
     reason: str = ""  # of a failure; how far an unfinished job came
-    time: str = ""  # of a failure
     words: dict[str, Any] = field(default_factory=dict)  # what was typed, by key
     values: dict[str, Any] = field(default_factory=dict)  # the resolved config by dotted key; empty when it has none
     metrics: dict[str, float] = field(default_factory=dict)
@@ -89,7 +88,7 @@ def read_job(folder: RunFolder) -> Job | None:
         state, reason = state_of(folder, failure, values, history)
     except Exception as error:
         return _damaged(folder, error, words)
-    return Job(folder, state, reason, str(failure.get("time", "")), words, values, metrics, history)
+    return Job(folder, state, reason, words, values, metrics, history)
 
 
 def state_of(folder: RunFolder, failure: dict[str, Any], values: dict[str, Any], history: list) -> tuple[State, str]:

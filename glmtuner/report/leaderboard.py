@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from glmtuner.report.bootstrap import LEVEL, RESAMPLES
-from glmtuner.report.jobs import Job, shown, value_of
+from glmtuner.report.jobs import Job, is_number, shown, value_of
 from glmtuner.report.ranking import Ranking, Row, score, title
 from glmtuner.report.run import MISSING, cell, clipped, markdown_table
 
@@ -111,7 +111,10 @@ def csv_of(board: Ranking) -> str:
 
 def _facts(job: Job, board: Ranking) -> dict[str, Any]:
     facts = {"job": job.name, "state": job.state.value, "reason": job.reason, "seed": job.seed}
-    return facts | {knob: shown(value_of(job, knob)) for knob in board.knobs}
+    values = {knob: value_of(job, knob) for knob in board.knobs}
+    return facts | {
+        knob: value if value is None or is_number(value) else shown(value) for knob, value in values.items()
+    }
 
 
 def told_of(job: Job, board: Ranking) -> list[str]:

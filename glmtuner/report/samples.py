@@ -9,9 +9,8 @@ from glmtuner.run_folder import PREDICTIONS, RunFolder, read_lines
 LOSSES = "losses.jsonl"  # a line a record of the final evaluation: index, loss in nats over the answer, its tokens
 EVALUATED = ("data.dataset_dir", "data.split", "data.max_samples")
 
-Samples = dict[
-    Hashable, tuple[float, float]
-]  # a record -> its total and its weight; a score is the ratio of their sums
+# a record -> its total and its weight; a score is the ratio of their sums
+Samples = dict[Hashable, tuple[float, float]]
 
 
 def samples_of(folder: RunFolder, values: Mapping[str, Any], measured: Iterable[str]) -> dict[str, Samples]:
@@ -29,9 +28,9 @@ def samples_of(folder: RunFolder, values: Mapping[str, Any], measured: Iterable[
                 _add(found.setdefault(f"predict_{name}", {}), (prompt, label), score, 1.0)
     records = evaluated_on(values)
     for line in read_lines(folder / LOSSES) if "eval_loss" in measured else ():
-        loss, tokens = line.get("loss"), line.get("tokens")
-        if isinstance(loss, (int, float)) and isinstance(tokens, int):
-            _add(found.setdefault("eval_loss", {}), (records, line.get("index"), tokens), float(loss), float(tokens))
+        index, loss, tokens = (line.get(name) for name in ("index", "loss", "tokens"))
+        if isinstance(index, int) and isinstance(loss, (int, float)) and isinstance(tokens, int):
+            _add(found.setdefault("eval_loss", {}), (records, index, tokens), float(loss), float(tokens))
     return found
 
 

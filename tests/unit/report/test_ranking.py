@@ -156,7 +156,9 @@ def test_half_written_samples_are_left_out(sweep, job):
     folder = rated(job, "a", 0.1, answers=RIGHT, losses=[(1.0, 2), (2.0, 2)])
     for name in ("predictions.jsonl", "losses.jsonl"):
         with (folder / name).open("a") as file:
-            file.write('{"index": "x", "loss": null}\n[1]\n{"index": 99, "prom')
+            file.write(
+                '{"index": "x", "loss": null}\n{"index": [1], "loss": 1.0, "tokens": 2}\n[1]\n{"index": 99, "prom'
+            )
     (row,) = ranking(sweep).rows
     assert row.intervals["predict_rouge-l"].samples == 30 and row.intervals["eval_loss"].samples == 2
 
