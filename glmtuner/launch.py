@@ -421,7 +421,7 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def finish(run: Run, folder: RunFolder, trainer: "GlmTrainer", metrics: dict[str, float]) -> dict[str, float]:
     """Pictures, the report, and metrics.json last: with it the run counts as finished."""
-    from glmtuner.report import draw_loss, show_results, write_report
+    from glmtuner.report import draw_loss, show_results, write_run
 
     metrics |= trainer.resources()
     if not ranks.is_main():
@@ -429,7 +429,7 @@ def finish(run: Run, folder: RunFolder, trainer: "GlmTrainer", metrics: dict[str
     if run.model.plot_loss and run.trainer.do_train:
         draw_loss(folder)
     closing = run.tracker.finish(folder.path, metrics)
-    write_report(folder, metrics)
+    write_run(folder, metrics)
     write_json(folder / METRICS, metrics)
     show_results(folder)
     if closing:

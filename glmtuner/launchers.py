@@ -20,6 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as SubmititSlurm
 from omegaconf import OmegaConf
 
+from glmtuner.config.objective import less_is_better
 from glmtuner.console import say
 from glmtuner.errors import ConfigError
 
@@ -59,8 +60,7 @@ def direction_of(objective: str | None) -> str:
         raise ConfigError(
             "hydra/sweeper=optuna searches for the best value of a metric; type objective=eval_loss, or rouge-l"
         )
-    less = ("loss", "runtime", "perplexity")
-    return "minimize" if objective.endswith(less) else "maximize"
+    return "minimize" if less_is_better(objective) else "maximize"
 
 
 @contextmanager

@@ -211,9 +211,16 @@ class Stage:
 class Metric:
     """Scores of generated answers against their labels."""
 
-    def scores(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        """Mean scores by name; empty when nothing is measured."""
+    name: str
+
+    def score(self, prediction: str, reference: str) -> dict[str, float]:
+        """The scores of one answer, by name; empty when nothing is measured."""
         raise NotImplementedError
+
+    def scores(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        """The mean over all answers of each score; empty without answers, or when nothing is measured."""
+        found = [self.score(*pair) for pair in zip(predictions, references, strict=True)]
+        return {name: sum(each[name] for each in found) / len(found) for name in found[0]} if found else {}
 
 
 @dataclass(kw_only=True)

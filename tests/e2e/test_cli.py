@@ -99,7 +99,7 @@ def test_a_sweep_runs_every_combination_in_folders_that_stay(glmtuner: Callable,
     words = ["-m", *TINY, "data.dataset=alpaca_zh_sample,belle_sample", "trainer.seed=1,2", "name=both"]
     done = glmtuner(*words)
     assert done.returncode == 0, done.stdout + done.stderr
-    jobs = sorted(path.name for path in (tmp_path / "outputs/sweeps/both").iterdir() if path.is_dir())
+    jobs = sorted(path.parent.name for path in (tmp_path / "outputs/sweeps/both").glob("*/config.yaml"))
     assert len(jobs) == 4
     assert all((tmp_path / "outputs/sweeps/both" / job / "metrics.json").is_file() for job in jobs)
     assert {name.split("_seed")[0] for name in jobs} == {"dataset-alpaca_zh_sample", "dataset-belle_sample"}

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from glmtuner.run_folder import job_folders
+
 ROOT = Path(__file__).parent.parent.parent
 WORDS = [
     "-m", "model=tiny_glm", "tracker=none", "data.dataset=belle_sample,alpaca_zh_sample", "data.max_samples=40",
@@ -82,7 +84,7 @@ def lines(folder: Path) -> int:
 
 
 def folders(sweep: Path) -> list[Path]:
-    return sorted(path for path in sweep.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [folder.path for folder in job_folders(sweep)]
 
 
 def hurry(job: str) -> None:

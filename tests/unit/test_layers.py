@@ -142,6 +142,7 @@ def modules_loaded_by(folder: Path, *words: str) -> tuple[int, set[str]]:
         (2, ["finetuning=full", "quant=int4"]),
         (2, ["data.dataset=no_such_set"]),
         (2, ["model.checkpoint_dir=no_such_folder"]),
+        (2, ["report", "no_such_folder"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
