@@ -100,8 +100,8 @@ def in_ranks(composed: Composed, folder: RunFolder, count: int) -> dict[str, flo
         if failed.stopped_by is not None:
             checkpoint, _ = newest_whole(folder.path)
             raise Preempted.by(failed.stopped_by, step_of(checkpoint) if checkpoint else 0) from None
-        if folder.path.is_dir() and failed.killed:
-            folder.record_failure(failed, composed.words, first_wins=True)
+        if folder.path.is_dir():
+            folder.record_failure(failed, composed.words, first_wins=not failed.killed)
         raise
     return folder.metrics()
 

@@ -169,7 +169,7 @@ def returned(job: Any, overrides: Sequence[str]) -> JobReturn:
     """
     if Path(job.paths.result_pickle).exists():
         try:
-            return job.results()[0]
+            return job.task(0).result()
         except Exception as error:  # submitit's own; a job's failure stands in its folder
             say(f"SLURM's {job.job_id}: {type(error).__name__}: {error}")
     say(f"SLURM's {job.job_id} left no result; its log: {job.paths.stderr}")
