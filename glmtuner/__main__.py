@@ -8,12 +8,17 @@ import argparse
 import errno
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glmtuner import __version__, ranks
 from glmtuner.errors import ConfigError, GlmtunerError, did_you_mean, nearest
 from glmtuner.preemption import Preempted
+
+if TYPE_CHECKING:
+    from glmtuner.config.schema import Tracker
 
 EXAMPLES = """\
   python -m glmtuner experiment=quickstart                          one minute, offline, on the model that ships
@@ -196,10 +201,11 @@ def _sweep(options: argparse.Namespace, words: list[str]) -> int:
 
     Started again, it skips what is finished, continues what is half done and tries again what failed.
     """
-    from glmtuner.config.compose import check_sweep
+    from glmtuner.config.compose import check_sweep, first_job
     from glmtuner.console import say
     from glmtuner.launchers import register
-    from glmtuner.sweep import note_sweep, outcome, run_job, sweep_folder, sweep_words
+    from glmtuner.report.jobs import State, read_jobs
+    from glmtuner.sweep import note_sweep, run_job, sweep_folder, sweep_words
 
     words = [word for word in words if word.replace(" ", "").lower() != "hydra.mode=multirun"]
     register()
@@ -213,19 +219,39 @@ def _sweep(options: argparse.Namespace, words: list[str]) -> int:
         raise
     except Exception as error:  # such as Optuna's, when no trial of a search came to an end
         crash = error
-    found = outcome(root)
-    if crash is not None and not found.failed and not found.infeasible:
+    finally:
+        (root / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the words, keys and tokens among them
+    jobs = read_jobs(root)  # judged by the folders alone, whoever ran the jobs
+    count = Counter(job.state for job in jobs)
+    if crash is not None and count[State.finished] == len(jobs):
         raise crash
-    for folder in found.failed:
-        reason = (folder.failure() or {"reason": "cut off before its end"})["reason"]
-        print(f"glmtuner: a job of the sweep failed: {folder.path.name}: {reason[:300]}", file=sys.stderr)
+    failed = [job for job in jobs if job.state in (State.failed, State.unfinished, State.running)]
+    for job in failed:
+        reason = {State.unfinished: "cut off before its end", State.running: "still running"}.get(job.state, job.reason)
+        print(f"glmtuner: a job of the sweep failed: {job.name}: {reason[:300]}", file=sys.stderr)
+    tracker = first_job(settled, config_dir=options.config_dir, config_name=options.config_name).run.tracker
+    _report(root, tracker)
     say(
-        f"sweep folder: {root} ({found.finished} finished, {len(found.infeasible)} did not fit into memory, "
-        f"{len(found.failed)} failed)"
+        f"sweep folder: {root} ({count[State.finished]} finished, {count[State.infeasible]} did not fit into memory, "
+        f"{len(failed)} failed)"
     )
-    if found.failed:
+    if failed:
         print("glmtuner: the same command tries the failed ones again and skips the finished ones", file=sys.stderr)
-    return 1 if found.failed else 0
+    return 1 if failed else 0
+
+
+def _report(sweep: Path, tracker: "Tracker") -> None:
+    """Write, show and publish the sweep's report; what goes wrong with it is told in a line and changes nothing else."""
+    from glmtuner.console import say
+    from glmtuner.report import report
+
+    try:
+        report(sweep)
+        if closing := tracker.publish(sweep):
+            say(closing)
+    except Exception as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        print(f"glmtuner: the report was not written ({told}); python -m glmtuner report {sweep}", file=sys.stderr)
 
 
 def _verb(words: list[str]) -> int:

@@ -5,6 +5,7 @@ GlmtunerError                exit code 2; the message is one paragraph: what is 
 │   └── UnknownName          a name that is in no list; the nearest ones are offered
 ├── DataError                a dataset: its file, its entry, its records
 ├── CheckpointError          a checkpoint or a run folder
+│   └── FolderBusy           a run folder that another process runs in
 └── PreflightError           a run that would train nothing, or nonsense
 """
 
@@ -25,6 +26,10 @@ class DataError(GlmtunerError):
 
 class CheckpointError(GlmtunerError):
     """A checkpoint or a run folder that cannot be used."""
+
+
+class FolderBusy(CheckpointError):
+    """A run folder that another process runs in."""
 
 
 class PreflightError(GlmtunerError):

@@ -22,7 +22,7 @@ from glmtuner.assemble import (
 )
 from glmtuner.config.compose import Composed
 from glmtuner.config.paths import conf_dir
-from glmtuner.config.schema import Run
+from glmtuner.config.schema import Run, Tracker
 from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.console import say, table
 from glmtuner.data.splits import entries
@@ -73,6 +73,8 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
     if (count := ranks.to_start(run.parallel)) > 1:
         return in_ranks(composed, RunFolder(output_dir or output_folder(composed)), count)
     ranks.join(run.trainer)
+    if not ranks.is_main():
+        run.tracker = Tracker(name="none")
     folder, resumes = ranks.agreed(lambda: claimed(output_dir or output_folder(composed), composed))
     try:
         metrics = _launched(composed, specs, folder, resumes)
@@ -101,8 +103,8 @@ def in_ranks(composed: Composed, folder: RunFolder, count: int) -> dict[str, flo
         if failed.stopped_by is not None:
             checkpoint, _ = newest_whole(folder.path)
             raise Preempted.by(failed.stopped_by, step_of(checkpoint) if checkpoint else 0) from None
-        if folder.path.is_dir() and failed.killed:
-            folder.record_failure(failed, composed.words, first_wins=True)
+        if folder.path.is_dir():
+            folder.record_failure(failed, composed.words, first_wins=not failed.killed)
         raise
     return folder.metrics()
 
@@ -129,11 +131,11 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
         describe(folder, composed, family, template, model_config, data, resumes)
     arguments = training_arguments(run, folder, model)
     show_plan(run, folder, model, data, arguments, device)
-    reports = run.tracker.start(run, folder.path) if ranks.is_main() else []
+    run.tracker.start(run, folder.path)
     if ranks.world_size() > 1:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps it
         run.parallel.spread(model, family.blocks(base))
-    trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments, reports, objective)
+    trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments, objective)
     metrics: dict[str, float] = {}
     if run.trainer.do_train:
         metrics |= train(run, folder, trainer, tokenizer, data, resumes)
@@ -256,8 +258,10 @@ def show_plan(
     run: Run, folder: RunFolder, model: "nn.Module", data: "Datasets", arguments: Any, device: "torch.device"
 ) -> None:
     """The short table of what will run."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    from glmtuner.trainer import size_of
+
+    total = sum(map(size_of, model.parameters()))
+    trained = sum(size_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
     rows = [("model", f"{run.model.model_name_or_path} ({run.model.family}), {total:,} parameters")]
     rows += [("data", f"{part.spec.name}: {part.counts.told()}") for part in data.prepared]
     if run.data.mix_probabilities and data.train is not None:
@@ -303,15 +307,11 @@ def make_trainer(
     template: Any,
     data: "Datasets",
     arguments: Any,
-    reports: list[str],
     objective: "Objective | None",
 ) -> "GlmTrainer":
     from glmtuner.trainer import GlmTrainer
 
-    arguments.report_to = reports
-    arguments.remove_unused_columns = (
-        False  # the datasets hold what a batch is made of, whatever a model's forward names
-    )
+    arguments.remove_unused_columns = False  # a batch is made of all columns, whatever a model's forward is called with
     generates = run.trainer.predict_with_generate and data.evaluation is not None
 
     def score(step: int) -> dict[str, float]:
@@ -326,6 +326,7 @@ def make_trainer(
             pad_id=tokenizer.pad_token_id, ignore_pad_token_for_loss=run.data.ignore_pad_token_for_loss
         ),
         finetuning=run.finetuning,
+        tracker=run.tracker,
         folder=folder,
         score=score if generates else None,
         sharded=run.parallel.sharded and ranks.world_size() > 1,
@@ -368,7 +369,7 @@ def train(
         trainer.add_callback(StopWhenAsked(asked))
         out = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if asked.signum is not None and trainer.state.global_step < trainer.state.max_steps:
-        run.tracker.abandon()
+        run.tracker.abandon(preempted=True)
         raise asked.preempted(trainer.state.global_step)
     save_trained(run, folder, trainer.model, tokenizer, trainer.objective)
     return numbers(out.metrics)
@@ -437,15 +438,15 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def finish(run: Run, folder: RunFolder, trainer: "GlmTrainer", metrics: dict[str, float]) -> dict[str, float]:
     """Pictures, the report, and metrics.json last: with it the run counts as finished."""
-    from glmtuner.report import draw_loss, show_results, write_report
+    from glmtuner.report import draw_loss, show_results, write_run
 
     metrics |= trainer.resources()
     if not ranks.is_main():
         return metrics
     if run.model.plot_loss and run.trainer.do_train:
         draw_loss(folder)
-    closing = run.tracker.finish(folder.path)
-    write_report(folder, metrics)
+    closing = run.tracker.finish(folder.path, metrics)
+    write_run(folder, metrics)
     write_json(folder / METRICS, metrics)
     show_results(folder)
     if closing:

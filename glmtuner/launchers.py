@@ -20,6 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as SubmititSlurm
 from omegaconf import OmegaConf
 
+from glmtuner.config.objective import less_is_better
 from glmtuner.console import say
 from glmtuner.errors import ConfigError
 
@@ -59,8 +60,7 @@ def direction_of(objective: str | None) -> str:
         raise ConfigError(
             "hydra/sweeper=optuna searches for the best value of a metric; type objective=eval_loss, or rouge-l"
         )
-    less = ("loss", "runtime", "perplexity")
-    return "minimize" if objective.endswith(less) else "maximize"
+    return "minimize" if less_is_better(objective) else "maximize"
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def returned(job: Any, overrides: Sequence[str]) -> JobReturn:
     """
     if Path(job.paths.result_pickle).exists():
         try:
-            return job.results()[0]
+            return job.task(0).result()
         except Exception as error:  # submitit's own; a job's failure stands in its folder
             say(f"SLURM's {job.job_id}: {type(error).__name__}: {error}")
     say(f"SLURM's {job.job_id} left no result; its log: {job.paths.stderr}")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 GRACE = 60.0  # seconds that the other ranks have to end once one has failed
+KILLED = [-signum for signum in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)]  # never what another rank's end causes
 PARENT = "GLMTUNER_PARENT"  # the process that started this rank: a rank does not outlive it
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -97,8 +98,8 @@ class RankFailed(Exception):
     """A rank did not end well; it has told why itself, unless it was killed."""
 
     def __init__(self, failed: int, count: int, code: int) -> None:
-        self.killed = code < 0
-        how = f"was killed by {signal.Signals(-code).name}" if self.killed else f"ended with exit code {code}"
+        self.killed = code in KILLED  # so that it could tell nothing itself
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         super().__init__(f"rank {failed} of {count} {how}")
         self.code = code
 
@@ -141,8 +142,9 @@ def wait_for(children: Sequence["subprocess.Popen[Any]"]) -> None:
     try:
         while True:
             codes = [child.poll() for child in children]
-            failed = next((place for place, code in enumerate(codes) if code), None)
-            if failed is not None:
+            ended = [place for place, code in enumerate(codes) if code]
+            if ended:
+                failed = min(ended, key=lambda place: codes[place] not in KILLED)  # what the others fail for
                 end(children)
                 code = children[failed].returncode
                 raise RankFailed(failed, len(children), 128 - code if -code in told else code)

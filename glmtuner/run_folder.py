@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
-from glmtuner.errors import CheckpointError, GlmtunerError
+from glmtuner.errors import CheckpointError, FolderBusy, GlmtunerError
 
 CONFIG, WORDS, PROVENANCE, HISTORY, METRICS = (
     "config.yaml",
@@ -30,21 +31,26 @@ CONFIG, WORDS, PROVENANCE, HISTORY, METRICS = (
     "metrics.json",
 )
 PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE = "predictions.jsonl", "report.md", "loss.png", "template.jinja"
+REPORT_PAGE, SWEEP = "report.html", "sweep.json"  # sweep.json is in a sweep's folder: what was typed
 CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL = "checkpoints", "evaluations", "adapter", "model"
 FAILED, OUTPUT = "failed.json", "output.log"  # why the last attempt ended; what a job of a sweep printed
-LOSSES = "losses.jsonl"  # of each evaluation record: `index`, `loss` (nats, summed over the answer), `tokens`
+LOSSES = "losses.jsonl"  # of each evaluation record: `index`, `loss` (nats, summed over the answer), `tokens`; or what a stage measures
 LOCK = ".lock"  # held by the process that runs the run
 TRACKERS = ("wandb", "tensorboard")
 OURS = (
-    CONFIG, WORDS, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE,
+    CONFIG, WORDS, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, REPORT_PAGE, LOSS_PICTURE, TEMPLATE,
     CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL, FAILED, OUTPUT, LOSSES, *TRACKERS,
 )  # fmt: skip
 MARKER = "complete.json"  # written last into a checkpoint: its files and their sizes
 SECRETS = ("token", "api_key", "password", "secret")
+HIDDEN = "<hidden>"  # stands for the value of one of them
+# Keys that a run fills in itself, from the model.
+FILLED_IN = ("finetuning.lora_target", "model.family", "model.template")
 # Keys that may differ between a run and its continuation: they change no number.
 FREE_TO_CHANGE = (
     "trainer.overwrite_output_dir", "trainer.output_dir", "trainer.disable_tqdm", "trainer.log_level",
     "data.overwrite_cache", "data.preprocessing_num_workers", "model.cache_dir", "model.use_auth_token",
+    "tracker.name", "tracker.project", "tracker.entity", "tracker.group", "tracker.job_type", "tracker.tags", "tracker.log_artifact",
 )  # fmt: skip
 
 
@@ -70,27 +76,31 @@ class RunFolder:
         """The resolved config; raises CheckpointError when the folder holds no run."""
         if not self.is_run:
             raise CheckpointError(f"{self.path} holds no run: it has no {CONFIG}; name a folder under outputs/")
-        loaded = OmegaConf.load(self / CONFIG)
-        assert isinstance(loaded, DictConfig)
+        try:
+            loaded = OmegaConf.load(self / CONFIG)
+        except (YAMLError, ValueError) as error:
+            raise CheckpointError(f"{self / CONFIG} is damaged ({' '.join(str(error).split())})") from None
+        if not isinstance(loaded, DictConfig):
+            raise CheckpointError(f"{self / CONFIG} is damaged (it holds no keys)")
         return loaded
 
     def metrics(self) -> dict[str, float]:
-        return read_json(self / METRICS) if (self / METRICS).is_file() else {}
+        return read_object(self / METRICS) if (self / METRICS).is_file() else {}
 
     def provenance(self) -> dict[str, Any]:
-        return read_json(self / PROVENANCE) if (self / PROVENANCE).is_file() else {}
+        return read_object(self / PROVENANCE) if (self / PROVENANCE).is_file() else {}
 
     def history(self) -> list[dict[str, float]]:
         return list(read_lines(self / HISTORY))
 
     def failure(self) -> dict[str, Any] | None:
         """Why the last attempt ended early: its `kind` (error, or infeasible: out of memory), `reason`, `time`; or None."""
-        return read_json(self / FAILED) if (self / FAILED).is_file() else None
+        return read_object(self / FAILED) if (self / FAILED).is_file() else None
 
     def lock(self) -> None:
         """Make the folder, and hold it until `unlock` or the end of this process, however it ends.
 
-        Raises CheckpointError when another process runs the run in it. On a disk that knows no locks nothing is held.
+        Raises FolderBusy when another process runs the run in it. On a disk that knows no locks nothing is held.
         """
         if self.path in _LOCKS:
             return
@@ -100,7 +110,7 @@ class RunFolder:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise CheckpointError(
+            raise FolderBusy(
                 f"trainer.output_dir={self.path}: another process runs the run in it right now; wait for its end, or type "
                 "another trainer.output_dir"
             ) from None
@@ -132,8 +142,6 @@ class RunFolder:
 
         With `first_wins` a failure that is there already stays: of several ranks, the later ones fail for the first.
         """
-        if first_wins and (before := self.failure()) is not None:
-            return before
         found = {
             "kind": "infeasible" if out_of_memory(error) else "error",
             "reason": " ".join(f"{error}".split())[:2000] or type(error).__name__,
@@ -143,7 +151,18 @@ class RunFolder:
         if not isinstance(error, GlmtunerError):
             found["reason"] = f"{type(error).__name__}: {found['reason']}"
             found["traceback"] = "".join(traceback.format_exception(error))
-        write_json(self / FAILED, found)
+        if not first_wins:
+            write_json(self / FAILED, found)
+            return found
+        mine = self / f".{FAILED}.{os.getpid()}"
+        write_json(mine, found)
+        try:
+            os.link(mine, self / FAILED)
+        except FileExistsError:
+            found = read_json(self / FAILED)
+        except OSError:  # a disk without hard links
+            mine.replace(self / FAILED)
+        mine.unlink(missing_ok=True)
         return found
 
     def trained(self) -> Path | None:
@@ -164,6 +183,14 @@ class RunFolder:
 
 
 _LOCKS: dict[Path, IO[str]] = {}  # what this process holds
+
+
+def job_folders(sweep: Path) -> list[RunFolder]:
+    """The folders of a sweep's jobs, in the order of their names: those of runs that started, or failed to."""
+    if not sweep.is_dir():
+        return []
+    found = [RunFolder(path) for path in sorted(sweep.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    return [folder for folder in found if folder.is_run or (folder / FAILED).is_file()]
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -238,7 +265,7 @@ def differing(one: DictConfig, other: DictConfig) -> list[str]:
 
 def _comparable(config: DictConfig) -> dict[str, Any]:
     values = flat(OmegaConf.to_container(without_secrets(config)))
-    for key in ("finetuning.lora_target", "model.family", "model.template"):
+    for key in FILLED_IN:
         values.pop(key, None)
     for key in ("model.model_name_or_path", "model.checkpoint_dir"):
         value = values.get(key)
@@ -277,7 +304,7 @@ def shown_words(words: list[str]) -> list[str]:
         key, equals, _ = word.partition("=")
         leaf = key.rpartition(".")[2]
         secret = equals and any(leaf == name or leaf.endswith(f"_{name}") for name in SECRETS)
-        shown.append(f"{key}=<hidden>" if secret else word)
+        shown.append(f"{key}={HIDDEN}" if secret else word)
     return shown
 
 
@@ -335,11 +362,16 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: to a temporary name, to the disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -357,15 +389,25 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged ({error})") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The file's object; raises CheckpointError when it is damaged, or holds something else."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged (it holds no keys)")
+    return found
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a JSON-lines file; a line that a kill cut short is left out."""
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
+            found = json.loads(line)
         except ValueError:
             continue
+        if isinstance(found, dict):
+            yield found
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------------

@@ -4,12 +4,12 @@ import gc
 import hashlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -24,17 +24,17 @@ import glmtuner.stages
 import glmtuner.trackers  # noqa: F401  (a job may start in a process of its own: everything registers itself here)
 from glmtuner import ranks
 from glmtuner.config.compose import compose
+from glmtuner.config.objective import measured_as
 from glmtuner.config.overrides import parse, typed_keys
 from glmtuner.console import say
-from glmtuner.errors import ConfigError
+from glmtuner.errors import ConfigError, FolderBusy
 from glmtuner.launch import launch
 from glmtuner.launchers import one_gpu
 from glmtuner.preemption import Preempted
-from glmtuner.run_folder import FAILED, OUTPUT, RunFolder, read_json, write_json
+from glmtuner.run_folder import FAILED, OUTPUT, SWEEP, RunFolder, read_json, shown_words, write_json
 
 HANDED_ON = 120.0  # seconds that SLURM may take to end a job that goes back into the queue
 SLUG = 60  # characters of a job folder's readable part
-SWEEP = "sweep.json"  # in the sweep's folder: what was typed, for its report
 
 
 def sweep_words(words: Sequence[str]) -> list[str]:
@@ -131,6 +131,9 @@ def run_job(config: DictConfig) -> float | None:
         if not ranks.is_main():
             time.sleep(HANDED_ON)  # rank 0 is putting the job back into the queue, and the end of any rank ends it
         raise SystemExit(stopped.exit_code) from None
+    except FolderBusy as busy:
+        say(f"left alone: {busy}")
+        return None
     except ranks.ToldByRank0:
         return None
     except JobFailed:
@@ -168,6 +171,9 @@ def in_a_process(words: Sequence[str], folder: RunFolder, flags: Sequence[str]) 
                 say(f"{folder.path}: {failed}; started again, it goes on")
                 raise JobFailed from None
             code = failed.code
+    if folder.is_running:
+        say(f"left alone: another process runs in {folder.path}")
+        raise JobFailed
     if folder.failure() is None:
         tail = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {' '.join(tail)}"
@@ -185,52 +191,21 @@ def free_memory() -> None:
 
 
 def objective(metrics: dict[str, float], name: str | None) -> float | None:
-    """The metric of that name, as it is or with eval_ or predict_ before it; None when none is asked for."""
+    """The metric of that name, as it is or with predict_ or eval_ before it; None when none is asked for."""
     if name is None:
         return None
-    for key in (name, f"eval_{name}", f"predict_{name}"):
-        if key in metrics:
-            return metrics[key]
+    key = measured_as(name, metrics)
+    if key is not None:
+        return metrics[key]
     raise ConfigError(
         f"objective={name}: the run measured {', '.join(metrics) or 'nothing'}; type one of these, or trainer.do_eval=true with "
         "data.dev_ratio or data.eval_dataset for eval_loss, trainer.do_predict=true for scores of answers"
     )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a sweep's jobs."""
-
-    finished: int
-    infeasible: list[RunFolder]
-    failed: list[RunFolder]
-
-
-def outcome(root: Path) -> Outcome:
-    """Judged by the folders alone, whoever ran the jobs; one that neither finished nor failed was cut off, and failed."""
-    finished, infeasible, failed = 0, [], []
-    for folder in job_folders(root):
-        failure = folder.failure()
-        if folder.is_finished and failure is None:
-            finished += 1
-        elif failure and failure["kind"] == "infeasible":
-            infeasible.append(folder)
-        else:
-            failed.append(folder)
-    return Outcome(finished, infeasible, failed)
-
-
-def job_folders(root: Path) -> list[RunFolder]:
-    """The folders of a sweep's jobs, in the order of their names."""
-    if not root.is_dir():
-        return []
-    found = [RunFolder(path) for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    return [folder for folder in found if folder.is_run or (folder / FAILED).is_file()]
-
-
 def note_sweep(root: Path, words: Sequence[str]) -> None:
     """Write down what was typed, now and earlier."""
     before = read_json(root / SWEEP) if (root / SWEEP).is_file() else {"typed": []}
-    command = " ".join(["python -m glmtuner -m", *words])
+    command = shlex.join(["python", "-m", "glmtuner", "-m", *shown_words(list(words))])
     typed = [*(line for line in before["typed"] if line != command), command]
     write_json(root / SWEEP, {"typed": typed, "cwd": os.getcwd()})

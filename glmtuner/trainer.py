@@ -1,11 +1,12 @@
 """The Hugging Face Trainer with checkpoints that survive a kill and a history that does not show where it was resumed."""
 
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from glmtuner import ranks
-from glmtuner.config.schema import Finetuning
+from glmtuner.config.schema import Finetuning, Tracker
 from glmtuner.data.collate import IGNORE_INDEX
 from glmtuner.finetuning.trained import gathered
 from glmtuner.preemption import Asked
@@ -55,6 +56,7 @@ class GlmTrainer(Trainer):
         self,
         *args: Any,
         finetuning: Finetuning,
+        tracker: Tracker,
         folder: RunFolder,
         score: Callable[[int], dict[str, float]] | None = None,
         sharded: bool = False,
@@ -70,17 +72,13 @@ class GlmTrainer(Trainer):
             # puts no DDP around it. Said after __init__, which refuses checkpoints of such models; ours are whole.
             self.is_distributed_loading_by_transformers = True
         forget_peak(self.args.device)
-        self.finetuning, self.folder, self.score = finetuning, folder, score
+        self.finetuning, self.tracker, self.folder, self.score = finetuning, tracker, folder, score
         self.objective, self.derived, self.measured = objective, derived, Measurements()
         if objective is not None:
             self.model_accepts_loss_kwargs = False  # the loss is a mean over rows, whatever tokens they have
         self.earlier_seconds = 0.0
-        self.tokens = torch.zeros(
-            (), dtype=torch.long, device=self.args.device
-        )  # learned from by this rank, no padding
-        self.evaluated: list[
-            dict[str, torch.Tensor]
-        ] = []  # of the evaluation in progress: a batch's rows, by what is measured
+        self.tokens = torch.zeros((), dtype=torch.long, device=self.args.device)  # without padding, of this rank
+        self.evaluated: list[dict[str, torch.Tensor]] = []  # of the evaluation in progress: a batch's rows, by metric
         self.train_seconds = 0.0
         self.resumed_from: Path | None = None
         self.add_callback(_History(self))
@@ -112,7 +110,7 @@ class GlmTrainer(Trainer):
                 self.finetuning.save_trained(whole, partial)
                 if self.objective is not None:
                     self.objective.save(partial)
-        if not self.args.save_only_model:
+        if not (self.args.save_only_model or self.is_deepspeed_enabled):  # DeepSpeed's states are pickles, never loaded
             self._save_optimizer_and_scheduler(str(partial))
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))
@@ -151,7 +149,7 @@ class GlmTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The optimizer of weights that are shared out, whole, in the file that the plain one has."""
-        if not self.sharded or self.is_deepspeed_enabled:
+        if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -160,8 +158,12 @@ class GlmTrainer(Trainer):
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Gradients are shared out after every batch of an accumulation: whole ones would need a whole model's memory."""
+        return nullcontext()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.sharded or self.is_deepspeed_enabled or checkpoint is None:
+        if not self.sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -214,16 +216,11 @@ class GlmTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         columns = {name: torch.cat([part[name] for part in self.evaluated]) for name in self.evaluated[0]}
         if self.args.should_save:
-            rows = [
-                dict(zip(columns, row, strict=True))
-                for row in zip(*(c.tolist() for c in columns.values()), strict=True)
-            ]
+            rows = zip(*(column.tolist() for column in columns.values()), strict=True)
             lines = [
                 {
                     "index": place,
-                    **{
-                        name: int(value) if name == "tokens" else value for name, value in row.items() if value == value
-                    },
+                    **{name: value for name, value in zip(columns, row, strict=True) if not math.isnan(value)},
                 }
                 for place, row in enumerate(rows)
             ]
@@ -253,7 +250,8 @@ class GlmTrainer(Trainer):
                 rows = [
                     row_loss(logits_TV, labels_T) for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True)
                 ]
-                found = dict(zip(("loss", "tokens"), torch.stack(rows).unbind(1), strict=True))
+                loss_B, tokens_B = torch.stack(rows).unbind(1)
+                found = {"loss": loss_B, "tokens": tokens_B.long()}
         self.evaluated.append({name: self.gather_function(values).cpu() for name, values in found.items()})
         return None, None, None
 
@@ -303,8 +301,8 @@ class GlmTrainer(Trainer):
         """What the run took: non-padding tokens a second, peak memory of the largest rank, trained and all parameters."""
         found = {
             "peak_memory_gib": max(ranks.from_all(peak_memory_gib(self.args.device))),
-            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "total_parameters": sum(p.numel() for p in self.model.parameters()),
+            "trained_parameters": sum(size_of(p) for p in self.model.parameters() if p.requires_grad),
+            "total_parameters": sum(size_of(p) for p in self.model.parameters()),
         }
         seconds = self.train_seconds
         if seconds:
@@ -341,6 +339,14 @@ class Measurements:
             if count:
                 found[name] = total / count
         return found
+
+
+def size_of(parameter: torch.nn.Parameter) -> int:
+    """How many numbers the parameter has, also where this rank holds a share of them, or two in a byte (int4)."""
+    if hasattr(parameter, "ds_numel"):
+        return parameter.ds_numel
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed is not None else parameter.numel()
 
 
 def row_loss(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
@@ -428,7 +434,10 @@ def _adapter_declared(model: torch.nn.Module) -> Iterator[None]:
 
 
 class _History(TrainerCallback):
-    """history.jsonl: one line a logging step, without timings; cut back to the checkpoint when a run is resumed."""
+    """history.jsonl: one line a logging step, without timings; cut back to the checkpoint when a run is resumed.
+
+    The tracker gets the same lines.
+    """
 
     def __init__(self, trainer: GlmTrainer) -> None:
         self.trainer = trainer
@@ -443,6 +452,8 @@ class _History(TrainerCallback):
             last = step_of(self.trainer.resumed_from)
             kept = [line for line in self.trainer.folder.history() if line["step"] <= last]
         self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+        for line in kept:
+            self.trainer.tracker.log(line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         values = {name: value for name, value in (logs or {}).items() if not name.endswith(TIMINGS)}
@@ -453,6 +464,7 @@ class _History(TrainerCallback):
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self.trainer.tracker.log(line)
 
 
 class StopWhenAsked(TrainerCallback):

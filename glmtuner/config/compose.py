@@ -160,6 +160,13 @@ def check_sweep(words: Sequence[str], *, config_dir: str | None = None, config_n
     return settled
 
 
+def first_job(words: Sequence[str], *, config_dir: str | None = None, config_name: str = "config") -> Composed:
+    """The first run of a sweep whose words `check_sweep` has settled."""
+    searched = searched_dirs(config_dir)
+    job = next(_jobs(words, parse(words), presets(searched)))
+    return compose(job, config_dir=config_dir, config_name=config_name)
+
+
 def _jobs(words: Sequence[str], overrides: Sequence[Override], known: Mapping[str, list[str]]) -> Iterator[list[str]]:
     """The words of each job of the basic sweeper's product; sweeps that only a sweeper can draw are left out."""
     choices: list[list[str]] = []

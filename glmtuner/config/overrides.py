@@ -22,6 +22,7 @@ MOVED = {
     "finetuning.finetuning_type": "the preset is the method: type finetuning={value}",
     "stage.name": "the preset is the stage: type stage={value}",
     "tracker.name": "the preset is the tracker: type tracker={value}",
+    "metric.name": "the preset is the metric: type metric={value}",
     "trainer.report_to": "type tracker=wandb, tracker=tensorboard or tracker=none",
     "trainer.fsdp": "type parallel=fsdp2",
     "trainer.fsdp_config": "type parallel=fsdp2, and parallel.reshard_after_forward or parallel.cpu_offload",

@@ -266,9 +266,16 @@ class Stage:
 class Metric:
     """Scores of generated answers against their labels."""
 
-    def scores(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        """Mean scores by name; empty when nothing is measured."""
+    name: str
+
+    def score(self, prediction: str, reference: str) -> dict[str, float]:
+        """The scores of one answer, by name; empty when nothing is measured."""
         raise NotImplementedError
+
+    def scores(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        """The mean over all answers of each score; empty without answers, or when nothing is measured."""
+        found = [self.score(*pair) for pair in zip(predictions, references, strict=True)]
+        return {name: sum(each[name] for each in found) / len(found) for name in found[0]} if found else {}
 
 
 @dataclass(kw_only=True)
@@ -313,15 +320,21 @@ class Tracker:
 
     name: str
 
-    def start(self, run: "Run", folder: "Path") -> list[str]:
-        """Prepare the tracker before training; returns transformers' `report_to` words."""
-        return []
+    def start(self, run: "Run", folder: "Path") -> None:
+        """Open the tracker before training; the folder's config.yaml is written."""
 
-    def abandon(self) -> None:
-        """The run ends early: by an error, or to be continued."""
+    def log(self, line: dict[str, float]) -> None:
+        """One line of history.jsonl. A resumed run logs the lines it keeps again, from the first, before it goes on."""
 
-    def finish(self, folder: "Path") -> str | None:
-        """Close the tracker; returns a line on where its numbers are, if there is anything to say."""
+    def abandon(self, preempted: bool = False) -> None:
+        """The run ends early: by an error, or, when preempted, to be continued."""
+
+    def finish(self, folder: "Path", metrics: dict[str, float]) -> str | None:
+        """Close the tracker with the content of metrics.json; returns a line on where its numbers are, if there is one."""
+        return None
+
+    def publish(self, sweep: "Path") -> str | None:
+        """Take in the report of a finished sweep, from its folder; returns a line on where it is, if there is one."""
         return None
 
 

@@ -146,9 +146,9 @@ def gathered(model: "nn.Module", everything: bool) -> Iterator[None]:
     The trained ones, or all of them. Every rank must come here; a model that is not shared out is left as it is.
     """
     from torch import nn
-    from torch.distributed import get_rank
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
+
+    from glmtuner import ranks
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -157,11 +157,11 @@ def gathered(model: "nn.Module", everything: bool) -> Iterator[None]:
     whole: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or not isinstance(parameter, DTensor) or not (everything or parameter.requires_grad):
+            if parameter is None or not is_share(parameter) or not (everything or parameter.requires_grad):
                 continue
             if id(parameter) not in whole:
-                value = parameter.full_tensor().detach().cpu()
-                whole[id(parameter)] = nn.Parameter(value, parameter.requires_grad) if get_rank() == 0 else parameter
+                value = whole_tensor(parameter)
+                whole[id(parameter)] = nn.Parameter(value, parameter.requires_grad) if ranks.is_main() else parameter
             replaced.append((module, name, parameter))
     for module, name, parameter in replaced:
         module._parameters[name] = whole[id(parameter)]
@@ -170,6 +170,23 @@ def gathered(model: "nn.Module", everything: bool) -> Iterator[None]:
     finally:
         for module, name, parameter in replaced:
             module._parameters[name] = parameter
+
+
+def is_share(parameter: "torch.Tensor") -> bool:
+    """Whether this rank has only its share of the parameter, by FSDP2 or by ZeRO stage 3."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def whole_tensor(parameter: "torch.Tensor") -> "torch.Tensor":
+    """The shares of all ranks together, on the CPU; every rank must ask."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().cpu().clone()
+    return parameter.full_tensor().detach().cpu()
 
 
 def digest_of(model: "nn.Module") -> str:

@@ -10,5 +10,7 @@ from glmtuner.config.schema import Metric, preset
 class NoMetric(Metric):
     """Nothing is measured."""
 
-    def scores(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+    name: str = "none"
+
+    def score(self, prediction: str, reference: str) -> dict[str, float]:
         return {}

@@ -1,17 +1,50 @@
 """TensorBoard."""
 
-import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from glmtuner.config.schema import Run, Tracker, preset
+from glmtuner.run_folder import CONFIG, flat
 
 
 @preset("tracker", "tensorboard")
 @dataclass(kw_only=True)
 class Tensorboard(Tracker):
-    """Event files in the run folder's tensorboard/."""
+    """Event files in the run folder's tensorboard/: the history, the config, and the final metrics beside the knobs."""
 
-    def start(self, run: Run, folder: Path) -> list[str]:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-        return ["tensorboard"]
+    def __post_init__(self) -> None:
+        self._writer = None
+
+    def start(self, run: Run, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        logs = folder / "tensorboard"
+        shutil.rmtree(logs, ignore_errors=True)  # a resumed run logs what it keeps again: no point is double
+        self._writer = SummaryWriter(str(logs))
+        config = (folder / CONFIG).read_text(encoding="utf-8")
+        self._writer.add_text("config", "".join(f"    {line}\n" for line in config.splitlines()))
+
+    def log(self, line: dict[str, float]) -> None:
+        from transformers.integrations import rewrite_logs
+
+        if self._writer is not None:
+            for name, value in rewrite_logs({name: value for name, value in line.items() if name != "step"}).items():
+                self._writer.add_scalar(name, value, line["step"])
+            self._writer.flush()
+
+    def abandon(self, preempted: bool = False) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def finish(self, folder: Path, metrics: dict[str, float]) -> str | None:
+        if self._writer is None:
+            return None
+        config = flat(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+        knobs = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
+        self._writer.add_hparams(knobs, metrics, run_name=".")
+        self.abandon()
+        return f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}"

@@ -21,7 +21,7 @@ SHORT = (
     "tracker=none", "data.max_source_length=64", "data.max_target_length=24", "trainer.disable_tqdm=true",
     "trainer.logging_steps=2",
 )  # fmt: skip
-RATES = {"lora": 2e-3, "freeze": 1e-3, "full": 5e-4, "p_tuning": 1e-2}
+RATES = {"lora": 2e-3, "freeze": 1e-3, "full": 5e-4, "p_tuning": 3e-2}
 PPO = (
     "trainer.per_device_train_batch_size=8",
     "stage.minibatch_size=4",

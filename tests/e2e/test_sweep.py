@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from glmtuner.run_folder import job_folders
+
 TINY = [
     "-m", "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "data.max_samples=16", "trainer.max_steps=4",
     "trainer.logging_steps=2", "trainer.save_steps=2", "trainer.disable_tqdm=true", "objective=train_loss",
@@ -14,7 +16,7 @@ TINY = [
 
 
 def folders(sweep: Path) -> dict[str, Path]:
-    return {path.name.rpartition("_")[0]: path for path in sorted(sweep.iterdir()) if path.is_dir()}
+    return {folder.path.name.rpartition("_")[0]: folder.path for folder in job_folders(sweep)}
 
 
 def written(sweep: Path) -> dict[str, tuple[bytes, bytes]]:

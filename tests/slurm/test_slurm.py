@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import wandb_file
+
+from glmtuner.run_folder import job_folders
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = [
@@ -82,7 +85,7 @@ def lines(folder: Path) -> int:
 
 
 def folders(sweep: Path) -> list[Path]:
-    return sorted(path for path in sweep.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [folder.path for folder in job_folders(sweep)]
 
 
 def hurry(job: str) -> None:
@@ -121,7 +124,8 @@ def same(sweep: Path, other: Path) -> None:
 
 
 def test_a_requeued_job_ends_like_its_undisturbed_twin(here: Path, undisturbed: Path) -> None:
-    driver = Driver(here, *WORDS, "name=requeued")
+    words = [word for word in WORDS if word != "tracker=none"]
+    driver = Driver(here, *words, "tracker=wandb", "name=requeued")
     sweep = here / "outputs/sweeps/requeued"
     jobs = driver.jobs()
     folder = wait(lambda: begun(sweep, 3, "belle"))
@@ -132,6 +136,18 @@ def test_a_requeued_job_ends_like_its_undisturbed_twin(here: Path, undisturbed: 
     assert "(4 finished, 0 did not fit into memory, 0 failed)" in driver.said()
     same(sweep, undisturbed)
     assert len(json.loads((folder / "provenance.json").read_text())["resumed"]) == 1
+    assert "the winner" in (sweep / "report.html").read_text(encoding="utf-8").lower()
+    assert (sweep / "leaderboard.csv").read_text(encoding="utf-8").count("\n") == 5
+    assert (sweep / "pictures/loss.png").is_file()
+    sessions = {
+        job: [wandb_file.read(path) for path in job.glob("wandb/offline-run-*/*.wandb")] for job in folders(sweep)
+    }
+    runs = {job: {session.run.run_id for session in found} for job, found in sessions.items()}
+    assert len(runs) == 4 and all(len(ids) == 1 for ids in runs.values())  # also of the job that was put back
+    assert len(set.union(*runs.values())) == 4
+    assert {session.run.run_group for found in sessions.values() for session in found} == {"requeued"}
+    (report,) = sweep.glob("wandb/offline-run-*/*.wandb")
+    assert (wandb_file.read(report).run.run_group, wandb_file.read(report).run.job_type) == ("requeued", "report")
 
 
 def test_a_signal_before_the_time_limit_saves_and_requeues(here: Path, undisturbed: Path) -> None:
@@ -164,3 +180,34 @@ def test_a_killed_job_is_tried_again_and_nothing_finished_is(here: Path, undistu
     assert again.end() == 0, again.said()
     same(sweep, undisturbed)
     assert {name: (sweep / name / "metrics.json").stat().st_mtime_ns for name in kept} == kept
+
+
+def test_a_job_of_two_tasks_learns_what_one_process_learns_in_one_folder(here: Path) -> None:
+    same_words = [word for word in WORDS if not word.startswith(("data.dataset", "trainer.seed", "trainer.max_steps"))]
+    same_words += ["data.dataset=belle_sample", "trainer.max_steps=12", "finetuning.lora_dropout=0", "trainer.seed=1"]
+    alone = glmtuner(here, *same_words, "trainer.per_device_train_batch_size=8", "name=alone")
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    two = ["trainer.per_device_train_batch_size=4", "hydra.launcher.tasks_per_node=2", "name=two_tasks"]
+    driver = Driver(here, *same_words, *two)
+    assert driver.end() == 0, driver.said()
+    (one,), (both,) = folders(here / "outputs/sweeps/alone"), folders(here / "outputs/sweeps/two_tasks")
+    mine, wanted = ([json.loads(line) for line in (f / "history.jsonl").read_text().splitlines()] for f in (both, one))
+    assert len(mine) == len(wanted) == 2
+    for line, other in zip(mine, wanted, strict=True):
+        assert line == pytest.approx(other, abs=1e-5)
+    assert json.loads((both / "checkpoints/checkpoint-12/complete.json").read_text())["ranks"] == 2
+
+
+def test_a_task_that_dies_ends_its_job_and_the_sweep_goes_on_with_it(here: Path) -> None:
+    words = ["trainer.seed=1", "data.dataset=belle_sample", "hydra.launcher.tasks_per_node=2", "name=task_killed"]
+    words = [*(word for word in WORDS if not word.startswith(("data.dataset=", "trainer.seed="))), *words]
+    driver = Driver(here, *words)
+    sweep = here / "outputs/sweeps/task_killed"
+    wait(lambda: begun(sweep, 5))
+    (second,) = [pid for pid in job_processes() if b"SLURM_PROCID=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(second, signal.SIGKILL)
+    assert driver.end() == 1, driver.said()
+    again = Driver(here, *words)
+    assert again.end() == 0, again.said()
+    (folder,) = folders(sweep)
+    assert len(json.loads((folder / "provenance.json").read_text())["resumed"]) == 1

@@ -15,12 +15,12 @@ RANK = {
     **dict.fromkeys(("config", "console", "ranks"), 1),
     **dict.fromkeys(
         (
-            *("data", "families", "hub", "losses", "metrics", "parallel", "quant", "trackers", "prefix", "run_folder"),
+            *("data", "families", "hub", "losses", "metrics", "parallel", "quant", "prefix", "run_folder"),
             "value_head",
         ),
         2,
     ),
-    **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight"), 3),
+    **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight", "trackers"), 3),
     **dict.fromkeys(("assemble", "objectives", "trainer"), 4),
     **dict.fromkeys(("conversation", "predict", "serving"), 5),
     "stages": 6,
@@ -28,7 +28,7 @@ RANK = {
     "sweep": 8,
     "__main__": 9,
 }
-HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib", "rich", "pandas", "fastapi", "uvicorn"}
+HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib", "rich", "pandas", "fastapi", "uvicorn", "wandb"}
 SPY = """\
 import sys
 from glmtuner.__main__ import main
@@ -149,6 +149,7 @@ def modules_loaded_by(folder: Path, *words: str) -> tuple[int, set[str]]:
         (2, ["finetuning=full", "quant=int4"]),
         (2, ["data.dataset=no_such_set"]),
         (2, ["model.checkpoint_dir=no_such_folder"]),
+        (2, ["report", "no_such_folder"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -1,11 +1,12 @@
 """ROUGE and BLEU are the numbers that ChatGLM-Efficient-Tuning computed; what is empty scores 0."""
 
 import json
+from random import Random
 
 import pytest
 
 from glmtuner.metrics.none import NoMetric
-from glmtuner.metrics.rouge_bleu_zh import NAMES, RougeBleuZh, pair_scores, words
+from glmtuner.metrics.rouge_bleu_zh import NAMES, RougeBleuZh, words
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,7 @@ def test_every_pair_scores_what_cet_scored(pairs):
     assert len(pairs) == 40 and sum(not pair["predict"] for pair in pairs) > 0
     for pair in pairs:
         expected = {name: pair[name] for name in NAMES}
-        assert pair_scores(pair["predict"], pair["label"]) == pytest.approx(expected, abs=1e-4)
+        assert RougeBleuZh().score(pair["predict"], pair["label"]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_score_is_the_mean_over_the_pairs(pairs):
@@ -26,9 +27,40 @@ def test_the_score_is_the_mean_over_the_pairs(pairs):
     assert [*found] == [*NAMES]
 
 
+def test_rouge_l_is_that_of_rouge_chinese():
+    from rouge_chinese import Rouge
+
+    random = Random(5)
+    pieces = [
+        "我",
+        "今天",
+        "天气",
+        "。",
+        "……",
+        "……好",
+        "？",
+        "”",
+        " ",
+        "\n",
+        "a.b",
+        "......",
+        "！x",
+        "，",
+        "去",
+        "公园",
+        "🙂",
+    ]
+    for _ in range(300):
+        one, other = ("".join(random.choices(pieces, k=random.randrange(1, 40))) + "x" for _ in range(2))
+        expected = Rouge(metrics=["rouge-l"]).get_scores(" ".join(words(one)), " ".join(words(other)))[0]["rouge-l"][
+            "f"
+        ]
+        assert RougeBleuZh().score(one, other)["rouge-l"] == pytest.approx(expected * 100, abs=1e-4)
+
+
 @pytest.mark.parametrize(("prediction", "reference"), [("", "你好"), (" \n\t", "你好"), ("你好", ""), ("", "")])
 def test_what_is_empty_scores_0(prediction, reference):
-    assert pair_scores(prediction, reference) == dict.fromkeys(NAMES, 0.0)
+    assert RougeBleuZh().score(prediction, reference) == dict.fromkeys(NAMES, 0.0)
 
 
 def test_an_empty_prediction_counts_in_the_mean():
@@ -47,7 +79,7 @@ def test_no_pairs_have_no_scores_and_lists_of_two_lengths_are_a_bug():
 @pytest.mark.parametrize("text", ["x", "。", "...", "a.b.c", "1", "the cat sat", "🙂", "第一句。第二句！", "﻿你好"])
 def test_odd_texts_are_scored(text):
     for prediction, reference in ((text, "你好世界，今天很好"), ("你好世界，今天很好", text), (text, text)):
-        assert all(0 <= score <= 100 for score in pair_scores(prediction, reference).values())
+        assert all(0 <= score <= 100 for score in RougeBleuZh().score(prediction, reference).values())
 
 
 def test_words_are_cut_without_a_word_on_the_terminal(capfd):

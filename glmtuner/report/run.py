@@ -1,6 +1,6 @@
-"""A run on one page: in the terminal, in report.md, and its loss as a picture. torch is never imported here."""
+"""A run on one page, in the terminal and in report.md."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def show(path: Path) -> None:
     config = folder.config()
     about = folder.provenance()
     state = "finished" if folder.is_finished else "unfinished: the same command goes on"
-    rows = [("run", f"{path} ({state})"), *_facts(config, about)]
+    rows = [("run", f"{path} ({state})"), *facts(config, about)]
     whole = [found.name for found in checkpoints(path) if flaw(found) is None]
     rows.append(("checkpoints", ", ".join(whole) or MISSING))
     trained = folder.trained()
@@ -49,7 +49,7 @@ def show_results(folder: RunFolder) -> None:
     say(f"run folder: {folder.path}")
 
 
-def _facts(config: Any, about: dict[str, Any]) -> list[tuple[str, str]]:
+def facts(config: Any, about: dict[str, Any]) -> list[tuple[str, str]]:
     method = config.finetuning
     knobs = ", ".join(f"{name} {_short(value)}" for name, value in method.items() if name != "finetuning_type")
     return [
@@ -97,7 +97,7 @@ def _show_scores(folder: RunFolder) -> None:
 
 def scores_before(folder: RunFolder) -> dict[str, float]:
     """The evaluation at step 0 (trainer.eval_on_start), under the names that metrics.json gives the later one."""
-    line = next((line for line in folder.history() if line["step"] == 0), {})
+    line = next((line for line in folder.history() if line.get("step") == 0), {})
     found = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
     return {f"{prefix}_{name}": value for name, value in found.items() for prefix in ("eval", "predict")}
 
@@ -112,12 +112,11 @@ def answers(folder: RunFolder) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
     Of pairs that a reward model scored: question, both answers, their scores.
     """
-    after = {line["index"]: line for line in read_lines(folder / PREDICTIONS)}
-    before = {line["index"]: line for line in read_lines(folder / EVALUATIONS / "step-0.jsonl")}
+    after, before = answers_in(folder / PREDICTIONS), answers_in(folder / EVALUATIONS / "step-0.jsonl")
     header: tuple[str, ...]
     if not after:
         return (), []
-    chosen = _spread(sorted(after), SHOWN_ANSWERS)
+    chosen = evenly(sorted(after), SHOWN_ANSWERS)
     if "chosen_score" in after[chosen[0]]:
         header = ("question", "better answer", "score", "worse answer", "score")
         columns = ("prompt", "chosen", "chosen_score", "rejected", "rejected_score")
@@ -134,17 +133,24 @@ def answers(folder: RunFolder) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     else:
         header = ("question", "answer", "label")
         rows = [(after[i]["prompt"], after[i]["predict"], after[i]["label"]) for i in chosen]
-    return header, [tuple(_clipped(cell) for cell in row) for row in rows]
+    return header, [tuple(clipped(cell) for cell in row) for row in rows]
 
 
-def _spread(items: Sequence[int], most: int) -> list[int]:
+def answers_in(path: Path) -> dict[int, dict[str, Any]]:
+    """The lines of a file of answers, or of scored pairs, by their index; those that hold all of their keys."""
+    answer = {"index", "prompt", "label", "predict"}
+    pair = {"index", "prompt", "chosen", "rejected", "chosen_score", "rejected_score"}
+    return {line["index"]: line for line in read_lines(path) if answer <= line.keys() or pair <= line.keys()}
+
+
+def evenly(items: Sequence[int], most: int) -> list[int]:
     """At most `most` items, evenly spread."""
     if len(items) <= most:
         return list(items)
     return [items[place * len(items) // most] for place in range(most)]
 
 
-def _clipped(text: str, most: int = 160) -> str:
+def clipped(text: str, most: int = 160) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= most else f"{flat[: most - 1]}…"
 
@@ -155,71 +161,24 @@ def _show_answers(folder: RunFolder) -> None:
         table("", header, rows)
 
 
-def draw_loss(folder: RunFolder) -> Path | None:
-    """loss.png: the training loss, smoothed too when there are many points, and the evaluation loss; None without any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    history = folder.history()
-    train = [(line["step"], line["loss"]) for line in history if "loss" in line]
-    evaluation = [(line["step"], line["eval_loss"]) for line in history if "eval_loss" in line]
-    if not train and not evaluation:
-        return None
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=140, layout="constrained")
-    if train:
-        steps, losses = zip(*train, strict=True)
-        many = len(losses) >= 100
-        axes.plot(steps, losses, color="#1f77b4", alpha=0.35 if many else 1.0, linewidth=1.2, label="training loss",
-                  marker="" if many else "o", markersize=3)  # fmt: skip
-        if many:
-            axes.plot(steps, smoothed(losses), color="#1f77b4", linewidth=2, label="training loss, smoothed")
-    if evaluation:
-        axes.plot(*zip(*evaluation, strict=True), color="#d62728", marker="s", markersize=4, label="evaluation loss")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(folder.path.name, fontsize=10, loc="left")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(folder / LOSS_PICTURE)
-    pyplot.close(figure)
-    return folder / LOSS_PICTURE
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean of each value's neighbourhood, a twentieth of all values wide, narrower at the ends: it does not lag."""
-    reach = max(len(values) // 40, 1)
-    out = []
-    for place in range(len(values)):
-        around = min(reach, place, len(values) - 1 - place)
-        window = values[place - around : place + around + 1]
-        out.append(sum(window) / len(window))
-    return out
-
-
-def write_report(folder: RunFolder, metrics: dict[str, float]) -> None:
-    """report.md: the run on one page."""
-    about = folder.provenance()
-    lines = [f"# {folder.path.name}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {_cell(value)} |" for name, value in _facts(folder.config(), about)]
+def write_run(folder: RunFolder, metrics: dict[str, float]) -> None:
+    """Write report.md: the run on one page."""
+    about, before = folder.provenance(), scores_before(folder)
+    lines = [f"# {folder.path.name}", "", *markdown_table(("", ""), facts(folder.config(), about))]
     if metrics:
-        before = scores_before(folder)
-        lines += ["", "## Results", "", f"| metric | value |{' before training |' if before else ''}"]
-        lines += [f"|---|---|{'---|' if before else ''}"]
-        for name, value in metrics.items():
-            earlier = f" {number(before[name]) if name in before else ''} |" if before else ""
-            lines.append(f"| {name} | {number(value)} |{earlier}")
+        rows = [
+            [name, number(value), number(before[name]) if name in before else ""] for name, value in metrics.items()
+        ]
+        header = ["metric", "value", "before training"][: 3 if before else 2]
+        lines += ["", "## Results", "", *markdown_table(header, [row[: len(header)] for row in rows])]
     losses = [line["loss"] for line in folder.history() if "loss" in line]
     if losses:
         lines += ["", f"Training loss: {losses[0]:.4f} at the first logged step, {losses[-1]:.4f} at the last."]
     if (folder / LOSS_PICTURE).is_file():
         lines += ["", f"![training loss]({LOSS_PICTURE})"]
-    header, rows = answers(folder)
+    asked, rows = answers(folder)
     if rows:
-        lines += ["", "## Answers", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-        lines += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
+        lines += ["", "## Answers", "", *markdown_table(asked, rows)]
     skipped = {name: kept["skipped"] for name, kept in about.get("data", {}).items() if kept.get("skipped")}
     if skipped:
         lines += ["", "## Records that were skipped", ""]
@@ -227,5 +186,12 @@ def write_report(folder: RunFolder, metrics: dict[str, float]) -> None:
     write_text(folder / REPORT, "\n".join(lines) + "\n")
 
 
-def _cell(text: str) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [[cell(text) for text in line] for line in (header, *rows)]
+    return [f"| {' | '.join(line)} |" for line in (lines[0], ["---"] * len(header), *lines[1:])]
+
+
+def cell(text: str) -> str:
+    """The text as one cell of a Markdown table; what looks like HTML stays text."""
+    return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
