@@ -228,8 +228,10 @@ def describe(
         "template": run.model.template,
         "checkpoint_dir": [str(Path(path).expanduser().resolve()) for path in run.model.checkpoint_dir],
     }
-    if Path(run.model.model_name_or_path).expanduser().is_dir():
-        resolved["model"]["model_name_or_path"] = str(Path(run.model.model_name_or_path).expanduser().resolve())
+    for name in ("model_name_or_path", "reward_model"):
+        value = getattr(run.model, name)
+        if value and Path(value).expanduser().is_dir():
+            resolved["model"][name] = str(Path(value).expanduser().resolve())
     for field in dataclasses.fields(run.finetuning):
         value = getattr(run.finetuning, field.name)
         resolved["finetuning"][field.name] = value.value if isinstance(value, Enum) else value

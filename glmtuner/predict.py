@@ -120,7 +120,8 @@ def score_pairs(run: Run, folder: RunFolder, trainer: "GlmTrainer", data: "Datas
                 "rejected": row["rejected"],
             }
             lines.append({**line, "chosen_score": chosen, "rejected_score": rejected})
-    write_text(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if ranks.is_main():
+        write_text(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     margins = [line["chosen_score"] - line["rejected_score"] for line in lines]
     right = sum(margin > 0 for margin in margins)
     return {"predict_accuracy": right / len(margins), "predict_margin": sum(margins) / len(margins)}

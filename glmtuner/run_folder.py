@@ -267,7 +267,7 @@ def _comparable(config: DictConfig) -> dict[str, Any]:
     values = flat(OmegaConf.to_container(without_secrets(config)))
     for key in FILLED_IN:
         values.pop(key, None)
-    for key in ("model.model_name_or_path", "model.checkpoint_dir"):
+    for key in ("model.model_name_or_path", "model.checkpoint_dir", "model.reward_model"):
         value = values.get(key)
         if isinstance(value, list):
             values[key] = [str(Path(path).expanduser().resolve()) for path in value]

@@ -192,7 +192,8 @@ class PpoObjective(Objective):
 
         Returns the mean loss of the updates; the gradient of the last one is in the parameters.
         """
-        rollout, measured, kl = self.rollout(prompts_of(batch))
+        with trainer.compute_loss_context_manager():
+            rollout, measured, kl = self.rollout(prompts_of(batch))
         trainer.measured.add(measured)
         trainer.tokens += rollout.attention_mask_RT.sum()
         losses = []

@@ -9,6 +9,7 @@ from glmtuner.config.compose import run_folder_of
 from glmtuner.config.schema import Run, Stage, preset
 from glmtuner.data import DatasetSpec
 from glmtuner.errors import CheckpointError, ConfigError
+from glmtuner.run_folder import RunFolder
 from glmtuner.stages.rm import head_file
 
 if TYPE_CHECKING:
@@ -116,14 +117,12 @@ class Ppo(Stage):
 
     def check(self, run: Run) -> None:
         """The reward model is there, and is one of the same base and method."""
-        from omegaconf import OmegaConf
-
         path = str(run.model.reward_model)
         head_file(path, "model.reward_model")
         source = run_folder_of(path)
         if source is None:
             return
-        saved = OmegaConf.load(source / "config.yaml")
+        saved = RunFolder(source).config()
         told = f"model.reward_model={path} does not fit this run, whose layers it would share"
         again = "train it on the same base, with the same method (stage=rm with this run's model, finetuning and model.checkpoint_dir)"
         for what, theirs, ours in (
@@ -169,13 +168,11 @@ def _resolved(name: str) -> str:
 
 def reward_weights(run: Run, model: "nn.Module", template: Any, path: str) -> "Weights":
     """The reward model as values for this run's model; raises CheckpointError where it stands on other weights."""
-    from omegaconf import OmegaConf
-
     from glmtuner.finetuning.start import CHANGED, LORA, checkpoints_of, continued, lineage, lora_settings
     from glmtuner.objectives.objective import Weights
 
     source, told = run_folder_of(path), f"model.reward_model={path} does not fit this run, whose layers it would share"
-    trained_on = OmegaConf.load(source / "config.yaml").model.template if source else run.model.template
+    trained_on = RunFolder(source).config().model.template if source else run.model.template
     if trained_on != run.model.template:
         raise CheckpointError(
             f"{told}: template {trained_on} there, {run.model.template} here; type model.template={trained_on}"

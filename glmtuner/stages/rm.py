@@ -9,6 +9,7 @@ from glmtuner.config.compose import run_folder_of
 from glmtuner.config.schema import Run, Stage, preset
 from glmtuner.data import DatasetSpec
 from glmtuner.errors import CheckpointError
+from glmtuner.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +56,8 @@ class Rm(Stage):
         from glmtuner.objectives.rm import RewardObjective
 
         start = run.model.checkpoint_dir[-1] if run.model.checkpoint_dir else None
-        return RewardObjective(model, head=find_head(start) if start else None)
+        goes_on = start is not None and stage_of(start) in (None, self.name)  # the head of a policy reads values
+        return RewardObjective(model, head=find_head(start) if goes_on else None)
 
     def predict(
         self, run: Run, folder: Any, trainer: Any, tokenizer: Any, template: Any, data: "Datasets"
@@ -83,17 +85,20 @@ def find_head(path: str) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def stage_of(path: str) -> str | None:
+    """The stage of the run that a checkpoint is of; None where no run tells."""
+    source = run_folder_of(path)
+    return RunFolder(source).config().stage.name if source else None
+
+
 def head_file(path: str, key: str) -> Path:
     """The head of a trained reward model; raises CheckpointError where `path` is none."""
-    from omegaconf import OmegaConf
-
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise CheckpointError(
             f"{key}={path}: no such folder; name the run folder of a reward model (train one with stage=rm)"
         )
-    source, head = run_folder_of(path), find_head(path)
-    stage = OmegaConf.load(source / "config.yaml").stage.name if source else None
+    stage, head = stage_of(path), find_head(path)
     if stage not in (None, "rm"):
         raise CheckpointError(f"{key}={path} holds a run of stage={stage}; name one of stage=rm, a reward model")
     if head is None:

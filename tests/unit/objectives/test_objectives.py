@@ -325,6 +325,17 @@ def test_scores_are_clipped_and_temperature_is_in_the_probabilities(tmp_path):
     assert rollout.old_logprobs_RT[3, : len(wanted)].tolist() == pytest.approx(wanted, abs=1e-4)
 
 
+def test_rewards_can_be_whitened(tmp_path):
+    """Their variance is 1 before advantages are worked out of them: with a value of 0 and no discount, a return is their sum."""
+    objective, _, _ = ppo(tmp_path, "stage.whiten_rewards=true", "stage.gae_lambda=1", weight=3.0)
+    rollout, measured, _ = objective.rollout(FOUR)
+    returns_RT, is_response_RT = rollout.returns_RT, rollout.is_response_RT
+    following_RT = torch.nn.functional.pad(returns_RT, (0, 1))[:, 1:]
+    rewards = (returns_RT - following_RT)[is_response_RT]
+    assert measured["reward"].abs().max() > 3
+    assert rewards.std().item() == pytest.approx(1, abs=1e-3)
+
+
 def test_minibatches_hold_every_row_once_in_every_pass(tmp_path):
     objective, _, _ = ppo(tmp_path, "stage.minibatch_size=3", "stage.ppo_epochs=2")
     rollout, _, _ = objective.rollout(FOUR)
