@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,7 @@ class Wandb(Tracker):
 
     def __post_init__(self) -> None:
         self._line = self._sent = 0  # lines of the history: logged here; sent before, as far as only we know
+        self._lost = False
 
     def start(self, run: Run, folder: Path) -> None:
         import wandb
@@ -77,26 +78,53 @@ class Wandb(Tracker):
         import wandb
         from transformers.integrations import rewrite_logs
 
-        if wandb.run is None:
+        if wandb.run is None or self._lost:
             return
         if self._line >= self._sent:
             values = rewrite_logs({name: value for name, value in line.items() if name != "step"})
-            wandb.run.log({"train/global_step": line["step"], **values}, step=self._line, commit=True)
+            with self._or_without():
+                wandb.run.log({"train/global_step": line["step"], **values}, step=self._line, commit=True)
         self._line += 1
 
     def abandon(self, preempted: bool = False) -> None:
         import wandb
 
-        if wandb.run is not None:
+        if wandb.run is None or self._lost:
+            return
+        with self._or_without():
             if preempted:
                 wandb.run.mark_preempting()  # with the exit code, W&B shows the run as preempted and not as crashed
             end(exit_code=1)
 
+    @contextmanager
+    def _or_without(self) -> Iterator[None]:
+        """A run does not end for its tracker: where W&B's own process is gone, it says so once and goes on without.
+
+        SLURM tells that process to go together with ours, and it has no checkpoint to write first. What it had written of
+        the history is written again, whole, when the run is resumed.
+        """
+        import wandb
+
+        try:
+            yield
+        except Exception as error:
+            self._lost = True
+            say(f"W&B is lost ({type(error).__name__}: {one_line(error)}): the run goes on without it")
+            with suppress(Exception):
+                wandb.teardown(exit_code=1)
+
     def finish(self, folder: Path, metrics: dict[str, float]) -> str | None:
         import wandb
 
-        if wandb.run is None:
+        if wandb.run is None or self._lost:
             return None
+        with self._or_without():
+            return self._finish(folder, metrics)
+        return None
+
+    def _finish(self, folder: Path, metrics: dict[str, float]) -> str | None:
+        import wandb
+
         shown = pictures(folder)
         answers = list(islice(read_lines(folder / PREDICTIONS), MOST_ANSWERS))
         if answers:

@@ -156,7 +156,6 @@ def test_ranks_that_are_stopped_or_killed_end_the_run_and_go_on_to_the_same_byte
 
 
 def test_a_mistake_that_all_ranks_find_is_told_once(here: Path) -> None:
-    (here / "broken.json").write_text('[{"instruction": "a"}]')
-    words = ["model=tiny_glm", "tracker=none", "data.dataset=broken.json", "parallel=ddp", "parallel.processes=2"]
-    out = finish(start(here, *words), 2)
-    assert out.count("glmtuner: ") == 1 and "broken.json" in out and "Traceback" not in out
+    out = finish(start(here, *WORDS, "parallel=ddp", "parallel.processes=2", "trainer.resume_from_checkpoint=nope"), 2)
+    assert out.count("glmtuner: trainer.resume_from_checkpoint=nope cannot be resumed from") == 1
+    assert out.count("glmtuner: ") == 1 and "Traceback" not in out

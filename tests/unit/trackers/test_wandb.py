@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import wandb_file
 from matplotlib import pyplot
@@ -25,9 +26,9 @@ def draw(path: Path) -> None:
     pyplot.close()
 
 
-def a_run(folder: Path, *words: str) -> tuple[Wandb, object]:
+def a_run(folder: Path, *words: str, again: bool = False) -> tuple[Wandb, object]:
     """A run folder with a config, and its tracker, started."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=again)
     (folder / "config.yaml").write_text("data: {dataset: [a]}\ntrainer: {seed: 3}\n")
     run = compose(["model=tiny_glm", *words]).run
     run.tracker.start(run, folder)
@@ -123,3 +124,23 @@ def test_the_command_line_shows_no_secret_to_wandb(monkeypatch: pytest.MonkeyPat
         assert sys.argv == ["glmtuner", "trainer.hub_token=<hidden>", "trainer.seed=1"]
         raise KeyError
     assert sys.argv is typed
+
+
+def test_a_run_outlives_wandbs_own_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, _ = a_run(tmp_path / "run")
+    first.log({"step": 1, "loss": 2.0})
+    for child in psutil.Process().children(recursive=True):
+        if "wandb-core" in child.name():
+            child.terminate()  # as SLURM does, to every process of a job
+            child.wait(10)
+    first.log({"step": 2, "loss": 1.0})
+    first.abandon(preempted=True)
+    assert first.finish(tmp_path / "run", {"train_loss": 1.5}) is None
+    assert capsys.readouterr().out.count("W&B is lost (") == 1
+    (tmp_path / "run/history.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    second, _ = a_run(tmp_path / "run", again=True)
+    for line in ({"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}):
+        second.log(line)
+    assert "wandb sync" in second.finish(tmp_path / "run", {"train_loss": 1.5})
+    (session,) = wandb_file.sessions(tmp_path / "run")
+    assert [row["train/loss"] for row in session.history if "train/loss" in row] == [2.0, 1.0]
