@@ -168,7 +168,8 @@ def _resolved(name: str) -> str:
 
 def reward_weights(run: Run, model: "nn.Module", template: Any, path: str) -> "Weights":
     """The reward model as values for this run's model; raises CheckpointError where it stands on other weights."""
-    from glmtuner.finetuning.start import CHANGED, LORA, checkpoints_of, continued, lineage, lora_settings
+    from glmtuner.finetuning.start import LORA, checkpoints_of, continued, lineage, lora_settings
+    from glmtuner.finetuning.trained import TRAINED
     from glmtuner.objectives.objective import Weights
 
     source, told = run_folder_of(path), f"model.reward_model={path} does not fit this run, whose layers it would share"
@@ -178,7 +179,7 @@ def reward_weights(run: Run, model: "nn.Module", template: Any, path: str) -> "W
             f"{told}: template {trained_on} there, {run.model.template} here; type model.template={trained_on}"
         )
     *below, reward = lineage(path)
-    if reward.kind == CHANGED:
+    if (reward.folder / TRAINED).is_file():
         raise CheckpointError(
             f"{told}: {reward.folder} holds only what its run changed; name the folder of the finished run, whose model/ is whole"
         )
