@@ -105,7 +105,20 @@ def restore_trained(model: "nn.Module", folder: Path) -> None:
 def assign(parameters: "dict[str, torch.Tensor]", saved: "dict[str, torch.Tensor]", folder: Path) -> None:
     """Copy saved values into parameters of the same names and shapes; anything else is a CheckpointError."""
     import torch
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    check_fit(parameters, saved, folder)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            value = saved[name]
+            if isinstance(parameter, DTensor):  # this process's share of it; every process has read the file
+                mesh = parameter.device_mesh
+                value = distribute_tensor(value.to(parameter), mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(value)
+
+
+def check_fit(parameters: "dict[str, torch.Tensor]", saved: "dict[str, torch.Tensor]", folder: Path) -> None:
+    """Raise CheckpointError where the saved values have not the parameters' names and shapes."""
     missing, foreign = sorted(parameters.keys() - saved.keys()), sorted(saved.keys() - parameters.keys())
     shapes = [name for name in parameters.keys() & saved.keys() if parameters[name].shape != saved[name].shape]
     if missing or foreign or shapes:
@@ -121,22 +134,17 @@ def assign(parameters: "dict[str, torch.Tensor]", saved: "dict[str, torch.Tensor
         raise CheckpointError(
             f"{folder} does not fit this model: of its parameters {', '.join(told)}; use another checkpoint"
         )
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            value = saved[name]
-            if isinstance(parameter, DTensor):  # this process's share of it; every process has read the file
-                mesh = parameter.device_mesh
-                value = distribute_tensor(value.to(parameter), mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(value)
 
 
 def load_model_folder(model: "nn.Module", folder: Path) -> None:
     """Copy the weights of a transformers folder into the model; raises CheckpointError."""
-    saved = load_folder(folder)
     parameters = own_parameters(model)
-    assign(parameters, {name: saved[name] for name in saved if name in parameters}, folder)
+    assign(parameters, weights_in(folder, parameters), folder)
+
+
+def weights_in(folder: Path, parameters: "dict[str, nn.Parameter]") -> "dict[str, torch.Tensor]":
+    """What a transformers folder has for these parameters."""
+    return {name: value for name, value in load_folder(folder).items() if name in parameters}
 
 
 @contextmanager

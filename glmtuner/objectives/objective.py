@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from glmtuner.config.schema import Finetuning
-from glmtuner.finetuning.trained import own_parameters, trained_parameters
+from glmtuner.finetuning.trained import check_fit, own_parameters, trained_parameters, weights_in
 
 Measured = dict[
     str, torch.Tensor
@@ -56,20 +56,19 @@ class Weights:
     @classmethod
     def saved_in(cls, folder: Path, model: nn.Module, finetuning: Finetuning) -> "Weights":
         """What a checkpoint of the same method makes of the model, which is left as it was; raises CheckpointError."""
-        whole = finetuning.saved_as == "model"
         trained = trained_parameters(model)
-        parameters = own_parameters(model) if whole else trained
-        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        if finetuning.saved_as == "model":
+            parameters = own_parameters(model)
+            saved = weights_in(folder, parameters)
+            check_fit(parameters, saved, folder)
+            saved = {name: value.to(parameters[name]) for name, value in saved.items()}
+            same = {name for name in saved.keys() - trained.keys() if torch.equal(parameters[name], saved[name])}
+            return cls({name: value for name, value in saved.items() if name not in same})
+        mine = cls.trained_in(model)
         finetuning.restore(model, folder)
-        found = {
-            name: parameter.detach().clone()
-            for name, parameter in parameters.items()
-            if name in trained or not torch.equal(parameter, before[name])
-        }
-        with torch.no_grad():
-            for name, value in before.items():
-                parameters[name].copy_(value)
-        return cls(found)
+        theirs = cls.trained_in(model)
+        mine._swap(dict(model.named_parameters()))
+        return theirs
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
