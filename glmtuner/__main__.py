@@ -7,6 +7,8 @@ stopped, with a checkpoint.
 import argparse
 import errno
 import os
+import select
+import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -56,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if failed.code not in (1, 2):  # otherwise it has told why
             print(f"glmtuner: {failed}; the same command with the same trainer.output_dir goes on", file=sys.stderr)
         return 2 if failed.code == 2 else 1
+    except BrokenPipeError:
+        if not nobody_listens():
+            raise
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if not out_of_space(error):
             raise
@@ -69,6 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("glmtuner: stopped; the same command with the same trainer.output_dir goes on", file=sys.stderr)
         return 130
+
+
+def nobody_listens() -> bool:
+    """Whether who reads standard output has gone, as `head` does; Python then closes it without a word."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    gone = any(events & select.POLLERR for _, events in output.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def out_of_space(error: Exception) -> bool:

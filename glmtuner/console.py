@@ -14,6 +14,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def width() -> int:
+    """The terminal's columns; 80 where there is no terminal."""
+    from rich.console import Console
+
+    return Console().width
+
+
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], show_header: bool = True, lines: bool = True
 ) -> None:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -283,12 +283,6 @@ def mean(value: "torch.Tensor") -> "torch.Tensor":
 
         torch.distributed.all_reduce(value)
     return value / world_size()
-
-
-def shared_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what makes a process a rank: for a child that is a run of its own."""
-    own = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", PARENT}
-    return {name: value for name, value in environment.items() if name not in own}
 
 
 def command_of(flags: Sequence[str], words: Sequence[str], folder: Path) -> list[str]:

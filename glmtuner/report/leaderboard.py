@@ -84,6 +84,17 @@ def table_of(board: Ranking, scores: Sequence[str], knob_columns: bool) -> tuple
     return [columns[place][0] for place in kept], [[line[place] for place in kept] for line in lines]
 
 
+def fitting(header: list[str], rows: list[list[str]], width: int, least: int) -> tuple[list[str], list[list[str]]]:
+    """As many of the first columns as a terminal of that width can show in single lines, and at least `least` of them."""
+    needed, kept = 1, 0
+    for column in zip(header, *rows, strict=True):
+        needed += max(map(len, column[1:]), default=0) + 3
+        if needed > width and kept >= least:
+            break
+        kept += 1
+    return header[:kept], [row[:kept] for row in rows]
+
+
 def csv_of(board: Ranking) -> str:
     """leaderboard.csv: one line a job, every job, numbers as they are and keys by their full names."""
     scores, measured = board.scores, dict.fromkeys(name for row in board.rows for name in row.metrics)
@@ -150,12 +161,13 @@ def winner_told(board: Ranking) -> list[tuple[str, str]]:
 
 
 def show_ranking(board: Ranking) -> None:
-    """Print the ranking: the objective and what a run took; the other scores are in the files."""
-    from glmtuner.console import say, table
+    """Print the ranking: the objective, and what a run took where the terminal is wide enough; all is in the files."""
+    from glmtuner.console import say, table, width
 
     scores = [board.objective] if board.objective else board.scores
     header, rows = table_of(board, scores, knob_columns=False)
     if rows:
+        header, rows = fitting(header, rows, width(), header.index(title(scores[0])) + 1 if scores else len(header))
         table("", header, rows, lines=False)
     if board.others:
         unfit = [told_of(job, board) for job in board.others]

@@ -1,7 +1,9 @@
 """The command line as a user meets it: help, composed config, errors that write nothing, show, sweeps."""
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,3 +116,10 @@ def test_a_sweep_with_a_mistake_in_one_job_starts_none(glmtuner: Callable, tmp_p
     )
     assert "quant=int4 stores frozen integer weights" in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_goes_away_is_no_crash(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m glmtuner --help | head -n 1; {sys.executable} -m glmtuner --help | true"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent), "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.startswith("glmtuner fine-tunes") and done.stderr == ""
