@@ -301,12 +301,13 @@ class GlmTrainer(Trainer):
         """What the run took: non-padding tokens a second, peak memory of the largest rank, trained and all parameters."""
         found = {
             "peak_memory_gib": max(ranks.from_all(peak_memory_gib(self.args.device))),
-            "trained_parameters": sum(size_of(p) for p in self.model.parameters() if p.requires_grad),
-            "total_parameters": sum(size_of(p) for p in self.model.parameters()),
+            "total_parameters": sum(map(size_of, self.model.parameters())),
         }
-        seconds = self.train_seconds
-        if seconds:
-            found["train_tokens_per_second"] = sum(ranks.from_all(self.tokens.item())) / seconds
+        if self.train_seconds:
+            found |= {
+                "trained_parameters": sum(size_of(p) for p in self.model.parameters() if p.requires_grad),
+                "train_tokens_per_second": sum(ranks.from_all(self.tokens.item())) / self.train_seconds,
+            }
         return found
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

@@ -146,7 +146,7 @@ def test_in_a_terminal(run: Path, tmp_path: Path) -> None:
     until("> ")
     os.write(master, "半句话".encode())
     until("话")
-    time.sleep(0.5)  # the terminal must be waiting for a key, and not on its way there
+    time.sleep(2.0)  # the terminal must be waiting for a key, and not on its way there
     os.write(master, b"\x03")
     until("> ")
     os.write(master, b"\x1b[A\n")  # the up key: the first question again
