@@ -77,8 +77,9 @@ def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str |
     folder = cache_root() / "tokenized" / key_of(spec, files, data, encoder)
     if data.overwrite_cache and ranks.is_main():
         shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process encodes; ranks and other jobs wait for it
+    locks = cache_root() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{folder.name}.lock"):  # one process encodes; ranks and other jobs wait for it
         if not (folder / "counts.json").is_file():
             loaded = load(spec, max_samples=data.max_samples, **options)
             refuse(loaded.bad, data.max_bad_records)

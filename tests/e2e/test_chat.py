@@ -130,13 +130,16 @@ def test_in_a_terminal(run: Path, tmp_path: Path) -> None:
 
     unread = b""
 
-    def until(word: str, seconds: float = 60) -> None:
-        """Read up to the word; what follows it is kept for the next call."""
+    def until(word: str, seconds: float = 60, again: bytes = b"") -> None:
+        """Read up to the word; what follows it is kept for the next call. Every few seconds `again` is typed."""
         nonlocal unread
-        end = time.monotonic() + seconds
+        end, typed = time.monotonic() + seconds, time.monotonic()
         while word.encode() not in unread and time.monotonic() < end:
             if select.select([master], [], [], 0.2)[0]:
                 unread += os.read(master, 65536)
+            if again and time.monotonic() > typed + 3:
+                os.write(master, again)
+                typed = time.monotonic()
         assert word.encode() in unread, unread.decode(errors="replace")
         unread = unread.partition(word.encode())[2]
 
@@ -146,9 +149,9 @@ def test_in_a_terminal(run: Path, tmp_path: Path) -> None:
     until("> ")
     os.write(master, "半句话".encode())
     until("话")
-    time.sleep(2.0)  # the terminal must be waiting for a key, and not on its way there
+    time.sleep(0.5)  # the terminal must be waiting for a key, and not on its way there
     os.write(master, b"\x03")
-    until("> ")
+    until("> ", again=b"\x03")
     os.write(master, b"\x1b[A\n")  # the up key: the first question again
     until("TinyGLM")
     until("> ")
