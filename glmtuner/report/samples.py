@@ -16,7 +16,7 @@ def samples_of(folder: RunFolder, values: Mapping[str, Any], measured: Iterable[
     """The samples behind the run's scores by the names in metrics.json, as far as its files tell; `values` is its config.
 
     An answer's record is its question and label, a loss's the place in the evaluation records that the config names, with
-    its number of tokens; so records are the same in two runs when they were scored on the same text.
+    its number of tokens where a loss is the mean over tokens; so records are the same in two runs when they were scored on the same text.
     """
     found: dict[str, Samples] = {}
     wanted = {name for name in measured if name.startswith("predict_")}
@@ -26,10 +26,15 @@ def samples_of(folder: RunFolder, values: Mapping[str, Any], measured: Iterable[
             if f"predict_{name}" in wanted:
                 _add(found.setdefault(f"predict_{name}", {}), (prompt, label), score, 1.0)
     records = evaluated_on(values)
-    for line in read_lines(folder / LOSSES) if "eval_loss" in measured else ():
-        index, loss, tokens = (line.get(name) for name in ("index", "loss", "tokens"))
-        if isinstance(index, int) and isinstance(loss, (int, float)) and isinstance(tokens, int):
-            _add(found.setdefault("eval_loss", {}), (records, index, tokens), float(loss), float(tokens))
+    for line in read_lines(folder / LOSSES):
+        index, tokens = line.get("index"), line.get("tokens", 1)
+        if not isinstance(index, int) or not isinstance(tokens, int):
+            continue
+        for name in line.keys() - {"index", "tokens"}:  # the loss, and what the objective of a stage measured
+            value, key = line[name], f"eval_{name}"
+            if key in measured and isinstance(value, (int, float)):
+                weight = tokens if name == "loss" else 1
+                _add(found.setdefault(key, {}), (records, index, tokens), float(value), float(weight))
     return found
 
 

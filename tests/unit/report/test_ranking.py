@@ -42,6 +42,18 @@ def test_an_objective_nobody_measured_is_told_and_replaced(sweep, job):
     assert board.notes[0] == "No job measured the objective rouge-l; they are ranked by train_loss."
 
 
+def test_what_the_objective_of_a_stage_measured_has_intervals(sweep, job):
+    for rate, right in ((0.1, [1, 1, 1, 0] * 5), (0.2, [1, 0, 0, 0] * 5)):
+        loss = [1.0 - 0.5 * value for value in right]
+        metrics = {"eval_accuracy": sum(right) / 20, "eval_loss": sum(loss) / 20}
+        folder = rated(job, f"r{rate}", rate, metrics=metrics, objective="accuracy")
+        rows = [{"index": place, "loss": loss[place], "accuracy": float(right[place])} for place in range(20)]
+        (folder / "losses.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    first, second = ranking(sweep).rows
+    assert first.intervals["eval_accuracy"].value == 0.75 and first.intervals["eval_loss"].samples == 20
+    assert second.difference.value == pytest.approx(-0.5) and not second.difference.holds_zero
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_no_number_comes_last_and_never_wins(sweep, job, value):
     rated(job, "a", 0.1, metrics={"eval_loss": value})
