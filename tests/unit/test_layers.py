@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,12 @@ from glmtuner.__main__ import main
 code = main(sys.argv[1:])
 print("LOADED", code, *{name.partition(".")[0] for name in sys.modules})
 """
+
+
+def test_the_wheel_holds_every_package():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "glmtuner").rglob("*.py")}
+    assert found == {*listed} - {"glmtuner.conf"}
 
 
 def annotations_only(node: ast.AST) -> bool:
