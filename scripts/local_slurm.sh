@@ -8,6 +8,14 @@ dir=$(realpath -m "${2:?a folder for its state}")
 host=$(hostname -s)
 
 stop() {
+  export SLURM_CONF="$dir/slurm.conf"
+  if [ -f "$dir/slurmctld.pid" ]; then # what still runs would come back with the next start
+    timeout 10 scancel --user="$(id -un)" 2>/dev/null || true
+    for _ in $(seq 40); do
+      [ -z "$(timeout 5 squeue --noheader 2>/dev/null)" ] && break
+      sleep 0.5
+    done
+  fi
   for daemon in slurmd slurmctld munged; do
     [ -f "$dir/$daemon.pid" ] && kill "$(cat "$dir/$daemon.pid")" 2>/dev/null || true
   done
@@ -18,6 +26,7 @@ if [ "$action" = stop ]; then
   exit 0
 fi
 
+rm -rf "$dir"/{state,spool}
 mkdir -p "$dir"/{state,spool} /run/munge /var/lib/munge /var/log/munge
 chown munge:munge /run/munge /var/lib/munge /var/log/munge
 if ! munge -n >/dev/null 2>&1; then
