@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from glmtuner.config.schema import Parallel, Trainer
 
 T = TypeVar("T")
-GRACE = 60.0  # seconds that the other ranks have to end once one has failed
+GRACE = 60.0  # seconds that the other ranks have to save and end once one was told to go
 KILLED = [-signum for signum in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)]  # never what another rank's end causes
 PARENT = "GLMTUNER_PARENT"  # the process that started this rank: a rank does not outlive it
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
