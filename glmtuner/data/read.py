@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
 
+from glmtuner.console import say
 from glmtuner.data.records import BadRecord, shown
 from glmtuner.errors import DataError, did_you_mean
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from glmtuner.data.catalog import DatasetSpec
 
-logger = logging.getLogger("glmtuner")
 
 Raw = dict[str, Any] | BadRecord
 Numbered = Iterator[tuple[int, Raw]]
@@ -161,7 +160,7 @@ def of_split(spec: DatasetSpec, files: list[str], split: str) -> list[str]:
         )
     if len(own) < len(files):
         left_out = [file for file in files if file not in own]
-        logger.warning("dataset %r: the split %s leaves out %s", spec.name, wanted, listed(left_out))
+        say(f"dataset {spec.name!r}: the split {wanted} leaves out {listed(left_out)}")
     return own
 
 
@@ -185,9 +184,8 @@ def check_sums(spec: DatasetSpec, path: Path, label: str) -> None:
             "again, or remove sha256 from the entry if the change is meant"
         )
     if spec.file_sha1 and (found := digest(path, "sha1")) != spec.file_sha1.lower():
-        logger.warning(
-            "dataset %r: %s has sha1 %s where %s says %s; it is used as it is",
-            *(spec.name, label, found, spec.origin, spec.file_sha1),
+        say(
+            f"dataset {spec.name!r}: {label} has sha1 {found} where {spec.origin} says {spec.file_sha1}; it is used as it is"
         )
 
 
