@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,9 @@ OURS = (
 )  # fmt: skip
 MARKER = "complete.json"  # written last into a checkpoint: its files and their sizes
 SECRETS = ("token", "api_key", "password", "secret")
+IN_DICTIONARY = re.compile(  # {token: …} as a value
+    rf"""((?<![^\W_])(?:{"|".join(SECRETS)})['"]?\s*:\s*)(?:'[^']*'|"[^"]*"|[^,{{}}]+)"""
+)
 HIDDEN = "<hidden>"  # stands for the value of one of them
 # Keys that a run fills in itself, from the model.
 FILLED_IN = ("finetuning.lora_target", "model.family", "model.template")
@@ -304,7 +308,7 @@ def shown_words(words: list[str]) -> list[str]:
         key, equals, _ = word.partition("=")
         leaf = key.rpartition(".")[2]
         secret = equals and any(leaf == name or leaf.endswith(f"_{name}") for name in SECRETS)
-        shown.append(f"{key}={HIDDEN}" if secret else word)
+        shown.append(f"{key}={HIDDEN}" if secret else IN_DICTIONARY.sub(rf"\1{HIDDEN}", word))
     return shown
 
 

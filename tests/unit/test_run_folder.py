@@ -421,3 +421,16 @@ def test_flat_keys_are_dotted():
         "data.dataset",
         "finetuning.lora_rank",
     ]
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("a.kwargs={api_key: hf_1, n: 2}", "a.kwargs={api_key: <hidden>, n: 2}"),
+        ("a.kwargs={'hub_token': 'hf_1', n: 2}", "a.kwargs={'hub_token': <hidden>, n: 2}"),
+        ("a.kwargs={b: {password: x y}}", "a.kwargs={b: {password: <hidden>}}"),
+        ("a.kwargs={mytoken: 3, tokens: 4}", "a.kwargs={mytoken: 3, tokens: 4}"),
+    ],
+)
+def test_a_token_inside_a_dictionary_is_hidden(word, shown):
+    assert shown_words([word]) == [shown]
