@@ -11,7 +11,7 @@ import select
 import signal
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped.hand_on()
         return stopped.exit_code
     except KeyboardInterrupt:
-        print("glmtuner: stopped; the same command with the same trainer.output_dir goes on", file=sys.stderr)
+        if ranks.is_main() and not ranks.is_child():
+            print("glmtuner: stopped; the same command with the same trainer.output_dir goes on", file=sys.stderr)
         return 130
 
 
@@ -245,8 +246,9 @@ def _sweep(options: argparse.Namespace, words: list[str]) -> int:
     for job in failed:
         reason = {State.unfinished: "cut off before its end", State.running: "still running"}.get(job.state, job.reason)
         print(f"glmtuner: a job of the sweep failed: {job.name}: {reason[:300]}", file=sys.stderr)
-    tracker = first_job(settled, config_dir=options.config_dir, config_name=options.config_name).run.tracker
-    _report(root, tracker)
+    _report(
+        root, lambda: first_job(settled, config_dir=options.config_dir, config_name=options.config_name).run.tracker
+    )
     say(
         f"sweep folder: {root} ({count[State.finished]} finished, {count[State.infeasible]} did not fit into memory, "
         f"{len(failed)} failed)"
@@ -256,14 +258,14 @@ def _sweep(options: argparse.Namespace, words: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _report(sweep: Path, tracker: "Tracker") -> None:
+def _report(sweep: Path, tracker: "Callable[[], Tracker]") -> None:
     """Write, show and publish the sweep's report; what goes wrong with it is told in a line and changes nothing else."""
     from glmtuner.console import say
     from glmtuner.report import report
 
     try:
         report(sweep)
-        if closing := tracker.publish(sweep):
+        if closing := tracker().publish(sweep):
             say(closing)
     except Exception as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

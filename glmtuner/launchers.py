@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from glmtuner.config.objective import less_is_better
 from glmtuner.console import say
 from glmtuner.errors import ConfigError
+from glmtuner.ranks import gpus
 
 SECONDS = 2.0  # between two looks at the queue
 GRACE = 15.0  # seconds that a job may be out of the queue before its result is on a shared disk
@@ -83,17 +84,6 @@ def one_gpu(root: Path) -> Iterator[dict[str, str]]:
                 yield {"CUDA_VISIBLE_DEVICES": name}
                 return
         time.sleep(SECONDS)
-
-
-def gpus() -> list[str]:
-    """The GPUs that jobs may use, as CUDA_VISIBLE_DEVICES names them."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name for name in chosen.split(",") if name.strip()]
-    if not shutil.which("nvidia-smi"):
-        return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-    return [str(number) for number, line in enumerate(listed.splitlines()) if line.startswith("GPU ")]
 
 
 class SlurmLauncher(SubmititSlurm):

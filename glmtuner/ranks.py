@@ -6,6 +6,7 @@ environment, and only rank 0 writes and speaks. torch is imported once ranks mee
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -80,18 +81,18 @@ def to_start(parallel: "Parallel") -> int:
                 "parallel.processes out, or start the run without torchrun, accelerate or srun"
             )
         return 1
-    return parallel.processes or (max(visible_gpus(), 1) if parallel.several else 1)
+    return parallel.processes or (max(len(gpus()), 1) if parallel.several else 1)
 
 
-def visible_gpus() -> int:
-    """The GPUs that a child would see, without torch."""
+def gpus() -> list[str]:
+    """The GPUs that a child would see, as CUDA_VISIBLE_DEVICES names them; torch is not asked."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
-        return len([name for name in chosen.split(",") if name.strip()])
-    with suppress(OSError):
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-        return sum(line.startswith("GPU ") for line in listed.splitlines())
-    return 0
+        return [name for name in chosen.split(",") if name.strip()]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
+    return [str(number) for number, line in enumerate(listed.splitlines()) if line.startswith("GPU ")]
 
 
 class RankFailed(Exception):

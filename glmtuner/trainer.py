@@ -140,7 +140,7 @@ class GlmTrainer(Trainer):
         """What each rank has summed up, a list with an entry a rank, and what all share."""
         return {
             "loss_since_log": ranks.from_all(self._tr_loss.item()),
-            "measured": ranks.from_all(self.measured.sums),
+            "measured": ranks.from_all(self.measured.told()),
             "tokens": ranks.from_all(self.tokens.item()),
             "loss_logged": self._total_loss_scalar,
             "step_logged": self._globalstep_last_logged,
@@ -198,7 +198,7 @@ class GlmTrainer(Trainer):
         self._total_loss_scalar = progress["loss_logged"]
         self._globalstep_last_logged = progress["step_logged"]
         self.earlier_seconds = progress["seconds"]
-        self.measured.sums = progress["measured"][ranks.rank()]
+        self.measured.recall(progress["measured"][ranks.rank()], self.args.device)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Loss and time of the whole training, not of the part since the last resume."""
@@ -262,7 +262,7 @@ class GlmTrainer(Trainer):
             model.train()
             return self.objective.update(self, model, self._prepare_inputs(inputs))
         taught_B = inputs["labels"].ne(IGNORE_INDEX).any(dim=1)  # all but blank rows
-        self.tokens += inputs["attention_mask"][taught_B].sum().to(self.tokens.device)
+        self.tokens += (inputs["attention_mask"] * taught_B[:, None]).sum().to(self.tokens.device)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -322,18 +322,26 @@ class Measurements:
     """Sums and counts of what an objective measures in training, on this rank; a checkpoint keeps them."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, list[float]] = {}  # name -> sum, count
+        self.sums: dict[str, torch.Tensor] = {}  # name -> sum, count; they stay on the device: no step waits to be told
 
     def add(self, measured: dict[str, torch.Tensor]) -> None:
         """Values of rows, by name; NaN where a row has none."""
         for name, values in measured.items():
-            total, count = self.sums.get(name, (0.0, 0))
-            known = values[~values.isnan()].double()
-            self.sums[name] = [total + known.sum().item(), count + known.numel()]
+            known = ~values.isnan()
+            found = torch.stack([values.double().nansum(), known.sum().double()])
+            self.sums[name] = self.sums[name] + found if name in self.sums else found
+
+    def told(self) -> dict[str, list[float]]:
+        """The sums as numbers."""
+        return {name: sums.tolist() for name, sums in self.sums.items()}
+
+    def recall(self, told: dict[str, list[float]], device: torch.device) -> None:
+        """Go on with sums that were told before."""
+        self.sums = {name: torch.tensor(sums, dtype=torch.double, device=device) for name, sums in told.items()}
 
     def take(self) -> dict[str, float]:
         """The means over all ranks since the last call; a name that counted nothing is left out."""
-        everywhere, self.sums = ranks.from_all(self.sums), {}
+        everywhere, self.sums = ranks.from_all(self.told()), {}
         found = {}
         for name in everywhere[0]:
             total, count = (sum(sums[name][place] for sums in everywhere) for place in (0, 1))

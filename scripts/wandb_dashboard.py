@@ -11,17 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from glmtuner.config.objective import measured_as
 from glmtuner.errors import ConfigError, GlmtunerError
-from glmtuner.run_folder import FREE_TO_CHANGE, RunFolder, flat, write_text
+from glmtuner.report.jobs import CHOSEN_BY, knobs_of, read_jobs
+from glmtuner.report.ranking import objective_of
+from glmtuner.run_folder import write_text
 
-FOLLOWS = {
-    "name",
-    "model.family",
-    "model.template",
-    *FREE_TO_CHANGE,
-}  # differ because something else does, or say nothing
 WIDE = 50  # numbers that are so many times apart get a logarithmic axis
 
 
@@ -38,30 +33,21 @@ class Sweep:
 def read_sweep(folder: Path, objective: str | None) -> Sweep:
     """What the jobs' config.yaml and metrics.json tell; raises ConfigError when the folder holds no jobs."""
     folder = folder.resolve()
-    jobs = [RunFolder(path) for path in sorted(folder.iterdir()) if RunFolder(path).is_run]
+    jobs = [job for job in read_jobs(folder) if job.values]
     if not jobs:
         raise ConfigError(f"{folder} holds no jobs of a sweep; name a folder under outputs/sweeps, or a W&B group")
-    configs = [flat(OmegaConf.to_container(job.config())) for job in jobs]
-    values = {
-        key: [config[key] for config in configs if key in config]
-        for key in dict.fromkeys(key for config in configs for key in config)
-        if key not in FOLLOWS
-    }
-    places = [folder, *(job.path for job in jobs)]
+    keys = [CHOSEN_BY.get(knob, knob) for knob in knobs_of(jobs)]  # W&B has the config's keys
+    metrics = {name for job in jobs for name in job.metrics}
+    asked = measured_as(objective, metrics) or objective if objective else objective_of(jobs)[0]
+    places = [folder, *(job.folder.path for job in jobs)]
     return Sweep(
-        group=configs[0].get("tracker.group") or folder.name,
-        objective=measured(objective or configs[0]["objective"], {name for job in jobs for name in job.metrics()}),
-        knobs={key: found for key, found in values.items() if len({repr(value) for value in found}) > 1},
+        group=jobs[0].values.get("tracker.group") or folder.name,
+        objective=asked or "eval_loss",
+        knobs={key: [job.values[key] for job in jobs if key in job.values] for key in keys},
         pictures=sorted(
             {f"pictures/{path.stem}" for at in places for path in (*at.glob("*.png"), *at.glob("pictures/*.png"))}
         ),
     )
-
-
-def measured(name: str | None, metrics: set[str]) -> str:
-    """The metric of that name, with eval_ or predict_ before it where it is called so; without a name, a loss."""
-    wanted = [name, f"eval_{name}", f"predict_{name}"] if name else ["eval_loss", "train_loss"]
-    return next((metric for metric in wanted if metric in metrics), wanted[0])
 
 
 def workspace(entity: str, project: str, sweep: Sweep) -> Any:

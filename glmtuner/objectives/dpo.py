@@ -6,25 +6,18 @@ import torch
 from torch import nn
 
 from glmtuner.config.schema import PreferenceLoss
-from glmtuner.losses import IGNORE_INDEX, hinge_preference, ipo_preference, label_logprobs, sigmoid_preference
-from glmtuner.objectives.objective import Measured, Objective, Weights, without_dropout
+from glmtuner.losses import IGNORE_INDEX, hinge_preference, ipo_preference, sigmoid_preference
+from glmtuner.objectives.objective import AgainstReference, Measured
 
 
-class DpoObjective(Objective):
-    """A preference loss on log(policy / reference) of both answers; the reference is the model as it comes in here.
-
-    `settings` has the keys of stage=dpo.
-    """
-
-    def __init__(self, model: Any, settings: Any) -> None:
-        super().__init__(model)
-        self.settings, self.reference = settings, Weights.trained_in(model)
-        without_dropout(model)
+class DpoObjective(AgainstReference):
+    """A preference loss on both answers of a pair."""
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, Measured]:
         with self.reference.on(self.model):
-            reference_R, _ = self.answer_logprobs(self.model, batch)
-        logprobs_R, tokens_R = self.answer_logprobs(model, batch)
+            reference_R = self.answer_logprobs(self.model, batch)
+        logprobs_R = self.answer_logprobs(model, batch)
+        tokens_R = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).clamp(min=1)
         settings = self.settings
         is_ipo = settings.loss is PreferenceLoss.ipo
         ratio_R = (logprobs_R - reference_R) / (tokens_R if is_ipo else 1)
@@ -46,9 +39,3 @@ class DpoObjective(Objective):
             "accuracy": (rewards[0] > rewards[1]).float(),
             "nll_chosen": nll_R.detach(),
         }
-
-    def answer_logprobs(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The log-probability of each answer, [R], and its number of tokens, [R]."""
-        logits_RTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        tokens_R = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1)
-        return label_logprobs(logits_RTV, batch["labels"]).sum(1), tokens_R.clamp(min=1)

@@ -6,20 +6,12 @@ import torch
 from torch import nn
 
 from glmtuner import ranks
-from glmtuner.losses import kto, label_logprobs
-from glmtuner.objectives.objective import Measured, Objective, Weights, without_dropout
+from glmtuner.losses import kto
+from glmtuner.objectives.objective import AgainstReference, Measured
 
 
-class KtoObjective(Objective):
-    """The value of single answers under prospect theory; the reference is the model as it comes in here.
-
-    `settings` has the keys of stage=kto.
-    """
-
-    def __init__(self, model: Any, settings: Any) -> None:
-        super().__init__(model)
-        self.settings, self.reference = settings, Weights.trained_in(model)
-        without_dropout(model)
+class KtoObjective(AgainstReference):
+    """The value of single answers under prospect theory."""
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, Measured]:
         """The KL that answers are measured from is the batch's own, estimated on answers that belong to other prompts."""
@@ -27,10 +19,11 @@ class KtoObjective(Objective):
             {name: batch[name].chunk(2)[half] for name in ("input_ids", "attention_mask", "labels")} for half in (0, 1)
         )
         with self.reference.on(self.model):
-            reference_R, reference_crossed_R = self.logprobs(self.model, own), self.logprobs(self.model, crossed)
+            reference_R = self.answer_logprobs(self.model, own)
+            reference_crossed_R = self.answer_logprobs(self.model, crossed)
         with torch.no_grad():
-            kl = ranks.mean((self.logprobs(self.model, crossed) - reference_crossed_R).mean()).clamp(min=0)
-        ratio_R = self.logprobs(model, own) - reference_R
+            kl = ranks.mean((self.answer_logprobs(self.model, crossed) - reference_crossed_R).mean()).clamp(min=0)
+        ratio_R = self.answer_logprobs(model, own) - reference_R
         good_R, settings = batch["is_desirable"], self.settings
         loss_R = kto(ratio_R, good_R, kl, settings.beta, settings.desirable_weight, settings.undesirable_weight)
         reward_R = (settings.beta * ratio_R).detach()
@@ -39,8 +32,3 @@ class KtoObjective(Objective):
             "reward_undesirable": reward_R.where(~good_R, torch.nan),
             "kl": kl.expand(len(good_R)),
         }
-
-    def logprobs(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-        """The log-probability of each answer, [R]."""
-        logits_RTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        return label_logprobs(logits_RTV, batch["labels"]).sum(1)

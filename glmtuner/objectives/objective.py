@@ -10,6 +10,7 @@ from torch import nn
 
 from glmtuner.config.schema import Finetuning
 from glmtuner.finetuning.trained import check_fit, own_parameters, trained_parameters, weights_in
+from glmtuner.losses import label_logprobs
 
 Measured = dict[
     str, torch.Tensor
@@ -89,6 +90,23 @@ class Weights:
             parameter = parameters[name]
             self.values[name] = parameter.data
             parameter.data = value.to(parameter.device)
+
+
+class AgainstReference(Objective):
+    """An objective on log(policy / reference) of answers; the reference is the model as it comes in here.
+
+    `settings` has the keys of the stage. Dropout is off.
+    """
+
+    def __init__(self, model: Any, settings: Any) -> None:
+        super().__init__(model)
+        self.settings, self.reference = settings, Weights.trained_in(model)
+        without_dropout(model)
+
+    def answer_logprobs(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        """The log-probability of each answer, [R]."""
+        logits_RTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        return label_logprobs(logits_RTV, batch["labels"]).sum(1)
 
 
 def without_dropout(model: nn.Module) -> None:

@@ -87,9 +87,8 @@ class Wandb(Tracker):
         self._line += 1
 
     def abandon(self, preempted: bool = False) -> None:
-        import wandb
-
-        if wandb.run is None or self._lost:
+        wandb = sys.modules.get("wandb")  # not there: it was never started
+        if wandb is None or wandb.run is None or self._lost:
             return
         with self._or_without():
             if preempted:

@@ -191,9 +191,9 @@ def test_the_reference_of_a_new_adapter_is_the_model_with_the_adapter_off():
     objective = DpoObjective(model, run_of("stage=dpo").stage)
     move(model, 5)
     with objective.reference.on(model):
-        found = objective.answer_logprobs(model, PAIRS)[0]
+        found = objective.answer_logprobs(model, PAIRS)
     with torch.no_grad(), model.disable_adapter():
-        wanted = objective.answer_logprobs(model, PAIRS)[0]
+        wanted = objective.answer_logprobs(model, PAIRS)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
