@@ -130,12 +130,13 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
         folder.lock()
         describe(folder, composed, family, template, model_config, data, resumes)
     arguments = training_arguments(run, folder, model)
-    show_plan(run, folder, model, data, arguments, device)
     run.tracker.start(run, folder.path)
     if ranks.world_size() > 1:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps it
         run.parallel.spread(model, family.blocks(base))
     trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments, objective)
+    speed_up(run, trainer, data)
+    show_plan(run, folder, model, data, trainer, device)
     metrics: dict[str, float] = {}
     if run.trainer.do_train:
         metrics |= train(run, folder, trainer, tokenizer, data, resumes)
@@ -257,10 +258,13 @@ def describe(
 
 
 def show_plan(
-    run: Run, folder: RunFolder, model: "nn.Module", data: "Datasets", arguments: Any, device: "torch.device"
+    run: Run, folder: RunFolder, model: "nn.Module", data: "Datasets", trainer: "GlmTrainer", device: "torch.device"
 ) -> None:
     """The short table of what will run."""
+    from glmtuner.data.segments import Packs
     from glmtuner.trainer import size_of
+
+    arguments, trained_on = trainer.args, trainer.train_dataset
 
     total = sum(map(size_of, model.parameters()))
     trained = sum(size_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
@@ -272,7 +276,12 @@ def show_plan(
         rows.append(("evaluation", f"{len(data.evaluation):,} records"))
     if data.train is not None:
         rows.append(("method", f"{run.finetuning.finetuning_type}: {trained:,} of them trained, {trained / total:.4%}"))
-        rows.append(("steps", steps_told(arguments, len(data.train))))
+        kind = "records"
+        if isinstance(trained_on, Packs):
+            filled = sum(trained_on.lengths) / (len(trained_on) * trained_on.capacity)
+            rows.append(("packed", f"{len(trained_on):,} rows of {trained_on.capacity:,} tokens, {filled:.1%} full"))
+            kind = "packed rows"
+        rows.append(("steps", steps_told(arguments, len(trained_on), kind)))
     precision = (
         "bf16"
         if arguments.bf16
@@ -285,7 +294,7 @@ def show_plan(
     table("", ("", ""), rows, show_header=False)
 
 
-def steps_told(arguments: Any, records: int) -> str:
+def steps_told(arguments: Any, records: int, kind: str) -> str:
     world = max(arguments.world_size, 1)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world
     an_epoch = max(
@@ -295,7 +304,7 @@ def steps_told(arguments: Any, records: int) -> str:
         1,
     )
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * an_epoch)
-    return f"{steps:,} of {batch} records, {steps / an_epoch:g} epochs"
+    return f"{steps:,} of {batch} {kind}, {steps / an_epoch:g} epochs"
 
 
 # -- training, evaluation, prediction ------------------------------------------------------------------------------------
@@ -337,6 +346,36 @@ def make_trainer(
     )
 
 
+def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets") -> None:
+    """Batches without padding, packs and a loss in chunks, where the model's loss stays what it is."""
+    from glmtuner.data.collate import Collator
+    from glmtuner.data.segments import Packs
+    from glmtuner.preflight import fast_paths
+
+    rows = data.train if data.train is not None else data.evaluation
+    plain = trainer.data_collator
+    if trainer.objective is not None or rows is None or type(plain) is not Collator:
+        return
+    trainer.data_collator, trainer.chunks_loss = fast_paths(
+        trainer.model,
+        [rows[0], rows[len(rows) - 1]],
+        plain,
+        autocast=trainer.compute_loss_context_manager,
+        without_padding=run.data.padding_free and run.data.ignore_pad_token_for_loss,
+        chunks_loss=run.parallel.whole_modules,
+    )
+    if not run.data.packing or data.train is None:
+        return
+    if trainer.data_collator is plain:
+        say(
+            "data.packing=true: this model's samples see each other in one row; batches of similar length "
+            "(trainer.train_sampling_strategy=group_by_length) are used in its place"
+        )
+        trainer.args.train_sampling_strategy = "group_by_length"
+        return
+    trainer.train_dataset = Packs(data.train, run.data.max_source_length + run.data.max_target_length)
+
+
 def train(
     run: Run,
     folder: RunFolder,
@@ -362,7 +401,7 @@ def train(
     collate = trainer.data_collator
     check_first_batch(
         trainer.model,
-        collate([data.train[0]]),
+        collate([trainer.train_dataset[0]]),
         trainer.compute_loss_context_manager,
         lambda: first_words(trainer.model, tokenizer, data.train[0]),
         trainer.objective.trial if trainer.objective is not None else None,

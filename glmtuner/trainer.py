@@ -18,11 +18,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import SaveStrategy
 
 from glmtuner import ranks
 from glmtuner.config.schema import Finetuning, Tracker
 from glmtuner.data.collate import IGNORE_INDEX
+from glmtuner.data.segments import flat, lengths_of
 from glmtuner.finetuning.trained import gathered
 from glmtuner.preemption import Asked
 from glmtuner.run_folder import (
@@ -74,6 +76,7 @@ class GlmTrainer(Trainer):
         forget_peak(self.args.device)
         self.finetuning, self.tracker, self.folder, self.score = finetuning, tracker, folder, score
         self.objective, self.derived, self.measured = objective, derived, Measurements()
+        self.chunks_loss = False  # does the model compute its loss by glmtuner/models/head.py?
         if objective is not None:
             self.model_accepts_loss_kwargs = False  # the loss is a mean over rows, whatever tokens they have
         self.earlier_seconds = 0.0
@@ -245,15 +248,24 @@ class GlmTrainer(Trainer):
                 loss_B, measured = self.objective.loss(model, inputs)
                 found = {"loss": loss_B, **measured}
             else:
-                labels_BT = inputs.pop("labels")
-                logits_BTV = model(**inputs).logits
-                rows = [
-                    row_loss(logits_TV, labels_T) for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True)
-                ]
-                loss_B, tokens_B = torch.stack(rows).unbind(1)
-                found = {"loss": loss_B, "tokens": tokens_B.long()}
+                loss_B, tokens_B = self.row_losses(model, inputs)
+                found = {"loss": loss_B, "tokens": tokens_B}
         self.evaluated.append({name: self.gather_function(values).cpu() for name, values in found.items()})
         return None, None, None
+
+    def row_losses(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every sample: the loss in nats, summed over its learned tokens, float32, and their number."""
+        labels_BT = inputs["labels"]
+        if self.chunks_loss:
+            losses_BT = model(**inputs, each=True).loss
+        else:
+            plain = {name: value for name, value in inputs.items() if name != "labels"}
+            losses_BT = token_losses(model(**plain).logits, labels_BT)
+        learned_BT = torch.nn.functional.pad(labels_BT[:, 1:].ne(IGNORE_INDEX), (1, 0))
+        if "segments" not in inputs:
+            return losses_BT.sum(1), learned_BT.sum(1)
+        lengths = inputs["segments"].lengths
+        return tuple(torch.stack([part.sum() for part in row[0].split(lengths)]) for row in (losses_BT, learned_BT))
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -261,8 +273,11 @@ class GlmTrainer(Trainer):
         if self.objective is not None and self.objective.updates:
             model.train()
             return self.objective.update(self, model, self._prepare_inputs(inputs))
-        taught_B = inputs["labels"].ne(IGNORE_INDEX).any(dim=1)  # all but blank rows
-        self.tokens += (inputs["attention_mask"] * taught_B[:, None]).sum().to(self.tokens.device)
+        if "segments" in inputs:
+            self.tokens += inputs["segments"].tokens
+        else:
+            taught_B = inputs["labels"].ne(IGNORE_INDEX).any(dim=1)  # all but blank rows
+            self.tokens += (inputs["attention_mask"] * taught_B[:, None]).sum().to(self.tokens.device)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -279,6 +294,14 @@ class GlmTrainer(Trainer):
             means = self.measured.take()
             logs |= means | self.derived(means)
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Batches of similar length know the lengths without reading the rows one by one, as transformers would."""
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(rows)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(size, lengths=lengths_of(rows))
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> DataLoader:
         """Several ranks learn an epoch's rows once each: accelerate would fill the last batches up with rows seen before.
@@ -358,13 +381,13 @@ def size_of(parameter: torch.nn.Parameter) -> int:
     return math.prod(packed.shape) if packed is not None else parameter.numel()
 
 
-def row_loss(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-    """Of one row: the loss in nats, summed over its learned tokens, and their number, as float32 [2]."""
-    targets = labels_T[1:]
-    loss = torch.nn.functional.cross_entropy(
-        logits_TV[:-1].float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"
-    )
-    return torch.stack([loss, targets.ne(IGNORE_INDEX).sum().float()])
+def token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """The loss of every token in nats, float32 [B, T], 0 where none is learned; a row at a time, to spare memory."""
+    rows = [
+        torch.nn.functional.cross_entropy(logits_TV[:-1].float(), labels_T[1:], ignore_index=IGNORE_INDEX, reduction="none")
+        for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True)
+    ]
+    return torch.nn.functional.pad(torch.stack(rows), (1, 0))
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -402,7 +425,7 @@ class Filled(Dataset):
         return [self._blank() if place == self.blank else next(found) for place in places]
 
     def _blank(self) -> Mapping[str, Any]:
-        ids = self.rows[0]["input_ids"]  # a sequence that every model takes
+        ids = flat([self.rows[0]])[0]["input_ids"]  # a sequence that every model takes
         return {"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)}
 
 

@@ -128,6 +128,7 @@ class Data:
     mix_probabilities: list[float] = field(default_factory=list)
     loss_on: LossOn = LossOn.every_answer
     packing: bool = False
+    padding_free: bool = True
     max_bad_records: int = 0
 
     def __post_init__(self) -> None:
@@ -218,6 +219,7 @@ class Stage:
     name: str
 
     policy: typing.ClassVar[bool] = True  # does what it trains answer? (a reward model scores)
+    packs: typing.ClassVar[bool] = False  # may several of its samples stand in one row?
     spreads: typing.ClassVar[bool] = True  # can ranks that hold a share of the weights or gradients train it?
 
     def impossible(self, run: "Run") -> "Iterator[str]":
@@ -347,6 +349,7 @@ class Parallel:
 
     several: typing.ClassVar[bool] = True  # one process a GPU, where there are several
     sharded: typing.ClassVar[bool] = False  # does a process hold only its share of every weight?
+    whole_modules: typing.ClassVar[bool] = True  # are a layer's weights whole outside of its own forward pass?
 
     def __post_init__(self) -> None:
         if self.processes is not None and self.processes < 1:
@@ -502,8 +505,13 @@ class Run:
                 f"trainer.save_strategy={trainer.save_strategy}: both must be the same, steps or epoch"
             )
         yield from self.parallel.impossible(self)
-        if self.data.packing:
-            yield "data.packing=true: this version trains one sample a row; type data.packing=false"
+        if self.data.packing and not self.stage.packs:
+            yield (
+                f"data.packing=true with stage={self.stage.name}: only the samples of stage=sft are packed; type data.packing=false"
+            )
+        if self.data.packing and not (self.data.padding_free and self.data.ignore_pad_token_for_loss):
+            knob = "ignore_pad_token_for_loss" if self.data.padding_free else "padding_free"
+            yield f"data.packing=true with data.{knob}=false: packed rows have no padding; leave one of the two out"
 
 
 ConfigStore.instance().store(group="schema", name="run", node=Run, package="_global_")

@@ -310,6 +310,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def places(self, input_ids_S: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The positions of one row without padding, [2, S] or [S], and the length of its context."""
+        position_ids = positions(input_ids_S[None], None, self.config)
+        return position_ids[0], int((input_ids_S == self.config.bos_token_id).int().argmax())
+
     @can_return_tuple
     def forward(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.schema import LossOn, Run, Stage, preset
 from glmtuner.data import DatasetSpec
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 @dataclass(kw_only=True)
 class Sft(Stage):
     """Instructions and conversations in, the assistant's answers learned."""
+
+    packs: ClassVar[bool] = True
 
     def datasets(self, run: Run, specs: dict[str, DatasetSpec], template: Any, tokenizer: Any) -> "Datasets":
         from glmtuner.data.encode import Encoder
