@@ -384,7 +384,9 @@ def size_of(parameter: torch.nn.Parameter) -> int:
 def token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
     """The loss of every token in nats, float32 [B, T], 0 where none is learned; a row at a time, to spare memory."""
     rows = [
-        torch.nn.functional.cross_entropy(logits_TV[:-1].float(), labels_T[1:], ignore_index=IGNORE_INDEX, reduction="none")
+        torch.nn.functional.cross_entropy(
+            logits_TV[:-1].float(), labels_T[1:], ignore_index=IGNORE_INDEX, reduction="none"
+        )
         for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True)
     ]
     return torch.nn.functional.pad(torch.stack(rows), (1, 0))

@@ -17,7 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from glmtuner.data.segments import Segments, places_from_0
 
 SEGMENTED = "segments|"  # segments|sdpa is sdpa that takes each segment by itself
-LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers, as config.json names them, that segments are right for
+LAYERS = {
+    "full_attention",
+    "sliding_attention",
+}  # kinds of layers, as config.json names them, that segments are right for
 
 
 def can_segment(model: nn.Module) -> bool:
