@@ -350,23 +350,24 @@ def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets") -> None:
     """Batches without padding, packs and a loss in chunks, where the model's loss stays what it is."""
     from glmtuner.data.collate import Collator
     from glmtuner.data.segments import Packs
-    from glmtuner.preflight import fast_paths
+    from glmtuner.fast_paths import fast_paths
 
     rows = data.train if data.train is not None else data.evaluation
     plain = trainer.data_collator
     if trainer.objective is not None or rows is None or type(plain) is not Collator:
         return
-    trainer.data_collator, trainer.chunks_loss = fast_paths(
+    taken = fast_paths(
         trainer.model,
         [rows[0], rows[len(rows) - 1]],
         plain,
         autocast=trainer.compute_loss_context_manager,
         without_padding=run.data.padding_free and run.data.ignore_pad_token_for_loss,
-        chunks_loss=run.parallel.whole_modules,
+        on_weights=run.parallel.whole_modules,
     )
+    trainer.data_collator, trainer.chunks_loss = taken.collate, taken.chunks_loss
     if not run.data.packing or data.train is None:
         return
-    if trainer.data_collator is plain:
+    if taken.collate is plain:
         say(
             "data.packing=true: this model's samples see each other in one row; batches of similar length "
             "(trainer.train_sampling_strategy=group_by_length) are used in its place"

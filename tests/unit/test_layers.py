@@ -22,7 +22,7 @@ RANK = {
         2,
     ),
     **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight", "trackers"), 3),
-    **dict.fromkeys(("assemble", "objectives", "trainer"), 4),
+    **dict.fromkeys(("assemble", "fast_paths", "objectives", "trainer"), 4),
     **dict.fromkeys(("conversation", "predict", "serving"), 5),
     "stages": 6,
     **dict.fromkeys(("launch", "launchers", "verbs"), 7),

@@ -1,6 +1,5 @@
 """The fast paths compute what the plain ones do: no padding, no leakage, and a loss in chunks."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from transformers import GlmConfig, GlmForCausalLM, GPT2Config, GPT2LMHeadModel,
 from glmtuner.data.collate import IGNORE_INDEX, Collator
 from glmtuner.data.segments import SegmentCollator
 from glmtuner.families import family_named
+from glmtuner.fast_paths import Taken, fast_paths
 from glmtuner.finetuning.lora import Lora
 from glmtuner.finetuning.p_tuning import PTuning
 from glmtuner.models import head
@@ -19,7 +19,6 @@ from glmtuner.models.head import can_chunk, cross_entropy, use_chunks
 from glmtuner.models.modeling_chatglm import ChatGLMForConditionalGeneration
 from glmtuner.models.modeling_chatglm2 import ChatGLM2ForConditionalGeneration
 from glmtuner.models.segments import can_segment, forget_segments, places_of, use_segments
-from glmtuner.preflight import fast_paths
 
 VOCABULARY = 96
 V1 = {"bos_token_id": 90, "eos_token_id": 91, "mask_token_id": 92, "gmask_token_id": 93, "pad_token_id": 3}
@@ -148,9 +147,9 @@ def test_with_a_method_attached(name, method, checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     wanted = learned(attached, Collator(pad_id=3)(samples()))
-    collate, chunked = fast_paths(attached, samples()[:2], Collator(pad_id=3))
-    assert isinstance(collate, SegmentCollator) and chunked
-    assert_same(learned(attached, collate(samples())), wanted)
+    taken = fast_paths(attached, samples()[:2], Collator(pad_id=3))
+    assert isinstance(taken.collate, SegmentCollator) and taken.chunks_loss and taken.fuses_lora == (method == "lora")
+    assert_same(learned(attached, taken.collate(samples())), wanted)
 
 
 @every_model
@@ -211,20 +210,19 @@ class Scaled(GlmForCausalLM):
 def test_a_model_with_a_loss_of_its_own_keeps_it():
     model = Scaled(glm().config)
     wanted = learned(model, Collator(pad_id=3)(samples()))
-    collate, chunked = fast_paths(model, samples()[:2], Collator(pad_id=3))
-    assert isinstance(collate, SegmentCollator) and not chunked
-    assert_same(learned(model, collate(samples())), wanted)
+    taken = fast_paths(model, samples()[:2], Collator(pad_id=3))
+    assert isinstance(taken.collate, SegmentCollator) and not taken.chunks_loss
+    assert_same(learned(model, taken.collate(samples())), wanted)
 
 
 def test_a_model_whose_attention_cannot_be_told_of_segments_gets_padded_rows():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=64))
     model.config._attn_implementation = "eager"
     plain = Collator(pad_id=3)
-    before = copy.deepcopy(model.config._attn_implementation)
-    collate, _ = fast_paths(model, samples()[:2], plain)
-    assert collate is plain and model.config._attn_implementation == before
+    assert fast_paths(model, samples()[:2], plain).collate is plain
+    assert model.config._attn_implementation == "eager"
 
 
 def test_both_paths_can_be_left_out():
     plain = Collator(pad_id=3)
-    assert fast_paths(glm(), samples()[:2], plain, without_padding=False, chunks_loss=False) == (plain, False)
+    assert fast_paths(glm(), samples()[:2], plain, without_padding=False, on_weights=False) == Taken(plain)
