@@ -193,13 +193,11 @@ def training_arguments(run: Run, folder: RunFolder, model: "nn.Module") -> Any:
         torch.float16,
         torch.bfloat16,
     }
-    if (
-        run.trainer.do_train
-        and run.finetuning.saved_as == "model"
-        and half
-        and not (run.trainer.fp16 or run.trainer.bf16)
-    ):
-        chosen["bf16" if torch.bfloat16 in half else "fp16"] = True  # float32 weights between half-precision ones
+    if run.trainer.do_train and half and not (run.trainer.fp16 or run.trainer.bf16):
+        if run.finetuning.saved_as == "model":
+            chosen["bf16" if torch.bfloat16 in half else "fp16"] = True  # float32 weights between half-precision ones
+        elif torch.bfloat16 in half and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+            chosen["bf16"] = True  # products with float32 adapters take bfloat16's tensor cores, too
     if not torch.cuda.is_available():
         chosen["dataloader_pin_memory"] = False  # transformers warns where there is nothing to pin for
         if ranks.world_size() > 1:
