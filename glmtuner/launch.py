@@ -131,11 +131,11 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
         describe(folder, composed, family, template, model_config, data, resumes)
     arguments = training_arguments(run, folder, model)
     run.tracker.start(run, folder.path)
+    blocks = family.blocks(model.get_base_model() if hasattr(model, "get_base_model") else model)  # PEFT wraps it
     if ranks.world_size() > 1:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps it
-        run.parallel.spread(model, family.blocks(base))
+        run.parallel.spread(model, blocks)
     trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments, objective)
-    speed_up(run, trainer, data)
+    speed_up(run, trainer, data, blocks)
     show_plan(run, folder, model, data, trainer, device)
     metrics: dict[str, float] = {}
     if run.trainer.do_train:
@@ -186,6 +186,8 @@ def training_arguments(run: Run, folder: RunFolder, model: "nn.Module") -> Any:
         chosen["activation_checkpointing"] = chosen.pop("gradient_checkpointing")
         if "gradient_checkpointing_kwargs" in chosen:
             chosen["activation_checkpointing_kwargs"] = chosen.pop("gradient_checkpointing_kwargs")
+    for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
+        chosen.pop(name, None)  # blocks are compiled one by one, see `speed_up`; the whole model breaks at every attention
     chosen |= {"output_dir": str(folder.path), "report_to": "none", "run_name": run.name or folder.path.name}
     if ranks.world_size() > 1:
         chosen |= run.parallel.arguments()
@@ -344,14 +346,18 @@ def make_trainer(
     )
 
 
-def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets") -> None:
-    """Batches without padding, packs and a loss in chunks, where the model's loss stays what it is."""
+def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets", blocks: "list[nn.Module]") -> None:
+    """Batches without padding, packs and a loss in chunks, where the model's loss stays what it is; compiled blocks."""
     from glmtuner.data.collate import Collator
     from glmtuner.data.segments import Packs
     from glmtuner.fast_paths import fast_paths
 
     rows = data.train if data.train is not None else data.evaluation
     plain = trainer.data_collator
+    if run.trainer.torch_compile:
+        options = {"backend": run.trainer.torch_compile_backend, "mode": run.trainer.torch_compile_mode}
+        for block in blocks:
+            block.compile(dynamic=True, **{name: value for name, value in options.items() if value})
     if trainer.objective is not None or rows is None or type(plain) is not Collator:
         return
     taken = fast_paths(

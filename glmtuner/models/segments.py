@@ -55,6 +55,7 @@ def places_of(model: nn.Module) -> Callable[[torch.Tensor], tuple[torch.Tensor, 
 
 
 def _segmented(attend: Callable[..., Any]) -> Callable[..., Any]:
+    @torch.compiler.disable  # the lengths of segments are other ones in every batch; the rest of a block compiles once
     def attend_segments(
         module: nn.Module,
         query_1HTD: torch.Tensor,

@@ -226,3 +226,18 @@ def test_a_model_whose_attention_cannot_be_told_of_segments_gets_padded_rows():
 def test_both_paths_can_be_left_out():
     plain = Collator(pad_id=3)
     assert fast_paths(glm(), samples()[:2], plain, without_padding=False, on_weights=False) == Taken(plain)
+
+
+@pytest.mark.parametrize("name", ["glm", "chatglm"])
+def test_compiled_blocks_compute_the_same_with_and_without_segments(name):
+    torch.compiler.reset()
+    model = model_of(name)
+    batch = Collator(pad_id=3)(samples())
+    wanted = learned(model, batch)
+    use_segments(model)
+    for block in family_named(name).blocks(model):
+        block.compile(dynamic=True, backend="eager")  # what is traced and what is not; building kernels takes minutes
+    flat = SegmentCollator(places=places_of(model))
+    assert_same(learned(model, flat(samples())), wanted)
+    assert_same(learned(model, flat([*samples()[2:], *samples()[:2]])), wanted)
+    assert_same(learned(model, batch), wanted)
