@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from glmtuner.errors import ConfigError, UnknownName
 
@@ -23,8 +23,7 @@ class Message(Protocol):
     content: str
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A control token (by name), a piece of prompt text, or the text of an answer."""
 
     text: str
@@ -380,9 +379,29 @@ def encode_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Ids of plain texts: nothing added, and nothing in them read as a control token."""
     if not texts:
         return []
+    if (backend := plain_backend(tokenizer)) is not None:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     return tokenizer(
         list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
     ).input_ids
+
+
+def plain_backend(tokenizer: Any) -> Any:
+    """The tokenizer's backend, set to read no control token, cut nothing and pad nothing; None where it has a way of its own.
+
+    Asked by itself it gives ids alone: transformers would have it look for each token's place, and keep eight lists a text.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
+        return None
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    return backend
 
 
 def control_id(tokenizer: Any, token: str, template: str) -> int:

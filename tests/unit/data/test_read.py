@@ -124,7 +124,7 @@ def test_text_has_a_record_a_line(tmp_path):
         ("a.json", '[{"a": 1},', "line 1, column 11, record 2: Expecting value; the file is cut short, fetch it again"),
         ("a.json", '[{"a": 1}', "line 1, column 10, record 1: Expecting ',' delimiter"),
         ("a.json", '[{"a": 1}\n {"a": 2}]', "line 2, column 2, record 1: Expecting ',' delimiter"),
-        ("a.json", '[{"a": 1}] x', "line 1, column 11, record 1: text after the array"),
+        ("a.json", '[{"a": 1}] x', "line 1, column 12, record 1: text after the array"),
         ("a.json", '{"a": 1}', "holds one object (a) where an array of objects is expected; put it in [ ]"),
         ("a.json", "3", "holds 3 (int) where an array of objects is expected"),
         ("a.json", '{"a"\n: 1', "is not JSON at line 2, column 4: Expecting ',' delimiter; the file is cut short"),
