@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-THREADS = 2  # one asks the tokenizer while the other does what Python does one at a time
+THREADS = min(4, os.cpu_count() or 1)  # more only wait for each other: Python does its part of the work one at a time
 ROWS, COUNTS = "rows.arrow", "counts.json"
 CODE = (
     "data/encode.py",
@@ -140,18 +140,19 @@ def _encoded(
 ) -> "Iterator[tuple[pyarrow.RecordBatch, Counts]]":
     """Each batch's rows and counts, in order, while those behind it are encoded; a few batches are in memory at a time.
 
-    Two threads take turns, since tokenizers work without Python's lock and what is around them does not. More processes
-    help where there are many cores.
+    On threads, since tokenizers work without Python's lock and most of the time is theirs. More processes help where there
+    are many cores: they take seconds to start.
     """
     first = list(islice(batches, 2))
     if len(first) < 2:  # not worth a second tokenizer
         yield from (_encode(encoder, examples) for examples in first)
         return
+    # the batches are the parallelism: texts of one batch on several threads cost a fifth more
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if workers and workers > 1:
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
 
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
         pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_keep, initargs=(encoder,))
         work = _encode_kept
     else:
