@@ -330,7 +330,7 @@ class Piece:
                 if breaks_off and self.more():
                     continue
                 raise self.broken(error, number) from None
-            if end == len(self.text) and self.more():  # a number may go on
+            if end > len(self.text) - LONGEST_ESCAPE and self.more():  # a number may go on, such as 12 as 12.5e+10
                 continue
             self.position = end
             return value
