@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from glmtuner.data.catalog import DatasetSpec, find
 from glmtuner.data.formats import parser
-from glmtuner.data.read import read
+from glmtuner.data.read import Row, read
 from glmtuner.data.records import BadRecord, Example, Message
 from glmtuner.errors import DataError
 
@@ -32,9 +32,12 @@ class BadLine:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A dataset's examples, the records that were left out, and a checksum or commit of each source."""
+    """A dataset's examples, the records that were left out, and a checksum or commit of each source.
 
-    examples: list[Example]
+    `examples` are read as they are asked for, and `bad` grows with them: no more of a dataset is in memory than is asked for.
+    """
+
+    examples: Iterator[Example]
     bad: list[BadLine]
     files: dict[str, str]
 
@@ -56,25 +59,31 @@ def load(
     source = read(
         spec, dataset_dir=dataset_dir, package_data=package_data, split=split, cache_dir=cache_dir, token=token
     )
-    parse = parser(spec.formatting)
     most = min((limit for limit in (max_samples, spec.num_samples) if limit is not None), default=None)
-    examples: list[Example] = []
     bad: list[BadLine] = []
+    return Loaded(_examples(spec, source, most, bad), bad, source.fingerprint())
+
+
+def _examples(spec: DatasetSpec, source: Iterable[Row], most: int | None, bad: list[BadLine]) -> Iterator[Example]:
+    parse = parser(spec.formatting)
+    good = 0
     for where, number, raw in source:
         try:
             if isinstance(raw, BadRecord):
                 raise raw
-            examples.append(parse(raw, spec))
+            example = parse(raw, spec)
         except BadRecord as trouble:
             bad.append(BadLine(spec.name, where, number, trouble.field, trouble.reason))
-        if most is not None and len(examples) >= most:
-            break
-    if not examples:
+            continue
+        yield example
+        good += 1
+        if good == most:
+            return
+    if not good:
         raise DataError(
             f"dataset {spec.name!r}: {counted(bad)} and no good one: {first_of(bad)}; they are read as "
             f"formatting={spec.formatting}; mend them, or formatting and columns in {spec.origin}"
         )
-    return Loaded(examples, bad, source.fingerprint())
 
 
 def refuse(bad: Sequence[BadLine], max_bad_records: int) -> None:

@@ -20,6 +20,7 @@ class BlockEncoder(Encoder):
 
     block_length: int
 
+    batch: ClassVar[int] = 1000
     takes: ClassVar[tuple[str, ...]] = ("plain text",)
     wanted: ClassVar[str] = (
         "stage=pt learns plain text: one column, which columns.prompt of the dataset's entry names (text in a file "

@@ -65,6 +65,7 @@ class Encoder:
     takes: ClassVar[tuple[str, ...]] = ("single answers", "feedback")
     wanted: ClassVar[str] = "stage=sft learns single answers; name a dataset of instructions or conversations"
     columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
+    batch: ClassVar[int] = 250  # examples encoded at a time
     learns: ClassVar[bool] = True  # are tokens of the records learned? (their prompts alone are not)
 
     def settings(self) -> dict[str, Any]:
@@ -130,12 +131,13 @@ class Encoder:
                 conversations[place], encoded[place] = shorter, again
         return conversations, encoded
 
-    def _prefixed(self, messages: Sequence[Message]) -> list[Message]:
+    def _prefixed(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The turns with `source_prefix` before the source, that is, before the first question."""
+        if not self.source_prefix:
+            return messages
         turns = list(messages)
-        if self.source_prefix:
-            first = next(place for place, message in enumerate(turns) if message.role == "user")
-            turns[first] = Message("user", self.source_prefix + turns[first].content)
+        first = next(place for place, message in enumerate(turns) if message.role == "user")
+        turns[first] = Message("user", self.source_prefix + turns[first].content)
         return turns
 
     def _source_length(self, messages: Sequence[Message]) -> int:

@@ -8,25 +8,33 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from array import array
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, chain, islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from glmtuner import ranks
 from glmtuner.config.paths import PACKAGE, PACKAGE_DATA
 from glmtuner.config.schema import Data
-from glmtuner.data import BadLine, DatasetSpec, load, refuse
+from glmtuner.data import BadLine, DatasetSpec, Loaded, load, refuse
 from glmtuner.data.encode import Counts, Encoder
-from glmtuner.data.read import read
 from glmtuner.data.records import Example
 from glmtuner.errors import DataError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import pyarrow
     from datasets import Dataset
 
-BATCH = 1000
+THREADS = min(4, os.cpu_count() or 1)  # more only wait for each other: Python does its part of the work one at a time
+ROWS, COUNTS = "rows.arrow", "counts.json"
 CODE = (
     "data/encode.py",
     "data/pairs.py",
@@ -65,54 +73,161 @@ def cache_root() -> Path:
 
 
 def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str | None, token: bool) -> Prepared:
-    """The dataset's rows, from the cache when it has them."""
-    from datasets import load_from_disk
+    """The dataset's rows, from the cache when it has them; they lie in its files, of which memory holds what is read."""
+    from datasets import Dataset
     from filelock import FileLock
 
-    options = {
-        "dataset_dir": data.dataset_dir, "package_data": PACKAGE_DATA, "split": data.split,
-        "cache_dir": hub_cache, "token": token,
-    }  # fmt: skip
-    files = read(spec, **options).fingerprint()
-    folder = cache_root() / "tokenized" / key_of(spec, files, data, encoder)
+    loaded = load(
+        spec, dataset_dir=data.dataset_dir, package_data=PACKAGE_DATA, split=data.split, max_samples=data.max_samples,
+        cache_dir=hub_cache, token=token,
+    )  # fmt: skip
+    folder = cache_root() / "tokenized" / key_of(spec, loaded.files, data, encoder)
     if data.overwrite_cache and ranks.is_main():
         shutil.rmtree(folder, ignore_errors=True)
     locks = cache_root() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / f"{folder.name}.lock"):  # one process encodes; ranks and other jobs wait for it
-        if not (folder / "counts.json").is_file():
-            loaded = load(spec, max_samples=data.max_samples, **options)
-            refuse(loaded.bad, data.max_bad_records)
-            _encode_into(folder, loaded.examples, loaded.bad, encoder, data, spec)
-    kept = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+        if not (folder / COUNTS).is_file():
+            _encode_into(folder, loaded, encoder, data, spec)
+    kept = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
     bad = [BadLine(**line) for line in kept["bad"]]
     refuse(bad, data.max_bad_records)
-    return Prepared(spec, load_from_disk(str(folder)), Counts(**kept["counts"]), files, bad)
+    return Prepared(spec, Dataset.from_file(str(folder / ROWS)), Counts(**kept["counts"]), loaded.files, bad)
 
 
-def _encode_into(
-    folder: Path, examples: list[Example], bad: list[BadLine], encoder: Encoder, data: Data, spec: DatasetSpec
-) -> None:
-    """Encode and write the rows, to a temporary name first."""
-    from datasets import Dataset, concatenate_datasets
+def _encode_into(folder: Path, loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec) -> None:
+    """Encode the examples as they are read and write their rows as they come, to a temporary name first."""
+    from pyarrow import ipc
 
-    unfit = next((example.kind for example in examples if example.kind not in encoder.takes), None)
-    if unfit is not None:
-        raise DataError(f"data.dataset={spec.name} holds {unfit}, and {encoder.wanted}")
+    for left in folder.parent.glob(
+        f".{folder.name}.*"
+    ):  # of a process that was killed: whoever holds the lock is alone
+        shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    batches = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
-    counts, parts = Counts(), []
-    for rows, found in _encoded(batches, encoder, data.preprocessing_num_workers):
-        counts += found
-        parts.append(Dataset.from_list(rows, features=_features(rows[0])))
-    counts.bad_records = len(bad)
-    concatenate_datasets(parts).save_to_disk(str(partial), max_shard_size="500MB")
-    (partial / "counts.json").write_text(json.dumps({"counts": asdict(counts), "bad": [asdict(line) for line in bad]}))
+    partial.mkdir(parents=True)
     try:
+        counts = Counts()
+        with ExitStack() as files:
+            writer = None
+            for rows, found in _encoded(_batches(loaded, encoder, data, spec), encoder, data.preprocessing_num_workers):
+                if writer is None:
+                    file = files.enter_context((partial / ROWS).open("wb"))
+                    writer = files.enter_context(ipc.new_stream(file, rows.schema))
+                writer.write_batch(rows)
+                counts += found
+        refuse(loaded.bad, data.max_bad_records)
+        counts.bad_records = len(loaded.bad)
+        about = {"counts": asdict(counts), "bad": [asdict(line) for line in loaded.bad]}
+        (partial / COUNTS).write_text(json.dumps(about), encoding="utf-8")
         partial.rename(folder)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)  # it is there already, with the same content
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _batches(loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec) -> Iterator[list[Example]]:
+    """The examples a batch at a time; after one broken record too many they are only counted."""
+    while examples := list(islice(loaded.examples, encoder.batch)):
+        if len(loaded.bad) > data.max_bad_records:
+            continue
+        unfit = next((example.kind for example in examples if example.kind not in encoder.takes), None)
+        if unfit is not None:
+            raise DataError(f"data.dataset={spec.name} holds {unfit}, and {encoder.wanted}")
+        yield examples
+
+
+def _encoded(
+    batches: Iterator[list[Example]], encoder: Encoder, workers: int | None
+) -> "Iterator[tuple[pyarrow.RecordBatch, Counts]]":
+    """Each batch's rows and counts, in order, while those behind it are encoded; a few batches are in memory at a time.
+
+    On threads, since tokenizers work without Python's lock and most of the time is theirs. More processes help where there
+    are many cores: they take seconds to start.
+    """
+    first = list(islice(batches, 2))
+    if len(first) < 2:  # not worth a second tokenizer
+        yield from (_encode(encoder, examples) for examples in first)
+        return
+    # the batches are the parallelism: texts of one batch on several threads cost a fifth more
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if workers and workers > 1:
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_keep, initargs=(encoder,))
+        work = _encode_kept
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+
+        workers = THREADS
+        encoders = SimpleQueue()
+        for place in range(workers):  # a tokenizer each, since asking one sets its options
+            encoders.put(replace(encoder, tokenizer=deepcopy(encoder.tokenizer)) if place else encoder)
+        pool = ThreadPoolExecutor(workers)
+
+        def work(examples: list[Example]) -> "tuple[pyarrow.RecordBatch, Counts]":
+            mine = encoders.get()
+            try:
+                return _encode(mine, examples)
+            finally:
+                encoders.put(mine)
+
+    under_way: deque[Future] = deque()
+    try:
+        for examples in chain(first, batches):
+            under_way.append(pool.submit(work, examples))
+            if len(under_way) > 2 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_kept: Encoder  # a process's own, sent once and not with each batch
+
+
+def _keep(encoder: Encoder) -> None:
+    global _kept
+    _kept = encoder
+
+
+def _encode_kept(examples: list[Example]) -> "tuple[pyarrow.RecordBatch, Counts]":
+    return _encode(_kept, examples)
+
+
+def _encode(encoder: Encoder, examples: list[Example]) -> "tuple[pyarrow.RecordBatch, Counts]":
+    rows, counts = encoder.encode(examples)
+    return as_arrow(rows), counts
+
+
+def as_arrow(rows: Sequence[dict[str, Any]]) -> "pyarrow.RecordBatch":
+    """The rows as Arrow keeps them, with the types that `datasets` reads from its schema."""
+    import pyarrow
+
+    schema = _features(rows[0]).arrow_schema
+    columns = [_column([row[field.name] for row in rows], field.type) for field in schema]
+    return pyarrow.record_batch(columns, schema=schema)
+
+
+def _column(values: Sequence[Any], kind: "pyarrow.DataType") -> "pyarrow.Array":
+    """An Arrow array of a column's values; lists of numbers go through one buffer, ten times faster than one by one."""
+    import pyarrow
+
+    if pyarrow.types.is_struct(kind):
+        return pyarrow.StructArray.from_arrays(
+            [_column([value[field.name] for value in values], field.type) for field in kind], fields=list(kind)
+        )
+    if not pyarrow.types.is_list(kind):
+        return pyarrow.array(values, kind)
+    ends = array("i", accumulate(map(len, values), initial=0))
+    if pyarrow.types.is_int32(kind.value_type):
+        numbers = array("i")
+        for value in values:
+            numbers.fromlist(value)
+        inner = pyarrow.Array.from_buffers(kind.value_type, len(numbers), [None, pyarrow.py_buffer(numbers)])
+    else:
+        inner = _column(list(chain.from_iterable(values)), kind.value_type)
+    return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(ends)], children=[inner])
 
 
 def _features(row: dict[str, Any]) -> Any:
@@ -126,19 +241,6 @@ def _features(row: dict[str, Any]) -> Any:
         "earlier": List({"input_ids": ids, "labels": ids}),
     }
     return Features({name: types.get(name, ids) for name in row})
-
-
-def _encoded(batches: list[list[Example]], encoder: Encoder, workers: int | None) -> Any:
-    """Each batch's rows and counts, in order, on several processes when asked for."""
-    if not workers or workers == 1 or len(batches) == 1:
-        yield from map(encoder.encode, batches)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
-    with ProcessPoolExecutor(min(workers, len(batches)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(encoder.encode, batches)
 
 
 def key_of(spec: DatasetSpec, files: dict[str, str], data: Data, encoder: Encoder) -> str:
@@ -197,8 +299,7 @@ def with_earlier_answers(rows: "Dataset") -> "Dataset":
 def _has_earlier_answers(rows: "Dataset") -> bool:
     if "earlier" not in rows.column_names:
         return False
-    batches = rows.select_columns(["earlier"]).with_format("arrow").iter(BATCH)
-    return any(len(batch["earlier"].combine_chunks().flatten()) for batch in batches)
+    return any(len(chunk.flatten()) for chunk in rows.data["earlier"].chunks)
 
 
 def _spread(table: "pyarrow.Table") -> "pyarrow.Table":

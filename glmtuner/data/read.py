@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import re
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
 
@@ -230,51 +231,119 @@ def download(spec: DatasetSpec, cache_dir: str | Path | None) -> Path:
 
 
 def json_records(path: Path) -> Numbered:
-    """An array of objects, alone or as `data` of one object; objects on lines of their own, named .json, work too."""
+    """An array of objects, alone or as `data` of one object; objects on lines of their own, named .json, work too.
+
+    The array alone is read as far as its records are asked for; one inside an object is read whole.
+    """
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        file.seek(0)
+        if head.startswith(b"["):
+            yield from array_records(file)
+            return
         if head.startswith(b"{"):
-            file.seek(0)
             lines = (line for line in file if line.strip())
             if is_object(next(lines)) and next(lines, None):
                 yield from jsonl_records(path)
                 return
     text = decoded(path.read_bytes())
-    start = after_space(text, 0)
-    if text.startswith("[", start):
-        yield from array_records(text, start)
-        return
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
-        raise Unreadable(f"is {'empty' if start == len(text) else broken(error)}") from None
-    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
+        raise Unreadable(f"is {'empty' if not text.strip() else broken(error, text)}") from None
+    if isinstance(document, dict):
+        document = document.get("data", document)
+    if not isinstance(document, list):
         raise Unreadable(
-            f"holds {kind_of(document)} where an array of objects is expected; put it in [ ], or name the file "
+            f"holds {kind_of(json.loads(text))} where an array of objects is expected; put it in [ ], or name the file "
             ".jsonl when each line is a record"
         )
-    yield from ((number, as_record(value)) for number, value in enumerate(document["data"], start=1))
+    yield from ((number, as_record(value)) for number, value in enumerate(document, start=1))
 
 
-def array_records(text: str, start: int) -> Numbered:
-    """The objects of the array that starts at `start`, parsed one by one to spare memory."""
+def array_records(file: BinaryIO) -> Numbered:
+    """The objects of the array that a file holds, parsed one by one of a piece of its text at a time."""
     decoder = json.JSONDecoder()
-    position = after_space(text, start + 1)
-    number, ended = 0, text.startswith("]", position)
+    text = Piece(file)
+    text.skip_space()
+    text.advance(1)
+    number, ended = 0, text.skip_space() == "]"
     while not ended:
         number += 1
+        yield number, as_record(text.parsed(decoder, number))
+        found = text.skip_space()
+        ended = found == "]"
+        if found != "," and not ended:
+            raise text.broken(json.JSONDecodeError("Expecting ',' delimiter", text.text, text.position), number)
+        if not ended:
+            text.advance(1)
+            text.skip_space()
+    text.advance(1)
+    if text.skip_space():
+        raise text.broken(json.JSONDecodeError("text after the array", text.text, text.position), number)
+
+
+class Piece:
+    """The part of a UTF-8 file's text around a position, which moves on; what lies behind is forgotten."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.decoder = getincrementaldecoder("utf-8-sig")()
+        self.text, self.position = "", 0
+        self.lines, self.columns = 0, 0  # whole lines before the text, and characters of the last one
+        self.whole = False  # is the end of the file in it?
+
+    def more(self) -> bool:
+        """Forget what lies behind and read on, twice as far as the text is long; false at the end of the file."""
+        if self.whole:
+            return False
+        behind = self.text[: self.position]
+        self.lines += behind.count("\n")
+        self.columns = len(behind) - 1 - behind.rfind("\n") + (0 if "\n" in behind else self.columns)
+        data = self.file.read(max(PIECE, 2 * (len(self.text) - self.position)))
+        before = self.file.tell() - len(data) - len(self.decoder.getstate()[0])
         try:
-            value, position = decoder.raw_decode(text, position)
-            position = after_space(text, position)
-            ended = text.startswith("]", position)
-            if not ended and not text.startswith(",", position):
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-        except json.JSONDecodeError as error:
-            raise Unreadable(f"is {broken(error, number)}") from None
-        yield number, as_record(value)
-        position = position if ended else after_space(text, position + 1)
-    if after_space(text, position + 1) < len(text):
-        raise Unreadable(f"is {broken(json.JSONDecodeError('text after the array', text, position + 1), number)}")
+            self.text = self.text[self.position :] + self.decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise not_utf8(error, f" at offset {before + error.start}") from None
+        self.position, self.whole = 0, not data
+        return True
+
+    def skip_space(self) -> str:
+        """Go to the next character that is no white space of JSON's; it comes back, empty at the end of the file."""
+        while True:
+            self.position = after_space(self.text, self.position)
+            if self.position < len(self.text) or not self.more():
+                return self.text[self.position : self.position + 1]
+
+    def advance(self, count: int) -> None:
+        self.position += count
+
+    def parsed(self, decoder: json.JSONDecoder, number: int) -> Any:
+        """The JSON value here, record `number`; goes behind it."""
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.text, self.position)
+            except json.JSONDecodeError as error:
+                # more text can only help where the text breaks off: inside a string, or in its last few characters
+                breaks_off = error.msg.startswith("Unterminated") or error.pos > len(self.text) - LONGEST_ESCAPE
+                if breaks_off and self.more():
+                    continue
+                raise self.broken(error, number) from None
+            if end > len(self.text) - LONGEST_ESCAPE and self.more():  # a number may go on, such as 12 as 12.5e+10
+                continue
+            self.position = end
+            return value
+
+    def broken(self, error: json.JSONDecodeError, number: int) -> Unreadable:
+        """The error, placed in the file."""
+        error.colno += self.columns if error.lineno == 1 else 0
+        error.lineno += self.lines
+        end = self.text
+        if not self.whole:
+            self.file.seek(-min(os.fstat(self.file.fileno()).st_size, 4096), os.SEEK_END)
+            end = self.file.read().decode(errors="replace")
+        return Unreadable(f"is {broken(error, end, number)}")
 
 
 def jsonl_records(path: Path) -> Numbered:
@@ -326,9 +395,11 @@ def parquet_records(path: Path) -> Numbered:
 
 def text_records(path: Path) -> Numbered:
     """The lines of a plain text file as records of one column, `text`; blank lines are skipped."""
-    for number, line in enumerate(decoded(path.read_bytes()).split("\n"), start=1):
-        if line.strip():
-            yield number, {"text": line.rstrip("\r")}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = decoded(line, f" of line {number}").rstrip("\n")
+            if text.strip():
+                yield number, {"text": text.rstrip("\r")}
 
 
 READERS: dict[str, Callable[[Path], Numbered]] = {
@@ -360,6 +431,8 @@ def after_space(text: str, position: int) -> int:
 
 
 SPACE = re.compile(r"[ \t\r\n]*")
+PIECE = 1 << 20  # bytes of an array's file read at a time
+LONGEST_ESCAPE = 12  # characters: two halves of a surrogate pair
 
 
 def decoded(data: bytes, of_line: str = "") -> str:
@@ -376,10 +449,10 @@ def not_utf8(error: UnicodeDecodeError, where: str = "") -> Unreadable:
     return Unreadable(f"is not UTF-8: byte 0x{byte:02x}{where}; convert it, such as by `iconv -f GB18030 -t UTF-8`")
 
 
-def broken(error: json.JSONDecodeError, number: int = 0) -> str:
-    """Where JSON breaks off, by line, column and record."""
+def broken(error: json.JSONDecodeError, text: str, number: int = 0) -> str:
+    """Where JSON breaks off, by line, column and record; `text` ends as the file does."""
     record = f", record {number}" if number else ""
-    cut = "" if error.doc.rstrip().endswith(("]", "}")) else "; the file is cut short, fetch it again"
+    cut = "" if text.rstrip().endswith(("]", "}")) else "; the file is cut short, fetch it again"
     return f"not JSON at line {error.lineno}, column {error.colno}{record}: {message_of(error)}{cut}"
 
 

@@ -6,9 +6,10 @@ whatever a user writes in it. A model that no template here knows keeps its toke
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from glmtuner.errors import ConfigError, UnknownName
 
@@ -23,8 +24,7 @@ class Message(Protocol):
     content: str
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A control token (by name), a piece of prompt text, or the text of an answer."""
 
     text: str
@@ -280,14 +280,13 @@ class TokenizersOwn(Template):
                 ids, offsets = _encode_guarded(tokenizer, text, guarded)
             answers, stop = [], tokenizer.eos_token_id
             for start, end in spans:
-                inside = [
-                    place
-                    for place, (left, right) in enumerate(offsets)
-                    if left >= start and right <= end and right > left
-                ]
-                if not inside:
+                first, last = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
+                while first < last and offsets[first][1] == offsets[first][0]:  # a token of no text
+                    first += 1
+                while first < last and (offsets[last - 1][1] > end or offsets[last - 1][1] == offsets[last - 1][0]):
+                    last -= 1
+                if first == last:
                     continue
-                first, last = inside[0], inside[-1] + 1
                 ends = next((place for place in range(last, len(ids)) if ids[place] in special), None)
                 if ends is not None and ends - last <= 2:  # such as "<|im_end|>", or "\n</s>"
                     last, stop = ends, ids[ends]
@@ -302,10 +301,20 @@ class TokenizersOwn(Template):
         self, tokenizer: Any, conversations: Sequence[Sequence[Message]], encoded: Sequence[Encoded]
     ) -> list[list[int]]:
         """As transformers gives them: a jinja template may end a prompt otherwise than it begins an answer."""
-        return [found.input_ids for found in self.encode(tokenizer, [messages[:-1] for messages in conversations])]
+        texts, guards = [], []
+        for messages in conversations:
+            turns, guarded = self._guarded(tokenizer, messages[:-1])
+            texts.append(self._apply(tokenizer, turns, add_generation_prompt=True))
+            guards.append(guarded)
+        return [
+            _encode_guarded(tokenizer, text, guarded)[0] if guarded else ids
+            for text, guarded, ids in zip(
+                texts, guards, encode_text(tokenizer, texts, reads_controls=True), strict=True
+            )
+        ]
 
-    def _render(self, tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], dict[str, str]]:
-        """The text, where each answer stands in it, and what stands for control tokens that users wrote."""
+    def _guarded(self, tokenizer: Any, messages: Sequence[Message]) -> tuple[list[dict[str, str]], dict[str, str]]:
+        """The turns with marks in place of the control tokens that users wrote, and what each mark stands for."""
         literals = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         pattern = re.compile("|".join(map(re.escape, literals))) if literals else None
         guarded: dict[str, str] = {}
@@ -318,7 +327,11 @@ class TokenizersOwn(Template):
 
             return pattern.sub(sentinel, content) if pattern else content
 
-        turns = [{"role": message.role, "content": guard(message.content)} for message in messages]
+        return [{"role": message.role, "content": guard(message.content)} for message in messages], guarded
+
+    def _render(self, tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], dict[str, str]]:
+        """The text, where each answer stands in it, and what stands for control tokens that users wrote."""
+        turns, guarded = self._guarded(tokenizer, messages)
         asks = messages[-1].role != "assistant"
         text = self._apply(tokenizer, turns, add_generation_prompt=asks)
         spans = []
@@ -376,13 +389,33 @@ def _encode_guarded(tokenizer: Any, text: str, guarded: dict[str, str]) -> tuple
     return ids, offsets
 
 
-def encode_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of plain texts: nothing added, and nothing in them read as a control token."""
+def encode_text(tokenizer: Any, texts: Sequence[str], *, reads_controls: bool = False) -> list[list[int]]:
+    """Ids of plain texts: nothing added, and nothing in them read as a control token unless `reads_controls`."""
     if not texts:
         return []
+    if (backend := backend_of(tokenizer, reads_controls)) is not None:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     return tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+        list(texts), add_special_tokens=False, split_special_tokens=not reads_controls, return_attention_mask=False
     ).input_ids
+
+
+def backend_of(tokenizer: Any, reads_controls: bool) -> Any:
+    """The tokenizer's backend, set to cut nothing and to pad nothing; None where the tokenizer has a way of its own.
+
+    Asked by itself it gives ids alone: transformers would have it look for each token's place, and copy eight lists a text.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
+        return None
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = not reads_controls
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    return backend
 
 
 def control_id(tokenizer: Any, token: str, template: str) -> int:

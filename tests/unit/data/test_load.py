@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -18,7 +19,8 @@ def load_lines(folder, *records, **options):
     path = folder / "x.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "x.jsonl", **options.pop("entry", {})}}))
-    return load(find("x", folder, []), dataset_dir=folder, package_data=folder, **options)
+    loaded = load(find("x", folder, []), dataset_dir=folder, package_data=folder, **options)
+    return replace(loaded, examples=list(loaded.examples))
 
 
 KINDS = {
@@ -45,9 +47,10 @@ def test_real_sets_parse_whole(shared, name, records, kind, most_turns, by):
     folder = shared / "data"
     spec = find(name if by == "name" else str(folder / f"{name}.json"), folder, [])
     loaded = load(spec, dataset_dir=folder, package_data=folder)
-    assert (len(loaded.examples), loaded.bad) == (records, [])
-    assert all(KINDS[kind](example) for example in loaded.examples)
-    assert max(len(example.messages) for example in loaded.examples) == most_turns
+    examples = list(loaded.examples)
+    assert (len(examples), loaded.bad) == (records, [])
+    assert all(KINDS[kind](example) for example in examples)
+    assert max(len(example.messages) for example in examples) == most_turns
     assert [len(sha256) for sha256 in loaded.files.values()] == [64]
 
 

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from glmtuner.data.read import read
 from glmtuner.data.records import BadRecord
 from glmtuner.errors import DataError
 
+reading = sys.modules[read.__module__]  # glmtuner.data has a function of that name
 RECORDS = [{"instruction": f"q{number}", "output": f"a{number}\u2028\U0001f600"} for number in range(3)]
 
 
@@ -66,6 +68,59 @@ def bad(row):
 def test_json_in_every_layout(tmp_path, content, mark):
     rows = rows_of(tmp_path, mark + content.encode())
     assert rows == [("a.json", number, record) for number, record in enumerate(RECORDS, start=1)]
+
+
+LAYOUTS = {
+    "records": json.dumps(RECORDS, ensure_ascii=False),
+    "indented": json.dumps(RECORDS, indent=2),
+    "values": "[12, 345.5e10 , true,null, -1]",
+    "escapes": '[{"a": "\\ud83d\\ude00 \\u4e2d \\n"}, {"b": {"c": [1, 2, {}]}}]',
+    "text behind": '[{"a": 1}\n,\n {"b": 22}] \n\n x',
+    "cut": '[{"a": 1},\n\n {"a": "中文',
+    "no comma": '[{"a": 1}\n\n {"a": 2}]',
+    "a word": '[{"a": 1},\n\n\n {"a": nul}, {"a": 3}]',
+    "an escape": '[{"a": 1},\n {"a": "\\x"}, {"a": "a long text behind it"}]',
+    "a line break": '[{"a": "1\n2"}, {"a": "a long text behind it"}]',
+    "open": '[{"a": 1}, ',
+    "empty": " [ ] ",
+}
+
+
+def told_of(folder):
+    """The records of a.json, and the error that ends them; of what stands for a broken record, its reason."""
+    rows = []
+    try:
+        for row in source_of(folder, file_name="a.json"):
+            rows.append(row.raw.reason if isinstance(row.raw, BadRecord) else row.raw)
+    except DataError as error:
+        rows.append(str(error))
+    return rows
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_array_is_the_same_in_pieces_of_any_size(tmp_path, monkeypatch, layout, piece):
+    (tmp_path / "a.json").write_text(LAYOUTS[layout], encoding="utf-8")
+    whole = told_of(tmp_path)
+    monkeypatch.setattr(reading, "PIECE", piece)
+    assert told_of(tmp_path) == whole
+
+
+def test_an_array_is_read_no_further_than_asked_for(tmp_path):
+    record = json.dumps(RECORDS[0]).encode()
+    content = b"[" + b",\n".join([record] * 100_000) + b",\n\xff]"
+    (tmp_path / "a.json").write_bytes(content)
+    rows = iter(source_of(tmp_path, file_name="a.json"))
+    assert next(rows).raw == RECORDS[0]
+    with pytest.raises(DataError, match=f"not UTF-8: byte 0xff at offset {len(content) - 2};"):
+        list(rows)
+
+
+def test_a_broken_record_is_placed_far_into_an_array(tmp_path):
+    record = json.dumps(RECORDS[0])
+    (tmp_path / "a.json").write_text(f"[{record},\n" + f"{record},\n" * 49_998 + '  {"a" 1}]')
+    with pytest.raises(DataError, match=r"at line 50000, column 8, record 50000: Expecting ':' delimiter$"):
+        list(source_of(tmp_path, file_name="a.json"))
 
 
 def test_jsonl_numbers_lines_and_skips_blank_ones(tmp_path):
@@ -124,7 +179,7 @@ def test_text_has_a_record_a_line(tmp_path):
         ("a.json", '[{"a": 1},', "line 1, column 11, record 2: Expecting value; the file is cut short, fetch it again"),
         ("a.json", '[{"a": 1}', "line 1, column 10, record 1: Expecting ',' delimiter"),
         ("a.json", '[{"a": 1}\n {"a": 2}]', "line 2, column 2, record 1: Expecting ',' delimiter"),
-        ("a.json", '[{"a": 1}] x', "line 1, column 11, record 1: text after the array"),
+        ("a.json", '[{"a": 1}] x', "line 1, column 12, record 1: text after the array"),
         ("a.json", '{"a": 1}', "holds one object (a) where an array of objects is expected; put it in [ ]"),
         ("a.json", "3", "holds 3 (int) where an array of objects is expected"),
         ("a.json", '{"a"\n: 1', "is not JSON at line 2, column 4: Expecting ',' delimiter; the file is cut short"),

@@ -1,0 +1,143 @@
+"""Preprocessing as a stream: what is in memory, what is on the disk when it breaks off, and processes against threads."""
+
+import errno
+import gc
+import json
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from transformers import AutoTokenizer
+
+from glmtuner.config.paths import ASSETS
+from glmtuner.config.schema import Data
+from glmtuner.data import find
+from glmtuner.data import prepare as preparing
+from glmtuner.data.encode import Encoder
+from glmtuner.data.prepare import ROWS, THREADS, cache_root, prepare
+from glmtuner.data.records import Example
+from glmtuner.errors import DataError
+from glmtuner.families.template import TEMPLATES
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLMTUNER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ASSETS / "tiny_glm")
+
+
+def prepared(tmp_path, tokenizer, *, records=2500, broken=(), encoder=Encoder, name="a.json", **options):
+    lines = [
+        json.dumps({"instruction": f"问题 {number}", "output": "" if number in broken else f"答案 {number}"})
+        for number in range(records)
+    ]
+    text = f"[{','.join(lines)}]" if name.endswith(".json") else "\n".join(lines)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    data = Data(dataset=[name], dataset_dir=str(tmp_path), max_source_length=64, max_target_length=64, **options)
+    made = encoder(template=TEMPLATES["glm4"], tokenizer=tokenizer, **data.lengths())
+    return prepare(find(name, tmp_path, []), data, made, hub_cache=None, token=False)
+
+
+def left():
+    """What is in the cache's folder of rows."""
+    folder = cache_root() / "tokenized"
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def fails_at(batch, action):
+    """An encoder that encodes so many batches and then acts."""
+    calls = iter(range(batch))
+
+    @dataclass(frozen=True, kw_only=True)
+    class Failing(Encoder):
+        def encode(self, examples):
+            if next(calls, None) is None:
+                action()
+            return super().encode(examples)
+
+        def settings(self):
+            return {**super().settings(), "encoder": "Encoder"}  # the same rows: the same key
+
+    return Failing
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_rows_come_in_the_records_order(tmp_path, tokenizer, name):
+    found = prepared(tmp_path, tokenizer, name=name)
+    assert found.rows["answer"][:] == [f"答案 {number}" for number in range(2500)]
+    assert (found.counts.records, found.counts.tokens) == (2500, sum(map(len, found.rows["input_ids"])))
+    (file,) = found.rows.cache_files  # they lie there, and are not in memory
+    assert file["filename"].endswith(ROWS)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_few_batches_are_in_memory_however_many_records(tmp_path, tokenizer, name):
+    alive, alone = [], threading.Lock()
+
+    @dataclass(frozen=True, kw_only=True)
+    class Counting(Encoder):
+        batch: ClassVar[int] = 20
+
+        def encode(self, examples):
+            with alone:  # the list of one count would keep alive what the next one finds
+                alive.append(sum(type(thing) is Example for thing in gc.get_objects()))
+            return super().encode(examples)
+
+    prepared(tmp_path, tokenizer, records=800, encoder=Counting, name=name)
+    assert len(alive) == 40
+    assert 20 <= max(alive) <= 20 * (3 * THREADS + 2)
+
+
+def test_processes_write_the_same_bytes(tmp_path, tokenizer):
+    files = []
+    for workers in (None, 2):
+        found = prepared(tmp_path, tokenizer, preprocessing_num_workers=workers, overwrite_cache=True)
+        (file,) = found.rows.cache_files
+        with open(file["filename"], "rb") as rows:
+            files.append(rows.read())
+    assert files[0] == files[1]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, tokenizer):
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        prepared(tmp_path, tokenizer, encoder=fails_at(3, full))
+    assert left() == []
+
+
+def test_a_killed_process_leaves_no_half_cache(tmp_path, tokenizer):
+    child = os.fork()
+    if not child:
+        prepared(tmp_path, tokenizer, encoder=fails_at(5, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    (half,) = left()
+    assert half.startswith(".")
+    assert len(prepared(tmp_path, tokenizer).rows) == 2500
+    (whole,) = left()
+    assert half.startswith(f".{whole}.")
+
+
+def test_all_broken_records_are_counted_and_no_more_is_encoded(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(preparing, "_encode", lambda encoder, examples: pytest.fail("encoded"))
+    with pytest.raises(
+        DataError, match=r"'a\.json': 3 broken records and data\.max_bad_records=2: .*max_bad_records=3"
+    ):
+        prepared(tmp_path, tokenizer, records=1000, broken=(0, 1, 2), max_bad_records=2)
+    assert left() == []
+
+
+def test_broken_records_may_pass(tmp_path, tokenizer):
+    found = prepared(tmp_path, tokenizer, records=1000, broken=(0, 700, 999), max_bad_records=3)
+    assert (found.counts.records, found.counts.bad_records) == (997, 3)
+    assert [line.number for line in found.bad] == [1, 701, 1000]
+    with pytest.raises(DataError, match="max_bad_records=2"):  # of the cached rows, too
+        prepared(tmp_path, tokenizer, records=1000, broken=(0, 700, 999), max_bad_records=2)
