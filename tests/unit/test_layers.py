@@ -16,7 +16,7 @@ RANK = {
     **dict.fromkeys(("config", "console", "ranks"), 1),
     **dict.fromkeys(
         (
-            *("data", "families", "hub", "losses", "metrics", "parallel", "quant", "prefix", "run_folder"),
+            *("data", "decoding", "families", "hub", "losses", "metrics", "parallel", "quant", "prefix", "run_folder"),
             "value_head",
         ),
         2,

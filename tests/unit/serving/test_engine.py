@@ -9,9 +9,10 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
+from glmtuner.decoding import PREFILL
 from glmtuner.errors import ConfigError
 from glmtuner.prefix import add_prefix
-from glmtuner.serving.engine import PREFILL, Busy, Engine, Request, Sampling
+from glmtuner.serving.engine import Busy, Engine, Request, Sampling
 
 SMALL = {
     "hidden_size": 32,
