@@ -58,6 +58,11 @@ class PreferenceLoss(str, Enum):
     hinge = "hinge"
 
 
+class Engine(str, Enum):
+    transformers = "transformers"
+    vllm = "vllm"
+
+
 class LayerPart(str, Enum):
     mlp = "mlp"
     qkv = "qkv"
@@ -274,13 +279,20 @@ class Metric:
 
     def scores(self, predictions: list[str], references: list[str]) -> dict[str, float]:
         """The mean over all answers of each score; empty without answers, or when nothing is measured."""
-        found = [self.score(*pair) for pair in zip(predictions, references, strict=True)]
+        return self.mean([self.score(*pair) for pair in zip(predictions, references, strict=True)])
+
+    @staticmethod
+    def mean(found: list[dict[str, float]]) -> dict[str, float]:
+        """The mean of each score; empty without any."""
         return {name: sum(each[name] for each in found) / len(found) for name in found[0]} if found else {}
 
 
 @dataclass(kw_only=True)
 class Generation:
-    """How chat and serving decode: CET's values. Evaluation and prediction decode greedily, or with beams."""
+    """How chat and serving decode: CET's values. Evaluation and prediction decode greedily, or with beams.
+
+    `engine` is what generates in trainer=predict; all else generates by the model that is loaded.
+    """
 
     do_sample: bool
     temperature: float = 1.0
@@ -290,6 +302,7 @@ class Generation:
     max_length: int = 2048
     max_new_tokens: int | None = None
     repetition_penalty: float = 1.0
+    engine: Engine = Engine.transformers
 
     def __post_init__(self) -> None:
         wrong = [
@@ -502,8 +515,30 @@ class Run:
                 f"trainer.save_strategy={trainer.save_strategy}: both must be the same, steps or epoch"
             )
         yield from self.parallel.impossible(self)
+        if self.generation.engine is Engine.vllm:
+            yield from self._impossible_by_vllm()
         if self.data.packing:
             yield "data.packing=true: this version trains one sample a row; type data.packing=false"
+
+    def _impossible_by_vllm(self) -> Iterator[str]:
+        several = self.parallel.processes or (1 if self.parallel.name == "none" else 2)
+        for knob, wrong, why in (
+            ("trainer.do_train=true", self.trainer.do_train, "vLLM answers in a run of its own, trainer=predict"),
+            (
+                f"quant=int{self.quant.quantization_bit}",
+                self.quant.quantization_bit is not None,
+                "vLLM is given weights with the adapters merged in, and integer weights take none; type quant=none",
+            ),
+            (
+                "finetuning=p_tuning",
+                self.finetuning.finetuning_type == "p_tuning",
+                "vLLM does not know the prefix of P-Tuning v2",
+            ),
+            (f"data.eval_num_beams={self.data.eval_num_beams}", (self.data.eval_num_beams or 1) > 1, "no beams there"),
+            (f"parallel={self.parallel.name}", several > 1, "one process gives vLLM its prompts; type parallel=none"),
+        ):
+            if wrong:
+                yield f"generation.engine=vllm with {knob}: {why}, or generation.engine=transformers"
 
 
 ConfigStore.instance().store(group="schema", name="run", node=Run, package="_global_")

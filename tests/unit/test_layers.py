@@ -17,12 +17,12 @@ RANK = {
     **dict.fromkeys(
         (
             *("data", "decoding", "families", "hub", "losses", "metrics", "parallel", "quant", "prefix", "run_folder"),
-            "value_head",
+            *("scoring", "value_head"),
         ),
         2,
     ),
     **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight", "trackers"), 3),
-    **dict.fromkeys(("assemble", "objectives", "trainer"), 4),
+    **dict.fromkeys(("assemble", "objectives", "trainer", "vllm_engine"), 4),
     **dict.fromkeys(("conversation", "predict", "serving"), 5),
     "stages": 6,
     **dict.fromkeys(("launch", "launchers", "verbs"), 7),
