@@ -27,6 +27,8 @@ def answers(
     Greedy answers begin in the order of their prompts, each as soon as one before it is done. Beams, and models that keep
     no transformers Cache, go through `generate`, the longest prompts first.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     from glmtuner.decoding import NoCache
 
     was_training = model.training
@@ -40,6 +42,8 @@ def answers(
             yield place, until_stop(tokens, decoding.stop_ids)
     finally:
         model.train(was_training)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # a forward pass without a backward one leaves the outermost weights whole
 
 
 def _decoded(

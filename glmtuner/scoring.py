@@ -1,6 +1,7 @@
 """Scores of many answers, worked out by other processes while more answers come."""
 
 import os
+import signal
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -52,6 +53,7 @@ class Scorer:
 
 def score_all(metric: Metric, connection: Connection) -> None:
     """Score what comes until None comes, and send all scores back; the end of the other process ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the end of the other process is what counts
     if hasattr(os, "nice"):
         os.nice(10)  # the model goes first
     found: dict[int, dict[str, float]] = {}

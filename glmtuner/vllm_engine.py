@@ -33,8 +33,10 @@ def vllm_answers(
     Raises ConfigError for a model that vLLM does not know. The model waits on the CPU, so that vLLM has the GPU.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if base.config.model_type == "chatglm" and type(base).__name__ == "ChatGLMForConditionalGeneration":
-        raise ConfigError(f"generation.engine=vllm: vLLM does not know ChatGLM-6B (the first); {INSTEAD}")
+    if hasattr(base, "prefix_encoder"):
+        raise ConfigError(f"generation.engine=vllm: it does not know the prefix of P-Tuning v2; {INSTEAD}")
+    if type(base).__name__ == "ChatGLMForConditionalGeneration":
+        raise ConfigError(f"generation.engine=vllm: it does not know the first ChatGLM-6B; {INSTEAD}")
     if not prompts:
         return
     device = base.device

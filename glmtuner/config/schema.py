@@ -521,21 +521,21 @@ class Run:
             yield "data.packing=true: this version trains one sample a row; type data.packing=false"
 
     def _impossible_by_vllm(self) -> Iterator[str]:
-        several = self.parallel.processes or (1 if self.parallel.name == "none" else 2)
-        for knob, wrong, why in (
-            ("trainer.do_train=true", self.trainer.do_train, "vLLM answers in a run of its own, trainer=predict"),
+        bits, beams = self.quant.quantization_bit, self.data.eval_num_beams
+        for wrong, knob, why in (
+            (self.trainer.do_train, "trainer.do_train=true", "it answers in a run of its own; type trainer=predict"),
             (
-                f"quant=int{self.quant.quantization_bit}",
-                self.quant.quantization_bit is not None,
-                "vLLM is given weights with the adapters merged in, and integer weights take none; type quant=none",
+                bits is not None,
+                f"quant=int{bits}",
+                "it is given weights with the adapters merged in, and integer weights take none in; type quant=none",
             ),
             (
-                "finetuning=p_tuning",
                 self.finetuning.finetuning_type == "p_tuning",
-                "vLLM does not know the prefix of P-Tuning v2",
+                "finetuning=p_tuning",
+                "vLLM does not know the prefix of P-Tuning v2; type finetuning=lora",
             ),
-            (f"data.eval_num_beams={self.data.eval_num_beams}", (self.data.eval_num_beams or 1) > 1, "no beams there"),
-            (f"parallel={self.parallel.name}", several > 1, "one process gives vLLM its prompts; type parallel=none"),
+            ((beams or 1) > 1, f"data.eval_num_beams={beams}", "it answers greedily; type data.eval_num_beams=1"),
+            (self.parallel.name != "none", f"parallel={self.parallel.name}", "one process asks it; type parallel=none"),
         ):
             if wrong:
                 yield f"generation.engine=vllm with {knob}: {why}, or generation.engine=transformers"
