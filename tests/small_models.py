@@ -51,9 +51,11 @@ def built(name: str) -> Any:
         config = getattr(transformers, f"{name}Config")(**MODELS[name])
         head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
         model = getattr(transformers, f"{name}{head}")(config)
-    for parameter in model.parameters():
+    for path, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
+            # ChatGLM-6B's residual branch outweighs what its layers add, so that small ones repeat one token for ever
+            inner = name == "ChatGLM" and "embeddings" not in path
+            torch.nn.init.normal_(parameter, std=3.0 if inner else 0.3)
     return model.double().eval()
 
 
