@@ -66,11 +66,16 @@ class Batch:
     """
 
     def __init__(
-        self, rows: Sequence[Any], lengths: Sequence[int], ids_BW: torch.Tensor, mask_BW: torch.Tensor
+        self, rows: Sequence[Any], prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
     ) -> None:
-        self.rows, self.lengths = list(rows), list(lengths)  # tokens of each row, without padding
-        self.start, self.end = 0, max(lengths)
-        self.buffers = [ids_BW[:, None], mask_BW[:, None]]  # [R, 1, C], so that columns are always the third dimension
+        self.rows, self.lengths = list(rows), [len(prompt) for prompt in prompts]  # tokens without padding
+        self.start, self.end = 0, max(self.lengths)
+        self.padding = [pad_id, 0]
+        # the last column is for the tokens that come first
+        ids = [[pad_id] * (self.end - len(prompt)) + [*prompt, pad_id] for prompt in prompts]
+        mask = [[0] * (self.end - length) + [1] * length + [0] for length in self.lengths]
+        # ids and mask are [R, 1, C], so that columns are the third dimension of every buffer
+        self.buffers = [torch.tensor(values, device=device)[:, None] for values in (ids, mask)]
         self.cache: Any = None
         self.joinable = False
 
@@ -117,7 +122,8 @@ class Batch:
             columns = slice(other.start, min(other.end, theirs.shape[2]))
             first = self.end - width
             mine[count:total, :, first : first + columns.stop - columns.start] = theirs[: len(other.rows), :, columns]
-        self.buffers[1][count:total, :, : self.end - width] = 0
+        for buffer, padding in zip(self.buffers, self.padding, strict=True):
+            buffer[count:total, :, : self.end - width] = padding  # where a row stood that has left
         self.rows += other.rows
         self.lengths += other.lengths
         self._trim()
@@ -152,13 +158,14 @@ class Batch:
         columns = width + max(SPARE, width // 4)
         first = width - (self.end - self.start)
 
-        def rebuilt(old: torch.Tensor) -> torch.Tensor:
-            new = old.new_zeros((rows, old.shape[1], columns, *old.shape[3:]))  # what is masked must be a number, too
+        def rebuilt(old: torch.Tensor, padding: int = 0) -> torch.Tensor:
+            # what is masked must be a number, too
+            new = old.new_full((rows, old.shape[1], columns, *old.shape[3:]), padding)
             used = old[: len(self.rows), :, self.start : self.end]
             new[: len(self.rows), :, first : first + used.shape[2]] = used
             return new
 
-        self.buffers = [rebuilt(buffer) for buffer in self.buffers]
+        self.buffers = [rebuilt(*pair) for pair in zip(self.buffers, self.padding, strict=True)]
         if self.joinable:
             for layer in self.cache.layers:
                 layer.buffers = [rebuilt(buffer) for buffer in layer.buffers]
@@ -191,12 +198,7 @@ class Decoder:
 
     def read(self, rows: Sequence[Any], prompts: Sequence[Sequence[int]]) -> tuple[Batch, torch.Tensor]:
         """A batch of these rows, and the logits behind their prompts, [B, V]."""
-        lengths = [len(prompt) for prompt in prompts]
-        width = max(lengths)
-        # one more column, for the tokens that come first
-        padded = [[self.pad_id] * (width - len(prompt)) + [*prompt, self.pad_id] for prompt in prompts]
-        mask = [[0] * (width - length) + [1] * (length + 1) for length in lengths]
-        batch = Batch(rows, lengths, torch.tensor(padded, device=self.device), torch.tensor(mask, device=self.device))
+        batch = Batch(rows, prompts, self.pad_id, self.device)
         return batch, self._forward(batch, new=None)
 
     def step(self, batch: Batch) -> torch.Tensor:

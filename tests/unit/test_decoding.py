@@ -36,7 +36,7 @@ def answered(model: Any, prompts: list[list[int]], rows: int, room: int = 12, **
 @pytest.mark.parametrize("name", MODELS)
 def test_any_batch_size_gives_what_generate_gives_a_prompt_alone(name: str) -> None:
     model = built(name)
-    prompts = [prompt(name, number) for number in range(13)]
+    prompts = [prompt(name, number) for number in range(24)]
     whole = [alone(model, words) for words in prompts]
     stops = (STOP, *(tokens[number % 7] for number, tokens in enumerate(whole) if number % 2))
     wanted = [until_stop(tokens, stops) for tokens in whole]
@@ -72,6 +72,7 @@ def test_logits_of_a_row_are_those_of_its_tokens_alone(name: str) -> None:
             batch.join(joined)
         assert batch.mask.sum(-1).tolist() == [len(prompts[row]) for row in batch.rows] == batch.lengths
         assert batch.mask[:, 0].any(), "no column is padding for all"
+        assert (batch.ids[batch.mask == 0] == PAD).all(), "nothing is left of a row that stood there"
         logits = decoder.step(batch)
     assert len(batch.rows) == 4
 
