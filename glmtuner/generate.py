@@ -1,4 +1,4 @@
-"""Answers to many prompts in left-padded batches of similar length; and the text of an answer as its tokens come."""
+"""Answers to many prompts, several at once; and the text of an answer as its tokens come."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +22,55 @@ class Decoding:
 def answers(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """(place in `prompts`, token ids of the answer without its stop token), the longest prompts first.
+    """(place in `prompts`, token ids of the answer without its stop token), as the answers are done.
 
-    Each batch is padded on the left: padding on the right would be generated behind (LLaMA-Factory#10611).
+    Greedy answers begin in the order of their prompts, each as soon as one before it is done. Beams, and models that keep
+    no transformers Cache, go through `generate`, the longest prompts first.
     """
+    from torch.distributed.fsdp import FSDPModule
+
+    from glmtuner.decoding import NoCache
+
+    was_training = model.training
+    model.eval()
+    try:
+        try:
+            found = _decoded(model, prompts, decoding, batch_size) if decoding.num_beams == 1 else None
+        except NoCache:
+            found = None
+        for place, tokens in found or _generated(model, prompts, decoding, batch_size):
+            yield place, until_stop(tokens, decoding.stop_ids)
+    finally:
+        model.train(was_training)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # a forward pass without a backward one leaves the outermost weights whole
+
+
+def _decoded(
+    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Greedy answers by continuous batching; one at a time where padding changes what a model answers."""
+    from glmtuner.decoding import Decoder, greedy
+
+    decoder = Decoder(model, decoding.pad_id)
+    if prompts:
+        short, long = min(prompts, key=len), max(prompts, key=len)
+        if not decoder.pads(short, long):
+            batch_size = 1
+    return greedy(
+        decoder,
+        prompts,
+        rows=batch_size,
+        room=decoding.max_new_tokens,
+        stops=decoding.stop_ids,
+        repetition_penalty=decoding.repetition_penalty,
+    )
+
+
+def _generated(
+    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """By `generate`, batch by batch; padding on the right would be generated behind (LLaMA-Factory#10611)."""
     order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
@@ -39,8 +84,7 @@ def answers(
             repetition_penalty=decoding.repetition_penalty,
             do_sample=False,
         )
-        for place, tokens in zip(places, found, strict=True):
-            yield place, until_stop(tokens, decoding.stop_ids)
+        yield from zip(places, found, strict=True)
 
 
 def continuations(

@@ -1,13 +1,16 @@
 """Answers to the evaluation records of a run, and their scores."""
 
 import json
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from glmtuner import ranks
 from glmtuner.assemble import stop_ids
-from glmtuner.config.schema import Run
+from glmtuner.config.schema import Engine, Run
 from glmtuner.run_folder import EVALUATIONS, PREDICTIONS, RunFolder, read_lines, write_text
+from glmtuner.scoring import Scorer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,9 +43,10 @@ def answer_all(
     path: Path,
     bar: bool = False,
 ) -> dict[str, float]:
-    """Write each answer as it comes, those of an interrupted prediction kept; then all in order; returns their scores.
+    """Write each answer as it comes, in order, those of an interrupted prediction kept; returns their scores.
 
-    Several ranks share the records, each with a file of its own until all are done. Ranks that hold a share of the weights
+    Several ranks share the records, each with a file of its own until all are done, so that only rank 0's stand in `path`
+    until then. Ranks that hold a share of the weights
     each answer every record together, since each needs the others for every token.
     """
     from tqdm import tqdm
@@ -58,45 +62,114 @@ def answer_all(
         stop_ids=stop_ids(template, tokenizer, run.model.family),
         pad_id=tokenizer.pad_token_id,
     )
-    parts = [path, *(folder / EVALUATIONS / f"{path.stem}.rank{rank}.jsonl" for rank in range(1, ranks.world_size()))]
-    done = ranks.agreed(lambda: earlier(parts, path.name == PREDICTIONS))
+    early = folder / EVALUATIONS / f"{path.stem}.early.jsonl"
+    others = [folder / EVALUATIONS / f"{path.stem}.rank{rank}.jsonl" for rank in range(1, ranks.world_size())]
+    done = ranks.agreed(lambda: earlier(path, early, others, path.name == PREDICTIONS))
     left = [index for index in range(len(rows)) if index not in done]
     together = run.parallel.sharded and ranks.world_size() > 1
     mine = left if together else left[ranks.rank() :: ranks.world_size()]
     prompts = [rows[index]["prompt_ids"] for index in mine]
-    with parts[ranks.rank()].open("w", encoding="utf-8") as file:
-        for line in done.values() if ranks.is_main() else ():
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if bar and run.generation.engine is Engine.vllm:
+        from glmtuner.vllm_engine import vllm_answers
+
+        produced = vllm_answers(model, prompts, decoding, run.trainer.seed)
+    else:
         produced = answers(model, prompts, decoding, run.trainer.per_device_eval_batch_size)
+    scorer = Scorer(run.metric, len(rows) if ranks.is_main() else 0)
+    written = InOrder(path, early, sorted([*done, *mine])) if ranks.is_main() else Appended(others[ranks.rank() - 1])
+    with written as file:
         shown = bar and ranks.is_main() and not run.trainer.disable_tqdm
-        for place, tokens in tqdm(produced, total=len(mine), desc="predict", disable=not shown):
-            index = mine[place]
-            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()  # ChatGLM3 begins with a line break
-            line = {"index": index, "prompt": rows[index]["prompt"], "label": rows[index]["answer"], "predict": text}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
+        lines = (
+            line_of(rows[mine[place]], mine[place], tokenizer.decode(tokens, skip_special_tokens=True))
+            for place, tokens in tqdm(produced, total=len(mine), desc="predict", disable=not shown)
+        )
+        for line in chain(done.values() if ranks.is_main() else (), lines):
+            file.put(line)
+            scorer.put(line["index"], *pair_of(line))
     ranks.meet()
-    return ranks.agreed(lambda: scored(run, parts))
+    return ranks.agreed(lambda: scored(scorer, path, [early, *others]))
 
 
-def earlier(parts: list[Path], kept: bool) -> dict[int, dict[str, Any]]:
-    """The answers in the files of the ranks by index, when they are to be kept; the files of the other ranks go."""
-    done = {line["index"]: line for part in parts for line in read_lines(part)} if kept else {}
-    for part in parts:
-        part.parent.mkdir(parents=True, exist_ok=True)
-    for part in parts[1:]:
-        part.unlink(missing_ok=True)
+def line_of(row: Mapping[str, Any], index: int, text: str) -> dict[str, Any]:
+    """The record's line; ChatGLM3 begins an answer with a line break."""
+    return {"index": index, "prompt": row["prompt"], "label": row["answer"], "predict": text.strip()}
+
+
+def pair_of(line: Mapping[str, Any]) -> tuple[str, str]:
+    """What is scored: the answer and the label."""
+    return line["predict"].strip(), line["label"].strip()
+
+
+def text_of(lines: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+class Appended:
+    """A file to which each line is added as it comes."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def put(self, line: dict[str, Any]) -> None:
+        self.file.write(text_of([line]))
+        self.file.flush()
+
+
+class InOrder(Appended):
+    """A file whose lines stand in the order of `indices` at any time; a line that comes early waits in a file of its own."""
+
+    def __init__(self, path: Path, early: Path, indices: Iterable[int]) -> None:
+        super().__init__(path)
+        self.early = Appended(early)
+        self.waiting: dict[int, dict[str, Any]] = {}
+        self.next = iter(indices)
+        self.wanted = next(self.next, None)
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.early.__exit__(*error)
+
+    def put(self, line: dict[str, Any]) -> None:
+        self.waiting[line["index"]] = line
+        if line["index"] != self.wanted:
+            self.early.put(line)
+        while self.wanted in self.waiting:
+            super().put(self.waiting.pop(self.wanted))
+            self.wanted = next(self.next, None)
+
+
+def earlier(path: Path, early: Path, others: list[Path], kept: bool) -> dict[int, dict[str, Any]]:
+    """The answers of an interrupted prediction by index, in order, when they are to be kept.
+
+    They stand in `early` from now on, and the other files are empty or gone.
+    """
+    folder = early.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    # it may have had more ranks than this one
+    before = [path, early, *others, *folder.glob(f"{path.stem}.rank*.jsonl")]
+    found = {line["index"]: line for part in before for line in read_lines(part)} if kept else {}
+    done = {index: found[index] for index in sorted(found)}
+    write_text(early, text_of(done.values()))
+    for part in before:
+        if part != early:
+            part.unlink(missing_ok=True)
     return done
 
 
-def scored(run: Run, parts: list[Path]) -> dict[str, float]:
-    """The scores of all ranks' answers, which stand in order in the first file from now on."""
-    done = {line["index"]: line for part in parts for line in read_lines(part)}
+def scored(scorer: Scorer, path: Path, others: list[Path]) -> dict[str, float]:
+    """The scores of all ranks' answers, which stand in order in `path` alone from now on."""
+    done = {line["index"]: line for part in (path, *others) for line in read_lines(part)}
     ordered = [done[index] for index in sorted(done)]
-    write_text(parts[0], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered))
-    for part in parts[1:]:
+    write_text(path, text_of(ordered))
+    for part in others:
         part.unlink(missing_ok=True)
-    return run.metric.scores([line["predict"].strip() for line in ordered], [line["label"].strip() for line in ordered])
+    return scorer.scores({line["index"]: pair_of(line) for line in ordered})
 
 
 def score_pairs(run: Run, folder: RunFolder, trainer: "GlmTrainer", data: "Datasets") -> dict[str, float]:
@@ -121,7 +194,7 @@ def score_pairs(run: Run, folder: RunFolder, trainer: "GlmTrainer", data: "Datas
             }
             lines.append({**line, "chosen_score": chosen, "rejected_score": rejected})
     if ranks.is_main():
-        write_text(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_text(folder / PREDICTIONS, text_of(lines))
     margins = [line["chosen_score"] - line["rejected_score"] for line in lines]
     right = sum(margin > 0 for margin in margins)
     return {"predict_accuracy": right / len(margins), "predict_margin": sum(margins) / len(margins)}

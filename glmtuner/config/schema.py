@@ -58,6 +58,11 @@ class PreferenceLoss(str, Enum):
     hinge = "hinge"
 
 
+class Engine(str, Enum):
+    transformers = "transformers"
+    vllm = "vllm"
+
+
 class LayerPart(str, Enum):
     mlp = "mlp"
     qkv = "qkv"
@@ -276,13 +281,20 @@ class Metric:
 
     def scores(self, predictions: list[str], references: list[str]) -> dict[str, float]:
         """The mean over all answers of each score; empty without answers, or when nothing is measured."""
-        found = [self.score(*pair) for pair in zip(predictions, references, strict=True)]
+        return self.mean([self.score(*pair) for pair in zip(predictions, references, strict=True)])
+
+    @staticmethod
+    def mean(found: list[dict[str, float]]) -> dict[str, float]:
+        """The mean of each score; empty without any."""
         return {name: sum(each[name] for each in found) / len(found) for name in found[0]} if found else {}
 
 
 @dataclass(kw_only=True)
 class Generation:
-    """How chat and serving decode: CET's values. Evaluation and prediction decode greedily, or with beams."""
+    """How chat and serving decode: CET's values. Evaluation and prediction decode greedily, or with beams.
+
+    `engine` is what generates in trainer=predict; all else generates by the model that is loaded.
+    """
 
     do_sample: bool
     temperature: float = 1.0
@@ -292,6 +304,7 @@ class Generation:
     max_length: int = 2048
     max_new_tokens: int | None = None
     repetition_penalty: float = 1.0
+    engine: Engine = Engine.transformers
 
     def __post_init__(self) -> None:
         wrong = [
@@ -512,6 +525,28 @@ class Run:
         if self.data.packing and not (self.data.padding_free and self.data.ignore_pad_token_for_loss):
             knob = "ignore_pad_token_for_loss" if self.data.padding_free else "padding_free"
             yield f"data.packing=true with data.{knob}=false: packed rows have no padding; leave one of the two out"
+        if self.generation.engine is Engine.vllm:
+            yield from self._impossible_by_vllm()
+
+    def _impossible_by_vllm(self) -> Iterator[str]:
+        bits, beams = self.quant.quantization_bit, self.data.eval_num_beams
+        for wrong, knob, why in (
+            (self.trainer.do_train, "trainer.do_train=true", "it answers in a run of its own; type trainer=predict"),
+            (
+                bits is not None,
+                f"quant=int{bits}",
+                "it is given weights with the adapters merged in, and integer weights take none in; type quant=none",
+            ),
+            (
+                self.finetuning.finetuning_type == "p_tuning",
+                "finetuning=p_tuning",
+                "vLLM does not know the prefix of P-Tuning v2; type finetuning=lora",
+            ),
+            ((beams or 1) > 1, f"data.eval_num_beams={beams}", "it answers greedily; type data.eval_num_beams=1"),
+            (self.parallel.name != "none", f"parallel={self.parallel.name}", "one process asks it; type parallel=none"),
+        ):
+            if wrong:
+                yield f"generation.engine=vllm with {knob}: {why}, or generation.engine=transformers"
 
 
 ConfigStore.instance().store(group="schema", name="run", node=Run, package="_global_")

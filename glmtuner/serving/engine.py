@@ -1,19 +1,18 @@
 """Answers to many requests at once: every step gives each of them its next token, from one batch of the model.
 
-Requests join between two steps and leave when they are done (continuous batching; Yu et al., Orca, OSDI 2022), as rows
-of one left-padded key-value cache. Caches that cannot be joined row by row (sliding windows, linear attention) still
-batch: those who wait start together when the batch before them is done.
+Requests join between two steps and leave when they are done (glmtuner/decoding.py). Where a cache cannot be joined row by
+row, those who wait start together when the batch before them is done.
 
-Shape letters: B rows, W width, G key-value heads, D head dimension, V vocabulary.
+Shape letters: B rows, V vocabulary.
 """
 
-import inspect
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -23,17 +22,14 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from glmtuner.data.records import Message
-from glmtuner.errors import ConfigError
+from glmtuner.decoding import Batch, Decoder, taken
 
 if TYPE_CHECKING:
     from glmtuner.assemble import Finished
 
 log = logging.getLogger(__name__)
-PREFILL = 8192  # prompt tokens, padding counted, that are read in one step: it bounds memory, and how long others wait
-PADDED = 0.05  # the largest difference that padding may make, as a share of the largest logit: rounding makes less
 
 
 class Busy(Exception):
@@ -126,62 +122,6 @@ class Row:
         return "length" if len(request.generated) >= request.room else None
 
 
-@dataclass
-class Batch:
-    """Rows with their tokens [B, W], which of them are not padding [B, W], and the cache of all but the last one."""
-
-    rows: list[Row | None]  # None: done, in a cache whose rows cannot leave
-    ids: torch.Tensor
-    mask: torch.Tensor
-    cache: Cache
-
-    @property
-    def joinable(self) -> bool:
-        """Whether rows can join and leave: only keys and values of every token are kept."""
-        return type(self.cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in self.cache.layers)
-
-    @property
-    def live(self) -> int:
-        return sum(row is not None for row in self.rows)
-
-    def joined(self, other: "Batch") -> "Batch":
-        """Both batches as one, the narrower one padded on the left."""
-        width = max(self.ids.shape[1], other.ids.shape[1])
-        for batch in (self, other):
-            missing = width - batch.ids.shape[1]
-            batch.ids = torch.nn.functional.pad(batch.ids, (missing, 0))
-            batch.mask = torch.nn.functional.pad(batch.mask, (missing, 0))
-            for layer in batch.cache.layers:
-                layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, missing, 0))
-                layer.values = torch.nn.functional.pad(layer.values, (0, 0, missing, 0))
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.keys = torch.cat([mine.keys, theirs.keys])
-            mine.values = torch.cat([mine.values, theirs.values])
-        ids, mask = torch.cat([self.ids, other.ids]), torch.cat([self.mask, other.mask])
-        return Batch([*self.rows, *other.rows], ids, mask, self.cache)
-
-    def without(self, done: set[int]) -> "Batch | None":
-        """The batch without these rows, and without columns that were padding for all others; None when none is left."""
-        if len(done) == len(self.rows):
-            return None
-        if not self.joinable:
-            rows = [None if place in done else row for place, row in enumerate(self.rows)]
-            return Batch(rows, self.ids, self.mask, self.cache) if any(rows) else None
-        kept = [place for place in range(len(self.rows)) if place not in done]
-        places = torch.tensor(kept, device=self.ids.device)
-        ids, mask = self.ids[places], self.mask[places]
-        first = int(mask.any(dim=0).int().argmax())
-        for layer in self.cache.layers:
-            layer.keys = layer.keys[places, :, first:]
-            layer.values = layer.values[places, :, first:]
-        return Batch([self.rows[place] for place in kept], ids[:, first:], mask[:, first:], self.cache)
-
-    def widened(self, tokens: torch.Tensor) -> None:
-        """Each row gets its next token, [B]."""
-        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
-        self.mask = torch.cat([self.mask, torch.ones_like(tokens)[:, None]], dim=1)
-
-
 class Engine:
     """One thread that owns the model; `submit` may be called from any other.
 
@@ -190,10 +130,7 @@ class Engine:
 
     def __init__(self, finished: "Finished", most_rows: int, most_waiting: int) -> None:
         self.finished, self.most_rows, self.most_waiting = finished, most_rows, most_waiting
-        model: Any = finished.model
-        # an adapter's layers stand in the base model itself; PEFT's wrapper adds nothing to its forward pass
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.accepted = inspect.signature(self.model.forward).parameters
+        self.decoder = Decoder(finished.model, finished.tokenizer.pad_token_id)
         self.batch: Batch | None = None
         self.waiting: deque[Request] = deque()
         self.changed = threading.Condition()
@@ -208,15 +145,8 @@ class Engine:
         """
         finished = self.finished
         conversations = [[Message("user", "你好")], [Message("user", "你好，请用一句话介绍你自己。")]]
-        short, long = (
-            Row(
-                Request(found.input_ids, 1, Sampling(temperature=0), lambda token: True, lambda reason: None),
-                self.device,
-            )
-            for found in finished.template.encode(finished.tokenizer, conversations)
-        )
-        alone, beside = self._read([short])[1][0], self._read([short, long])[1][0]
-        if not (alone - beside).abs().max() <= PADDED * alone.abs().max():
+        short, long = (found.input_ids for found in finished.template.encode(finished.tokenizer, conversations))
+        if not self.decoder.pads(short, long):
             self.most_rows = 1
         self.thread.start()
 
@@ -237,7 +167,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.decoder.device
 
     def _run(self) -> None:
         while True:
@@ -248,7 +178,7 @@ class Engine:
             joining = self._admitted()
             read = self._guarded(joining, self._begin, joining) if joining else None
             if read and self.batch:
-                self.batch = self._guarded([*self.batch.rows, *read.rows], self.batch.joined, read)
+                self.batch = self._guarded([*self.batch.rows, *read.rows], self._joined, self.batch, read)
             elif read:
                 self.batch = read
             if self.batch:
@@ -278,72 +208,38 @@ class Engine:
         if self.batch and not self.batch.joinable:
             return []
         free = self.most_rows - (self.batch.live if self.batch else 0)
-        found: list[Row] = []
-        longest = 0
         with self.changed:
-            while self.waiting and len(found) < free:
-                request = self.waiting[0]
-                if request.cancelled:
-                    self.waiting.popleft().end("cancelled")
-                    continue
-                longest = max(longest, len(request.prompt))
-                if found and longest * (len(found) + 1) > PREFILL:
-                    break
-                found.append(Row(self.waiting.popleft(), self.device))
-        return found
+            for request in [request for request in self.waiting if request.cancelled]:
+                self.waiting.remove(request)
+                request.end("cancelled")
+            count = taken([request.prompt for request in islice(self.waiting, free)])
+            return [Row(self.waiting.popleft(), self.device) for _ in range(count)]
 
     def _begin(self, rows: list[Row]) -> Batch | None:
         """A batch of these rows with their first tokens; None when these were their last."""
-        return self._chosen(*self._read(rows))
+        return self._chosen(*self.decoder.read(rows, [row.request.prompt for row in rows]))
+
+    def _joined(self, batch: Batch, other: Batch) -> Batch:
+        batch.join(other)
+        return batch
 
     def _step(self, batch: Batch) -> Batch | None:
         self.largest_batch = max(self.largest_batch, batch.live)
-        return self._chosen(batch, self._forward(batch, new=1))
+        return self._chosen(batch, self.decoder.step(batch))
 
-    def _read(self, rows: list[Row]) -> tuple[Batch, torch.Tensor]:
-        """The rows' prompts in a batch of their own, and the logits behind them, [B, V]."""
-        width = max(len(row.request.prompt) for row in rows)
-        padded = [[0] * (width - len(row.request.prompt)) + list(row.request.prompt) for row in rows]
-        lengths = torch.tensor([len(row.request.prompt) for row in rows], device=self.device)
-        mask = (torch.arange(width, device=self.device) >= width - lengths[:, None]).long()
-        ids = torch.tensor(padded, device=self.device)
-        ids = ids.masked_fill(mask == 0, self.finished.tokenizer.pad_token_id)
-        batch = Batch(list(rows), ids, mask, None)  # type: ignore[arg-type]  # the model makes the cache that it needs
-        with torch.no_grad():
-            return batch, self._forward(batch, new=None)
-
-    def _forward(self, batch: Batch, new: int | None) -> torch.Tensor:
-        """The logits behind the last token, [B, V]; the last `new` tokens are read, all of them when None."""
-        options: dict[str, Any] = {}
-        if "position_ids" in self.accepted:
-            options["position_ids"] = (batch.mask.cumsum(-1) - 1).clamp(min=0)
-        inputs = self.model.prepare_inputs_for_generation(
-            batch.ids, next_sequence_length=new, past_key_values=batch.cache, attention_mask=batch.mask,
-            is_first_iteration=new is None, use_cache=True, **options,
-        )  # fmt: skip
-        if "logits_to_keep" in self.accepted:
-            inputs["logits_to_keep"] = 1
-        out = self.model(**inputs)
-        cache = getattr(out, "past_key_values", None)
-        if not isinstance(cache, Cache):
-            name = type(self.model).__name__
-            raise ConfigError(f"{name} gives no transformers Cache for its next step, so it cannot be served; chat can")
-        batch.cache = cache
-        return out.logits[:, -1].float()
-
-    def _chosen(self, batch: Batch, logits: torch.Tensor) -> "Batch | None":
-        """The batch with a new token a row, and without the rows that this ended."""
-        tokens = logits.argmax(-1)
+    def _chosen(self, batch: Batch, logits_BV: torch.Tensor) -> Batch | None:
+        """The batch with a new token a row, and without the rows that this ended; None when none is left."""
+        tokens_B = logits_BV.argmax(-1)
         for place, row in enumerate(batch.rows):
             if row is not None and not row.request.sampling.plain:
-                tokens[place] = row.choose(logits[place])
+                tokens_B[place] = row.choose(logits_BV[place])
         ended = {}
-        for place, (row, token) in enumerate(zip(batch.rows, tokens.tolist(), strict=True)):
+        for place, (row, token) in enumerate(zip(batch.rows, tokens_B.tolist(), strict=True)):
             reason = row.advance(token, self.finished.stops) if row else None
-            if row and reason:
+            if reason:
                 ended[place] = (row, reason)
-        batch.widened(tokens)
-        left = batch.without(set(ended)) if ended else batch
+        batch.widen(tokens_B)
+        batch.leave(ended)
         for row, reason in ended.values():
             row.request.end(reason)
-        return left
+        return batch if batch.live else None

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.config.schema import LossOn, Run, Stage, preset
+from glmtuner.config.schema import Engine, LossOn, Run, Stage, preset
 from glmtuner.data import DatasetSpec
 
 if TYPE_CHECKING:
@@ -34,6 +34,12 @@ class Sft(Stage):
                 "trainer.do_predict=true without trainer.predict_with_generate=true: a prediction of stage=sft is a "
                 "generated answer; type trainer.predict_with_generate=true, or trainer=evaluate for the loss alone"
             )
+
+    def check(self, run: Run) -> None:
+        if run.trainer.do_predict and run.generation.engine is Engine.vllm:
+            from glmtuner.vllm_engine import check_installed
+
+            check_installed()
 
     def collator(self, **padding: Any) -> Any:
         from glmtuner.data.collate import Collator

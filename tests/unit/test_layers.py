@@ -16,13 +16,13 @@ RANK = {
     **dict.fromkeys(("config", "console", "ranks"), 1),
     **dict.fromkeys(
         (
-            *("data", "families", "hub", "losses", "metrics", "parallel", "quant", "prefix", "run_folder"),
-            "value_head",
+            *("data", "decoding", "families", "hub", "losses", "metrics", "parallel", "quant", "prefix", "run_folder"),
+            *("scoring", "value_head"),
         ),
         2,
     ),
     **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight", "trackers"), 3),
-    **dict.fromkeys(("assemble", "fast_paths", "objectives", "trainer"), 4),
+    **dict.fromkeys(("assemble", "fast_paths", "objectives", "trainer", "vllm_engine"), 4),
     **dict.fromkeys(("conversation", "predict", "serving"), 5),
     "stages": 6,
     **dict.fromkeys(("launch", "launchers", "verbs"), 7),

@@ -18,6 +18,7 @@ from glmtuner.config.paths import PACKAGE_DATA, conf_dir
 from glmtuner.config.schema import (
     SCHEMA_CLASSES,
     Dtype,
+    Engine,
     LayerPart,
     LossOn,
     QuantizationType,
@@ -203,6 +204,7 @@ GENERATION = {
     "max_length": (int, 2048),
     "max_new_tokens": (int | None, None),
     "repetition_penalty": (float, 1.0),
+    "engine": (Engine, "transformers"),
 }
 TRAINER = {  # those that CET's page lists
     "output_dir": (str | None, None),

@@ -319,6 +319,17 @@ def test_a_checkpoint_that_is_not_there():
             ["trainer.fp16=true with quant=int8 and finetuning=p_tuning", "type trainer.fp16=false"],
         ),
         (
+            ["generation.engine=vllm", "quant=int4", "finetuning=p_tuning", "data.eval_num_beams=2", "parallel=ddp"],
+            [
+                "generation.engine=vllm with trainer.do_train=true: it answers in a run of its own; type trainer=predict",
+                "generation.engine=vllm with quant=int4",
+                "type quant=none, or generation.engine=transformers",
+                "generation.engine=vllm with finetuning=p_tuning",
+                "generation.engine=vllm with data.eval_num_beams=2",
+                "generation.engine=vllm with parallel=ddp",
+            ],
+        ),
+        (
             ["trainer.do_train=false", "trainer.do_predict=true"],
             [
                 "trainer.do_predict=true without trainer.predict_with_generate=true",

@@ -1,0 +1,182 @@
+"""`trainer=predict`: answers stand in the order of the records at any time, and nothing that is answered is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+WORDS = (
+    "trainer=predict", "model=tiny_glm", "finetuning=none", "tracker=none", "data.dataset=identity_sample", "data.max_samples=30",
+    "data.max_target_length=40", "trainer.disable_tqdm=true",
+)  # fmt: skip
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("other", ["trainer.per_device_eval_batch_size=1", "trainer.per_device_eval_batch_size=30"])
+def test_any_batch_size_gives_the_same_file(glmtuner: Callable, tmp_path: Path, other: str) -> None:
+    for words in (("trainer.output_dir=eight",), ("trainer.output_dir=other", other)):
+        done = glmtuner(*WORDS, *words)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "eight/predictions.jsonl").read_text() == (tmp_path / "other/predictions.jsonl").read_text()
+    assert [line["index"] for line in lines(tmp_path / "eight/predictions.jsonl")] == list(range(30))
+    assert not list((tmp_path / "eight/evaluations").iterdir())
+
+
+def test_beams_and_a_penalty_go_through_the_command_line(glmtuner: Callable, tmp_path: Path) -> None:
+    found = {}
+    for name, word in (
+        ("greedy", "data.max_samples=30"),
+        ("beams", "data.eval_num_beams=3"),
+        ("penalty", "generation.repetition_penalty=1.5"),
+    ):
+        done = glmtuner(*WORDS, word, f"trainer.output_dir={name}")
+        assert done.returncode == 0, done.stderr
+        found[name] = [line["predict"] for line in lines(tmp_path / name / "predictions.jsonl")]
+    assert len({*map(tuple, found.values())}) == 3 and all(len(answers) == 30 for answers in found.values())
+
+
+def test_a_killed_prediction_goes_on_where_it_was(
+    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glmtuner import generate
+
+    done = glmtuner(*WORDS, "trainer.output_dir=whole")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "killed"
+    path, early = folder / "predictions.jsonl", folder / "evaluations/predictions.early.jsonl"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "glmtuner", *WORDS, "trainer.output_dir=killed"], cwd=tmp_path, stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 120
+        while not (path.is_file() and path.read_text().count("\n") >= 4):
+            assert child.poll() is None and time.monotonic() < until
+            text = path.read_text(encoding="utf-8", errors="ignore") if path.is_file() else ""
+            seen = [json.loads(line)["index"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
+            assert seen == list(range(len(seen))), "in order at any time"
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    kept = {line["index"] for file in (path, early) for line in lines(file)}
+    assert 4 <= len(kept) < 30, "the child was killed too late"
+    asked = []
+    real = generate.answers
+
+    def spied(model: Any, prompts: Any, *given: Any) -> Any:
+        asked.extend(prompts)
+        return real(model, prompts, *given)
+
+    monkeypatch.setattr(generate, "answers", spied)
+    done = glmtuner(*WORDS, "trainer.output_dir=killed")
+    assert done.returncode == 0, done.stderr
+    assert len(asked) == 30 - len(kept)
+    assert path.read_text() == (tmp_path / "whole/predictions.jsonl").read_text()
+    assert not early.exists()
+
+
+def test_an_answer_that_comes_early_waits_in_a_file_of_its_own(tmp_path: Path) -> None:
+    from glmtuner.predict import InOrder, earlier
+
+    path, early = tmp_path / "predictions.jsonl", tmp_path / "evaluations/predictions.early.jsonl"
+    assert earlier(path, early, [], kept=True) == {}
+    with InOrder(path, early, [0, 1, 2, 3, 4]) as file:
+        for index, shown in ((2, []), (0, [0]), (4, [0]), (1, [0, 1, 2])):
+            file.put({"index": index})
+            assert [line["index"] for line in lines(path)] == shown
+    (tmp_path / "evaluations/predictions.rank1.jsonl").write_text('{"index": 9}\n{"index": 1')
+    assert [*earlier(path, early, [], kept=True)] == [0, 1, 2, 4, 9]
+    assert [line["index"] for line in lines(early)] == [0, 1, 2, 4, 9], "whatever happens next, they are kept"
+    assert earlier(path, early, [], kept=False) == {} and lines(early) == []
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A stand-in for vLLM, which answers with transformers and keeps what it was given."""
+    given = SimpleNamespace(llm=[], sampling=[], prompts=[])
+
+    class LLM:
+        def __init__(self, model: str, **options: Any) -> None:
+            from transformers import AutoModelForCausalLM
+
+            given.llm.append(options)
+            self.model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+
+        def generate(self, prompts: list[dict[str, list[int]]], sampling: Any, use_tqdm: bool) -> list[Any]:
+            import torch
+            from transformers import GenerationConfig
+
+            given.prompts.append(prompts)
+            found = []
+            for prompt in prompts:
+                ids = torch.tensor([prompt["prompt_token_ids"]])
+                config = GenerationConfig(
+                    max_new_tokens=sampling.max_tokens, eos_token_id=sampling.stop_token_ids, pad_token_id=0, do_sample=False,
+                    repetition_penalty=sampling.repetition_penalty,
+                )  # fmt: skip
+                out = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+                tokens = out[0, ids.shape[1] :].tolist()
+                found.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens)]))
+            return found
+
+    def sampling_params(**values: Any) -> SimpleNamespace:
+        given.sampling.append(values)
+        return SimpleNamespace(**values)
+
+    module = ModuleType("vllm")
+    module.__spec__ = SimpleNamespace(name="vllm")  # type: ignore[assignment]
+    module.LLM, module.SamplingParams = LLM, sampling_params  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return given
+
+
+def test_vllm_gets_token_ids_and_merged_weights(
+    glmtuner: Callable, tmp_path: Path, vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glmtuner import vllm_engine
+
+    train = [word for word in WORDS if not word.startswith(("trainer=", "finetuning="))]
+    done = glmtuner(*train, "trainer.max_steps=4", "trainer.learning_rate=1e-2", "trainer.output_dir=run")
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(vllm_engine, "AT_ONCE", 20)
+    words = [word for word in WORDS if not word.startswith(("model=", "finetuning="))]
+    for name in ("transformers", "vllm"):
+        done = glmtuner(*words, "model.checkpoint_dir=run", f"generation.engine={name}", f"trainer.output_dir={name}")
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "transformers/predictions.jsonl").read_text() == (
+        tmp_path / "vllm/predictions.jsonl"
+    ).read_text()
+    assert [len(prompts) for prompts in vllm.prompts] == [20, 10]
+    assert all(prompt.keys() == {"prompt_token_ids"} for prompts in vllm.prompts for prompt in prompts)
+    (sampling,), (options,) = vllm.sampling, vllm.llm
+    assert sampling["temperature"] == 0 and sampling["max_tokens"] == 40 and len(sampling["stop_token_ids"]) > 1
+    longest = max(len(prompt["prompt_token_ids"]) for prompts in vllm.prompts for prompt in prompts)
+    assert options["skip_tokenizer_init"] and options["max_model_len"] == longest + 40
+
+
+def test_vllm_must_be_installed_and_know_the_model(glmtuner: Callable, tmp_path: Path) -> None:
+    from small_models import built
+
+    from glmtuner.errors import ConfigError
+    from glmtuner.vllm_engine import vllm_answers
+
+    done = glmtuner(*WORDS, "generation.engine=vllm", "trainer.output_dir=run")
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert (
+        "vLLM is not installed here; type pip install 'glmtuner[vllm]', or type generation.engine=transformers"
+        in " ".join(done.stderr.replace("│", " ").split())
+    )
+    with pytest.raises(ConfigError, match=r"does not know the first ChatGLM-6B; type generation\.engine=transformers"):
+        next(vllm_answers(built("ChatGLM"), [[20]], None, 0))  # type: ignore[arg-type]
