@@ -64,18 +64,18 @@ def settle_family(run: Run, model_config: Mapping[str, Any]) -> Family | None:
 
 
 def load_libraries(*, quantized: bool, trains: bool) -> None:
-    """Import what the run needs of torch, transformers and PEFT, and leave out the libraries' chatter.
+    """Import what a run needs of torch, transformers and PEFT, silently and at once.
 
-    All at once, so that what makes these imports slow is switched off for them alone: the garbage collector, which would
-    look through hundreds of thousands of new objects again and again, of which none goes; and torch.compile, by which
-    bitsandbytes, that PEFT imports wherever it is installed, would load TorchInductor. Only a `quantized` base calls what
-    it compiles there.
+    What makes these imports slow is switched off while they last: the garbage collector, which would look again and again
+    through all that was imported and finds nothing to free; and, where nothing is `quantized`, torch.compile. bitsandbytes,
+    which PEFT imports wherever it is installed, calls it for the kernels that it writes in plain torch, and TorchInductor
+    is loaded for them.
     """
     quieten_libraries()
-    first = "torch" not in sys.modules
+    compiling = os.environ.get("TORCHDYNAMO_DISABLE")
+    first = "torch" not in sys.modules  # later, in the next job of a sweep, a frozen object might be a model
     if first:
         gc.disable()
-    compiling = os.environ.get("TORCHDYNAMO_DISABLE")
     if not quantized:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
@@ -87,12 +87,12 @@ def load_libraries(*, quantized: bool, trains: bool) -> None:
         if trains:
             from transformers import Trainer  # noqa: F401
     finally:
-        if not quantized:
-            os.environ.pop("TORCHDYNAMO_DISABLE")
-        if compiling is not None:
+        if compiling is None:
+            os.environ.pop("TORCHDYNAMO_DISABLE", None)
+        else:
             os.environ["TORCHDYNAMO_DISABLE"] = compiling
         if first:
-            gc.freeze()  # modules live to the end: no later collection has to look through them
+            gc.freeze()  # modules stay to the end: no later collection looks through them
             gc.enable()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
