@@ -1,8 +1,10 @@
 """The parts of a run put together: family, template, and the model with its checkpoints and its fine-tuning method."""
 
 import dataclasses
+import gc
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,19 +63,49 @@ def settle_family(run: Run, model_config: Mapping[str, Any]) -> Family | None:
     return family
 
 
+def load_libraries(*, quantized: bool, trains: bool) -> None:
+    """Import what a run needs of torch, transformers and PEFT, silently and at once.
+
+    What makes these imports slow is switched off while they last: the garbage collector, which would look again and again
+    through all that was imported and finds nothing to free; and, where nothing is `quantized`, torch.compile. bitsandbytes,
+    which PEFT imports wherever it is installed, calls it for the kernels that it writes in plain torch, and TorchInductor
+    is loaded for them.
+    """
+    quieten_libraries()
+    compiling = os.environ.get("TORCHDYNAMO_DISABLE")
+    first = "torch" not in sys.modules  # later, in the next job of a sweep, a frozen object might be a model
+    if first:
+        gc.disable()
+    if not quantized:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        import peft  # noqa: F401
+        import transformers
+
+        import glmtuner.models  # noqa: F401
+
+        if trains:
+            from transformers import Trainer  # noqa: F401
+    finally:
+        if compiling is None:
+            os.environ.pop("TORCHDYNAMO_DISABLE", None)
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = compiling
+        if first:
+            gc.freeze()  # modules stay to the end: no later collection looks through them
+            gc.enable()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def quieten_libraries() -> None:
     """Progress and our own lines only; the libraries' chatter about what works as intended is left out."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels it can do without
     # PEFT still uses names that transformers renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
 
 
 def template_of(run: Run, family: Family | None, tokenizer: "PreTrainedTokenizerBase") -> Any:
@@ -190,7 +222,7 @@ def finished_run(folders: Sequence[Path], words: Sequence[str], *, to_talk: bool
     model_config = read_config(run.model)
     check_base(run.model, model_config)
     family = settle_family(run, model_config)
-    quieten_libraries()
+    load_libraries(quantized=run.quant.bits is not None, trains=False)
     tokenizer = load_tokenizer(run.model)
     template = template_of(run, family, tokenizer)
     model, family = attached_model(composed, family, device_of(run))

@@ -16,7 +16,7 @@ from glmtuner.assemble import (
     attached_model,
     check_base,
     device_of,
-    quieten_libraries,
+    load_libraries,
     settle_family,
     template_of,
 )
@@ -115,7 +115,7 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
     check_base(run.model, model_config)
     family = settle_family(run, model_config)
 
-    quieten_libraries()
+    load_libraries(quantized=run.quant.bits is not None, trains=True)
     from glmtuner.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(run.model)

@@ -29,12 +29,15 @@ RANK = {
     "sweep": 8,
     "__main__": 9,
 }
+# Of these no run takes anything that asked for no tracker, no pictures, no scores and no compiled model.
+UNUSED = {"wandb", "tensorboard", "matplotlib", "jieba", "nltk", "rouge_chinese", "rapidfuzz", "sklearn", "optuna"}
+UNUSED |= {"joblib", "deepspeed", "fastapi", "uvicorn", "torch._inductor.compile_fx", "torch._inductor.scheduler"}
 HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib", "rich", "pandas", "fastapi", "uvicorn", "wandb"}
 SPY = """\
 import sys
 from glmtuner.__main__ import main
 code = main(sys.argv[1:])
-print("LOADED", code, *{name.partition(".")[0] for name in sys.modules})
+print("LOADED", code, *sys.modules)
 """
 
 
@@ -132,14 +135,15 @@ def test_the_walk_refuses_siblings_and_leaves_annotations_alone(tmp_path):
 
 
 def modules_loaded_by(folder: Path, *words: str) -> tuple[int, set[str]]:
-    """Exit code and top-level modules of a child that ran these words."""
+    """Exit code and modules of a child that ran these words."""
     done = subprocess.run(
         [sys.executable, "-c", SPY, *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     last = done.stdout.splitlines()[-1].split()
     assert last[0] == "LOADED", done.stderr
@@ -165,3 +169,19 @@ def test_nothing_heavy_is_loaded_before_a_run_is_valid(tmp_path, code, words):
     assert found == code
     assert "glmtuner" in modules and not modules & HEAVY
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_and_what_reads_its_folder_load_what_they_use_only(tmp_path):
+    train = ["model=tiny_glm", "data.dataset=identity_sample", "trainer.max_steps=1", "tracker=none", "metric=none"]
+    found, modules = modules_loaded_by(tmp_path, *train, "trainer.output_dir=run")
+    assert found == 0
+    assert "peft" in modules and not modules & UNUSED
+
+    found, modules = modules_loaded_by(tmp_path, "chat", "run")  # standard input is at its end
+    assert found == 0
+    assert "torch" in modules and not modules & {*UNUSED, "datasets", "pandas", "transformers.trainer"}
+
+    for verb in ("show", "report"):
+        found, modules = modules_loaded_by(tmp_path, verb, "run")
+        assert found == 0
+        assert "rich" in modules and not modules & (HEAVY - {"rich"})
