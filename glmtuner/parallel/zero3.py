@@ -16,6 +16,7 @@ class Zero3(Zero2):
     offload_parameters: bool = False
 
     sharded = True
+    shares = ("frozen weights", "trained weights", "gradients", "optimizer states")
     zero_stage = 3
 
     def impossible(self, run: Run) -> Iterator[str]:
