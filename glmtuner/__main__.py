@@ -12,6 +12,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from glmtuner.errors import ConfigError, GlmtunerError, did_you_mean, nearest
 from glmtuner.preemption import Preempted
 
 if TYPE_CHECKING:
+    from glmtuner.config.compose import Composed
     from glmtuner.config.schema import Tracker
 
 EXAMPLES = """\
@@ -118,10 +120,19 @@ def _main(words: list[str]) -> int:
     from glmtuner.config.compose import compose
 
     composed = compose(rest, config_dir=options.config_dir, config_name=options.config_name)
+    if options.check:
+        return _check(composed)
     from glmtuner.launch import launch
 
     launch(composed)
     ranks.leave()
+    return 0
+
+
+def _check(composed: "Composed") -> int:
+    from glmtuner.launch import check
+
+    check(composed)
     return 0
 
 
@@ -143,6 +154,7 @@ def _options(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--run", "-r", action="store_true")
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("--package", "-p")
@@ -220,6 +232,7 @@ def _sweep(options: argparse.Namespace, words: list[str]) -> int:
     """
     from glmtuner.config.compose import check_sweep, first_job
     from glmtuner.console import say
+    from glmtuner.launch import check_elsewhere
     from glmtuner.launchers import register
     from glmtuner.report.jobs import State, read_jobs
     from glmtuner.sweep import note_sweep, run_job, sweep_folder, sweep_words
@@ -227,6 +240,11 @@ def _sweep(options: argparse.Namespace, words: list[str]) -> int:
     words = [word for word in words if word.replace(" ", "").lower() != "hydra.mode=multirun"]
     register()
     settled = check_sweep(words, config_dir=options.config_dir, config_name=options.config_name)
+    first = partial(first_job, settled, config_dir=options.config_dir, config_name=options.config_name)
+    if options.check:
+        return _check(first())
+    if "hydra/launcher=slurm" in settled:
+        check_elsewhere(first())
     root = sweep_folder(settled)
     note_sweep(root, words)
     crash = None
@@ -246,9 +264,7 @@ def _sweep(options: argparse.Namespace, words: list[str]) -> int:
     for job in failed:
         reason = {State.unfinished: "cut off before its end", State.running: "still running"}.get(job.state, job.reason)
         print(f"glmtuner: a job of the sweep failed: {job.name}: {reason[:300]}", file=sys.stderr)
-    _report(
-        root, lambda: first_job(settled, config_dir=options.config_dir, config_name=options.config_name).run.tracker
-    )
+    _report(root, lambda: first().run.tracker)
     say(
         f"sweep folder: {root} ({count[State.finished]} finished, {count[State.infeasible]} did not fit into memory, "
         f"{len(failed)} failed)"
@@ -330,6 +346,7 @@ def help_text(config_dir: str | None = None) -> str:
         "Options:",
         "  --cfg job --resolve     show the composed run and stop      --package GROUP   only one part of it",
         "  --info defaults-tree    why each file was composed          --config-dir DIR  more presets, in DIR/<group>/",
+        "  --check                 what memory a training will take: no weights or data are loaded, nothing is written",
         "  -m, --multirun          a sweep                             --version, --hydra-help",
     ]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from glmtuner.assemble import (
     SHAPE,
     attached_model,
     check_base,
+    compute_dtype,
     device_of,
     load_libraries,
     settle_family,
@@ -25,10 +26,22 @@ from glmtuner.config.paths import conf_dir
 from glmtuner.config.schema import Run, Tracker
 from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.console import say, table
-from glmtuner.data.splits import entries
-from glmtuner.errors import CheckpointError
+from glmtuner.data.splits import entries, longest_row
+from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.families.family import Family
 from glmtuner.hub import read_config
+from glmtuner.memory import (
+    MARGIN,
+    Estimate,
+    device_memory,
+    does_not_fit,
+    estimate,
+    gib,
+    hollow,
+    settle_checkpointing,
+    settled_baseline,
+    surely_fits,
+)
 from glmtuner.predict import answer_all
 from glmtuner.preemption import Preempted, listening
 from glmtuner.run_folder import (
@@ -122,6 +135,7 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
     template = template_of(run, family, tokenizer)
     data = run.stage.datasets(run, specs, template, tokenizer)
     device = device_of(run)
+    checkpoint_where_needed(composed, model_config, family, data, device)
     model, family = attached_model(composed, family, device)
     run.model.family = family.name
     objective = run.stage.objective(run, model, template, tokenizer)
@@ -206,6 +220,107 @@ def training_arguments(run: Run, folder: RunFolder, model: "nn.Module") -> Any:
             chosen["use_cpu"] = True  # accelerate meets no ranks on a CPU that it was not told of
     chosen["eval_on_start"] = run.trainer.eval_on_start and run.trainer.do_train
     return Seq2SeqTrainingArguments(**{name: value for name, value in chosen.items() if value is not None})
+
+
+# -- memory, before anything is loaded -----------------------------------------------------------------------------------
+
+
+def check(composed: Composed) -> None:
+    """Say what the training of this run holds at its peak, without weights or data; nothing is written.
+
+    Raises ConfigError where it surely does not fit into this machine's device, or cannot be told.
+    """
+    run = composed.run
+    device = device_of(run)
+    available = device_memory(device)
+    needed, line = checked(composed, device, available)
+    table("", ("", ""), needed.told(), show_header=False)
+    if line is not None:
+        say(line)
+    if run.stage.name == "ppo":
+        say("stage=ppo also generates answers and holds a value head and a reward model, which are not counted")
+    if available is None:
+        return
+    if needed.peak > available * (1 + MARGIN):
+        raise does_not_fit(run, needed, available)
+    verdict = "fits" if needed.peak < available else "may not fit"
+    say(f"{verdict}: {gib(needed.peak)} of the {gib(available)} that this machine's {needed.device} has")
+
+
+def check_elsewhere(composed: Composed) -> None:
+    """Say in one line what a GPU must have for this run, which starts on another machine; never refuses."""
+    import torch
+
+    run = composed.run
+    if not run.trainer.do_train:
+        return
+    device = device_of(run)
+    if not (run.trainer.use_cpu or device.type == "cuda"):
+        device = torch.device("cuda")
+    try:
+        needed, _ = checked(composed, device, None)
+    except ConfigError as error:
+        say(f"memory: {error}")
+        return
+    say(
+        f"memory: the first job needs about {gib(needed.peak)} of a {needed.device}'s at its peak, with {needed.rows} rows of "
+        f"{needed.longest:,} tokens (python -m glmtuner --check … tells more)"
+    )
+
+
+def checked(composed: Composed, device: "torch.device", available: int | None) -> tuple[Estimate, str | None]:
+    """The estimate of the run's largest batch, and the line of gradient checkpointing that is turned on for it."""
+    run = composed.run
+    entries(run, catalogue_dirs(composed))
+    run.stage.check(run)
+    run.parallel.check_machine()
+    if not run.trainer.do_train:
+        raise ConfigError("--check states the memory of a training, and trainer.do_train=false; type trainer=train")
+    model_config = read_config(run.model)
+    check_base(run.model, model_config)
+    family = settle_family(run, model_config)
+    quieten_libraries()
+    rows, longest = run.stage.largest_batch(run)
+    estimated = estimator(composed, family, device, rows, longest, ranks.to_start(run.parallel))
+    line = settle_checkpointing(composed, estimated, available)
+    return estimated(run.trainer.gradient_checkpointing or line is not None), line
+
+
+def estimator(
+    composed: Composed, family: Family | None, device: "torch.device", rows: int, longest: int, processes: int
+) -> Callable[[bool], Estimate]:
+    """What says the peak of the run on batches of that size, given whether gradient checkpointing is on."""
+    run = composed.run
+    baseline = settled_baseline(device, run.tracker.name)
+
+    def estimated(checkpointing: bool) -> Estimate:
+        model = hollow(run, family, device, compute_dtype(run, device))
+        arguments = training_arguments(run, RunFolder(Path("outputs")), model)
+        arguments.activation_checkpointing = checkpointing
+        found = estimate(model, arguments, device, rows=rows, longest=longest, baseline=baseline)
+        return found.shared(run.parallel.shares, processes)
+
+    return estimated
+
+
+def checkpoint_where_needed(
+    composed: Composed,
+    model_config: Mapping[str, Any],
+    family: Family | None,
+    data: "Datasets",
+    device: "torch.device",
+) -> None:
+    """Turn gradient checkpointing on where the longest batch of these data would not fit without it."""
+    run, available = composed.run, device_memory(device)
+    if data.train is None or run.stage.name == "ppo" or available is None:
+        return
+    rows, longest = run.stage.largest_batch(run)[0], longest_row(data.train)
+    if surely_fits(model_config, run, rows, longest, available):
+        return
+    estimated = estimator(composed, family, device, rows, longest, ranks.world_size())
+    if line := ranks.agreed(lambda: settle_checkpointing(composed, estimated, available)):
+        run.trainer.gradient_checkpointing = True
+        say(line)
 
 
 # -- the folder and the terminal -----------------------------------------------------------------------------------------

@@ -247,6 +247,10 @@ class Stage:
         """The encoded records (`Datasets` of glmtuner/data/splits.py)."""
         raise NotImplementedError
 
+    def largest_batch(self, run: "Run") -> tuple[int, int]:
+        """Rows of a training batch, and the most tokens that one can have."""
+        return run.trainer.per_device_train_batch_size, run.data.max_source_length + run.data.max_target_length
+
     def collator(self, **padding: Any) -> Any:
         """Rows -> a batch; `padding` is what the collators of glmtuner/data take."""
         raise NotImplementedError
@@ -363,6 +367,7 @@ class Parallel:
     several: typing.ClassVar[bool] = True  # one process a GPU, where there are several
     sharded: typing.ClassVar[bool] = False  # does a process hold only its share of every weight?
     whole_modules: typing.ClassVar[bool] = True  # are a layer's weights whole outside of its own forward pass?
+    shares: typing.ClassVar[tuple[str, ...]] = ()  # the parts of an `Estimate` that a process holds its share of
 
     def __post_init__(self) -> None:
         if self.processes is not None and self.processes < 1:

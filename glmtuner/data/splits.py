@@ -14,6 +14,8 @@ from glmtuner.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+TOKENS = ("input_ids", "rejected_ids", "other_ids")  # the columns that hold a row of a batch
+
 
 @dataclass(frozen=True)
 class Datasets:
@@ -71,3 +73,11 @@ def datasets_of(run: Run, specs: dict[str, DatasetSpec], encoder: Encoder) -> Da
         train, reached = mixed(parts, data.mix_probabilities, seed)
         shares = dict(zip(data.dataset, reached, strict=True))
     return Datasets(train, evaluation, list(prepared.values()), shares, encoder.columns)
+
+
+def longest_row(rows: "Dataset") -> int:
+    """The most tokens that a row of the table has, answers that were not chosen among them."""
+    import pyarrow.compute as pc
+
+    found = [name for name in TOKENS if name in rows.column_names]
+    return max(pc.max(pc.list_value_length(rows.data.column(name))).as_py() for name in found)

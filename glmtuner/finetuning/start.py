@@ -125,8 +125,7 @@ def attach(
             model = _merged(model, checkpoint)
     if goes_on is None:
         return finetuning.attach(model, family)
-    settings = prefix_settings(goes_on.folder) if goes_on.kind == PREFIX else lora_settings(goes_on.folder)
-    for name, value in settings.items():
+    for name, value in settings_of(goes_on).items():
         mine = getattr(finetuning, name)
         same = sorted(mine) == sorted(value) if isinstance(value, list) else mine == value
         if not same and f"finetuning.{name}" in typed:
@@ -147,6 +146,11 @@ def continued(
     last = checkpoints[-1] if checkpoints else None
     adapts = last is not None and last.kind == LORA and finetuning.finetuning_type == "lora"
     return last if last is not None and (last.kind == PREFIX or (adapts and (resume_lora or not trains))) else None
+
+
+def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The method's settings that an adapter or a prefix was trained with."""
+    return prefix_settings(checkpoint.folder) if checkpoint.kind == PREFIX else lora_settings(checkpoint.folder)
 
 
 def lora_settings(folder: Path) -> dict[str, Any]:

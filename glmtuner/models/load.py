@@ -11,7 +11,7 @@ from glmtuner.hub import from_hub, hub_options
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from glmtuner.families.family import Family
 
@@ -36,26 +36,39 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def load_config(model: Model, family: "Family | None") -> "PreTrainedConfig":
+    """The model's configuration; where config.json leaves it open, rotary positions are stretched as the family does."""
+    from transformers import AutoConfig
+
+    source = model_source(model.config_name or model.model_name_or_path)
+    config = from_hub(model, lambda: AutoConfig.from_pretrained(source, trust_remote_code=False, **hub_options(model)))
+    if family is not None and hasattr(config, "rope_interpolation"):
+        config.rope_interpolation = config.rope_interpolation or family.interpolates
+        config.set_rope()
+    return config
+
+
+def dtype_of(model: Model, config: "PreTrainedConfig", device: "torch.device") -> "torch.dtype | str":
+    """What to load weights in: `model.dtype`, or "auto" for the checkpoint's own."""
+    import torch
+
+    if model.dtype is not Dtype.auto:
+        return getattr(torch, model.dtype.value)
+    if device.type == "cpu" and config.dtype == torch.float16:
+        return torch.float32  # half precision is slow and partly missing on a CPU
+    return "auto"
+
+
 def load_model(
     model: Model, family: "Family | None", quant: Quant, device: "torch.device", compute_dtype: "torch.dtype"
 ) -> "PreTrainedModel":
     """The causal LM with the weights of the checkpoint, in `model.dtype`; quantized ones compute in `compute_dtype`."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     source = model_source(model.model_name_or_path)
-    config = from_hub(
-        model,
-        lambda: AutoConfig.from_pretrained(
-            model_source(model.config_name or model.model_name_or_path), trust_remote_code=False, **hub_options(model)
-        ),
-    )
-    if family is not None and hasattr(config, "rope_interpolation"):
-        config.rope_interpolation = config.rope_interpolation or family.interpolates
-        config.set_rope()
-    dtype = "auto" if model.dtype is Dtype.auto else getattr(torch, model.dtype.value)
-    if dtype == "auto" and device.type == "cpu" and config.dtype == torch.float16:
-        dtype = torch.float32  # half precision is slow and partly missing on a CPU
+    config = load_config(model, family)
+    dtype = dtype_of(model, config, device)
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert .bin files
     loaded, found = from_hub(
         model,

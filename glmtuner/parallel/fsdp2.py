@@ -19,6 +19,7 @@ class Fsdp2(Parallel):
     cpu_offload: bool = False
 
     sharded = True
+    shares = ("frozen weights", "trained weights", "gradients", "optimizer states")
 
     def impossible(self, run: Run) -> Iterator[str]:
         if run.quant.quantization_bit is not None:

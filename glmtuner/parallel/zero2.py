@@ -17,6 +17,7 @@ class Zero2(Parallel):
     deepspeed_config: str | None = None
 
     zero_stage: ClassVar[int] = 2
+    shares = ("gradients", "optimizer states")
 
     def check_machine(self) -> None:
         if find_spec("deepspeed") is None:

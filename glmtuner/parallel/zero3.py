@@ -17,6 +17,7 @@ class Zero3(Zero2):
 
     sharded = True
     whole_modules = False
+    shares = ("frozen weights", "trained weights", "gradients", "optimizer states")
     zero_stage = 3
 
     def impossible(self, run: Run) -> Iterator[str]:

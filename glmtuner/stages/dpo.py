@@ -55,6 +55,10 @@ class Dpo(Stage):
 
         return pairs(run, specs, template, tokenizer)
 
+    def largest_batch(self, run: Run) -> tuple[int, int]:
+        rows, longest = super().largest_batch(run)
+        return 2 * rows, longest  # a record is two rows
+
     def collator(self, **padding: Any) -> Any:
         from glmtuner.data.pairs import PairCollator
 

@@ -53,6 +53,10 @@ class Kto(Stage):
             evaluation=with_other_answers(found.evaluation) if found.evaluation is not None else None,
         )
 
+    def largest_batch(self, run: Run) -> tuple[int, int]:
+        rows, longest = super().largest_batch(run)
+        return 2 * rows, longest  # a record is two rows
+
     def collator(self, **padding: Any) -> Any:
         from glmtuner.data.feedback import FeedbackCollator
 

@@ -35,6 +35,9 @@ class Pt(Stage):
         encoder = BlockEncoder(template=template, tokenizer=tokenizer, block_length=self.block_length, **lengths)
         return datasets_of(run, specs, encoder)
 
+    def largest_batch(self, run: Run) -> tuple[int, int]:
+        return run.trainer.per_device_train_batch_size, self.block_length
+
     def collator(self, **padding: Any) -> Any:
         from glmtuner.data.collate import Collator
 

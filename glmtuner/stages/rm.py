@@ -47,6 +47,10 @@ class Rm(Stage):
     def datasets(self, run: Run, specs: dict[str, DatasetSpec], template: Any, tokenizer: Any) -> "Datasets":
         return pairs(run, specs, template, tokenizer)
 
+    def largest_batch(self, run: Run) -> tuple[int, int]:
+        rows, longest = super().largest_batch(run)
+        return 2 * rows, longest  # a record is two rows
+
     def collator(self, **padding: Any) -> Any:
         from glmtuner.data.pairs import PairCollator
 

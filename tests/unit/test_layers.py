@@ -23,7 +23,7 @@ RANK = {
     ),
     **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight", "trackers"), 3),
     **dict.fromkeys(("assemble", "fast_paths", "objectives", "trainer", "vllm_engine"), 4),
-    **dict.fromkeys(("conversation", "predict", "serving"), 5),
+    **dict.fromkeys(("conversation", "memory", "predict", "serving"), 5),
     "stages": 6,
     **dict.fromkeys(("launch", "launchers", "verbs"), 7),
     "sweep": 8,
