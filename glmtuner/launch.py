@@ -18,6 +18,7 @@ from glmtuner.assemble import (
     compute_dtype,
     device_of,
     load_libraries,
+    quieten_libraries,
     settle_family,
     template_of,
 )
@@ -201,7 +202,9 @@ def training_arguments(run: Run, folder: RunFolder, model: "nn.Module") -> Any:
         if "gradient_checkpointing_kwargs" in chosen:
             chosen["activation_checkpointing_kwargs"] = chosen.pop("gradient_checkpointing_kwargs")
     for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
-        chosen.pop(name, None)  # blocks are compiled one by one, see `speed_up`; the whole model breaks at every attention
+        chosen.pop(
+            name, None
+        )  # blocks are compiled one by one, see `speed_up`; the whole model breaks at every attention
     chosen |= {"output_dir": str(folder.path), "report_to": "none", "run_name": run.name or folder.path.name}
     if ranks.world_size() > 1:
         chosen |= run.parallel.arguments()
