@@ -300,7 +300,7 @@ def estimator(
         model = hollow(run, family, device, compute_dtype(run, device))
         arguments = training_arguments(run, RunFolder(Path("outputs")), model)
         arguments.activation_checkpointing = checkpointing
-        found = estimate(model, arguments, device, rows=rows, longest=longest, baseline=baseline)
+        found = estimate(model, arguments, device, rows=rows, longest=longest, baseline=baseline, **may_take(run))
         return found.shared(run.parallel.shares, processes)
 
     return estimated
@@ -464,9 +464,17 @@ def make_trainer(
     )
 
 
+def may_take(run: Run) -> dict[str, bool]:
+    """What of `fast_paths` the run allows."""
+    plain = run.stage.models_loss
+    return {
+        "without_padding": plain and run.data.padding_free and run.data.ignore_pad_token_for_loss,
+        "on_weights": plain and run.parallel.whole_modules,
+    }
+
+
 def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets", blocks: "list[nn.Module]") -> None:
     """Batches without padding, packs and a loss in chunks, where the model's loss stays what it is; compiled blocks."""
-    from glmtuner.data.collate import Collator
     from glmtuner.data.segments import Packs
     from glmtuner.fast_paths import fast_paths
 
@@ -476,16 +484,10 @@ def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets", blocks: "list[nn
         options = {"backend": run.trainer.torch_compile_backend, "mode": run.trainer.torch_compile_mode}
         for block in blocks:
             block.compile(dynamic=True, **{name: value for name, value in options.items() if value})
-    if trainer.objective is not None or rows is None or type(plain) is not Collator:
+    if rows is None or not run.stage.models_loss:
         return
-    taken = fast_paths(
-        trainer.model,
-        [rows[0], rows[len(rows) - 1]],
-        plain,
-        autocast=trainer.compute_loss_context_manager,
-        without_padding=run.data.padding_free and run.data.ignore_pad_token_for_loss,
-        on_weights=run.parallel.whole_modules,
-    )
+    samples, autocast = [rows[0], rows[len(rows) - 1]], trainer.compute_loss_context_manager
+    taken = fast_paths(trainer.model, samples, plain, autocast=autocast, **may_take(run))
     trainer.data_collator, trainer.chunks_loss = taken.collate, taken.chunks_loss
     if not run.data.packing or data.train is None:
         return

@@ -197,7 +197,7 @@ class Ledger:
                 parameter.register_post_accumulate_grad_hook(self._gradient)
         head = model.get_output_embeddings()
         if head is not None:
-            head.register_forward_pre_hook(self._reached_head)
+            head.register_forward_pre_hook(self.reached_head)
 
     @contextmanager
     def open(self) -> Iterator["Ledger"]:
@@ -242,16 +242,43 @@ class Ledger:
             self._with_gradient.add(id(parameter))
             self.gradients += parameter.grad.nbytes
 
-    def _reached_head(self, *_: Any) -> None:
+    def reached_head(self, *_: Any) -> None:
         self.kept = max(self.kept, self.alive - self.gradients)
 
 
 # -- the estimate --------------------------------------------------------------------------------------------------------
 
 
-def model_loss(model: "nn.Module", batch: "dict[str, torch.Tensor]") -> "torch.Tensor":
-    """The model's own loss."""
-    return model(**batch).loss
+def batch_of(base: "nn.Module", ids: "torch.Tensor", segments: bool) -> dict[str, Any]:
+    """A batch of these samples, [rows, longest], all of whose tokens are learned: padded ones have no padding here."""
+    import torch
+
+    from glmtuner.data.segments import Segments
+    from glmtuner.models.segments import use_segments
+
+    if not segments:
+        return {"input_ids": ids, "labels": ids}
+    use_segments(base)
+    rows, longest = ids.shape
+    two_way = hasattr(base, "places")  # half of a sample is taken for context that sees itself
+    positions = torch.arange(longest, device=ids.device).repeat(rows)
+    return {
+        "input_ids": ids.flatten()[None],
+        "labels": ids.flatten()[None],
+        "position_ids": torch.stack([positions, positions])[None] if two_way else positions[None],
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+        "segments": Segments((longest,) * rows, (longest // 2 if two_way else 0,) * rows, rows * longest),
+    }
+
+
+def loss_in_chunks(base: "nn.Module", batch: dict[str, Any], at_head: Callable[[], None]) -> "torch.Tensor":
+    """What a model prepared by `use_chunks` computes where every token is learned; which ones are cannot be looked up here."""
+    from glmtuner.models.head import chunked_cross_entropy
+
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    hidden = base.base_model(**inputs).last_hidden_state.flatten(0, 1)
+    at_head()
+    return chunked_cross_entropy(hidden, base.get_output_embeddings(), batch["labels"].flatten())[0] / len(hidden)
 
 
 def estimate(
@@ -262,15 +289,20 @@ def estimate(
     rows: int,
     longest: int,
     baseline: int,
-    loss_of: "Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]" = model_loss,
+    without_padding: bool = False,
+    on_weights: bool = False,
 ) -> Estimate:
     """Of a `hollow` model, which is used up: the peak of its training on batches of `rows` rows of `longest` tokens.
 
     `arguments` are transformers' TrainingArguments; `baseline` is what the process holds before anything is loaded, which
-    counts on a CPU only. Raises ConfigError where the model's forward pass cannot be gone through without values.
+    counts on a CPU only; the two flags are those of `fast_paths`, which takes what they allow for nearly every model. Raises ConfigError where the model's forward pass cannot be gone through without values.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from glmtuner.models.head import can_chunk
+    from glmtuner.models.lora import fuse_lora
+    from glmtuner.models.segments import can_segment
 
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -278,9 +310,11 @@ def estimate(
     weights = sum(stored(parameter) for parameter in parameters if not parameter.requires_grad)
     copies = sum(map(stored, trained))
     on_gpu = device.type == "cuda"
-    if (
-        on_gpu and not torch.cuda.is_available()
-    ):  # a GPU of another machine: the operations of this one's CPU stand for it
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps it
+    segments = without_padding and can_segment(base)
+    if on_weights:
+        fuse_lora(model)
+    if on_gpu and not torch.cuda.is_available():  # a GPU elsewhere: the operations of this machine's CPU stand for it
         device = torch.device("cpu")
     mode = FakeTensorMode()
     stand_ins(model, mode, device)
@@ -292,8 +326,15 @@ def estimate(
         with mode:
             ids = torch.zeros(rows, longest, dtype=torch.long, device=device)
             ledger.know([*model.parameters(), *model.buffers(), ids])
+            batch = batch_of(base, ids, segments)
+            chunks = on_weights and can_chunk(base)
             with ledger.open():
-                states = _pass(model, arguments, device, ledger, {"input_ids": ids, "labels": ids}, loss_of)
+                loss_of = (
+                    (lambda: loss_in_chunks(base, batch, ledger.reached_head))
+                    if chunks
+                    else (lambda: model(**batch).loss)
+                )
+                states = _pass(model, arguments, device, ledger, loss_of)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
         raise cannot_be_followed(error) from None
     gradients, kept = ledger.at_peak
@@ -326,8 +367,7 @@ def _pass(
     arguments: Any,
     device: "torch.device",
     ledger: Ledger,
-    batch: "dict[str, torch.Tensor]",
-    loss_of: Callable[..., Any],
+    loss_of: "Callable[[], torch.Tensor]",
 ) -> int:
     """An optimizer step, so that its states are there, then a forward and backward pass and a step; the states' bytes."""
     import torch
@@ -354,7 +394,7 @@ def _pass(
     if half is not None:
         model.forward = convert_outputs_to_fp32(model.forward)  # as accelerate does
     with torch.autocast(device.type, half) if half is not None else nullcontext():
-        loss = loss_of(model, batch)
+        loss = loss_of()
     loss.backward()
     optimizer.step()
     return states

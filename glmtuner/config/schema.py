@@ -224,6 +224,7 @@ class Stage:
     name: str
 
     policy: typing.ClassVar[bool] = True  # does what it trains answer? (a reward model scores)
+    models_loss: typing.ClassVar[bool] = False  # is the loss the model's own, of one sample at a time?
     packs: typing.ClassVar[bool] = False  # may several of its samples stand in one row?
     spreads: typing.ClassVar[bool] = True  # can ranks that hold a share of the weights or gradients train it?
 

@@ -61,15 +61,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*(grad if grad is None else grad * slope for grad in ctx.saved_tensors), None)
 
 
+def chunked_cross_entropy(
+    hidden_NH: torch.Tensor, head: nn.Linear, targets_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the losses in nats, and each, [N], float32; the sum alone has a gradient."""
+    return _ChunkedCrossEntropy.apply(hidden_NH, head.weight, head.bias, targets_N)
+
+
 def cross_entropy(
     hidden_BTH: torch.Tensor, head: nn.Linear, labels_BT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of the learned tokens' losses in nats, float32, and each one's where its label stands, [B, T] (0 elsewhere)."""
     targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
     is_learned_BT = targets_BT != IGNORE_INDEX
-    total, loss_N = _ChunkedCrossEntropy.apply(
-        hidden_BTH[is_learned_BT], head.weight, head.bias, targets_BT[is_learned_BT]
-    )
+    total, loss_N = chunked_cross_entropy(hidden_BTH[is_learned_BT], head, targets_BT[is_learned_BT])
     losses_BT = torch.zeros(labels_BT.shape, dtype=torch.float32, device=hidden_BTH.device)
     losses_BT[:, 1:] = losses_BT[:, 1:].masked_scatter(is_learned_BT[:, :-1], loss_N)
     return total, losses_BT

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.schema import Run, Stage, preset
 from glmtuner.data import DatasetSpec
@@ -22,6 +22,8 @@ class Pt(Stage):
     """
 
     block_length: int
+
+    models_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.block_length < 8:

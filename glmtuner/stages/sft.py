@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class Sft(Stage):
     """Instructions and conversations in, the assistant's answers learned."""
 
+    models_loss: ClassVar[bool] = True
     packs: ClassVar[bool] = True
 
     def datasets(self, run: Run, specs: dict[str, DatasetSpec], template: Any, tokenizer: Any) -> "Datasets":
