@@ -1,7 +1,8 @@
 """The next tokens of many prompts at once, as rows of one batch that join and leave it between two tokens.
 
-Each row ends in the last column (left padding), so all rows get their next token in one column. Keys and values stand in
-buffers with room for more columns: a token is written into them, where transformers' cache copies itself for every token.
+This is continuous batching (Yu et al., Orca, OSDI 2022). Each row ends in the last column (left padding), so all rows get
+their next token in one column. Keys and values stand in buffers with room for more columns: a token is written into them,
+where transformers' cache copies itself for every token.
 Caches that are more than keys and values of every token (sliding windows, linear attention) cannot be joined row by row;
 such rows start together, and a row that is done stays in the batch until all are.
 

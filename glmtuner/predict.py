@@ -45,9 +45,8 @@ def answer_all(
 ) -> dict[str, float]:
     """Write each answer as it comes, in order, those of an interrupted prediction kept; returns their scores.
 
-    Several ranks share the records, each with a file of its own until all are done, so that only rank 0's stand in `path`
-    until then. Ranks that hold a share of the weights
-    each answer every record together, since each needs the others for every token.
+    Several ranks share the records, each with a file of its own, and only rank 0's stand in `path` until all are done.
+    Ranks that hold a share of the weights each answer every record together, since each needs the others for every token.
     """
     from tqdm import tqdm
 
