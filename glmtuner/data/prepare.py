@@ -11,7 +11,7 @@ import shutil
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -100,17 +100,18 @@ def _encode_into(folder: Path, loaded: Loaded, encoder: Encoder, data: Data, spe
     """Encode the examples as they are read and write their rows as they come, to a temporary name first."""
     from pyarrow import ipc
 
-    for left in folder.parent.glob(
-        f".{folder.name}.*"
-    ):  # of a process that was killed: whoever holds the lock is alone
+    # whoever holds the lock is alone, so what lies there is of a process that was killed
+    for left in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         counts = Counts()
         with ExitStack() as files:
+            batches = _batches(loaded, encoder, data, spec)
+            encoded = files.enter_context(closing(_encoded(batches, encoder, data.preprocessing_num_workers)))
             writer = None
-            for rows, found in _encoded(_batches(loaded, encoder, data, spec), encoder, data.preprocessing_num_workers):
+            for rows, found in encoded:
                 if writer is None:
                     file = files.enter_context((partial / ROWS).open("wb"))
                     writer = files.enter_context(ipc.new_stream(file, rows.schema))
