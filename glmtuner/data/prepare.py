@@ -10,10 +10,11 @@ import os
 import shutil
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -99,17 +100,18 @@ def _encode_into(folder: Path, loaded: Loaded, encoder: Encoder, data: Data, spe
     """Encode the examples as they are read and write their rows as they come, to a temporary name first."""
     from pyarrow import ipc
 
-    for left in folder.parent.glob(
-        f".{folder.name}.*"
-    ):  # of a process that was killed: whoever holds the lock is alone
+    # whoever holds the lock is alone, so what lies there is of a process that was killed
+    for left in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         counts = Counts()
         with ExitStack() as files:
+            batches = _batches(loaded, encoder, data, spec)
+            encoded = files.enter_context(closing(_encoded(batches, encoder, data.preprocessing_num_workers)))
             writer = None
-            for rows, found in _encoded(_batches(loaded, encoder, data, spec), encoder, data.preprocessing_num_workers):
+            for rows, found in encoded:
                 if writer is None:
                     file = files.enter_context((partial / ROWS).open("wb"))
                     writer = files.enter_context(ipc.new_stream(file, rows.schema))
@@ -119,6 +121,7 @@ def _encode_into(folder: Path, loaded: Loaded, encoder: Encoder, data: Data, spe
         counts.bad_records = len(loaded.bad)
         about = {"counts": asdict(counts), "bad": [asdict(line) for line in loaded.bad]}
         (partial / COUNTS).write_text(json.dumps(about), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # what a removal that was cut short has left
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -204,7 +207,7 @@ def as_arrow(rows: Sequence[dict[str, Any]]) -> "pyarrow.RecordBatch":
     """The rows as Arrow keeps them, with the types that `datasets` reads from its schema."""
     import pyarrow
 
-    schema = _features(rows[0]).arrow_schema
+    schema = _schema(tuple(rows[0]))
     columns = [_column([row[field.name] for row in rows], field.type) for field in schema]
     return pyarrow.record_batch(columns, schema=schema)
 
@@ -230,7 +233,12 @@ def _column(values: Sequence[Any], kind: "pyarrow.DataType") -> "pyarrow.Array":
     return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(ends)], children=[inner])
 
 
-def _features(row: dict[str, Any]) -> Any:
+@cache
+def _schema(names: tuple[str, ...]) -> "pyarrow.Schema":
+    return _features(names).arrow_schema
+
+
+def _features(names: Iterable[str]) -> Any:
     """The types of a row's columns, stated, since a batch of empty lists would have none."""
     from datasets import Features, List, Value
 
@@ -240,7 +248,7 @@ def _features(row: dict[str, Any]) -> Any:
         "is_desirable": Value("bool"),
         "earlier": List({"input_ids": ids, "labels": ids}),
     }
-    return Features({name: types.get(name, ids) for name in row})
+    return Features({name: types.get(name, ids) for name in names})
 
 
 def key_of(spec: DatasetSpec, files: dict[str, str], data: Data, encoder: Encoder) -> str:

@@ -90,8 +90,8 @@ def test_a_few_batches_are_in_memory_however_many_records(tmp_path, tokenizer, n
                 alive.append(sum(type(thing) is Example for thing in gc.get_objects()))
             return super().encode(examples)
 
-    prepared(tmp_path, tokenizer, records=800, encoder=Counting, name=name)
-    assert len(alive) == 40
+    prepared(tmp_path, tokenizer, records=400, encoder=Counting, name=name)
+    assert len(alive) == 20
     assert 20 <= max(alive) <= 20 * (3 * THREADS + 2)
 
 
