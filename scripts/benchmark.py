@@ -326,8 +326,8 @@ class Bench:
         return self.run([str(self.llamafactory / "bin/llamafactory-cli"), *words], folder, ours=False, **how)
 
     def llamafactory_train(self, folder: Path, arguments: dict[str, Any], **how: Any) -> Ended:
-        config = folder / "config.json"
-        config.write_text(json.dumps(arguments, indent=1))
+        config = folder / "config.yaml"  # JSON is YAML; its own reading of .json files fails
+        config.write_text(json.dumps(arguments, indent=1), encoding="utf-8")
         return self.llamafactory_cli(folder, "train", str(config), **how)
 
     # -- parts -----------------------------------------------------------------------------------------------------------
@@ -492,11 +492,11 @@ class Bench:
         asked = [
             {"instruction": record["instruction"], "input": "", "output": record["output"].strip()}
             for record in records
-            if not record.get("input") and len(record["instruction"]) <= 60 and 4 <= len(record["output"]) <= 120
+            if not record.get("input") and len(record["instruction"]) <= 40 and 4 <= len(record["output"]) <= 80
         ][: self.predicted]
         if own_model and not (Path(self.model) / "config.json").is_file():
             print("making the model, a few minutes", flush=True)
-            settings = {"texts": records, "learned": asked, "vocabulary_size": 8000, "epochs": 60}
+            settings = {"texts": records, "learned": asked, "vocabulary_size": 8000, "epochs": 40}
             partial = self.folder / "model.partial"
             found, _ = self.child("make_model", self.fresh("make model"), folder=str(partial), **settings)
             print(
@@ -640,6 +640,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     partial.rename(path)
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def parts_of(text: str) -> list[str]:
     chosen = [part.strip() for part in text.split(",") if part.strip()]
     if wrong := [part for part in chosen if part not in PARTS]:
@@ -661,6 +666,7 @@ def parse() -> argparse.Namespace:
         help=f"these parts, with commas: {', '.join(PARTS)}; docs/ is written when all are measured",
     )  # fmt: skip
     parser.add_argument("--repeats", type=count_of, default=3, help="runs of each contender (%(default)s)")
+    parser.add_argument("--threads", type=count_of, default=cores(), help="of every process (%(default)s: the cores)")
     parser.add_argument("--steps", type=count_of, default=80, help="training steps of one run (%(default)s)")
     parser.add_argument("--batch-size", type=count_of, default=4, help="records a step (%(default)s)")
     parser.add_argument("--cutoff", type=count_of, default=256, help="tokens of a row at most (%(default)s)")
@@ -685,8 +691,7 @@ def main() -> None:
     options = parse()
     folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    load = os.getloadavg()[0] / threads
+    load = os.getloadavg()[0] / cores()
     if load > 0.5:
         print(f"the machine is busy (load average {load:.1f} a core): the numbers will be noisy", flush=True)
     bench = Bench(
@@ -699,7 +704,7 @@ def main() -> None:
         cutoff=options.cutoff,
         predicted=options.predict,
         max_new_tokens=options.max_new_tokens,
-        threads=threads,
+        threads=options.threads,
         repeats=options.repeats,
     )
     if not (bench.llamafactory / "bin/llamafactory-cli").is_file():
@@ -707,7 +712,7 @@ def main() -> None:
     data = options.data if options.data.is_file() else SAMPLE
     shutil.rmtree(folder / "runs", ignore_errors=True)
     bench.about |= {
-        "machine": machine(threads),
+        "machine": machine(options.threads),
         "versions": versions(bench.llamafactory),
         "load": load,
         "data": data.name,

@@ -99,16 +99,17 @@ def make_model(settings: dict[str, Any]) -> dict[str, Any]:
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     rows.sort(key=len)
-    size = 16
+    size = 8
     batches = [padded([(ids, ids) for ids in rows[at : at + size]], 0) for at in range(0, len(rows), size)]
     loss = None
-    for _ in range(settings["epochs"]):
+    for epoch in range(settings["epochs"]):
         for batch in batches:
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}", flush=True)
     folder = Path(settings["folder"])
     model.cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
