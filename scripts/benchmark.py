@@ -191,7 +191,7 @@ def run_process(
     tail = ""
     try:
         assert process.stdout is not None
-        with log.open("wb") as file:
+        with log.open("wb", buffering=0) as file:
             while chunk := os.read(process.stdout.fileno(), 65536):
                 file.write(chunk)
                 if awaited and seen is None:
