@@ -222,43 +222,46 @@ def bare_loop(settings: dict[str, Any]) -> dict[str, Any]:
 # -- inside glmtuner -----------------------------------------------------------------------------------------------------
 
 
+class Enough(BaseException):
+    """Ends a run when what is wanted of it has been measured."""
+
+
+def command_line(words: list[str]) -> None:
+    """`python -m glmtuner` in this process."""
+    from glmtuner.__main__ import main
+
+    if status := main(words):
+        raise SystemExit(status)
+
+
 def glmtuner_prepare(settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds from the file to the rows to train on, imports and the tokenizer's loading left out; and the rows."""
     import datasets  # noqa: F401 - LLaMA-Factory has imported it before the clock starts, too
-    from transformers import AutoTokenizer  # noqa: F401
 
-    from glmtuner.assemble import quieten_libraries, settle_family, template_of
-    from glmtuner.config.compose import compose
-    from glmtuner.data.splits import entries
-    from glmtuner.hub import read_config
-    from glmtuner.launch import catalogue_dirs
-    from glmtuner.models.load import load_tokenizer
+    from glmtuner.stages.sft import Sft
 
-    composed = compose(settings["words"])
-    run = composed.run
-    specs = entries(run, catalogue_dirs(composed))
-    family = settle_family(run, read_config(run.model))
-    quieten_libraries()
-    tokenizer = load_tokenizer(run.model)
-    template = template_of(run, family, tokenizer)
-    started = time.perf_counter()
-    data = run.stage.datasets(run, specs, template, tokenizer)
-    seconds = time.perf_counter() - started
-    rows = [(list(row["input_ids"]), list(row["labels"])) for row in data.train]
+    plain, found = Sft.datasets, {}
+
+    def timed(self: Any, run: Any, specs: Any, template: Any, tokenizer: Any) -> Any:
+        started = time.perf_counter()
+        data = plain(self, run, specs, template, tokenizer)
+        found.update(seconds=time.perf_counter() - started, train=data.train, pad_id=tokenizer.pad_token_id)
+        raise Enough
+
+    Sft.datasets = timed
+    with contextlib.suppress(Enough):
+        command_line(settings["words"])
+    rows = [(list(map(int, row["input_ids"])), list(map(int, row["labels"]))) for row in found.pop("train")]
     if settings.get("rows"):
         Path(settings["rows"]).write_text(json.dumps(rows))
-    tokens = sum(len(ids) for ids, _ in rows)
-    return {"seconds": seconds, "records": len(rows), "tokens": tokens, "pad_id": tokenizer.pad_token_id}
+    return {**found, "records": len(rows), "tokens": sum(len(ids) for ids, _ in rows)}
 
 
 def glmtuner_predict(settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds from the loaded model to the scored answers."""
-    from glmtuner.config.compose import compose
-    from glmtuner.launch import launch
+    from glmtuner.stages.sft import Sft
 
-    composed = compose(settings["words"])
-    stage = type(composed.run.stage)
-    plain, found = stage.predict, {}
+    plain, found = Sft.predict, {}
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
@@ -266,8 +269,8 @@ def glmtuner_predict(settings: dict[str, Any]) -> dict[str, Any]:
         found["seconds"] = time.perf_counter() - started
         return scores
 
-    stage.predict = timed
-    launch(composed)
+    Sft.predict = timed
+    command_line(settings["words"])
     return found
 
 
@@ -275,8 +278,6 @@ def glmtuner_packed(settings: dict[str, Any]) -> dict[str, Any]:
     """Write the tensors of every step of a packed run, for the bare loop to train on the very same."""
     import torch
 
-    from glmtuner.config.compose import compose
-    from glmtuner.launch import launch
     from glmtuner.trainer import GlmTrainer
 
     plain, seen = GlmTrainer.training_step, []
@@ -287,7 +288,7 @@ def glmtuner_packed(settings: dict[str, Any]) -> dict[str, Any]:
         return plain(self, model, inputs, *args, **kwargs)
 
     GlmTrainer.training_step = kept
-    launch(compose(settings["words"]))
+    command_line(settings["words"])
     torch.save(seen, settings["packed"])
     return {"steps": len(seen), "tokens": sum(batch["input_ids"].numel() for batch in seen)}
 
