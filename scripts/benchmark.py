@@ -1,0 +1,735 @@
+"""Measure glmtuner beside LLaMA-Factory and a bare PyTorch loop, in turns on one machine, and write docs/performance.md.
+
+Every measurement is a fresh process with the same number of threads; the contenders take turns (A B C A B C ...) and
+medians are compared. LLaMA-Factory lives in an environment of its own, which is made with pip when it is missing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import venv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CHILD = ROOT / "scripts/benchmark_child.py"
+FOLDER = ROOT / "outputs/benchmark"
+DATA = ROOT.parent / "shared/data/alpaca_zh_demo.json"
+SAMPLE = ROOT / "glmtuner/assets/data/alpaca_zh_sample.json"
+DOCS = ROOT / "docs"
+BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
+
+PARTS = ("startup", "config_error", "preprocessing", "training", "prediction")
+LLAMAFACTORY = "0.9.5"
+LORA = {"lora_rank": 8, "lora_alpha": 16}
+LEARNING_RATE = 1e-4
+SEED = 42
+OURS, PACKED = "glmtuner", "glmtuner, packed"
+THEIRS, THEIRS_FAST = f"LLaMA-Factory {LLAMAFACTORY}", f"LLaMA-Factory {LLAMAFACTORY}, no checkpointing"
+BARE, BARE_PACKED = "bare loop, padded", "bare loop, the same packed tensors"
+IMPORTS = "importing torch, Trainer and the model class"
+
+
+# -- arithmetic: measurements -> rows of the table -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One comparison: medians of both sides, how many times better ours is, and whether a goal is met (None: no goal)."""
+
+    part: str
+    what: str
+    unit: str
+    ours: float
+    other: float | None
+    against: str
+    times: float | None
+    goal: str = ""
+    met: bool | None = None
+
+
+def compared(
+    part: str, what: str, unit: str, ours: Sequence[float], other: Sequence[float], against: str,
+    *, more_is_better: bool, at_least: float | None = None, who: str = "",
+) -> Row:  # fmt: skip
+    """The row of two contenders' measurements; `at_least` is the goal for how many times better ours is."""
+    mine, theirs = statistics.median(ours), statistics.median(other)
+    times = mine / theirs if more_is_better else theirs / mine
+    goal = "" if at_least is None else f"at least {at_least:g}x"
+    met = None if at_least is None else times >= at_least
+    what = f"{what}, {who}" if who else what
+    return Row(
+        part=part, what=what, unit=unit, ours=mine, other=theirs, against=against, times=times, goal=goal, met=met
+    )
+
+
+def bounded(part: str, what: str, unit: str, ours: Sequence[float], *, under: float) -> Row:
+    """The row of a measurement that has to stay under a fixed value."""
+    mine = statistics.median(ours)
+    goal = f"under {under:g} {unit}"
+    return Row(
+        part=part, what=what, unit=unit, ours=mine, other=None, against="", times=None, goal=goal, met=mine < under
+    )
+
+
+def rows_of(measured: dict[str, dict[str, list[dict[str, float]]]]) -> list[Row]:
+    """The table's rows from {part: {contender: [measurement, ...]}}; what was not measured has no row."""
+    rows: list[Row] = []
+
+    def series(part: str, contender: str, name: str) -> list[float]:
+        return [run[name] for run in measured.get(part, {}).get(contender, []) if name in run]
+
+    def add(
+        part: str, what: str, unit: str, name: str, contender: str, against: str, *, who: str = "", **how: Any
+    ) -> None:
+        ours, other = series(part, contender, name), series(part, against, name)
+        if ours and other:
+            rows.append(compared(part, what, unit, ours, other, against, who=who, **how))
+
+    faster: dict[str, Any] = {"more_is_better": True}
+    sooner: dict[str, Any] = {"more_is_better": False}
+    add("startup", "help", "s", "help", OURS, THEIRS, **sooner)
+    add("startup", "version", "s", "version", OURS, THEIRS, **sooner)
+    add("startup", "start to the end of the first step", "s", "first_step", OURS, THEIRS, **sooner, at_least=1.0)
+    if first := series("startup", OURS, "first_step"):
+        alone = statistics.median(series("startup", IMPORTS, "seconds"))
+        longer = [seconds - alone for seconds in first]
+        rows.append(bounded("startup", f"first step, beyond {IMPORTS}", "s", longer, under=1.5))
+    add("config_error", "a mistyped key is answered", "s", "seconds", OURS, THEIRS, **sooner)
+    if seconds := series("config_error", OURS, "seconds"):
+        rows.append(bounded("config_error", "a mistyped key is answered", "s", seconds, under=1.0))
+    add(
+        "preprocessing", "file to rows", "records/s", "records_per_second", OURS, THEIRS, **faster, at_least=5.0
+    )  # fmt: skip
+    rate = ("training", "training", "tokens/s", "tokens_per_second")
+    add(*rate, OURS, THEIRS, **faster, at_least=2.0)
+    add(*rate, OURS, THEIRS_FAST, **faster, at_least=1.3)
+    add(*rate, OURS, BARE, **faster, at_least=1.25)
+    add(*rate, PACKED, BARE_PACKED, **faster, at_least=0.95, who="packed")
+    add(*rate, PACKED, THEIRS, **faster, who="packed")
+    memory = ("training", "training, peak memory", "MiB", "peak_mib")
+    for against in (THEIRS, THEIRS_FAST, BARE):
+        add(*memory, OURS, against, **sooner)
+    add(*memory, PACKED, BARE_PACKED, **sooner, who="packed")
+    add(
+        "prediction", "prediction", "samples/s", "samples_per_second", OURS, THEIRS, **faster, at_least=2.0
+    )  # fmt: skip
+    return rows
+
+
+def shown(value: float | None) -> str:
+    """A number with three digits that count."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table; in the fifth column more than 1 is better than the other."""
+    lines = ["| what | glmtuner | other | against | times better | goal | met |", "|---|--:|--:|---|--:|---|---|"]
+    for row in rows:
+        times = "" if row.times is None else f"{row.times:.2f}x"
+        met = {True: "yes", False: "no", None: ""}[row.met]
+        what = f"{row.what}, {row.unit}"
+        lines.append(
+            f"| {what} | {shown(row.ours)} | {shown(row.other)} | {row.against} | {times} | {row.goal} | {met} |"
+        )
+    return "\n".join(lines)
+
+
+# -- fresh processes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended: its exit status, how long it took, its peak resident memory, when `awaited` was printed."""
+
+    status: int
+    seconds: float
+    peak_mib: float
+    awaited_seconds: float | None
+
+
+def run_process(
+    command: Sequence[str], environment: dict[str, str], log: Path, *, awaited: str | None = None, timeout_s: float = 3600
+) -> Ended:  # fmt: skip
+    """Run to the end, output to `log`; the peak is VmHWM of the process itself where /proc has it."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    seen, peak_kib = None, 0
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command, env=environment, cwd=log.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    timer = threading.Timer(timeout_s, process.kill)
+    timer.start()
+
+    def watch() -> None:
+        nonlocal peak_kib
+        while process.returncode is None:
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                return
+            if found := re.search(r"VmHWM:\s+(\d+)", status):
+                peak_kib = max(peak_kib, int(found[1]))  # a process may reset its own
+            time.sleep(0.2)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    tail = ""
+    try:
+        assert process.stdout is not None
+        with log.open("wb", buffering=0) as file:
+            while chunk := os.read(process.stdout.fileno(), 65536):
+                file.write(chunk)
+                if awaited and seen is None:
+                    tail = tail[-200:] + chunk.decode(errors="replace")
+                    if awaited in tail:
+                        seen = time.perf_counter() - started
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    finally:
+        timer.cancel()
+        if process.returncode is None:
+            process.kill()
+            process.wait()
+    seconds = time.perf_counter() - started
+    watcher.join()
+    return Ended(process.returncode, seconds, max(peak_kib, usage.ru_maxrss) / 1024, seen)
+
+
+def fail(log: Path, command: Sequence[str]) -> None:
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    raise SystemExit(f"this failed; its whole output is in {log}\n{' '.join(command)}\n{tail}")
+
+
+@dataclass
+class Bench:
+    """The settings of one benchmark and the folders it works in."""
+
+    folder: Path
+    llamafactory: Path
+    model: Path | str
+    template: str
+    steps: int
+    batch_size: int
+    cutoff: int
+    predicted: int
+    max_new_tokens: int
+    threads: int
+    repeats: int
+    measured: dict[str, dict[str, list[dict[str, float]]]] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    count: int = 0
+
+    def environment(self, ours: bool) -> dict[str, str]:
+        """What every process gets; caches are the benchmark's own, and nothing is asked of the network."""
+        found = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        threads = str(self.threads)
+        found |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        found |= {
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "WANDB_MODE": "offline",
+            "DISABLE_VERSION_CHECK": "1",
+        }
+        found |= {"GLMTUNER_CACHE": str(self.folder / "cache"), "HF_DATASETS_CACHE": str(self.folder / "hf_datasets")}
+        if ours:
+            found["PYTHONPATH"] = str(ROOT)
+        return found
+
+    def fresh(self, name: str) -> Path:
+        """An empty folder for a run, also without caches of earlier ones."""
+        self.count += 1
+        path = self.folder / "runs" / f"{self.count:03d}_{re.sub('[^a-z0-9]+', '_', name.lower())}"
+        for old in (path, self.folder / "cache", self.folder / "hf_datasets"):
+            shutil.rmtree(old, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def run(
+        self, command: Sequence[str], folder: Path, *, ours: bool, fails: bool = False, awaited: str | None = None
+    ) -> Ended:
+        ended = run_process(command, self.environment(ours), folder / "output.log", awaited=awaited)
+        if (ended.status != 0) is not fails:
+            fail(folder / "output.log", command)
+        return ended
+
+    def child(self, role: str, folder: Path, /, **settings: Any) -> tuple[dict[str, Any], Ended]:
+        """What a role of benchmark_child.py measured, in LLaMA-Factory's environment where its name says so."""
+        ours = not role.startswith("llamafactory")
+        asked, answer = folder / f"{role}.settings.json", folder / f"{role}.json"
+        asked.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+        python = sys.executable if ours else str(self.llamafactory / "bin/python")
+        ended = self.run([python, str(CHILD), role, str(asked), str(answer)], folder, ours=ours)
+        return json.loads(answer.read_text(encoding="utf-8")), ended
+
+    def take_turns(self, part: str, contenders: dict[str, Callable[[], dict[str, float]]]) -> None:
+        """Measure each contender `repeats` times, in turns."""
+        found = self.measured.setdefault(part, {name: [] for name in contenders})
+        for turn in range(self.repeats):
+            for name, measure in contenders.items():
+                found[name].append(measure())
+                told = ", ".join(f"{key} {shown(value)}" for key, value in found[name][-1].items())
+                print(f"{part} {turn + 1}/{self.repeats}: {name}: {told}", flush=True)
+
+    # -- what the two tools are told: the same ---------------------------------------------------------------------------
+
+    def words(self, folder: Path, dataset: str, *more: str) -> list[str]:
+        return [
+            "model=causal_lm", f"model.model_name_or_path={self.model}", "tracker=none", "finetuning=lora",
+            "finetuning.lora_target=[all]", "finetuning.lora_dropout=0",
+            *(f"finetuning.{name}={value}" for name, value in LORA.items()),
+            f"data.dataset=[{dataset}]", f"data.dataset_dir={self.folder / 'data'}",
+            f"data.max_source_length={self.cutoff}", f"data.max_target_length={self.cutoff}",
+            f"trainer.per_device_train_batch_size={self.batch_size}", "trainer.num_train_epochs=1",
+            f"trainer.learning_rate={LEARNING_RATE}", "trainer.save_strategy=no", f"trainer.seed={SEED}",
+            f"trainer.output_dir={folder / 'run'}", *more,
+        ]  # fmt: skip
+
+    def predicting(self, folder: Path) -> list[str]:
+        return [
+            "model=causal_lm", f"model.model_name_or_path={self.model}", "tracker=none", "finetuning=none",
+            "trainer=predict", "data.dataset=[asked]", f"data.dataset_dir={self.folder / 'data'}",
+            f"data.max_source_length={self.cutoff}", f"data.max_target_length={self.cutoff}",
+            f"generation.max_new_tokens={self.max_new_tokens}", "trainer.per_device_eval_batch_size=8",
+            f"trainer.output_dir={folder / 'run'}",
+        ]  # fmt: skip
+
+    def arguments(self, folder: Path, dataset: str, **more: Any) -> dict[str, Any]:
+        """LLaMA-Factory's configuration."""
+        return {
+            "model_name_or_path": str(self.model), "stage": "sft", "do_train": True, "finetuning_type": "lora",
+            "lora_target": "all", "lora_dropout": 0.0, **LORA, "dataset": dataset,
+            "dataset_dir": str(self.folder / "data"), "template": self.template, "cutoff_len": self.cutoff,
+            "overwrite_cache": True, "per_device_train_batch_size": self.batch_size, "num_train_epochs": 1.0,
+            "learning_rate": LEARNING_RATE, "save_strategy": "no", "seed": SEED, "report_to": "none",
+            "output_dir": str(folder / "run"), **more,
+        }  # fmt: skip
+
+    def glmtuner(self, folder: Path, words: Sequence[str], **how: Any) -> Ended:
+        return self.run([sys.executable, "-m", "glmtuner", *words], folder, ours=True, **how)
+
+    def llamafactory_cli(self, folder: Path, *words: str, **how: Any) -> Ended:
+        return self.run([str(self.llamafactory / "bin/llamafactory-cli"), *words], folder, ours=False, **how)
+
+    def llamafactory_train(self, folder: Path, arguments: dict[str, Any], **how: Any) -> Ended:
+        config = folder / "config.yaml"  # JSON is YAML; its own reading of .json files fails
+        config.write_text(json.dumps(arguments, indent=1), encoding="utf-8")
+        return self.llamafactory_cli(folder, "train", str(config), **how)
+
+    # -- parts -----------------------------------------------------------------------------------------------------------
+
+    def startup(self) -> None:
+        architecture = json.loads((Path(self.model) / "config.json").read_text())["architectures"][0]
+        code = f"import torch; from transformers import Trainer, {architecture}"
+        first = "'loss':"  # both print the loss of a step as transformers does
+
+        def ours() -> dict[str, float]:
+            folder = self.fresh("startup ours")
+            found = {name: self.glmtuner(folder, [f"--{name}"]).seconds for name in ("help", "version")}
+            words = self.words(folder, "epoch", "trainer.max_steps=1", "trainer.logging_steps=1")
+            found["first_step"] = awaited_in(self.glmtuner(folder, words, awaited=first), folder)
+            return found
+
+        def theirs() -> dict[str, float]:
+            folder = self.fresh("startup llamafactory")
+            found = {name: self.llamafactory_cli(folder, name).seconds for name in ("help", "version")}
+            arguments = self.arguments(folder, "epoch", max_steps=1, logging_steps=1)
+            found["first_step"] = awaited_in(self.llamafactory_train(folder, arguments, awaited=first), folder)
+            return found
+
+        def imports() -> dict[str, float]:
+            return {"seconds": self.run([sys.executable, "-c", code], self.fresh("imports"), ours=True).seconds}
+
+        self.take_turns("startup", {OURS: ours, THEIRS: theirs, IMPORTS: imports})
+
+    def config_error(self) -> None:
+        def ours() -> dict[str, float]:
+            folder = self.fresh("typo ours")
+            words = self.words(folder, "epoch", "finetuning.lora_rnk=8")
+            return {"seconds": self.glmtuner(folder, words, fails=True).seconds}
+
+        def theirs() -> dict[str, float]:
+            folder = self.fresh("typo llamafactory")
+            arguments = self.arguments(folder, "epoch", lora_rnk=8)
+            return {"seconds": self.llamafactory_train(folder, arguments, fails=True).seconds}
+
+        self.take_turns("config_error", {OURS: ours, THEIRS: theirs})
+
+    def preprocessing(self) -> None:
+        def rated(found: dict[str, Any]) -> dict[str, float]:
+            rated = {"records_per_second": found["records"] / found["seconds"]}
+            if "tokenizing" in found:
+                rated["records_tokenized_per_second"] = found["records"] / found["tokenizing"]
+            return rated
+
+        def ours() -> dict[str, float]:
+            folder = self.fresh("prepare ours")
+            return rated(self.child("glmtuner_prepare", folder, words=self.words(folder, "records"))[0])
+
+        def theirs() -> dict[str, float]:
+            folder = self.fresh("prepare llamafactory")
+            arguments = self.arguments(folder, "records")
+            return rated(self.child("llamafactory_prepare", folder, arguments=arguments)[0])
+
+        self.take_turns("preprocessing", {OURS: ours, THEIRS: theirs})
+
+    def training(self) -> None:
+        """One epoch over the same records: tokens without padding by the seconds of the Trainer's own train()."""
+        folder = self.fresh("rows")
+        rows, their_rows, packed = folder / "rows.json", folder / "their_rows.json", folder / "packed.pt"
+        found, _ = self.child("glmtuner_prepare", folder, words=self.words(folder, "epoch"), rows=str(rows))
+        arguments = self.arguments(folder, "epoch")
+        theirs, _ = self.child("llamafactory_prepare", folder, arguments=arguments, rows=str(their_rows))
+        pairs = zip(json.loads(rows.read_text()), json.loads(their_rows.read_text()), strict=True)
+        equal = sum(mine == other for (mine, _), other in pairs)
+        self.about["training"] = {
+            "records": found["records"], "tokens": found["tokens"], "tokens_llamafactory": theirs["tokens"],
+            "equal_rows": equal,
+        }  # fmt: skip
+        print(f"training: {found['tokens']:,} tokens in {found['records']} rows, {equal} of them equal in both tools")
+        settings = {
+            "model": str(self.model), "rows": str(rows), "pad_id": found["pad_id"], "batch_size": self.batch_size,
+            "learning_rate": LEARNING_RATE, "seed": SEED, **LORA,
+        }  # fmt: skip
+
+        def rated(tokens: float, seconds: float, ended: Ended) -> dict[str, float]:
+            return {"tokens_per_second": tokens / seconds, "seconds": seconds, "peak_mib": ended.peak_mib}
+
+        def ours(name: str, *more: str) -> Callable[[], dict[str, float]]:
+            def measure() -> dict[str, float]:
+                folder = self.fresh(name)
+                ended = self.glmtuner(folder, self.words(folder, "epoch", *more))
+                seconds = json.loads((folder / "run/metrics.json").read_text())["train_runtime"]
+                return rated(found["tokens"], seconds, ended)
+
+            return measure
+
+        def llamafactory(**more: Any) -> Callable[[], dict[str, float]]:
+            def measure() -> dict[str, float]:
+                folder = self.fresh("train llamafactory")
+                ended = self.llamafactory_train(folder, self.arguments(folder, "epoch", **more))
+                seconds = json.loads((folder / "run/train_results.json").read_text())["train_runtime"]
+                return rated(theirs["tokens"], seconds, ended)
+
+            return measure
+
+        def bare(**more: Any) -> Callable[[], dict[str, float]]:
+            def measure() -> dict[str, float]:
+                result, ended = self.child("bare_loop", self.fresh("train bare"), **settings, **more)
+                return rated(result["tokens"], result["seconds"], ended)
+
+            return measure
+
+        # A packed row is as long as the longest sample may be, twice the cutoff: half as many rows a step.
+        packing = ("data.packing=true", f"trainer.per_device_train_batch_size={max(self.batch_size // 2, 1)}")
+        folder = self.fresh("packed tensors")
+        self.child("glmtuner_packed", folder, words=self.words(folder, "epoch", *packing), packed=str(packed))
+        self.take_turns(
+            "training",
+            {
+                OURS: ours("train ours"),
+                THEIRS: llamafactory(),
+                THEIRS_FAST: llamafactory(disable_gradient_checkpointing=True),
+                BARE: bare(),
+                PACKED: ours("train ours packed", *packing),
+                BARE_PACKED: bare(packed=str(packed)),
+            },
+        )
+
+    def prediction(self) -> None:
+        """Greedy answers in batches of 8: samples by the seconds from the loaded model to the scored answers."""
+        answers: dict[str, list[str]] = {}
+
+        def ours() -> dict[str, float]:
+            folder = self.fresh("predict ours")
+            found, ended = self.child("glmtuner_predict", folder, words=self.predicting(folder))
+            lines = [json.loads(line) for line in (folder / "run/predictions.jsonl").open(encoding="utf-8")]
+            answers[OURS] = [line["predict"].strip() for line in sorted(lines, key=lambda line: line["index"])]
+            return {"samples_per_second": len(lines) / found["seconds"], "command_seconds": ended.seconds}
+
+        def theirs() -> dict[str, float]:
+            folder = self.fresh("predict llamafactory")
+            arguments = self.arguments(folder, "asked") | {
+                "do_train": False, "do_predict": True, "predict_with_generate": True, "eval_dataset": "asked",
+                "per_device_eval_batch_size": 8, "do_sample": False,
+                "max_new_tokens": self.max_new_tokens + 1,  # it generates the line break before an answer, too
+            }  # fmt: skip
+            del arguments["dataset"]
+            ended = self.llamafactory_train(folder, arguments)
+            seconds = json.loads((folder / "run/predict_results.json").read_text())["predict_runtime"]
+            lines = (folder / "run/generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+            answers[THEIRS] = [json.loads(line)["predict"].strip() for line in lines]
+            return {"samples_per_second": len(lines) / seconds, "command_seconds": ended.seconds}
+
+        self.take_turns("prediction", {OURS: ours, THEIRS: theirs})
+        equal = sum(mine == other for mine, other in zip(answers[OURS], answers[THEIRS], strict=True))
+        lengths = sorted(map(len, answers[OURS]))
+        self.about["prediction"] = {
+            "answers": len(lengths), "equal": equal, "characters": [lengths[0], lengths[len(lengths) // 2], lengths[-1]]
+        }  # fmt: skip
+        print(
+            f"prediction: {equal} of {len(lengths)} answers are equal; characters {self.about['prediction']['characters']}"
+        )
+
+    # -- what is needed first --------------------------------------------------------------------------------------------
+
+    def write_data(self, records: list[dict[str, Any]], own_model: bool) -> None:
+        """The datasets of the benchmark, for both tools, and the model where none was given."""
+        asked = [
+            {"instruction": record["instruction"], "input": "", "output": record["output"].strip()}
+            for record in records
+            if not record.get("input") and len(record["instruction"]) <= 40 and 4 <= len(record["output"]) <= 80
+        ][: self.predicted]
+        if own_model and not (Path(self.model) / "config.json").is_file():
+            print("making the model, a few minutes", flush=True)
+            settings = {"texts": records, "learned": asked, "vocabulary_size": 8000, "epochs": 40}
+            partial = self.folder / "model.partial"
+            found, _ = self.child("make_model", self.fresh("make model"), folder=str(partial), **settings)
+            print(
+                f"made a GLM of {found['parameters']:,} parameters, {found['vocabulary']} tokens; last loss {found['loss']:.4f}"
+            )
+            partial.rename(self.model)
+        folder = self.fresh("cut records")
+        cut, _ = self.child("cut_records", folder, records=records, model=str(self.model), cutoff=self.cutoff)
+        shuffled = list(cut["records"])
+        random.Random(SEED).shuffle(shuffled)
+        many = self.steps * self.batch_size
+        if len(shuffled) < many:
+            self.steps = len(shuffled) // self.batch_size
+            print(f"{len(shuffled)} records are enough for {self.steps} steps")
+        sets = {"records": cut["records"], "epoch": shuffled[: self.steps * self.batch_size], "asked": asked}
+        data = self.folder / "data"
+        shutil.rmtree(data, ignore_errors=True)
+        data.mkdir()
+        for name, chosen in sets.items():
+            (data / f"{name}.json").write_text(json.dumps(chosen, ensure_ascii=False, indent=1), encoding="utf-8")
+        columns = {"prompt": "instruction", "query": "input", "response": "output"}
+        info = {name: {"file_name": f"{name}.json", "columns": columns} for name in sets}
+        (data / "dataset_info.json").write_text(json.dumps(info, indent=1))
+
+
+def awaited_in(ended: Ended, folder: Path) -> float:
+    if ended.awaited_seconds is None:
+        raise SystemExit(f"no loss was printed; see {folder / 'output.log'}")
+    return ended.awaited_seconds
+
+
+def install_llamafactory(folder: Path) -> None:
+    """LLaMA-Factory from PyPI in an environment of its own, on the torch that glmtuner runs on."""
+    print(f"installing LLaMA-Factory {LLAMAFACTORY} into {folder}, some minutes", flush=True)
+    venv.create(folder, with_pip=True)
+    pip = [str(folder / "bin/python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    torch = f"torch=={metadata.version('torch').partition('+')[0]}"
+    for words in (
+        ["install", torch],
+        ["install", f"llamafactory=={LLAMAFACTORY}", torch],
+        ["uninstall", "--yes", "torchvision", "torchaudio"],  # built for other torches; text needs neither
+    ):
+        if subprocess.run([*pip, *words]).returncode != 0:
+            raise SystemExit(f"pip {' '.join(words)} failed; name a finished environment with --llamafactory")
+    site = next((folder / "lib").glob("python*/site-packages"))
+    (site / "torchaudio").mkdir()
+    (site / "torchaudio/__init__.py").write_text("")  # LLaMA-Factory imports it
+
+
+# -- what was measured, and where ----------------------------------------------------------------------------------------
+
+
+def machine(threads: int) -> dict[str, str]:
+    """The processor, its cores and, where there is one, the GPU."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
+        cpu = found[1]
+    about = {"cpu": cpu, "threads": str(threads), "system": platform.platform(terse=True)}
+    if shutil.which("nvidia-smi"):
+        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        about["gpu"] = ", ".join(subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")).strip(", ")
+    return about
+
+
+PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers")
+
+
+def versions(llamafactory: Path) -> dict[str, dict[str, str]]:
+    """The versions of both environments."""
+    code = (
+        f"import json; from importlib.metadata import version as v; print(json.dumps({{n: v(n) for n in {PACKAGES}}}))"
+    )
+    theirs = subprocess.run([llamafactory / "bin/python", "-c", code], capture_output=True, text=True, check=True)
+    return {
+        "glmtuner": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        f"LLaMA-Factory {LLAMAFACTORY}": json.loads(theirs.stdout),
+    }
+
+
+def page(bench: Bench, rows: Sequence[Row]) -> str:
+    """What stands between the markers: the table, the machine and the versions."""
+    about = bench.about
+    lines = [table_of(rows), "", "![how many times better](performance.png)", ""]
+    place = about["machine"]
+    lines.append(f"Machine: {place['cpu']}, {place['threads']} threads{', ' + place['gpu'] if 'gpu' in place else ''}.")
+    lines += [
+        f"{tool}: {', '.join(f'{name} {number}' for name, number in found.items())}."
+        for tool, found in about["versions"].items()
+    ]
+    trained, answered = about["training"], about["prediction"]
+    lines += [
+        f"Training: {trained['records']} records in batches of {bench.batch_size}, {trained['tokens']:,} tokens; "
+        f"{trained['equal_rows']} rows are the same tokens in both tools. Prediction: {answered['equal']} of "
+        f"{answered['answers']} greedy answers are equal. Each number is the median of {bench.repeats} runs.",
+    ]
+    if about["load"] > 0.5:
+        lines.append(f"The machine was busy with other work when this began (load average {about['load']:.1f}).")
+    return "\n".join(lines)
+
+
+def write_page(path: Path, text: str) -> None:
+    """Replace what stands between the markers; raises when the page has none."""
+    whole = path.read_text(encoding="utf-8")
+    if BEGIN not in whole or END not in whole:
+        raise SystemExit(f"{path} has no {BEGIN} and {END} to write between")
+    before, after = whole.partition(BEGIN)[0], whole.partition(END)[2]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    partial.rename(path)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """A bar for each comparison, to the right of 1 where glmtuner is better, with its goal as a mark."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = [row for row in rows if row.times is not None]
+    figure, axes = pyplot.subplots(figsize=(9, 0.42 * len(bars) + 1.2), layout="constrained")
+    for place, row in enumerate(bars):
+        axes.barh(place, row.times, color="#b0413e" if row.met is False else "#2f6690", height=0.62)
+        axes.text(row.times * 1.04, place, f"{row.times:.2f}x", va="center", fontsize=9)
+        if row.goal:
+            goal = float(row.goal.removeprefix("at least ").removesuffix("x"))
+            axes.plot([goal, goal], [place - 0.4, place + 0.4], color="black", linewidth=2)
+    axes.set_yticks(range(len(bars)), [f"{row.what}\nagainst {row.against}" for row in bars], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50) if tick <= 2 * max(row.times for row in bars)]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(min(0.5, 0.8 * min(row.times for row in bars)), 1.6 * max(row.times for row in bars))
+    axes.axvline(1, color="grey", linewidth=1)
+    axes.set_title("How many times better glmtuner is (black: the goal; red: missed)", fontsize=10)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    partial = path.with_name(f".{path.stem}.partial.png")
+    figure.savefig(partial, dpi=130)
+    partial.rename(path)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parts_of(text: str) -> list[str]:
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    if wrong := [part for part in chosen if part not in PARTS]:
+        raise argparse.ArgumentTypeError(f"no part is called {', '.join(wrong)}; the parts: {', '.join(PARTS)}")
+    return chosen
+
+
+def count_of(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: 1 or more")
+    return number
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--only", type=parts_of, default=list(PARTS), metavar="PARTS",
+        help=f"these parts, with commas: {', '.join(PARTS)}; docs/ is written when all are measured",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=count_of, default=3, help="runs of each contender (%(default)s)")
+    parser.add_argument("--threads", type=count_of, default=cores(), help="of every process (%(default)s: the cores)")
+    parser.add_argument("--steps", type=count_of, default=80, help="training steps of one run (%(default)s)")
+    parser.add_argument("--batch-size", type=count_of, default=4, help="records a step (%(default)s)")
+    parser.add_argument("--cutoff", type=count_of, default=256, help="tokens of a row at most (%(default)s)")
+    parser.add_argument("--predict", type=count_of, default=64, help="records to answer (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=count_of, default=128, help="of an answer (%(default)s)")
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="alpaca records; the package's sample where it is missing"
+    )
+    parser.add_argument("--model", type=Path, help="a model folder (a GLM of 9 million parameters is made)")
+    parser.add_argument(
+        "--template", default="glm4", help="what LLaMA-Factory calls the model's template (%(default)s)"
+    )
+    parser.add_argument("--llamafactory", type=Path, help="its environment (made in the output folder when missing)")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder to work in (%(default)s)")
+    parser.add_argument(
+        "--docs", type=Path, default=DOCS, help="folder of performance.md and performance.png (%(default)s)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    folder = options.output.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    load = os.getloadavg()[0] / cores()
+    if load > 0.5:
+        print(f"the machine is busy (load average {load:.1f} a core): the numbers will be noisy", flush=True)
+    bench = Bench(
+        folder=folder,
+        llamafactory=(options.llamafactory or folder / "llamafactory").resolve(),
+        model=(options.model or folder / "model").resolve(),
+        template=options.template,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        cutoff=options.cutoff,
+        predicted=options.predict,
+        max_new_tokens=options.max_new_tokens,
+        threads=options.threads,
+        repeats=options.repeats,
+    )
+    if not (bench.llamafactory / "bin/llamafactory-cli").is_file():
+        install_llamafactory(bench.llamafactory)
+    data = options.data if options.data.is_file() else SAMPLE
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    bench.about |= {
+        "machine": machine(options.threads),
+        "versions": versions(bench.llamafactory),
+        "load": load,
+        "data": data.name,
+    }
+    bench.write_data(json.loads(data.read_text(encoding="utf-8")), own_model=options.model is None)
+    for part in PARTS:
+        if part in options.only:
+            getattr(bench, part)()
+    rows = rows_of(bench.measured)
+    raw = {"about": bench.about, "measured": bench.measured, "rows": [vars(row) for row in rows]}
+    (folder / "raw.json").write_text(json.dumps(raw, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(f"\n{table_of(rows)}\n\nraw numbers: {folder / 'raw.json'}")
+    if set(options.only) == set(PARTS):
+        draw(rows, options.docs / "performance.png")
+        write_page(options.docs / "performance.md", page(bench, rows))
+        print(f"written: {options.docs / 'performance.md'}")
+
+
+if __name__ == "__main__":
+    main()

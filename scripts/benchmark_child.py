@@ -1,0 +1,346 @@
+"""What scripts/benchmark.py runs in fresh processes: the model it trains, the bare loops, and timers inside both tools.
+
+Each role reads its settings from a JSON file and writes what it measured to another. The roles that begin with
+llamafactory_ run in LLaMA-Factory's environment, so no module is imported above the functions.
+"""
+
+import argparse
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+CONTROL_TOKENS = (
+    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>",
+    "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
+)  # fmt: skip
+CHAT_TEMPLATE = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+# -- the model and its records -------------------------------------------------------------------------------------------
+
+
+def question(record: dict[str, Any]) -> str:
+    """The user's turn of an alpaca record, as both tools put it together."""
+    return "\n".join(part for part in (record["instruction"], record.get("input")) if part)
+
+
+def prompt_of(record: dict[str, Any]) -> str:
+    return f"[gMASK]<sop><|user|>\n{question(record)}<|assistant|>\n"
+
+
+def tokenizer_for(texts: list[str], vocabulary_size: int) -> Any:
+    """A byte-level BPE with GLM's control tokens; an answer ends with <|user|>, as GLM-4-0414's do."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|user|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=[token for token in CONTROL_TOKENS if token not in ("<|user|>", "<|endoftext|>")],
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def small_glm(tokenizer: Any) -> Any:
+    """A GLM of nine million parameters with random weights."""
+    import torch
+    from transformers import GlmConfig, GlmForCausalLM
+
+    torch.manual_seed(0)
+    config = GlmConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        attention_bias=True,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|user|>")],
+    )
+    return GlmForCausalLM(config)
+
+
+def make_model(settings: dict[str, Any]) -> dict[str, Any]:
+    """Write the model; it knows the answers of `learned` by heart, so that they end, each at a length of its own."""
+    import torch
+
+    texts = [text for record in settings["texts"] for text in record.values() if isinstance(text, str) and text]
+    tokenizer = tokenizer_for(texts, settings["vocabulary_size"])
+    model = small_glm(tokenizer)
+    rows = [
+        tokenizer.encode(f"{prompt_of(record)}{record['output']}<|user|>", add_special_tokens=False)
+        for record in settings["learned"]
+    ]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    rows.sort(key=len)
+    size = 8
+    batches = [padded([(ids, ids) for ids in rows[at : at + size]], 0) for at in range(0, len(rows), size)]
+    loss = None
+    for epoch in range(settings["epochs"]):
+        for batch in batches:
+            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}", flush=True)
+    folder = Path(settings["folder"])
+    model.cpu().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"parameters": model.num_parameters(), "vocabulary": len(tokenizer), "loss": loss.item()}
+
+
+def cut_records(settings: dict[str, Any]) -> dict[str, Any]:
+    """The records with texts short enough that a whole row fits the cutoff: both tools then learn the same tokens.
+
+    The tools cut differently. A question gets half of the room, an answer what is left, by characters from the end.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+
+    def tokens(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    def shortened(text: str, fits: Any) -> str:
+        low, high = 0, len(text)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(text[:middle]) else (low, middle - 1)
+        return text[:low].strip()
+
+    records, half = [], settings["cutoff"] // 2
+    for record in settings["records"]:
+        whole = {"instruction": question(record), "output": record["output"].strip()}
+        whole["instruction"] = shortened(
+            whole["instruction"], lambda text: tokens(prompt_of({"instruction": text})) <= half
+        )
+        room = settings["cutoff"] - 2 - tokens(prompt_of(whole))
+        whole["output"] = shortened(whole["output"], lambda text, room=room: tokens(text) <= room)
+        if whole["instruction"] and whole["output"]:
+            records.append({"instruction": whole["instruction"], "input": "", "output": whole["output"]})
+    return {"records": records}
+
+
+# -- bare loops ----------------------------------------------------------------------------------------------------------
+
+
+def padded(rows: list[tuple[list[int], list[int]]], pad_id: int) -> dict[str, Any]:
+    """(ids, labels) as tensors, padded on the right to the longest row."""
+    import torch
+
+    longest = max(len(ids) for ids, _ in rows)
+    return {
+        "input_ids": torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids, _ in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows]),
+        "labels": torch.tensor([[*labels, *[-100] * (longest - len(labels))] for _, labels in rows]),
+    }
+
+
+def bare_loop(settings: dict[str, Any]) -> dict[str, Any]:
+    """One epoch by plain PyTorch, transformers' model class and PEFT: what both tools do, without either.
+
+    Over padded batches of `rows`, or over `packed`, a file with the tensors of every step of a packed run.
+    """
+    import random
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(settings["seed"])
+    base = AutoModelForCausalLM.from_pretrained(settings["model"], dtype="auto").to(device)
+    lora = LoraConfig(
+        r=settings["lora_rank"],
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, lora)
+    model.config.use_cache = False
+    half = base.dtype if base.dtype in (torch.float16, torch.bfloat16) else None
+    if settings.get("packed"):
+        packed = torch.load(settings["packed"], weights_only=True)
+    else:
+        rows = json.loads(Path(settings["rows"]).read_text())
+
+    started = time.perf_counter()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings["learning_rate"], weight_decay=0.0)
+    model.train()
+    if settings.get("packed"):
+        batches = iter(packed)
+    else:
+        random.Random(settings["seed"]).shuffle(rows)
+        size = settings["batch_size"]
+        batches = (padded(rows[at : at + size], settings["pad_id"]) for at in range(0, len(rows), size))
+    steps, tokens = 0, 0
+    for batch in batches:
+        tokens += batch["attention_mask"].sum().item() if "attention_mask" in batch else batch["input_ids"].numel()
+        on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.autocast(device, half) if half else contextlib.nullcontext():
+            loss = model(**on_device).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "tokens": tokens, "steps": steps, "loss": loss.item()}
+
+
+# -- inside glmtuner -----------------------------------------------------------------------------------------------------
+
+
+class Enough(BaseException):
+    """Ends a run when what is wanted of it has been measured."""
+
+
+def command_line(words: list[str]) -> None:
+    """`python -m glmtuner` in this process."""
+    from glmtuner.__main__ import main
+
+    if status := main(words):
+        raise SystemExit(status)
+
+
+def glmtuner_prepare(settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds from the file to the rows to train on, imports and the tokenizer's loading left out; and the rows."""
+    import datasets  # noqa: F401 - LLaMA-Factory has imported it before the clock starts, too
+
+    from glmtuner.stages.sft import Sft
+
+    plain, found = Sft.datasets, {}
+
+    def timed(self: Any, run: Any, specs: Any, template: Any, tokenizer: Any) -> Any:
+        started = time.perf_counter()
+        data = plain(self, run, specs, template, tokenizer)
+        found.update(seconds=time.perf_counter() - started, train=data.train, pad_id=tokenizer.pad_token_id)
+        raise Enough
+
+    Sft.datasets = timed
+    with contextlib.suppress(Enough):
+        command_line(settings["words"])
+    rows = [(list(map(int, row["input_ids"])), list(map(int, row["labels"]))) for row in found.pop("train")]
+    if settings.get("rows"):
+        Path(settings["rows"]).write_text(json.dumps(rows))
+    return {**found, "records": len(rows), "tokens": sum(len(ids) for ids, _ in rows)}
+
+
+def glmtuner_predict(settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds from the loaded model to the scored answers."""
+    from glmtuner.stages.sft import Sft
+
+    plain, found = Sft.predict, {}
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        scores = plain(*args, **kwargs)
+        found["seconds"] = time.perf_counter() - started
+        return scores
+
+    Sft.predict = timed
+    command_line(settings["words"])
+    return found
+
+
+def glmtuner_packed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Write the tensors of every step of a packed run, for the bare loop to train on the very same."""
+    import torch
+
+    from glmtuner.trainer import GlmTrainer
+
+    plain, seen = GlmTrainer.training_step, []
+
+    def kept(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        names = [name for name in ("input_ids", "position_ids", "labels") if name in inputs]
+        seen.append({name: inputs[name].detach().cpu().clone() for name in names})
+        return plain(self, model, inputs, *args, **kwargs)
+
+    GlmTrainer.training_step = kept
+    command_line(settings["words"])
+    torch.save(seen, settings["packed"])
+    return {"steps": len(seen), "tokens": sum(batch["input_ids"].numel() for batch in seen)}
+
+
+# -- inside LLaMA-Factory ------------------------------------------------------------------------------------------------
+
+
+def llamafactory_prepare(settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of its get_dataset, of the tokenizing in it, and the rows."""
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer, loader
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    model_args, data_args, training_args, _, _ = get_train_args(settings["arguments"])
+    module = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+    plain, tokenizing = loader._get_preprocessed_dataset, []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        rows = plain(*args, **kwargs)
+        tokenizing.append(time.perf_counter() - started)
+        return rows
+
+    loader._get_preprocessed_dataset = timed
+    started = time.perf_counter()
+    data = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)["train_dataset"]
+    seconds = time.perf_counter() - started
+    rows = list(data["input_ids"])
+    if settings.get("rows"):
+        Path(settings["rows"]).write_text(json.dumps(rows))
+    tokens = sum(map(len, rows))
+    return {"seconds": seconds, "tokenizing": sum(tokenizing), "records": len(rows), "tokens": tokens}
+
+
+ROLES = {
+    role.__name__: role
+    for role in (
+        make_model, cut_records, bare_loop, glmtuner_prepare, glmtuner_predict, glmtuner_packed, llamafactory_prepare
+    )
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("role", choices=ROLES)
+    parser.add_argument("settings", type=Path, help="JSON file with the role's settings")
+    parser.add_argument("result", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    found = ROLES[options.role](json.loads(options.settings.read_text(encoding="utf-8")))
+    options.result.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
