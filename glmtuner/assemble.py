@@ -63,11 +63,11 @@ def settle_family(run: Run, model_config: Mapping[str, Any]) -> Family | None:
     return family
 
 
-def load_libraries(*, quantized: bool, trains: bool) -> None:
+def load_libraries(*, compiles: bool, trains: bool) -> None:
     """Import what a run needs of torch, transformers and PEFT, silently and at once.
 
     What makes these imports slow is switched off while they last: the garbage collector, which would look again and again
-    through all that was imported and finds nothing to free; and, where nothing is `quantized`, torch.compile. bitsandbytes,
+    through all that was imported and finds nothing to free; and, where nothing `compiles`, torch.compile. bitsandbytes,
     which PEFT imports wherever it is installed, calls it for the kernels that it writes in plain torch, and TorchInductor
     is loaded for them.
     """
@@ -76,7 +76,7 @@ def load_libraries(*, quantized: bool, trains: bool) -> None:
     first = "torch" not in sys.modules  # later, in the next job of a sweep, a frozen object might be a model
     if first:
         gc.disable()
-    if not quantized:
+    if not compiles:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
         import peft  # noqa: F401
@@ -222,7 +222,7 @@ def finished_run(folders: Sequence[Path], words: Sequence[str], *, to_talk: bool
     model_config = read_config(run.model)
     check_base(run.model, model_config)
     family = settle_family(run, model_config)
-    load_libraries(quantized=run.quant.bits is not None, trains=False)
+    load_libraries(compiles=run.quant.bits is not None, trains=False)
     tokenizer = load_tokenizer(run.model)
     template = template_of(run, family, tokenizer)
     model, family = attached_model(composed, family, device_of(run))

@@ -129,7 +129,7 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
     check_base(run.model, model_config)
     family = settle_family(run, model_config)
 
-    load_libraries(quantized=run.quant.bits is not None, trains=True)
+    load_libraries(compiles=run.quant.bits is not None or run.trainer.torch_compile, trains=True)
     from glmtuner.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(run.model)

@@ -11,7 +11,7 @@ from glmtuner.assemble import load_libraries
 FRESH = """\
 import gc
 from glmtuner.assemble import load_libraries
-load_libraries(quantized=False, trains=False)
+load_libraries(compiles=False, trains=False)
 assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()
 import bitsandbytes, sys, torch
 assert "torch._inductor.compile_fx" not in sys.modules
@@ -38,5 +38,5 @@ def test_what_the_user_said_of_compiling_stays(monkeypatch, typed, quantized):
         monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     else:
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", typed)
-    load_libraries(quantized=quantized, trains=False)
+    load_libraries(compiles=quantized, trains=False)
     assert os.environ.get("TORCHDYNAMO_DISABLE") == typed
