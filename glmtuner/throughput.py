@@ -1,8 +1,9 @@
 """How fast a training is against what its GPU can do: model FLOPs utilization (Chowdhery et al. 2022, arXiv:2204.02311).
 
-Counted is what the training must compute: of every weight that is multiplied 2 FLOPs a token in the forward pass, 2 more where
-a gradient passes through it to something that is trained, and 2 more where it is trained itself; and the products inside
-attention. Gradients of frozen weights, and what gradient checkpointing computes again, are not counted.
+Counted is what the training must compute: of every weight that is multiplied 2 FLOPs a token in the forward pass, 2 more
+where a gradient passes through it (from the first block on that has something trained), and 2 more where it is trained
+itself; and the products inside attention. Gradients of frozen weights, and what gradient checkpointing computes again, are
+not counted.
 """
 
 import math
@@ -48,10 +49,9 @@ BLOCK = re.compile(r"\.(\d+)\.")  # in the name of a parameter: its block's plac
 
 def peak_flops(gpu: str) -> float | None:
     """Floating-point operations a second that a GPU of that name can do in 16 bits; None for one that is not in the table."""
-    words = re.compile(r"[\s-]")
     for name, tflops in PEAK_TFLOPS:
-        wanted, found = words.split(name), words.split(gpu)
-        if any(found[place : place + len(wanted)] == wanted for place in range(len(found))):
+        last = "$" if name.startswith("RTX") else ""  # an RTX 3090 Ti or a laptop's is another one
+        if re.search(rf"(^|[\s-]){name}($|[\s-]){last}", gpu):
             return tflops * 1e12
     return None
 
