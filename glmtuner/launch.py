@@ -1,5 +1,6 @@
 """One composed run, from its words to its folder; reads top to bottom."""
 
+import copy
 import dataclasses
 import math
 import shutil
@@ -293,12 +294,17 @@ def estimator(
     composed: Composed, family: Family | None, device: "torch.device", rows: int, longest: int, processes: int
 ) -> Callable[[bool], Estimate]:
     """What says the peak of the run on batches of that size, given whether gradient checkpointing is on."""
+    import torch
+
     run = composed.run
     baseline = settled_baseline(device, run.tracker.name)
 
     def estimated(checkpointing: bool) -> Estimate:
         model = hollow(run, family, device, compute_dtype(run, device))
-        arguments = training_arguments(run, RunFolder(Path("outputs")), model)
+        there = copy.copy(run)
+        there.trainer = copy.copy(run.trainer)
+        there.trainer.use_cpu = not torch.cuda.is_available()  # transformers refuses bf16 for a GPU that is not here
+        arguments = training_arguments(there, RunFolder(Path("outputs")), model)
         arguments.activation_checkpointing = checkpointing
         found = estimate(model, arguments, device, rows=rows, longest=longest, baseline=baseline, **may_take(run))
         return found.shared(run.parallel.shares, processes)

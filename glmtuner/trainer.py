@@ -39,6 +39,7 @@ from glmtuner.run_folder import (
     write_json,
     write_text,
 )
+from glmtuner.throughput import model_flops, size_of, utilization
 
 if TYPE_CHECKING:
     from glmtuner.objectives.objective import Objective
@@ -80,7 +81,8 @@ class GlmTrainer(Trainer):
         if objective is not None:
             self.model_accepts_loss_kwargs = False  # the loss is a mean over rows, whatever tokens they have
         self.earlier_seconds = 0.0
-        self.tokens = torch.zeros((), dtype=torch.long, device=self.args.device)  # without padding, of this rank
+        # of this rank: tokens without padding, and the sum of the rows' squared numbers of them
+        self.tokens, self.squares = torch.zeros(2, dtype=torch.long, device=self.args.device)
         self.evaluated: list[dict[str, torch.Tensor]] = []  # of the evaluation in progress: a batch's rows, by metric
         self.train_seconds = 0.0
         self.resumed_from: Path | None = None
@@ -145,6 +147,7 @@ class GlmTrainer(Trainer):
             "loss_since_log": ranks.from_all(self._tr_loss.item()),
             "measured": ranks.from_all(self.measured.told()),
             "tokens": ranks.from_all(self.tokens.item()),
+            "squares": ranks.from_all(self.squares.item()),
             "loss_logged": self._total_loss_scalar,
             "step_logged": self._globalstep_last_logged,
             "seconds": self.earlier_seconds + time.time() - self._session_start,
@@ -198,6 +201,7 @@ class GlmTrainer(Trainer):
         progress = read_json(self.resumed_from / PROGRESS)
         self._tr_loss += progress["loss_since_log"][ranks.rank()]
         self.tokens += progress["tokens"][ranks.rank()]
+        self.squares += progress["squares"][ranks.rank()]
         self._total_loss_scalar = progress["loss_logged"]
         self._globalstep_last_logged = progress["step_logged"]
         self.earlier_seconds = progress["seconds"]
@@ -274,10 +278,14 @@ class GlmTrainer(Trainer):
             model.train()
             return self.objective.update(self, model, self._prepare_inputs(inputs))
         if "segments" in inputs:
-            self.tokens += inputs["segments"].tokens
+            taught = inputs["segments"].taught
+            self.tokens += sum(taught)
+            self.squares += sum(length**2 for length in taught)
         else:
             taught_B = inputs["labels"].ne(IGNORE_INDEX).any(dim=1)  # all but blank rows
-            self.tokens += (inputs["attention_mask"] * taught_B[:, None]).sum().to(self.tokens.device)
+            tokens_B = (inputs["attention_mask"] * taught_B[:, None]).sum(1).to(self.tokens.device)
+            self.tokens += tokens_B.sum()
+            self.squares += tokens_B.square().sum()
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -327,11 +335,22 @@ class GlmTrainer(Trainer):
             "total_parameters": sum(map(size_of, self.model.parameters())),
         }
         if self.train_seconds:
+            tokens, squares = (sum(ranks.from_all(count.item())) for count in (self.tokens, self.squares))
             found |= {
                 "trained_parameters": sum(size_of(p) for p in self.model.parameters() if p.requires_grad),
-                "train_tokens_per_second": sum(ranks.from_all(self.tokens.item())) / self.train_seconds,
+                "train_tokens_per_second": tokens / self.train_seconds,
             }
+            if (share := self.utilization(tokens, squares, self.train_seconds)) is not None:
+                found["train_mfu"] = share
         return found
+
+    def utilization(self, tokens: int, squares: int, seconds: float) -> float | None:
+        """Model FLOPs utilization of all ranks together; None on a CPU, an unknown GPU, and for losses of an objective."""
+        device = self.args.device
+        if device.type != "cuda" or self.objective is not None or (flops := model_flops(self.model)) is None:
+            return None
+        name = torch.cuda.get_device_name(device)
+        return utilization(flops.of(tokens, squares), seconds, name, ranks.world_size())
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """transformers remembers the best step only; its checkpoint is kept under our folder."""
@@ -371,14 +390,6 @@ class Measurements:
             if count:
                 found[name] = total / count
         return found
-
-
-def size_of(parameter: torch.nn.Parameter) -> int:
-    """How many numbers the parameter has, also where this rank holds a share of them, or two in a byte (int4)."""
-    if hasattr(parameter, "ds_numel"):
-        return parameter.ds_numel
-    packed = getattr(parameter, "quant_state", None)
-    return math.prod(packed.shape) if packed is not None else parameter.numel()
 
 
 def token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
@@ -470,15 +481,34 @@ def _adapter_declared(model: torch.nn.Module) -> Iterator[None]:
 class _History(TrainerCallback):
     """history.jsonl: one line a logging step, without timings; cut back to the checkpoint when a run is resumed.
 
-    The tracker gets the same lines.
+    The tracker gets the same lines, with the speed since the last one, evaluation or checkpoint beside the losses.
     """
 
     def __init__(self, trainer: GlmTrainer) -> None:
         self.trainer = trainer
         self.path = trainer.folder / HISTORY
+        self._since = (time.time(), 0, 0)
+
+    def _lap(self, *_: Any, **__: Any) -> None:
+        """Measure the speed from now on."""
+        self._since = (time.time(), self.trainer.tokens.item(), self.trainer.squares.item())
+
+    on_evaluate = on_save = _lap
+
+    def _speed(self) -> dict[str, float]:
+        """Tokens a second, and how well the GPUs are used, since the last lap; of this rank, taken for what all have."""
+        before = self._since
+        self._lap()
+        seconds, tokens, squares = (now - then for now, then in zip(self._since, before, strict=True))
+        if not (tokens and seconds > 0):
+            return {}
+        tokens, squares = tokens * ranks.world_size(), squares * ranks.world_size()
+        share = self.trainer.utilization(tokens, squares, seconds)
+        return {"tokens_per_second": tokens / seconds} | ({} if share is None else {"mfu": share})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.recall_progress()
+        self._lap()
         if not args.should_save:
             return
         kept = []
@@ -498,7 +528,7 @@ class _History(TrainerCallback):
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.trainer.tracker.log(line)
+        self.trainer.tracker.log(line | self._speed() if "loss" in values else line)
 
 
 class StopWhenAsked(TrainerCallback):

@@ -24,12 +24,12 @@ class Segments:
     """Where the samples of a batch lie in its one row.
 
     `contexts` are the numbers of tokens at each segment's start that see each other in both directions, 0 where attention
-    is causal throughout; `tokens` is how many tokens stand in samples that teach something.
+    is causal throughout; `taught` are the lengths of the samples that teach something.
     """
 
     lengths: tuple[int, ...]
     contexts: tuple[int, ...]
-    tokens: int
+    taught: tuple[int, ...]
 
     @cached_property
     def masks(self) -> "list[torch.Tensor | None]":
@@ -86,7 +86,7 @@ class SegmentCollator:
             "labels": torch.cat(labels)[None],
             "position_ids": torch.cat([positions for positions, _ in placed], dim=-1)[None],
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
-            "segments": Segments(tuple(map(len, ids)), tuple(context for _, context in placed), sum(taught)),
+            "segments": Segments(tuple(map(len, ids)), tuple(context for _, context in placed), tuple(taught)),
         }
 
 

@@ -39,6 +39,8 @@ def cost(name: str, metrics: dict[str, float]) -> str:
         return duration(value)
     if name == "peak_memory_gib":
         return f"{value:.2f} GiB"
+    if name == "train_mfu":
+        return f"{value:.1%}"
     if name == "trained_parameters":
         total = metrics.get("total_parameters")
         return f"{value:,.0f}{f' ({value / total:.2%})' if total else ''}"

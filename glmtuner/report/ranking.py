@@ -19,6 +19,7 @@ OBJECTIVES = ("predict_rouge-l", "eval_loss", "train_loss")  # what jobs are ran
 COSTS = {
     "train_runtime": "time",
     "train_tokens_per_second": "tokens/s",
+    "train_mfu": "MFU",
     "peak_memory_gib": "peak memory",
     "trained_parameters": "trained",
     "total_parameters": "of parameters",

@@ -21,7 +21,7 @@ RANK = {
         ),
         2,
     ),
-    **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight", "trackers"), 3),
+    **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight", "throughput", "trackers"), 3),
     **dict.fromkeys(("assemble", "fast_paths", "objectives", "trainer", "vllm_engine"), 4),
     **dict.fromkeys(("conversation", "memory", "predict", "serving"), 5),
     "stages": 6,

@@ -44,7 +44,7 @@ def test_a_batch_of_segments():
     assert batch["labels"].tolist() == [[IGNORE_INDEX, 2, 3, IGNORE_INDEX, 5, IGNORE_INDEX]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0]]
     assert batch["segments"].lengths == (3, 2, 1)
-    assert batch["segments"].tokens == 5  # the blank row teaches nothing
+    assert batch["segments"].taught == (3, 2)  # the blank row teaches nothing
     assert batch["segments"].bounds.tolist() == [0, 3, 5, 6]
     assert batch["segments"].masks == [None, None, None]
 

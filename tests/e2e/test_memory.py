@@ -1,0 +1,65 @@
+"""`--check` against what runs measure, and gradient checkpointing that a run turns on by itself."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+LONG = "一二三四五六七八九十" * 60
+WORDS = ("model=tiny_glm", "tracker=none", "data.dataset_dir=data", "data.dataset=long.json")
+LENGTHS = ("data.max_source_length=512", "data.max_target_length=512")
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """Records whose rows are as long as rows may be."""
+    (tmp_path / "data").mkdir()
+    rows = [{"instruction": LONG * 2, "output": LONG * 2}] * 16
+    (tmp_path / "data" / "long.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return tmp_path
+
+
+def value(told: str, name: str) -> str:
+    return re.search(rf"│ {name} +│ ([^│]*?) +│", told).group(1)
+
+
+def test_the_check_tells_what_a_run_measures_and_writes_nothing(glmtuner_process, records):
+    words = (*WORDS, *LENGTHS, "finetuning=lora", "trainer.per_device_train_batch_size=8")
+    told = glmtuner_process("--check", *words)
+    assert told.returncode == 0, told.stderr
+    assert [path.name for path in records.iterdir()] == ["data"]
+    done = glmtuner_process(*words, "trainer.max_steps=2", "trainer.save_strategy=no", "trainer.output_dir=run")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((records / "run" / "metrics.json").read_text())
+    assert value(told.stdout, "parameters") == f"{metrics['total_parameters']:,}"
+    assert value(told.stdout, "trained") == f"{metrics['trained_parameters']:,}"
+    peak = float(value(told.stdout, "peak").removesuffix(" GiB"))
+    assert peak == pytest.approx(metrics["peak_memory_gib"], rel=0.15)
+    assert "fits" in told.stdout.splitlines()[-1]
+
+
+def test_what_surely_does_not_fit_is_refused_in_one_paragraph(glmtuner, monkeypatch):
+    monkeypatch.setattr("glmtuner.launch.device_memory", lambda device: 2**26)
+    told = glmtuner("--check", "model=tiny_glm", "tracker=none")
+    assert told.returncode == 2
+    assert "does not fit" in told.stderr and "quant=int4" in told.stderr and len(told.stderr.splitlines()) == 1
+
+
+def test_a_wrong_word_is_answered_before_anything_is_estimated(glmtuner):
+    told = glmtuner("--check", "model=tiny_glm", "finetuning.lora_rnk=4")
+    assert told.returncode == 2 and "lora_rank" in told.stderr
+    told = glmtuner("--chek", "model=tiny_glm")
+    assert told.returncode == 2 and "--check" in told.stderr
+    told = glmtuner("--check", "model=tiny_glm", "trainer=evaluate")
+    assert told.returncode == 2 and "trainer=train" in told.stderr
+
+
+@pytest.mark.parametrize("typed", [(), ("trainer.gradient_checkpointing=false",)])
+def test_a_run_checkpoints_where_its_longest_batch_would_not_fit(glmtuner, monkeypatch, records, typed):
+    monkeypatch.setattr("glmtuner.launch.device_memory", lambda device: 2**26)
+    monkeypatch.setattr("glmtuner.launch.settled_baseline", lambda device, tracker: 0)
+    done = glmtuner(*WORDS, *typed, "trainer.max_steps=1", "trainer.output_dir=run", "data.max_samples=8",
+                    "trainer.per_device_train_batch_size=2", "data.max_source_length=256", "data.max_target_length=256")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ("gradient checkpointing is on" in done.stdout) is not bool(typed)
