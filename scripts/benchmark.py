@@ -536,7 +536,14 @@ def install_llamafactory(folder: Path) -> None:
     torch = f"torch=={metadata.version('torch').partition('+')[0]}"
     for words in (
         ["install", torch],
-        ["install", f"llamafactory=={LLAMAFACTORY}", torch],
+        [
+            "install",
+            f"llamafactory=={LLAMAFACTORY}",
+            torch,
+            "jieba",
+            "nltk",
+            "rouge-chinese",
+        ],  # the last three: its scores
         ["uninstall", "--yes", "torchvision", "torchaudio"],  # built for other torches; text needs neither
     ):
         if subprocess.run([*pip, *words]).returncode != 0:

@@ -91,16 +91,17 @@ def make_model(settings: dict[str, Any]) -> dict[str, Any]:
     texts = [text for record in settings["texts"] for text in record.values() if isinstance(text, str) and text]
     tokenizer = tokenizer_for(texts, settings["vocabulary_size"])
     model = small_glm(tokenizer)
-    rows = [
-        tokenizer.encode(f"{prompt_of(record)}{record['output']}<|user|>", add_special_tokens=False)
-        for record in settings["learned"]
-    ]
+    rows, asks = [], tokenizer.convert_tokens_to_ids("<|assistant|>")
+    for record in settings["learned"]:
+        ids = tokenizer.encode(f"{prompt_of(record)}{record['output']}<|user|>", add_special_tokens=False)
+        start = ids.index(asks) + 1  # the line break is learned, too: LLaMA-Factory has the model write it
+        rows.append((ids, [-100] * start + ids[start:]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
-    rows.sort(key=len)
+    rows.sort(key=lambda row: len(row[0]))
     size = 8
-    batches = [padded([(ids, ids) for ids in rows[at : at + size]], 0) for at in range(0, len(rows), size)]
+    batches = [padded(rows[at : at + size], tokenizer.pad_token_id) for at in range(0, len(rows), size)]
     loss = None
     for epoch in range(settings["epochs"]):
         for batch in batches:
