@@ -386,7 +386,7 @@ def show_plan(
 ) -> None:
     """The short table of what will run."""
     from glmtuner.data.segments import Packs
-    from glmtuner.trainer import size_of
+    from glmtuner.throughput import size_of
 
     arguments, trained_on = trainer.args, trainer.train_dataset
 
