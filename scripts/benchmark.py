@@ -5,6 +5,7 @@ medians are compared. LLaMA-Factory lives in an environment of its own, which is
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -221,7 +222,7 @@ class Bench:
 
     folder: Path
     llamafactory: Path
-    model: Path | str
+    model: Path | None  # None until it is made
     template: str
     steps: int
     batch_size: int
@@ -333,7 +334,7 @@ class Bench:
     # -- parts -----------------------------------------------------------------------------------------------------------
 
     def startup(self) -> None:
-        architecture = json.loads((Path(self.model) / "config.json").read_text())["architectures"][0]
+        architecture = json.loads((self.model / "config.json").read_text())["architectures"][0]
         code = f"import torch; from transformers import Trainer, {architecture}"
         first = "'loss':"  # both print the loss of a step as transformers does
 
@@ -487,22 +488,27 @@ class Bench:
 
     # -- what is needed first --------------------------------------------------------------------------------------------
 
-    def write_data(self, records: list[dict[str, Any]], own_model: bool) -> None:
+    def make_model(self, path: Path, settings: dict[str, Any]) -> None:
+        print("making the model, a few minutes", flush=True)
+        partial = self.folder / "model.partial"
+        found, _ = self.child("make_model", self.fresh("make model"), folder=str(partial), **settings)
+        size, known = found["parameters"], found["vocabulary"]
+        print(f"made a GLM of {size:,} parameters and {known:,} tokens; last loss {found['loss']:.4f}")
+        partial.rename(path)
+
+    def write_data(self, records: list[dict[str, Any]]) -> None:
         """The datasets of the benchmark, for both tools, and the model where none was given."""
         asked = [
             {"instruction": record["instruction"], "input": "", "output": record["output"].strip()}
             for record in records
-            if not record.get("input") and len(record["instruction"]) <= 40 and 4 <= len(record["output"]) <= 80
+            if not record.get("input") and len(record["instruction"]) <= 40 and 4 <= len(record["output"]) <= 120
         ][: self.predicted]
-        if own_model and not (Path(self.model) / "config.json").is_file():
-            print("making the model, a few minutes", flush=True)
+        if self.model is None:
             settings = {"texts": records, "learned": asked, "vocabulary_size": 8000, "epochs": 40}
-            partial = self.folder / "model.partial"
-            found, _ = self.child("make_model", self.fresh("make model"), folder=str(partial), **settings)
-            print(
-                f"made a GLM of {found['parameters']:,} parameters, {found['vocabulary']} tokens; last loss {found['loss']:.4f}"
-            )
-            partial.rename(self.model)
+            digest = hashlib.sha256(json.dumps(settings).encode() + CHILD.read_bytes()).hexdigest()[:12]
+            self.model = self.folder / f"model_{digest}"
+            if not self.model.is_dir():
+                self.make_model(self.model, settings)
         folder = self.fresh("cut records")
         cut, _ = self.child("cut_records", folder, records=records, model=str(self.model), cutoff=self.cutoff)
         shuffled = list(cut["records"])
@@ -589,19 +595,23 @@ def page(bench: Bench, rows: Sequence[Row]) -> str:
     about = bench.about
     lines = [table_of(rows), "", "![how many times better](performance.png)", ""]
     place = about["machine"]
-    lines.append(f"Machine: {place['cpu']}, {place['threads']} threads{', ' + place['gpu'] if 'gpu' in place else ''}.")
+    lines.append(
+        f"- Machine: {place['cpu']}, threads: {place['threads']}{', ' + place['gpu'] if 'gpu' in place else ''}."
+    )
     lines += [
-        f"{tool}: {', '.join(f'{name} {number}' for name, number in found.items())}."
+        f"- {tool}: {', '.join(f'{name} {number}' for name, number in found.items())}."
         for tool, found in about["versions"].items()
     ]
     trained, answered = about["training"], about["prediction"]
     lines += [
-        f"Training: {trained['records']} records in batches of {bench.batch_size}, {trained['tokens']:,} tokens; "
+        f"- Training: {trained['records']} records in batches of {bench.batch_size}, {trained['tokens']:,} tokens; "
         f"{trained['equal_rows']} rows are the same tokens in both tools. Prediction: {answered['equal']} of "
         f"{answered['answers']} greedy answers are equal. Each number is the median of {bench.repeats} runs.",
     ]
     if about["load"] > 0.5:
-        lines.append(f"The machine was busy with other work when this began (load average {about['load']:.1f}).")
+        lines.append(
+            f"- The machine was busy with other work when this began (load average {about['load']:.1f} a core)."
+        )
     return "\n".join(lines)
 
 
@@ -617,7 +627,7 @@ def write_page(path: Path, text: str) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A bar for each comparison, to the right of 1 where glmtuner is better, with its goal as a mark."""
+    """A bar for each comparison, from 1 to the right where glmtuner is better, with its goal as a mark."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -626,8 +636,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     bars = [row for row in rows if row.times is not None]
     figure, axes = pyplot.subplots(figsize=(9, 0.42 * len(bars) + 1.2), layout="constrained")
     for place, row in enumerate(bars):
-        axes.barh(place, row.times, color="#b0413e" if row.met is False else "#2f6690", height=0.62)
-        axes.text(row.times * 1.04, place, f"{row.times:.2f}x", va="center", fontsize=9)
+        axes.barh(place, row.times - 1, left=1, color="#b0413e" if row.met is False else "#2f6690", height=0.62)
+        axes.text(max(row.times, 1) * 1.04, place, f"{row.times:.2f}x", va="center", fontsize=9)
         if row.goal:
             goal = float(row.goal.removeprefix("at least ").removesuffix("x"))
             axes.plot([goal, goal], [place - 0.4, place + 0.4], color="black", linewidth=2)
@@ -677,7 +687,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=count_of, default=80, help="training steps of one run (%(default)s)")
     parser.add_argument("--batch-size", type=count_of, default=4, help="records a step (%(default)s)")
     parser.add_argument("--cutoff", type=count_of, default=256, help="tokens of a row at most (%(default)s)")
-    parser.add_argument("--predict", type=count_of, default=64, help="records to answer (%(default)s)")
+    parser.add_argument("--predict", type=count_of, default=96, help="records to answer (%(default)s)")
     parser.add_argument("--max-new-tokens", type=count_of, default=128, help="of an answer (%(default)s)")
     parser.add_argument(
         "--data", type=Path, default=DATA, help="alpaca records; the package's sample where it is missing"
@@ -704,7 +714,7 @@ def main() -> None:
     bench = Bench(
         folder=folder,
         llamafactory=(options.llamafactory or folder / "llamafactory").resolve(),
-        model=(options.model or folder / "model").resolve(),
+        model=options.model.resolve() if options.model else None,
         template=options.template,
         steps=options.steps,
         batch_size=options.batch_size,
@@ -724,7 +734,7 @@ def main() -> None:
         "load": load,
         "data": data.name,
     }
-    bench.write_data(json.loads(data.read_text(encoding="utf-8")), own_model=options.model is None)
+    bench.write_data(json.loads(data.read_text(encoding="utf-8")))
     for part in PARTS:
         if part in options.only:
             getattr(bench, part)()
