@@ -501,7 +501,7 @@ class Bench:
         asked = [
             {"instruction": record["instruction"], "input": "", "output": record["output"].strip()}
             for record in records
-            if not record.get("input") and len(record["instruction"]) <= 40 and 4 <= len(record["output"]) <= 120
+            if not record.get("input") and len(record["instruction"]) <= 40 and 4 <= len(record["output"]) <= 80
         ][: self.predicted]
         if self.model is None:
             settings = {"texts": records, "learned": asked, "vocabulary_size": 8000, "epochs": 40}
