@@ -504,7 +504,7 @@ class Bench:
             if not record.get("input") and len(record["instruction"]) <= 40 and 4 <= len(record["output"]) <= 80
         ][: self.predicted]
         if self.model is None:
-            settings = {"texts": records, "learned": asked, "vocabulary_size": 8000, "epochs": 40}
+            settings = {"texts": records, "learned": asked, "vocabulary_size": 8000, "epochs": 150, "until": 0.15}
             digest = hashlib.sha256(json.dumps(settings).encode() + CHILD.read_bytes()).hexdigest()[:12]
             self.model = self.folder / f"model_{digest}"
             if not self.model.is_dir():

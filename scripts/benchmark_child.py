@@ -91,30 +91,30 @@ def make_model(settings: dict[str, Any]) -> dict[str, Any]:
     texts = [text for record in settings["texts"] for text in record.values() if isinstance(text, str) and text]
     tokenizer = tokenizer_for(texts, settings["vocabulary_size"])
     model = small_glm(tokenizer)
-    rows, asks = [], tokenizer.convert_tokens_to_ids("<|assistant|>")
-    for record in settings["learned"]:
-        ids = tokenizer.encode(f"{prompt_of(record)}{record['output']}<|user|>", add_special_tokens=False)
-        start = ids.index(asks) + 1  # the line break is learned, too: LLaMA-Factory has the model write it
-        rows.append((ids, [-100] * start + ids[start:]))
+    told = [f"{prompt_of(record)}{record['output']}<|user|>" for record in settings["learned"]]
+    rows = [(ids, ids) for ids in (tokenizer.encode(text, add_special_tokens=False) for text in told)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     rows.sort(key=lambda row: len(row[0]))
     size = 8
     batches = [padded(rows[at : at + size], tokenizer.pad_token_id) for at in range(0, len(rows), size)]
-    loss = None
     for epoch in range(settings["epochs"]):
+        losses = []
         for batch in batches:
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        print(f"epoch {epoch + 1}: loss {loss.item():.3f}", flush=True)
+            losses.append(loss.item())
+        print(f"epoch {epoch + 1}: loss {sum(losses) / len(losses):.3f}", flush=True)
+        if max(losses) < settings["until"]:
+            break
     folder = Path(settings["folder"])
     model.cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return {"parameters": model.num_parameters(), "vocabulary": len(tokenizer), "loss": loss.item()}
+    return {"parameters": model.num_parameters(), "vocabulary": len(tokenizer), "loss": max(losses)}
 
 
 def cut_records(settings: dict[str, Any]) -> dict[str, Any]:
