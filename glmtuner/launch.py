@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -295,6 +296,7 @@ def estimator(
     run = composed.run
     baseline = settled_baseline(device, run.tracker.name)
 
+    @cache  # told more than once of one run, and a large model takes seconds
     def estimated(checkpointing: bool) -> Estimate:
         model = hollow(run, family, device, compute_dtype(run, device))
         there = copy.copy(run)

@@ -8,6 +8,7 @@ dropout and attention.
 """
 
 import dataclasses
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -289,6 +290,7 @@ def estimate(
     if checkpointing:
         model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs or None)
     ledger = Ledger(model)
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it tells errors a second time
     try:
         with mode:
             ids = torch.zeros(rows, longest, dtype=torch.long, device=device)
