@@ -8,6 +8,7 @@ import argparse
 import errno
 import os
 import select
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -243,7 +244,7 @@ def _sweep(options: argparse.Namespace, words: list[str]) -> int:
     first = partial(first_job, settled, config_dir=options.config_dir, config_name=options.config_name)
     if options.check:
         return _check(first())
-    if "hydra/launcher=slurm" in settled:
+    if "hydra/launcher=slurm" in settled and shutil.which("sbatch"):
         check_elsewhere(first())
     root = sweep_folder(settled)
     note_sweep(root, words)

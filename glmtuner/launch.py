@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from glmtuner.assemble import (
 )
 from glmtuner.config.compose import Composed
 from glmtuner.config.paths import conf_dir
-from glmtuner.config.schema import Run, Tracker
+from glmtuner.config.schema import Parallel, Run, Tracker
 from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.console import say, table
 from glmtuner.data.splits import entries, longest_row
@@ -299,10 +300,12 @@ def estimator(
     run = composed.run
     baseline = settled_baseline(device, run.tracker.name)
 
+    @cache  # told more than once of one run, and a large model takes seconds
     def estimated(checkpointing: bool) -> Estimate:
         model = hollow(run, family, device, compute_dtype(run, device))
         there = copy.copy(run)
         there.trainer = copy.copy(run.trainer)
+        there.parallel = Parallel(name="none")  # DeepSpeed's configuration would change how models are built
         there.trainer.use_cpu = not torch.cuda.is_available()  # transformers refuses bf16 for a GPU that is not here
         arguments = training_arguments(there, RunFolder(Path("outputs")), model)
         arguments.activation_checkpointing = checkpointing
@@ -320,14 +323,19 @@ def checkpoint_where_needed(
     device: "torch.device",
 ) -> None:
     """Turn gradient checkpointing on where the longest batch of these data would not fit without it."""
-    run, available = composed.run, device_memory(device)
-    if data.train is None or run.stage.name == "ppo" or available is None:
+    run = composed.run
+    if data.train is None or run.stage.name == "ppo":
         return
     rows, longest = run.stage.largest_batch(run)[0], longest_row(data.train)
-    if surely_fits(model_config, run, rows, longest, available):
-        return
-    estimated = estimator(composed, family, device, rows, longest, ranks.world_size())
-    if line := ranks.agreed(lambda: settle_checkpointing(composed, estimated, available)):
+
+    def decide() -> str | None:
+        available = device_memory(device)
+        if available is None or surely_fits(model_config, run, rows, longest, available):
+            return None
+        estimated = estimator(composed, family, device, rows, longest, ranks.world_size())
+        return settle_checkpointing(composed, estimated, available)
+
+    if line := ranks.agreed(decide):
         run.trainer.gradient_checkpointing = True
         say(line)
 

@@ -7,7 +7,9 @@ for any architecture whose forward pass does not depend on the values it meets (
 dropout and attention.
 """
 
+import copy
 import dataclasses
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -65,11 +67,6 @@ class Estimate:
         ]
 
     @property
-    def tensors(self) -> int:
-        """What torch allocates: what `peak_memory_gib` of a run on a GPU measures."""
-        return sum(size for name, size in self.parts.items() if name != "CUDA context")
-
-    @property
     def peak(self) -> int:
         """What the device must have."""
         return sum(self.parts.values())
@@ -95,6 +92,9 @@ def hollow(run: Run, family: "Family | None", device: "torch.device", compute_dt
     from glmtuner.finetuning.start import base_folder, checkpoints_of, continued, settings_of
     from glmtuner.models.load import dtype_of, load_config
 
+    finetuning = copy.copy(
+        run.finetuning
+    )  # what is settled here is settled again, and told, when the run itself is put together
     checkpoints = checkpoints_of(run.model)
     whole = base_folder(checkpoints)
     source = dataclasses.replace(run.model, model_name_or_path=str(whole), config_name=None) if whole else run.model
@@ -108,12 +108,12 @@ def hollow(run: Run, family: "Family | None", device: "torch.device", compute_dt
             quantize(model, run.quant.bits, compute_dtype)
         if family is None:
             family = family_from_structure(model)
-            run.finetuning.settle(family, len(family.blocks(model)))
-        goes_on = continued(checkpoints, run.finetuning, run.model.resume_lora_training, run.trainer.do_train)
+            finetuning.settle(family, len(family.blocks(model)))
+        goes_on = continued(checkpoints, finetuning, run.model.resume_lora_training, run.trainer.do_train)
         if goes_on is not None:
             for name, value in settings_of(goes_on).items():
-                setattr(run.finetuning, name, value)
-        model = run.finetuning.attach(model, family)
+                setattr(finetuning, name, value)
+        model = finetuning.attach(model, family)
     model.config.use_cache = False
     return model.train()
 
@@ -323,6 +323,7 @@ def estimate(
     if checkpointing:
         model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs or None)
     ledger = Ledger(model)
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it tells errors a second time
     try:
         with mode:
             ids = torch.zeros(rows, longest, dtype=torch.long, device=device)

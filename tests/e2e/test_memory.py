@@ -25,7 +25,7 @@ def value(told: str, name: str) -> str:
 
 
 def test_the_check_tells_what_a_run_measures_and_writes_nothing(glmtuner_process, records):
-    words = (*WORDS, *LENGTHS, "finetuning=lora", "trainer.per_device_train_batch_size=8")
+    words = (*WORDS, *LENGTHS, "finetuning=lora", "trainer.per_device_train_batch_size=4")
     told = glmtuner_process("--check", *words)
     assert told.returncode == 0, told.stderr
     assert [path.name for path in records.iterdir()] == ["data"]

@@ -82,6 +82,13 @@ def test_int4_stores_less_and_trains_the_same():
     assert (packed.total_parameters, packed.trained_parameters) == (plain.total_parameters, plain.trained_parameters)
 
 
+def test_chatglm_is_estimated_without_its_special_tokens(shared):
+    for name in ("chatglm_v1", "chatglm2"):
+        folder = shared / "goldens" / name
+        found = estimated("model=causal_lm", f"model.model_name_or_path={folder}", "finetuning=lora")
+        assert found.parts["activations"] > 0
+
+
 def test_a_process_holds_its_share():
     whole = estimated("finetuning=full")
     part = whole.shared(("gradients", "optimizer states"), 4)
