@@ -32,7 +32,9 @@ GIB = 2**30
 MARGIN = 0.15  # how far from the measured peak an estimate may lie
 CUDA_CONTEXT = 0.5 * GIB  # what the driver and the libraries take of a GPU beside torch's tensors; differs by card
 CUBLAS_WORKSPACE = 32 * 2**20  # of torch's on Hopper, taken from its allocator; smaller on older cards
-HEAP = 1.1  # what glibc takes for a byte of tensors that come and go: 1.03 to 1.24 was measured on models of 2M to 122M
+# What glibc takes for a byte of tensors that come and go. 1.04 to 1.39 was measured, and 2.2 where they are few (full
+# fine-tuning with gradient checkpointing); docs/memory.md has the runs.
+HEAP = 1.1
 LIBRARIES = ("datasets", "peft", "sentencepiece", "glmtuner.trainer", "glmtuner.models", "bitsandbytes", "rich.table")
 OF_TRACKERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 ABSMAX_BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit storage
