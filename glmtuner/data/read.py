@@ -13,11 +13,8 @@ import re
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
-from urllib.parse import unquote, urlsplit
-from urllib.request import urlopen
 
 from glmtuner.console import say
 from glmtuner.data.records import BadRecord, shown
@@ -198,6 +195,10 @@ def digest(path: Path, algorithm: str) -> str:
 
 def download(spec: DatasetSpec, cache_dir: str | Path | None) -> Path:
     """The file behind the entry's url, fetched once; it gets its name only when its sha256 is right."""
+    from http.client import HTTPException  # imported here, since few runs fetch and a typo is not to wait for it
+    from urllib.parse import unquote, urlsplit
+    from urllib.request import urlopen
+
     url, sha256 = str(spec.url), str(spec.sha256).lower()
     home = Path(cache_dir or os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     path = home / "glmtuner" / sha256[:16] / (unquote(Path(urlsplit(url).path).name) or "data.json")
