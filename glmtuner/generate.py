@@ -19,6 +19,26 @@ class Decoding:
     pad_id: int
 
 
+MOST_ROWS = 32  # generated at once where nothing is said: more gain little, and the first answers come later
+
+
+def rows_that_fit(model: "PreTrainedModel", tokens: int) -> int:
+    """How many rows of so many tokens have room for their keys and values in half of the free memory, 1 to MOST_ROWS."""
+    import torch
+
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    a_row = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * tokens
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    return min(max(free // 2 // a_row, 1), MOST_ROWS)
+
+
 def answers(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:

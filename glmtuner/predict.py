@@ -1,7 +1,7 @@
 """Answers to the evaluation records of a run, and their scores."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from glmtuner import ranks
 from glmtuner.assemble import stop_ids
 from glmtuner.config.schema import Engine, Run
+from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.run_folder import EVALUATIONS, PREDICTIONS, RunFolder, read_lines, write_text
 from glmtuner.scoring import Scorer
 
@@ -73,7 +74,7 @@ def answer_all(
 
         produced = vllm_answers(model, prompts, decoding, run.trainer.seed)
     else:
-        produced = answers(model, prompts, decoding, run.trainer.per_device_eval_batch_size)
+        produced = answers(model, prompts, decoding, batch_size_of(run, model, prompts, decoding.max_new_tokens))
     scorer = Scorer(run.metric, len(rows) if ranks.is_main() else 0)
     written = InOrder(path, early, sorted([*done, *mine])) if ranks.is_main() else Appended(others[ranks.rank() - 1])
     with written as file:
@@ -87,6 +88,18 @@ def answer_all(
             scorer.put(line["index"], *pair_of(line))
     ranks.meet()
     return ranks.agreed(lambda: scored(scorer, path, [early, *others]))
+
+
+def batch_size_of(run: Run, model: "nn.Module", prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
+    """How many answers are generated at once; see `Generation`. Beams multiply what one takes, so they keep to what was given."""
+    from glmtuner.generate import rows_that_fit
+
+    given = run.trainer.per_device_eval_batch_size
+    if run.generation.max_batch_size is not None:
+        return run.generation.max_batch_size
+    if given != TrainerArguments.per_device_eval_batch_size or (run.data.eval_num_beams or 1) > 1 or not prompts:
+        return given
+    return ranks.agreed(lambda: rows_that_fit(model, max(map(len, prompts)) + new_tokens))
 
 
 def line_of(row: Mapping[str, Any], index: int, text: str) -> dict[str, Any]:

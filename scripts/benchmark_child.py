@@ -260,6 +260,9 @@ def glmtuner_prepare(settings: dict[str, Any]) -> dict[str, Any]:
 
 def glmtuner_predict(settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds from the loaded model to the scored answers."""
+    import jieba  # noqa: F401 - LLaMA-Factory has imported what it scores with before its clock starts
+    import rouge_chinese  # noqa: F401
+
     from glmtuner.stages.sft import Sft
 
     plain, found = Sft.predict, {}

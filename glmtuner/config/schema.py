@@ -298,7 +298,9 @@ class Metric:
 class Generation:
     """How chat and serving decode: CET's values. Evaluation and prediction decode greedily, or with beams.
 
-    `engine` is what generates in trainer=predict; all else generates by the model that is loaded.
+    `engine` is what generates in trainer=predict; all else generates by the model that is loaded. `max_batch_size` is how many
+    answers evaluation and prediction generate at once: null is as many as memory has room for, 32 at most, or
+    trainer.per_device_eval_batch_size where that was given another value than its default.
     """
 
     do_sample: bool
@@ -309,6 +311,7 @@ class Generation:
     max_length: int = 2048
     max_new_tokens: int | None = None
     repetition_penalty: float = 1.0
+    max_batch_size: int | None = None
     engine: Engine = Engine.transformers
 
     def __post_init__(self) -> None:
@@ -321,6 +324,12 @@ class Generation:
                 ("num_beams", self.num_beams, self.num_beams >= 1, "1 or more"),
                 ("max_length", self.max_length, self.max_length >= 2, "2 tokens or more"),
                 ("max_new_tokens", self.max_new_tokens, (self.max_new_tokens or 1) >= 1, "1 or more, or null"),
+                (
+                    "max_batch_size",
+                    self.max_batch_size,
+                    (1 if self.max_batch_size is None else self.max_batch_size) >= 1,
+                    "1 or more, or null",
+                ),
                 (
                     "repetition_penalty",
                     self.repetition_penalty,
