@@ -265,7 +265,9 @@ def greedy(
 
     while begun < len(prompts) or batch:
         free = rows - batch.live if batch else rows
-        if free and begun < len(prompts) and (batch is None or batch.joinable):
+        # prompts are read an eighth of the rows at a time: one by one, each would cost what a step of all rows does
+        waits = free < min(max(rows // 8, 1), len(prompts) - begun)
+        if begun < len(prompts) and (batch is None or (batch.joinable and not waits)):
             count = taken(prompts[begun : begun + free])
             group = [(place, []) for place in range(begun, begun + count)]
             begun += count
