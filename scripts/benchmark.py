@@ -305,7 +305,7 @@ class Bench:
             "model=causal_lm", f"model.model_name_or_path={self.model}", "tracker=none", "finetuning=none",
             "trainer=predict", "data.dataset=[asked]", f"data.dataset_dir={self.folder / 'data'}",
             f"data.max_source_length={self.cutoff}", f"data.max_target_length={self.cutoff}",
-            f"generation.max_new_tokens={self.max_new_tokens}", "trainer.per_device_eval_batch_size=8",
+            f"generation.max_new_tokens={self.max_new_tokens}",
             f"trainer.output_dir={folder / 'run'}",
         ]  # fmt: skip
 
@@ -452,7 +452,7 @@ class Bench:
         )
 
     def prediction(self) -> None:
-        """Greedy answers in batches of 8: samples by the seconds from the loaded model to the scored answers."""
+        """Greedy answers, LLaMA-Factory in batches of 8: samples by the seconds from the loaded model to the scored answers."""
         answers: dict[str, list[str]] = {}
 
         def ours() -> dict[str, float]:
