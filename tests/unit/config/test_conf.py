@@ -176,6 +176,7 @@ DATA = {
     "mix_probabilities": (list[float], []),
     "loss_on": (LossOn, "every_answer"),
     "packing": (bool, False),
+    "padding_free": (bool, True),
     "max_bad_records": (int, 0),
 }
 LORA = {
@@ -204,6 +205,7 @@ GENERATION = {
     "max_length": (int, 2048),
     "max_new_tokens": (int | None, None),
     "repetition_penalty": (float, 1.0),
+    "max_batch_size": (int | None, None),
     "engine": (Engine, "transformers"),
 }
 TRAINER = {  # those that CET's page lists
