@@ -4,13 +4,17 @@ import json
 import shutil
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 import glmtuner.models  # noqa: F401, makes chatglm known
-from glmtuner.generate import AnswerText
+from glmtuner.__main__ import _register
+from glmtuner.config.compose import compose
+from glmtuner.generate import MOST_ROWS, AnswerText, rows_that_fit
+from glmtuner.predict import batch_size_of
 
 TEXTS = [
     "你好，世界！",
@@ -85,3 +89,32 @@ def test_bytes_that_are_no_text_do_not_hold_an_answer_back(tokenizer: Any) -> No
     pieces, _ = told(tokenizer, [*half * 12, *letters])
     assert "abc" in "".join(pieces) and "\ufffd" in "".join(pieces)
     assert "abc" in "".join(pieces[:-1])
+
+
+def test_as_many_rows_as_half_of_the_free_memory_holds(monkeypatch):
+    import psutil
+    from small_models import built
+
+    model = built("Glm")
+    config = model.config
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8  # float64
+    for free, rows in ((2 * a_token * 100 * 5, 5), (1, 1), (2**40, MOST_ROWS)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert rows_that_fit(model, tokens=100) == rows
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        ([], MOST_ROWS),
+        (["trainer.per_device_eval_batch_size=3"], 3),
+        (["generation.max_batch_size=5", "trainer.per_device_eval_batch_size=3"], 5),
+        (["data.eval_num_beams=2"], 8),
+    ],
+)
+def test_how_many_answers_are_generated_at_once(words, rows):
+    from small_models import built
+
+    _register()
+    run = compose(["trainer=predict", "model=tiny_glm", *words]).run
+    assert batch_size_of(run, built("Glm"), [[1, 2, 3]], new_tokens=8) == rows
