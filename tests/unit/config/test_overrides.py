@@ -366,7 +366,8 @@ def test_a_checkpoint_that_is_not_there():
             ["trainer.load_best_model_at_end=true with trainer.eval_strategy=no and trainer.save_strategy=steps"],
         ),
         (["trainer.fp16=true", "trainer.bf16=true"], ["trainer.fp16=true with trainer.bf16=true: choose one"]),
-        (["data.packing=true"], ["data.packing=true", "type data.packing=false"]),
+        (["data.packing=true", "stage=kto"], ["data.packing=true with stage=kto", "type data.packing=false"]),
+        (["data.packing=true", "data.padding_free=false"], ["data.packing=true with data.padding_free=false"]),
     ],
 )
 def test_values_that_cannot_meet(words, told):
@@ -375,7 +376,9 @@ def test_values_that_cannot_meet(words, told):
 
 
 def test_all_impossible_combinations_are_told_at_once():
-    told = refused("quant=int4", "finetuning=full", "trainer.do_eval=true", "data.packing=true")
+    told = refused(
+        "quant=int4", "finetuning=full", "trainer.do_eval=true", "data.packing=true", "data.padding_free=false"
+    )
     assert len(told.split("; also: ")) == 3
 
 
