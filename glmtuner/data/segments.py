@@ -32,16 +32,25 @@ class Segments:
     taught: tuple[int, ...]
 
     @cached_property
-    def masks(self) -> "list[torch.Tensor | None]":
-        """What each segment's tokens see, [1, 1, length, length] with True = seen; None is plain causal attention."""
-        return [prefix_mask(length, context) for length, context in zip(self.lengths, self.contexts, strict=True)]
+    def _known(self) -> dict[Any, Any]:
+        """What all layers of a forward pass share, made by the first that asks."""
+        return {}
 
-    @cached_property
-    def bounds(self) -> "torch.Tensor":
+    def masks(self, device: "torch.device | str") -> "list[torch.Tensor | None]":
+        """What each segment's tokens see, [1, 1, length, length] with True = seen; None is plain causal attention."""
+        if ("masks", device) not in self._known:
+            made = map(prefix_mask, self.lengths, self.contexts)
+            self._known["masks", device] = [mask if mask is None else mask.to(device) for mask in made]
+        return self._known["masks", device]
+
+    def bounds(self, device: "torch.device | str") -> "torch.Tensor":
         """The segments' ends with a 0 in front, int32, as kernels for sequences of different lengths take them."""
         import torch
 
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+        if ("bounds", device) not in self._known:
+            ends = [0, *accumulate(self.lengths)]
+            self._known["bounds", device] = torch.tensor(ends, dtype=torch.int32, device=device)
+        return self._known["bounds", device]
 
 
 def prefix_mask(length: int, context: int) -> "torch.Tensor | None":

@@ -77,7 +77,7 @@ def _segmented(attend: Callable[..., Any]) -> Callable[..., Any]:
                 query_1HTD.split(lengths, dim=2),
                 key_1GTD.split(lengths, dim=2),
                 value_1GTD.split(lengths, dim=2),
-                segments.masks,
+                segments.masks(query_1HTD.device),
                 strict=True,
             )
         ]
@@ -91,8 +91,8 @@ def _windowed(
 ) -> "torch.Tensor | None":
     """A segment's mask where a token sees no more than the last `window` tokens, itself among them."""
     if window is not None and length > window:
-        mask = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)[None, None]
-    return mask if mask is None else mask.to(device)
+        mask = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)[None, None].to(device)
+    return mask
 
 
 def _has_kernel(module: nn.Module, query: torch.Tensor, segments: Segments, options: dict[str, Any]) -> bool:
@@ -119,7 +119,7 @@ def _by_kernel(
     """Attention over all segments, [1, T, H, D]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds, longest = segments.bounds.to(query_1HTD.device, non_blocking=True), max(segments.lengths)
+    bounds, longest = segments.bounds(query_1HTD.device), max(segments.lengths)
     query, key, value = (states[0].transpose(0, 1) for states in (query_1HTD, key_1GTD, value_1GTD))
     attended = varlen_attn(
         query,

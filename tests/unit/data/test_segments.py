@@ -45,10 +45,15 @@ def test_a_batch_of_segments():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0]]
     assert batch["segments"].lengths == (3, 2, 1)
     assert batch["segments"].taught == (3, 2)  # the blank row teaches nothing
-    assert batch["segments"].bounds.tolist() == [0, 3, 5, 6]
-    assert batch["segments"].masks == [None, None, None]
+    assert batch["segments"].bounds("cpu").tolist() == [0, 3, 5, 6]
+    assert batch["segments"].masks("cpu") == [None, None, None]
 
 
 def test_a_context_sees_itself_both_ways():
     batch = SegmentCollator(places=lambda ids: (torch.arange(len(ids)), 2))([{"input_ids": [1] * 4, "labels": [1] * 4}])
-    assert batch["segments"].masks[0][0, 0].int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch["segments"].masks("cpu")[0][0, 0].int().tolist() == [
+        [1, 1, 0, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 0],
+        [1, 1, 1, 1],
+    ]
