@@ -513,6 +513,8 @@ def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets", blocks: "list[nn
         trainer.args.train_sampling_strategy = "group_by_length"
         return
     trainer.train_dataset = Packs(data.train, run.data.max_source_length + run.data.max_target_length)
+    if trainer.args.train_sampling_strategy == "group_by_length":
+        trainer.args.train_sampling_strategy = "random"  # packs are all but equally long
 
 
 def train(
