@@ -11,6 +11,7 @@ import os
 import platform
 import random
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -169,6 +170,7 @@ def run_process(
     """Run to the end, output to `log`; the peak is VmHWM of the process itself where /proc has it."""
     log.parent.mkdir(parents=True, exist_ok=True)
     seen, peak_kib = None, 0
+    ours_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     process = subprocess.Popen(
         command, env=environment, cwd=log.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -208,7 +210,9 @@ def run_process(
             process.wait()
     seconds = time.perf_counter() - started
     watcher.join()
-    return Ended(process.returncode, seconds, max(peak_kib, usage.ru_maxrss) / 1024, seen)
+    if usage.ru_maxrss > ours_kib or not peak_kib:  # up to that it may be the peak of this process, which it began as
+        peak_kib = max(peak_kib, usage.ru_maxrss)
+    return Ended(process.returncode, seconds, peak_kib / 1024, seen)
 
 
 def fail(log: Path, command: Sequence[str]) -> None:
