@@ -237,7 +237,8 @@ def command_line(words: list[str]) -> None:
 
 def glmtuner_prepare(settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds from the file to the rows to train on, imports and the tokenizer's loading left out; and the rows."""
-    import datasets  # noqa: F401 - LLaMA-Factory has imported it before the clock starts, too
+    import datasets  # noqa: F401 - LLaMA-Factory has imported what it prepares with before the clock starts, too
+    import tiktoken  # noqa: F401
 
     from glmtuner.stages.sft import Sft
 

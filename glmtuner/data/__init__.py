@@ -32,7 +32,7 @@ class BadLine:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A dataset's examples, the records that were left out, and a checksum or commit of each source.
+    """A dataset's examples, the records that were left out, a checksum or commit of each source, and the bytes of all.
 
     `examples` are read as they are asked for, and `bad` grows with them: no more of a dataset is in memory than is asked for.
     """
@@ -40,6 +40,7 @@ class Loaded:
     examples: Iterator[Example]
     bad: list[BadLine]
     files: dict[str, str]
+    size: int
 
 
 def load(
@@ -61,7 +62,7 @@ def load(
     )
     most = min((limit for limit in (max_samples, spec.num_samples) if limit is not None), default=None)
     bad: list[BadLine] = []
-    return Loaded(_examples(spec, source, most, bad), bad, source.fingerprint())
+    return Loaded(_examples(spec, source, most, bad), bad, source.fingerprint(), source.size())
 
 
 def _examples(spec: DatasetSpec, source: Iterable[Row], most: int | None, bad: list[BadLine]) -> Iterator[Example]:

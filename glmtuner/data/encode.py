@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from glmtuner.data.collate import IGNORE_INDEX
 from glmtuner.data.records import Example, Message
 from glmtuner.errors import ConfigError
 
@@ -107,14 +106,14 @@ class Encoder:
         for place, found in zip(owners, encoded, strict=True):
             rows[place]["earlier"].append(self._learned(found, counts))
 
-    def _learned(self, found: Any, counts: Counts) -> dict[str, list[int]]:
+    def _learned(self, found: Any, counts: Counts) -> dict[str, Any]:
         """`input_ids` and `labels`, the last answer cut to its length."""
         cut = found.cut_answer(self.max_target_length)
         counts.answers_cut += cut > 0
         counts.tokens_cut += cut
         labels = found.labels(self.every_answer)
         counts.tokens += len(found.input_ids)
-        counts.learned_tokens += len(labels) - labels.count(IGNORE_INDEX)
+        counts.learned_tokens += sum(end + 1 - start for start, end in found.learned(self.every_answer))
         return {"input_ids": found.input_ids, "labels": labels}
 
     def _fitted(self, conversations: list[list[Message]], counts: Counts) -> tuple[list[list[Message]], list[Any]]:

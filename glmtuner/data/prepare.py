@@ -4,6 +4,7 @@ The cache is keyed by content: checksums of the files, the entry, the tokenizer,
 that encodes. The same data is tokenized once, however many runs use it (LLaMA-Factory#3939).
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from glmtuner.data import BadLine, DatasetSpec, Loaded, load, refuse
 from glmtuner.data.encode import Counts, Encoder
 from glmtuner.data.records import Example
 from glmtuner.errors import DataError
+from glmtuner.families.bpe import leave_engine, use_engine
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 THREADS = min(4, os.cpu_count() or 1)  # more only wait for each other: Python does its part of the work one at a time
+WORTH_AN_ENGINE = 50  # bytes of data for each token; a faster encoder has to read and to prove the vocabulary first
 ROWS, COUNTS = "rows.arrow", "counts.json"
 CODE = (
     "data/encode.py",
@@ -47,6 +50,7 @@ CODE = (
     "data/records.py",
     "data/read.py",
     "data/catalog.py",
+    "families/bpe.py",
     "families/template.py",
     "models/tokenization_chatglm.py",
 )
@@ -98,6 +102,7 @@ def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str |
 
 def _encode_into(folder: Path, loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec) -> None:
     """Encode the examples as they are read and write their rows as they come, to a temporary name first."""
+    import pyarrow
     from pyarrow import ipc
 
     # whoever holds the lock is alone, so what lies there is of a process that was killed
@@ -108,12 +113,16 @@ def _encode_into(folder: Path, loaded: Loaded, encoder: Encoder, data: Data, spe
     try:
         counts = Counts()
         with ExitStack() as files:
+            if gc.isenabled():  # rows make no circles, and there are many of them to look through again and again
+                gc.disable()
+                files.callback(gc.enable)
             batches = _batches(loaded, encoder, data, spec)
-            encoded = files.enter_context(closing(_encoded(batches, encoder, data.preprocessing_num_workers)))
+            much = loaded.size > WORTH_AN_ENGINE * len(encoder.tokenizer)
+            encoded = files.enter_context(closing(_encoded(batches, encoder, data.preprocessing_num_workers, much)))
             writer = None
             for rows, found in encoded:
                 if writer is None:
-                    file = files.enter_context((partial / ROWS).open("wb"))
+                    file = files.enter_context(pyarrow.OSFile(str(partial / ROWS), "wb"))
                     writer = files.enter_context(ipc.new_stream(file, rows.schema))
                 writer.write_batch(rows)
                 counts += found
@@ -139,7 +148,7 @@ def _batches(loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec) ->
 
 
 def _encoded(
-    batches: Iterator[list[Example]], encoder: Encoder, workers: int | None
+    batches: Iterator[list[Example]], encoder: Encoder, workers: int | None, much: bool
 ) -> "Iterator[tuple[pyarrow.RecordBatch, Counts]]":
     """Each batch's rows and counts, in order, while those behind it are encoded; a few batches are in memory at a time.
 
@@ -156,16 +165,22 @@ def _encoded(
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
 
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_keep, initargs=(encoder,))
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_keep, initargs=(encoder, much))
         work = _encode_kept
     else:
         from concurrent.futures import ThreadPoolExecutor
 
         workers = THREADS
-        encoders = SimpleQueue()
-        for place in range(workers):  # a tokenizer each, since asking one sets its options
-            encoders.put(replace(encoder, tokenizer=deepcopy(encoder.tokenizer)) if place else encoder)
         pool = ThreadPoolExecutor(workers)
+        shared = None
+        if much:
+            engine = pool.submit(use_engine, encoder.tokenizer)
+            first += islice(batches, workers)  # read meanwhile
+            shared = engine.result()
+        encoders = SimpleQueue()
+        for place in range(workers):  # a tokenizer each, since asking one sets its options; an engine is asked by all
+            mine = encoder if shared or not place else replace(encoder, tokenizer=deepcopy(encoder.tokenizer))
+            encoders.put(mine)
 
         def work(examples: list[Example]) -> "tuple[pyarrow.RecordBatch, Counts]":
             mine = encoders.get()
@@ -184,14 +199,17 @@ def _encoded(
             yield under_way.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+        leave_engine(encoder.tokenizer)
 
 
 _kept: Encoder  # a process's own, sent once and not with each batch
 
 
-def _keep(encoder: Encoder) -> None:
+def _keep(encoder: Encoder, much: bool) -> None:
     global _kept
     _kept = encoder
+    if much:
+        use_engine(encoder.tokenizer)
 
 
 def _encode_kept(examples: list[Example]) -> "tuple[pyarrow.RecordBatch, Counts]":
@@ -214,6 +232,7 @@ def as_arrow(rows: Sequence[dict[str, Any]]) -> "pyarrow.RecordBatch":
 
 def _column(values: Sequence[Any], kind: "pyarrow.DataType") -> "pyarrow.Array":
     """An Arrow array of a column's values; lists of numbers go through one buffer, ten times faster than one by one."""
+    import numpy
     import pyarrow
 
     if pyarrow.types.is_struct(kind):
@@ -222,12 +241,11 @@ def _column(values: Sequence[Any], kind: "pyarrow.DataType") -> "pyarrow.Array":
         )
     if not pyarrow.types.is_list(kind):
         return pyarrow.array(values, kind)
-    ends = array("i", accumulate(map(len, values), initial=0))
-    if pyarrow.types.is_int32(kind.value_type):
-        numbers = array("i")
-        for value in values:
-            numbers.fromlist(value)
-        inner = pyarrow.Array.from_buffers(kind.value_type, len(numbers), [None, pyarrow.py_buffer(numbers)])
+    ends = numpy.fromiter(accumulate(map(len, values), initial=0), numpy.int32, len(values) + 1)
+    if all(isinstance(value, array) for value in values):
+        inner = pyarrow.Array.from_buffers(kind.value_type, ends[-1], [None, pyarrow.py_buffer(b"".join(values))])
+    elif pyarrow.types.is_int32(kind.value_type):
+        inner = pyarrow.array(numpy.fromiter(chain.from_iterable(values), numpy.int32, ends[-1]))
     else:
         inner = _column(list(chain.from_iterable(values)), kind.value_type)
     return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(ends)], children=[inner])
@@ -335,7 +353,7 @@ def mixed(parts: Sequence["Dataset"], probabilities: Sequence[float], seed: int)
     from datasets import Dataset, concatenate_datasets, interleave_datasets
 
     if not probabilities:
-        whole = concatenate_datasets(list(parts))
+        whole = concatenate_datasets(list(parts)) if len(parts) > 1 else parts[0]
         return whole, [len(part) / max(len(whole), 1) for part in parts]
 
     def drawn_from(sources: "list[Dataset]") -> "Dataset":

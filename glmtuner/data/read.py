@@ -98,6 +98,10 @@ class LocalFiles:
         if not found:
             raise DataError(f"dataset {self.name!r}: no records in {', '.join(self.paths)}")
 
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(path.stat().st_size for path in self.paths.values())
+
     def fingerprint(self) -> dict[str, str]:
         """The sha256 of each file."""
         return {label: digest(path, "sha256") for label, path in self.paths.items()}
@@ -272,6 +276,8 @@ def array_records(file: BinaryIO) -> Numbered:
     while not ended:
         number += 1
         yield number, as_record(text.parsed(decoder, number))
+        if text.skip_comma():
+            continue
         found = text.skip_space()
         ended = found == "]"
         if found != "," and not ended:
@@ -316,6 +322,14 @@ class Piece:
             self.position = after_space(self.text, self.position)
             if self.position < len(self.text) or not self.more():
                 return self.text[self.position : self.position + 1]
+
+    def skip_comma(self) -> bool:
+        """Go behind a comma and the white space around it, if there is one and what follows has been read already."""
+        match = COMMA.match(self.text, self.position)
+        if match is None or match.end() == len(self.text):
+            return False
+        self.position = match.end()
+        return True
 
     def advance(self, count: int) -> None:
         self.position += count
@@ -432,6 +446,7 @@ def after_space(text: str, position: int) -> int:
 
 
 SPACE = re.compile(r"[ \t\r\n]*")
+COMMA = re.compile(r"[ \t\r\n]*,[ \t\r\n]*")
 PIECE = 1 << 20  # bytes of an array's file read at a time
 LONGEST_ESCAPE = 12  # characters: two halves of a surrogate pair
 
@@ -487,6 +502,10 @@ class HubSet:
             raise DataError(f"dataset {self.name!r}: no records in {self.label}")
         for number, raw in enumerate(self.dataset, start=1):
             yield Row(self.label, number, raw)
+
+    def size(self) -> int:
+        """Bytes in memory, were all of them read."""
+        return self.dataset.data.nbytes
 
     def fingerprint(self) -> dict[str, str]:
         """The commit that the records come from, or the fingerprint that datasets gave them."""

@@ -6,15 +6,20 @@ whatever a user writes in it. A model that no template here knows keeps its toke
 
 import json
 import re
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from glmtuner.errors import ConfigError, UnknownName
+from glmtuner.families.bpe import engine_of
 
 IGNORE_INDEX = -100
 OWN = "tokenizer"  # the tokenizer's chat_template
+
+
+Ids = list[int] | array  # arrays of 32-bit numbers where an Engine encodes
 
 
 class Message(Protocol):
@@ -39,14 +44,20 @@ class Encoded:
     turn's first token, or appended after the last answer. `stop` is that token's id.
     """
 
-    input_ids: list[int]
+    input_ids: Ids
     answers: list[tuple[int, int]]
     stop: int
 
-    def labels(self, every_answer: bool) -> list[int]:
+    def learned(self, every_answer: bool) -> list[tuple[int, int]]:
+        """The answers that are learned."""
+        return self.answers if every_answer else self.answers[-1:]
+
+    def labels(self, every_answer: bool) -> Ids:
         """Labels as long as `input_ids`: what each position is to be predicted as, IGNORE_INDEX on prompts."""
-        labels = [IGNORE_INDEX] * len(self.input_ids)
-        for start, end in self.answers if every_answer else self.answers[-1:]:
+        ignored = self.input_ids[:0]  # a list, or an array
+        ignored.append(IGNORE_INDEX)
+        labels = ignored * len(self.input_ids)
+        for start, end in self.learned(every_answer):
             labels[start:end] = self.input_ids[start:end]
             labels[end] = self.stop
         return labels
@@ -57,7 +68,8 @@ class Encoded:
         cost = max(end + 1 - start - most, 0)
         if cost:
             self.answers[-1] = (start, end - cost)
-            self.input_ids = [*self.input_ids[: end - cost], self.stop]
+            self.input_ids = self.input_ids[: end - cost]
+            self.input_ids.append(self.stop)
         return cost
 
     @property
@@ -95,9 +107,10 @@ class Template:
         controls = dict.fromkeys(piece.text for pieces in cut for piece in pieces if piece.kind == "control")
         id_of = {token: control_id(tokenizer, token, self.name) for token in (*controls, self.stop)}
         stop = id_of[self.stop]
+        nothing = next(iter(ids_of.values()), [])[:0]
         encoded = []
         for pieces in cut:
-            input_ids: list[int] = []
+            input_ids = nothing[:]
             answers = []
             for piece in pieces:
                 if piece.kind == "control":
@@ -120,7 +133,7 @@ class Template:
 
     def prompts(
         self, tokenizer: Any, conversations: Sequence[Sequence[Message]], encoded: Sequence[Encoded]
-    ) -> list[list[int]]:
+    ) -> list[Ids]:
         """What stands before the last answer of each conversation, of which `encoded` are the tokens."""
         return [found.input_ids[: found.source_length] for found in encoded]
 
@@ -389,15 +402,24 @@ def _encode_guarded(tokenizer: Any, text: str, guarded: dict[str, str]) -> tuple
     return ids, offsets
 
 
-def encode_text(tokenizer: Any, texts: Sequence[str], *, reads_controls: bool = False) -> list[list[int]]:
-    """Ids of plain texts: nothing added, and nothing in them read as a control token unless `reads_controls`."""
+def encode_text(tokenizer: Any, texts: Sequence[str], *, reads_controls: bool = False) -> list[Ids]:
+    """Ids of plain texts: nothing added, and nothing in them read as a control token unless `reads_controls`.
+
+    They come as arrays where an engine was prepared for the tokenizer, else as lists.
+    """
     if not texts:
         return []
+    if not reads_controls and (engine := engine_of(tokenizer)) is not None:
+        return engine.encode(texts, lambda others: _encoded_by(backend_of(tokenizer, False), others))
     if (backend := backend_of(tokenizer, reads_controls)) is not None:
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return _encoded_by(backend, texts)
     return tokenizer(
         list(texts), add_special_tokens=False, split_special_tokens=not reads_controls, return_attention_mask=False
     ).input_ids
+
+
+def _encoded_by(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def backend_of(tokenizer: Any, reads_controls: bool) -> Any:

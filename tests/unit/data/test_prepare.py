@@ -4,23 +4,31 @@ import errno
 import gc
 import json
 import os
+import random
 import signal
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 from glmtuner.config.paths import ASSETS
 from glmtuner.config.schema import Data
 from glmtuner.data import find
 from glmtuner.data import prepare as preparing
+from glmtuner.data.blocks import BlockEncoder
 from glmtuner.data.encode import Encoder
+from glmtuner.data.feedback import FeedbackEncoder
+from glmtuner.data.pairs import PairEncoder
 from glmtuner.data.prepare import ROWS, THREADS, cache_root, prepare
-from glmtuner.data.records import Example
+from glmtuner.data.prompts import PromptEncoder
+from glmtuner.data.records import Example, Message
 from glmtuner.errors import DataError
-from glmtuner.families.template import TEMPLATES
+from glmtuner.families import bpe
+from glmtuner.families.template import TEMPLATES, template_named
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +111,74 @@ def test_processes_write_the_same_bytes(tmp_path, tokenizer):
         with open(file["filename"], "rb") as rows:
             files.append(rows.read())
     assert files[0] == files[1]
+
+
+ENCODERS = {
+    "answers": partial(Encoder),
+    "feedback": partial(FeedbackEncoder),
+    "pairs": partial(PairEncoder),
+    "blocks": partial(BlockEncoder, block_length=50),
+    "prompts": partial(PromptEncoder),
+}
+WORDS = [
+    "答案",
+    "a",
+    " the",
+    "12345",
+    "\n\n",
+    "  ",
+    "<|user|>",
+    "[gMASK]",
+    "é",
+    "e\u0301",
+    "😀",
+    "\0",
+    "\0|",
+    bpe.SEPARATOR,
+    "。",
+]
+
+
+@pytest.mark.parametrize("template", ["glm4", "chatglm", "plain", "tokenizer"])
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_engine_changes_no_byte(tmp_path, monkeypatch, kind, template):
+    drawn = random.Random(0)
+
+    def text():
+        return "".join(drawn.choices(WORDS, k=drawn.randrange(1, 60))).strip() or "a"
+
+    examples = []
+    for number in range(240):
+        turns = [Message(role, text()) for role in ("user", "assistant") * drawn.randrange(1, 4)]
+        more = {"desirable": number % 2 == 0} if kind == "feedback" else {}
+        if kind == "blocks":
+            turns, more = [], {"text": text()}
+        elif kind == "pairs":
+            turns, more = turns[:-1], {"chosen": turns[-1].content, "rejected": text()}
+        examples.append(Example(turns, **more))
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_glm")
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # its own takes digits one by one
+    encoder = ENCODERS[kind](
+        template=template_named(template, tokenizer), tokenizer=tokenizer, max_source_length=40, max_target_length=30
+    )
+    written = []
+    for engines in (False, True):
+        used = []
+        monkeypatch.setattr(bpe.Engine, "_encoded", spied(bpe.Engine._encoded, used))
+        batches = iter([examples[:80], examples[80:160], examples[160:]])
+        tables, counts = zip(*preparing._encoded(batches, encoder, None, much=engines), strict=True)
+        written.append(([table.to_pylist() for table in tables], counts))
+        assert bool(used) is engines
+        assert bpe.engine_of(tokenizer) is None  # it is gone with the work
+    assert written[0] == written[1]
+
+
+def spied(function, calls):
+    def told(*args):
+        calls.append(args)
+        return function(*args)
+
+    return told
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, tokenizer):
