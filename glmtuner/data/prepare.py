@@ -86,21 +86,24 @@ def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str |
         spec, dataset_dir=data.dataset_dir, package_data=PACKAGE_DATA, split=data.split, max_samples=data.max_samples,
         cache_dir=hub_cache, token=token,
     )  # fmt: skip
-    folder = cache_root() / "tokenized" / key_of(spec, loaded.files, data, encoder)
+    description = description_of(encoder.tokenizer)
+    folder = cache_root() / "tokenized" / key_of(spec, loaded.files, data, encoder, description)
     if data.overwrite_cache and ranks.is_main():
         shutil.rmtree(folder, ignore_errors=True)
     locks = cache_root() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / f"{folder.name}.lock"):  # one process encodes; ranks and other jobs wait for it
         if not (folder / COUNTS).is_file():
-            _encode_into(folder, loaded, encoder, data, spec)
+            _encode_into(folder, loaded, encoder, data, spec, description)
     kept = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
     bad = [BadLine(**line) for line in kept["bad"]]
     refuse(bad, data.max_bad_records)
     return Prepared(spec, Dataset.from_file(str(folder / ROWS)), Counts(**kept["counts"]), loaded.files, bad)
 
 
-def _encode_into(folder: Path, loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec) -> None:
+def _encode_into(
+    folder: Path, loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec, description: bytes
+) -> None:
     """Encode the examples as they are read and write their rows as they come, to a temporary name first."""
     import pyarrow
     from pyarrow import ipc
@@ -117,7 +120,7 @@ def _encode_into(folder: Path, loaded: Loaded, encoder: Encoder, data: Data, spe
                 gc.disable()
                 files.callback(gc.enable)
             batches = _batches(loaded, encoder, data, spec)
-            much = loaded.size > WORTH_AN_ENGINE * len(encoder.tokenizer)
+            much = description if loaded.size > WORTH_AN_ENGINE * len(encoder.tokenizer) else None
             encoded = files.enter_context(closing(_encoded(batches, encoder, data.preprocessing_num_workers, much)))
             writer = None
             for rows, found in encoded:
@@ -148,11 +151,11 @@ def _batches(loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec) ->
 
 
 def _encoded(
-    batches: Iterator[list[Example]], encoder: Encoder, workers: int | None, much: bool
+    batches: Iterator[list[Example]], encoder: Encoder, workers: int | None, much: bytes | None
 ) -> "Iterator[tuple[pyarrow.RecordBatch, Counts]]":
     """Each batch's rows and counts, in order, while those behind it are encoded; a few batches are in memory at a time.
 
-    On threads, since tokenizers work without Python's lock and most of the time is theirs. More processes help where there
+    `much` describes the tokenizer where there is enough to encode for an engine. On threads, since tokenizers work without Python's lock and most of the time is theirs. More processes help where there
     are many cores: they take seconds to start.
     """
     first = list(islice(batches, 2))
@@ -174,7 +177,7 @@ def _encoded(
         pool = ThreadPoolExecutor(workers)
         shared = None
         if much:
-            engine = pool.submit(use_engine, encoder.tokenizer)
+            engine = pool.submit(use_engine, encoder.tokenizer, much)
             first += islice(batches, workers)  # read meanwhile
             shared = engine.result()
         encoders = SimpleQueue()
@@ -205,11 +208,11 @@ def _encoded(
 _kept: Encoder  # a process's own, sent once and not with each batch
 
 
-def _keep(encoder: Encoder, much: bool) -> None:
+def _keep(encoder: Encoder, much: bytes | None) -> None:
     global _kept
     _kept = encoder
     if much:
-        use_engine(encoder.tokenizer)
+        use_engine(encoder.tokenizer, much)
 
 
 def _encode_kept(examples: list[Example]) -> "tuple[pyarrow.RecordBatch, Counts]":
@@ -240,7 +243,8 @@ def _column(values: Sequence[Any], kind: "pyarrow.DataType") -> "pyarrow.Array":
             [_column([value[field.name] for value in values], field.type) for field in kind], fields=list(kind)
         )
     if not pyarrow.types.is_list(kind):
-        return pyarrow.array(values, kind)
+        # Arrow's own allocator (mimalloc) takes ten times as long as all else here when threads take turns at it
+        return pyarrow.array(values, kind, memory_pool=pyarrow.system_memory_pool())
     ends = numpy.fromiter(accumulate(map(len, values), initial=0), numpy.int32, len(values) + 1)
     if all(isinstance(value, array) for value in values):
         inner = pyarrow.Array.from_buffers(kind.value_type, ends[-1], [None, pyarrow.py_buffer(b"".join(values))])
@@ -269,7 +273,7 @@ def _features(names: Iterable[str]) -> Any:
     return Features({name: types.get(name, ids) for name in names})
 
 
-def key_of(spec: DatasetSpec, files: dict[str, str], data: Data, encoder: Encoder) -> str:
+def key_of(spec: DatasetSpec, files: dict[str, str], data: Data, encoder: Encoder, description: bytes) -> str:
     """A name for the encoded rows that changes with anything that changes them."""
     about = {
         "files": files,
@@ -278,7 +282,7 @@ def key_of(spec: DatasetSpec, files: dict[str, str], data: Data, encoder: Encode
         "max_samples": data.max_samples,
         "encoder": encoder.settings(),
         "template": encoder.template.describe(),
-        "tokenizer": tokenizer_digest(encoder.tokenizer),
+        "tokenizer": digest(description),
         "code": [digest((PACKAGE / name).read_bytes()) for name in CODE]
         + [digest(path.read_bytes()) for path in sorted((PACKAGE / "data/formats").glob("*.py"))],
     }
@@ -289,15 +293,15 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """A hash of what the tokenizer does: its backend's own description, its file, or its vocabulary."""
+def description_of(tokenizer: Any) -> bytes:
+    """All that the tokenizer does: its backend's own description, its file, or its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        return digest(backend.to_str().encode())
+        return backend.to_str().encode()
     file = getattr(tokenizer, "vocab_file", None)
     if file and Path(file).is_file():
-        return digest(f"{type(tokenizer).__name__} {tokenizer.special_tokens_map}".encode() + Path(file).read_bytes())
-    return digest(json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False).encode())
+        return f"{type(tokenizer).__name__} {tokenizer.special_tokens_map}".encode() + Path(file).read_bytes()
+    return json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False).encode()
 
 
 def held_out(rows: "Dataset", dev_ratio: float, seed: int) -> tuple["Dataset", "Dataset"]:

@@ -55,9 +55,9 @@ class Engine:
     lock: Lock = field(default_factory=Lock)  # of the tokenizer itself, which encodes for one thread at a time
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "Engine | None":
-        """The tokenizer's engine; None where equal ids are not proven."""
-        told = json.loads(tokenizer.backend_tokenizer.to_str())
+    def of(cls, description: bytes) -> "Engine | None":
+        """The engine of the tokenizer that tokenizer.json describes; None where equal ids are not proven."""
+        told = json.loads(description)
         normalizer, pattern = told["normalizer"], _pattern_of(told["pre_tokenizer"])
         if pattern is None or (normalizer is not None and normalizer["type"] != "NFC"):
             return None
@@ -109,11 +109,14 @@ def engine_of(tokenizer: Any) -> Engine | None:
     return _engines.get(tokenizer)
 
 
-def use_engine(tokenizer: Any) -> Engine | None:
-    """Encode by the tokenizer's engine from now on, if it has one: worth it where there is much to encode."""
+def use_engine(tokenizer: Any, description: bytes) -> Engine | None:
+    """Encode by the tokenizer's engine from now on, if it has one: worth it where there is much to encode.
+
+    `description` is what its backend writes to tokenizer.json.
+    """
     from glmtuner.families.template import backend_of
 
-    engine = Engine.of(tokenizer) if backend_of(tokenizer, reads_controls=False) is not None else None
+    engine = Engine.of(description) if backend_of(tokenizer, reads_controls=False) is not None else None
     if engine is not None:
         _engines[tokenizer] = engine
     return engine

@@ -166,7 +166,8 @@ def test_an_engine_changes_no_byte(tmp_path, monkeypatch, kind, template):
         used = []
         monkeypatch.setattr(bpe.Engine, "_encoded", spied(bpe.Engine._encoded, used))
         batches = iter([examples[:80], examples[80:160], examples[160:]])
-        tables, counts = zip(*preparing._encoded(batches, encoder, None, much=engines), strict=True)
+        much = preparing.description_of(tokenizer) if engines else None
+        tables, counts = zip(*preparing._encoded(batches, encoder, None, much), strict=True)
         written.append(([table.to_pylist() for table in tables], counts))
         assert bool(used) is engines
         assert bpe.engine_of(tokenizer) is None  # it is gone with the work

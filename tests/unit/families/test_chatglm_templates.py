@@ -172,9 +172,9 @@ def test_a_jinja_template_on_a_tokenizer_without_offsets_is_refused(shared):
 
 
 def test_the_cache_s_key_changes_with_the_tokenizer_s_file(tokenizers, shared, tmp_path):
-    from glmtuner.data.prepare import tokenizer_digest
+    from glmtuner.data.prepare import description_of
 
-    first, second = tokenizer_digest(tokenizers["chatglm"]), tokenizer_digest(tokenizers["chatglm2"])
+    first, second = description_of(tokenizers["chatglm"]), description_of(tokenizers["chatglm2"])
     assert first != second
     shutil.copyfile(shared / "goldens/chatglm2_realvocab/tokenizer.model", tmp_path / "tokenizer.model")
-    assert tokenizer_digest(ChatGLMTokenizer.from_pretrained(tmp_path)) == second
+    assert description_of(ChatGLMTokenizer.from_pretrained(tmp_path)) == second
