@@ -105,7 +105,6 @@ def _encode_into(
     folder: Path, loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec, description: bytes
 ) -> None:
     """Encode the examples as they are read and write their rows as they come, to a temporary name first."""
-    import pyarrow
     from pyarrow import ipc
 
     # whoever holds the lock is alone, so what lies there is of a process that was killed
@@ -125,7 +124,7 @@ def _encode_into(
             writer = None
             for rows, found in encoded:
                 if writer is None:
-                    file = files.enter_context(pyarrow.OSFile(str(partial / ROWS), "wb"))
+                    file = files.enter_context((partial / ROWS).open("wb"))
                     writer = files.enter_context(ipc.new_stream(file, rows.schema))
                 writer.write_batch(rows)
                 counts += found
@@ -155,8 +154,8 @@ def _encoded(
 ) -> "Iterator[tuple[pyarrow.RecordBatch, Counts]]":
     """Each batch's rows and counts, in order, while those behind it are encoded; a few batches are in memory at a time.
 
-    `much` describes the tokenizer where there is enough to encode for an engine. On threads, since tokenizers work without Python's lock and most of the time is theirs. More processes help where there
-    are many cores: they take seconds to start.
+    On threads, since tokenizers work without Python's lock and most of the time is theirs. More processes help where there
+    are many cores: they take seconds to start. `much`: the tokenizer's description, where there is enough for an engine.
     """
     first = list(islice(batches, 2))
     if len(first) < 2:  # not worth a second tokenizer
@@ -234,7 +233,7 @@ def as_arrow(rows: Sequence[dict[str, Any]]) -> "pyarrow.RecordBatch":
 
 
 def _column(values: Sequence[Any], kind: "pyarrow.DataType") -> "pyarrow.Array":
-    """An Arrow array of a column's values; lists of numbers go through one buffer, ten times faster than one by one."""
+    """An Arrow array of a column's values; numbers go through one buffer, ten times faster than one by one."""
     import numpy
     import pyarrow
 

@@ -46,9 +46,9 @@ BYTES = _characters_of_bytes()
 
 @dataclass
 class Engine:
-    """Encodes what it can."""
+    """Encodes texts, those that tiktoken might read otherwise by the tokenizer itself."""
 
-    core: Any
+    encoding: Any  # of tiktoken
     separator: int  # the number of what stands between texts
     composed: bool  # does the tokenizer compose characters (NFC) first?
     added: tuple[str, ...]  # tokens that are read in any text
@@ -64,14 +64,17 @@ class Engine:
         ranks = _ranks_of(told["model"])
         if ranks is None:
             return None
-        from tiktoken._tiktoken import CoreBPE  # `import tiktoken` would import a client for downloads
+        import tiktoken
 
         added = tuple(token["content"] for token in told["added_tokens"] if not token["special"])
         separator = max(ranks.values()) + 1
-        core = CoreBPE(ranks, {SEPARATOR: separator}, pattern)
-        return cls(core, separator, normalizer is not None, added)
+        encoding = tiktoken.Encoding(
+            "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={SEPARATOR: separator}
+        )
+        return cls(encoding, separator, normalizer is not None, added)
 
     def takes(self, text: str) -> bool:
+        """Whether tiktoken reads the text as the tokenizer does."""
         return (
             len(text) < LONGEST
             and SEPARATOR not in text
@@ -95,9 +98,10 @@ class Engine:
 
         if not texts:
             return []
-        found = numpy.frombuffer(self.core.encode_to_tiktoken_buffer(SEPARATOR.join(texts), {SEPARATOR}), numpy.int32)
+        text = SEPARATOR.join(texts)
+        found = self.encoding.encode_to_numpy(text, allowed_special={SEPARATOR}, disallowed_special=())
         ends = [*numpy.flatnonzero(found == self.separator).tolist(), len(found)]
-        ids = array("i", found.tobytes())
+        ids = array("i", found.astype(numpy.int32).tobytes())
         return [ids[start:end] for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
 
 
@@ -110,7 +114,7 @@ def engine_of(tokenizer: Any) -> Engine | None:
 
 
 def use_engine(tokenizer: Any, description: bytes) -> Engine | None:
-    """Encode by the tokenizer's engine from now on, if it has one: worth it where there is much to encode.
+    """Encode by the tokenizer's engine until `leave_engine`, if it has one: worth it where there is much to encode.
 
     `description` is what its backend writes to tokenizer.json.
     """
@@ -184,9 +188,8 @@ def _comes_out(left: Any, right: Any, whole: Any) -> bool:
     import numpy
 
     parts = numpy.full((int(whole[-1]) + 1, 2), -1)  # of each token; none of bytes
-    if (
-        whole[1:] > whole[:-1]
-    ).all():  # one pair a token: all at once, since the first that does not come out is found either way
+    one_a_token = (whole[1:] > whole[:-1]).all()
+    if one_a_token:  # all at once, since the first that does not come out is found either way
         parts[whole] = numpy.stack((left, right), axis=1)
         return not _crossed(left, right, whole, parts, _Joins(left, right, whole)).any()
     # of several pairs a token one comes out; a longer token's seam is told by the parts of shorter ones
