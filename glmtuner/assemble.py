@@ -2,6 +2,8 @@
 
 import dataclasses
 import gc
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import sys
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.compose import Composed, compose, run_folder_of
 from glmtuner.config.schema import SCHEMA_CLASSES, Dtype, Model, Run
 from glmtuner.console import say
-from glmtuner.errors import CheckpointError
+from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.families.family import Family, family_from_structure, family_named, family_of
 from glmtuner.families.template import template_named
 from glmtuner.hub import read_config
@@ -42,6 +44,25 @@ def check_base(model: Model, found: Mapping[str, Any]) -> None:
                 f"model.model_name_or_path={model.model_name_or_path} does not fit model.checkpoint_dir={path} "
                 f"({', '.join(different)}); leave the model out, and the checkpoint's own is used"
             )
+
+
+def check_liger(run: Run, found: Mapping[str, Any]) -> None:
+    """Raise where Liger's kernels are asked for and are not there: without a word, transformers would go on without them."""
+    if not run.trainer.use_liger_kernel:
+        return
+    asked = "trainer.use_liger_kernel=true"
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError(
+            f"{asked}: liger-kernel is not installed here; type pip install liger-kernel, or leave it out"
+        )
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+
+    kind = found.get("model_type")
+    if kind not in known:
+        raise ConfigError(
+            f"{asked} with model_type={kind}: liger-kernel {importlib.metadata.version('liger-kernel')} has no kernels for it; "
+            f"leave it out (it has them for {', '.join(sorted(known))})"
+        )
 
 
 def settle_family(run: Run, model_config: Mapping[str, Any]) -> Family | None:

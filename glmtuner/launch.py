@@ -17,6 +17,7 @@ from glmtuner.assemble import (
     SHAPE,
     attached_model,
     check_base,
+    check_liger,
     compute_dtype,
     device_of,
     load_libraries,
@@ -129,6 +130,7 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
     run = composed.run
     model_config = read_config(run.model)
     check_base(run.model, model_config)
+    check_liger(run, model_config)
     family = settle_family(run, model_config)
 
     load_libraries(compiles=run.quant.bits is not None or run.trainer.torch_compile, trains=True)
@@ -283,6 +285,7 @@ def checked(composed: Composed, device: "torch.device", available: int | None) -
         raise ConfigError("--check states the memory of a training, and trainer.do_train=false; type trainer=train")
     model_config = read_config(run.model)
     check_base(run.model, model_config)
+    check_liger(run, model_config)
     family = settle_family(run, model_config)
     quieten_libraries()
     rows, longest = run.stage.largest_batch(run)

@@ -22,13 +22,13 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from glmtuner import ranks
+from glmtuner.bpe import leave_engine, use_engine
 from glmtuner.config.paths import PACKAGE, PACKAGE_DATA
 from glmtuner.config.schema import Data
 from glmtuner.data import BadLine, DatasetSpec, Loaded, load, refuse
 from glmtuner.data.encode import Counts, Encoder
 from glmtuner.data.records import Example
 from glmtuner.errors import DataError
-from glmtuner.families.bpe import leave_engine, use_engine
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -50,7 +50,7 @@ CODE = (
     "data/records.py",
     "data/read.py",
     "data/catalog.py",
-    "families/bpe.py",
+    "bpe.py",
     "families/template.py",
     "models/tokenization_chatglm.py",
 )

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from glmtuner.bpe import encodes_by_backend, engine_of
 from glmtuner.errors import ConfigError, UnknownName
-from glmtuner.families.bpe import engine_of
 
 IGNORE_INDEX = -100
 OWN = "tokenizer"  # the tokenizer's chat_template
@@ -427,9 +427,7 @@ def backend_of(tokenizer: Any, reads_controls: bool) -> Any:
 
     Asked by itself it gives ids alone: transformers would have it look for each token's place, and copy eight lists a text.
     """
-    from transformers import PreTrainedTokenizerFast
-
-    if getattr(type(tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
+    if not encodes_by_backend(tokenizer):
         return None
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = not reads_controls

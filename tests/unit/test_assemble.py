@@ -1,12 +1,62 @@
-"""What a run's libraries are imported with is switched off for their import only."""
+"""What a run's libraries are imported with is switched off for their import only; kernels that are asked for are there."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
 
-from glmtuner.assemble import load_libraries
+from glmtuner.__main__ import _register
+from glmtuner.assemble import check_liger, load_libraries
+from glmtuner.config.compose import compose
+from glmtuner.errors import ConfigError
+
+LIGER = """\
+def kernels(model): ...
+MODEL_TYPE_TO_APPLY_LIGER_FN = {"glm4": kernels, "llama": kernels}
+"""
+
+
+@pytest.fixture
+def liger(tmp_path, monkeypatch):
+    """A liger-kernel that knows two kinds of models; the real one needs Triton to be imported."""
+    package = tmp_path / "liger_kernel/transformers"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "monkey_patch.py").write_text(LIGER, encoding="utf-8")
+    about = tmp_path / "liger_kernel-0.8.5.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: liger-kernel\nVersion: 0.8.5\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
+        del sys.modules[name]
+
+
+def run_with(*words):
+    _register()
+    return compose(["model=tiny_glm", *words]).run
+
+
+def test_liger_kernels_that_are_not_installed():
+    if importlib.util.find_spec("liger_kernel") is not None:
+        pytest.skip("liger-kernel is installed")
+    with pytest.raises(ConfigError, match="not installed here; type pip install liger-kernel, or leave it out"):
+        check_liger(run_with("trainer.use_liger_kernel=true"), {"model_type": "glm4"})
+    check_liger(run_with(), {"model_type": "glm4"})
+
+
+def test_liger_kernels_that_are_not_there_for_a_model(liger):
+    check_liger(run_with("trainer.use_liger_kernel=true"), {"model_type": "glm4"})
+    with pytest.raises(ConfigError) as refused:
+        check_liger(run_with("trainer.use_liger_kernel=true"), {"model_type": "chatglm"})
+    assert str(refused.value) == (
+        "trainer.use_liger_kernel=true with model_type=chatglm: liger-kernel 0.8.5 has no kernels for it; leave it out "
+        "(it has them for glm4, llama)"
+    )
+
 
 FRESH = """\
 import gc

@@ -15,6 +15,7 @@ import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
+from glmtuner import bpe
 from glmtuner.config.paths import ASSETS
 from glmtuner.config.schema import Data
 from glmtuner.data import find
@@ -27,7 +28,6 @@ from glmtuner.data.prepare import ROWS, THREADS, cache_root, prepare
 from glmtuner.data.prompts import PromptEncoder
 from glmtuner.data.records import Example, Message
 from glmtuner.errors import DataError
-from glmtuner.families import bpe
 from glmtuner.families.template import TEMPLATES, template_named
 
 
@@ -194,6 +194,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, tokenizer):
 def test_a_killed_process_leaves_no_half_cache(tmp_path, tokenizer):
     child = os.fork()
     if not child:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's threads are not in a forked process
         prepared(tmp_path, tokenizer, encoder=fails_at(5, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     (half,) = left()

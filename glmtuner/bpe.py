@@ -118,9 +118,7 @@ def use_engine(tokenizer: Any, description: bytes) -> Engine | None:
 
     `description` is what its backend writes to tokenizer.json.
     """
-    from glmtuner.families.template import backend_of
-
-    engine = Engine.of(description) if backend_of(tokenizer, reads_controls=False) is not None else None
+    engine = Engine.of(description) if encodes_by_backend(tokenizer) else None
     if engine is not None:
         _engines[tokenizer] = engine
     return engine
@@ -128,6 +126,13 @@ def use_engine(tokenizer: Any, description: bytes) -> Engine | None:
 
 def leave_engine(tokenizer: Any) -> None:
     _engines.pop(tokenizer, None)
+
+
+def encodes_by_backend(tokenizer: Any) -> bool:
+    """Whether its ids are those of a backend of the tokenizers library, with no way of its own between."""
+    from transformers import PreTrainedTokenizerFast
+
+    return getattr(type(tokenizer), "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
 
 
 def _pattern_of(pre_tokenizer: dict[str, Any] | None) -> str | None:

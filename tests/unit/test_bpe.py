@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from glmtuner.families import bpe
+from glmtuner import bpe
 from glmtuner.families.template import encode_text
 
 TEXTS = [
