@@ -378,22 +378,21 @@ class Bench:
         self.take_turns("config_error", {OURS: ours, THEIRS: theirs})
 
     def preprocessing(self) -> None:
-        def ours() -> dict[str, float]:
+        def rates(role: str, asked: Callable[[Path, str], dict[str, Any]]) -> dict[str, float]:
             found = {}
-            for dataset, name in (("records", "records_per_second"), ("many", "many_per_second")):
-                folder = self.fresh("prepare ours")
-                done = self.child("glmtuner_prepare", folder, words=self.words(folder, dataset))[0]
-                found[name] = done["records"] / done["seconds"]
+            for dataset in ("records", "many"):
+                folder = self.fresh(role)
+                done = self.child(role, folder, **asked(folder, dataset))[0]
+                for name, seconds in (("per", "seconds"), ("tokenized_per", "tokenizing")):
+                    if seconds in done:
+                        found[f"{dataset}_{name}_second"] = done["records"] / done[seconds]
             return found
 
+        def ours() -> dict[str, float]:
+            return rates("glmtuner_prepare", lambda folder, dataset: {"words": self.words(folder, dataset)})
+
         def theirs() -> dict[str, float]:
-            found = {}
-            for dataset, name in (("records", "records_per_second"), ("many", "many_per_second")):
-                folder = self.fresh("prepare llamafactory")
-                done = self.child("llamafactory_prepare", folder, arguments=self.arguments(folder, dataset))[0]
-                found[name] = done["records"] / done["seconds"]
-                found[name.replace("per", "tokenized_per")] = done["records"] / done["tokenizing"]
-            return found
+            return rates("llamafactory_prepare", lambda folder, dataset: {"arguments": self.arguments(folder, dataset)})
 
         self.take_turns("preprocessing", {OURS: ours, THEIRS: theirs})
 

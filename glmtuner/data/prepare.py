@@ -175,7 +175,7 @@ def _encoded(
         workers = THREADS
         pool = ThreadPoolExecutor(workers)
         shared = None
-        if much:
+        if much and not encoder.template.asks_tokenizer:  # threads would change its options under each other's hands
             engine = pool.submit(use_engine, encoder.tokenizer, much)
             first += islice(batches, workers)  # read meanwhile
             shared = engine.result()

@@ -88,6 +88,7 @@ class Template:
     stop: str  # the control token behind an answer
     prefix: tuple[str, ...] = ()  # control tokens before everything
     one_answer_a_row: ClassVar[bool] = False
+    asks_tokenizer: ClassVar[bool] = False  # does it call the tokenizer itself, which then is one thread's alone?
 
     def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
         """The pieces of the turns; when the last turn is the user's, up to where the answer begins."""
@@ -249,6 +250,7 @@ class Plain(Template):
     """Words instead of control tokens, for base models that have no chat template."""
 
     name: str = "plain"
+    asks_tokenizer: ClassVar[bool] = True  # how it begins a document
     stop: str = "eos"  # whatever the tokenizer calls it
     prefix: tuple[str, ...] = ()
     words: dict[str, str] = field(
@@ -274,6 +276,7 @@ class TokenizersOwn(Template):
     """The tokenizer's jinja template, encoded as transformers does, except that user text never becomes a control token."""
 
     source: str
+    asks_tokenizer: ClassVar[bool] = True
     name: str = OWN
     stop: str = "eos"
     prefix: tuple[str, ...] = ()

@@ -169,7 +169,7 @@ def test_an_engine_changes_no_byte(tmp_path, monkeypatch, kind, template):
         much = preparing.description_of(tokenizer) if engines else None
         tables, counts = zip(*preparing._encoded(batches, encoder, None, much), strict=True)
         written.append(([table.to_pylist() for table in tables], counts))
-        assert bool(used) is engines
+        assert bool(used) is (engines and template in ("glm4", "chatglm"))  # the others ask the tokenizer themselves
         assert bpe.engine_of(tokenizer) is None  # it is gone with the work
     assert written[0] == written[1]
 
