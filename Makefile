@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LIGER := .liger
 
-.PHONY: setup quickstart test test-slurm check format schema wheel clean
+.PHONY: setup quickstart test test-slurm test-liger check format schema wheel clean
 
 setup: $(READY)
 
@@ -18,11 +19,16 @@ quickstart: $(READY)
 	$(BIN)/python -m glmtuner experiment=quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slurm: $(READY)
 	SLURM_CONF=$$(scripts/local_slurm.sh start .slurm) $(BIN)/python -m pytest tests/slurm; \
 	status=$$?; scripts/local_slurm.sh stop .slurm; exit $$status
+
+# beside the environment, not in it: with Triton installed other libraries do other things
+test-liger: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(LIGER) 'liger-kernel==0.8.5' 'triton==3.9.0'
+	PYTHONPATH=$(LIGER) $(BIN)/python -m pytest tests/liger
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -40,4 +46,4 @@ wheel: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGER) build dist *.egg-info .pytest_cache .ruff_cache

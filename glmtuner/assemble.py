@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+LIGER = "liger-kernel>=0.8.5"  # from here on it has a SwiGLU of one tensor, which is how GLM computes it
 # what a checkpoint's base must share, in all the words that config.json files have for it
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_layers", "vocab_size", "padded_vocab_size")
 
@@ -52,16 +53,34 @@ def check_liger(run: Run, found: Mapping[str, Any]) -> None:
         return
     asked = "trainer.use_liger_kernel=true"
     if importlib.util.find_spec("liger_kernel") is None:
-        raise ConfigError(
-            f"{asked}: liger-kernel is not installed here; type pip install liger-kernel, or leave it out"
-        )
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+        raise ConfigError(f"{asked}: liger-kernel is not installed here; type pip install '{LIGER}', or leave it out")
+    from packaging.requirements import Requirement
+
+    version = importlib.metadata.version("liger-kernel")
+    if not Requirement(LIGER).specifier.contains(version, prereleases=True):
+        raise ConfigError(f"{asked}: liger-kernel {version} is too old; type pip install '{LIGER}', or leave it out")
+    from glmtuner.models.liger import KNOWN, kernels_for
 
     kind = found.get("model_type")
-    if kind not in known:
+    if kind not in KNOWN:
         raise ConfigError(
-            f"{asked} with model_type={kind}: liger-kernel {importlib.metadata.version('liger-kernel')} has no kernels for it; "
-            f"leave it out (it has them for {', '.join(sorted(known))})"
+            f"{asked} with model_type={kind}: liger-kernel {version} has no kernels for it; leave it out (there are kernels "
+            f"for {', '.join(sorted(KNOWN))})"
+        )
+    for name, value in (run.trainer.liger_kernel_config or {}).items():
+        if name not in (known := kernels_for(kind)) or not isinstance(value, bool):
+            raise ConfigError(
+                f"trainer.liger_kernel_config={{{name}: {str(value).lower()}}}: the kernels for model_type={kind} are "
+                f"{', '.join(known)}, each true or false; type 'trainer.liger_kernel_config={{{known[0]}: true}}'"
+            )
+
+
+def check_liger_runs(run: Run, device: "torch.device") -> None:
+    """Raise where Liger's kernels are asked for on a device that Triton does not compile for."""
+    if run.trainer.use_liger_kernel and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            f"trainer.use_liger_kernel=true: Liger's kernels run on GPUs that Triton compiles for, and this run is on the "
+            f"{device.type}; leave it out"
         )
 
 

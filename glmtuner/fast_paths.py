@@ -5,9 +5,11 @@ a scale on the logits, a loss on its router, or attention of its own.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from glmtuner.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,43 +34,30 @@ def fast_paths(
     autocast: Callable[[], Any] = contextlib.nullcontext,
     without_padding: bool = True,
     on_weights: bool = True,
+    own_loss: bool = True,
 ) -> Taken:
     """Prepares the model for what is taken, given a few samples and the plain collator.
 
     `without_padding` says whether batches of segments may be tried, `on_weights` whether what uses weights outside of their
-    own layer's forward pass may.
+    own layer's forward pass may, and `own_loss` whether the loss in chunks, one of these, may take the place of the model's.
     """
-    import torch
-
     from glmtuner.data.segments import SegmentCollator
     from glmtuner.models.head import can_chunk, forget_chunks, use_chunks
     from glmtuner.models.lora import fuse_lora, unfuse_lora
     from glmtuner.models.segments import can_segment, forget_segments, places_of, use_segments
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps it
-    device, was_training = next(model.parameters()).device, model.training
-
-    def loss_of(collate: Collate) -> float:
-        batch = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in collate(rows).items()
-        }
-        with torch.no_grad(), autocast():
-            return float(model(**batch).loss)
+    base = base_of(model)
+    collate, chunks, fuses = padded, False, False
 
     def keeps(wanted: float, collate: Collate) -> bool:
         try:
-            found = loss_of(collate)
+            found = loss_of(model, collate(rows), autocast)
         except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return False  # the model's code has no room for it
-        with autocast():
-            exact = base.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
-        return abs(found - wanted) <= (1e-4 if exact else 2e-2) * max(abs(wanted), 1.0)
+        return is_same(model, wanted, found, autocast)
 
-    collate, chunks, fuses = padded, False, False
-    model.eval()
-    try:
-        wanted = loss_of(padded) if without_padding or on_weights else 0.0
+    with evaluating(model):
+        wanted = loss_of(model, padded(rows), autocast) if without_padding or on_weights else 0.0
         if without_padding and can_segment(base):
             use_segments(base)
             candidate = SegmentCollator(places=places_of(base))
@@ -76,7 +65,7 @@ def fast_paths(
                 collate = candidate
             else:
                 forget_segments(base)
-        if on_weights and can_chunk(base):
+        if on_weights and own_loss and can_chunk(base):
             use_chunks(base)
             chunks = keeps(wanted, collate)
             if not chunks:
@@ -85,6 +74,68 @@ def fast_paths(
             fuses = keeps(wanted, collate)
             if not fuses:
                 unfuse_lora(model)
+    return Taken(collate, chunks, fuses)
+
+
+def take_liger(
+    model: "nn.Module",
+    chosen: Mapping[str, bool],
+    rows: Sequence[Any],
+    collate: Collate,
+    autocast: Callable[[], Any] = contextlib.nullcontext,
+) -> None:
+    """Put Liger's kernels into the model; raises ConfigError where the loss of the samples is then another one.
+
+    Without samples, as for objectives that are not the model's own loss, nothing is compared.
+    """
+    from glmtuner.models.liger import use_liger
+
+    asked = "trainer.use_liger_kernel=true"
+    with evaluating(model):
+        wanted = loss_of(model, collate(rows), autocast) if rows else 0.0
+        try:
+            use_liger(base_of(model), chosen)
+            found = loss_of(model, collate(rows), autocast) if rows else 0.0
+        except Exception as error:  # a compiler's, a driver's
+            told = " ".join(str(error).split())
+            raise ConfigError(f"{asked}: {type(error).__name__}: {told[:300]}; leave it out") from error
+    if not is_same(model, wanted, found, autocast):
+        raise ConfigError(
+            f"{asked}: the loss of two samples is {found:.6g} with Liger's kernels and {wanted:.6g} without; leave it out"
+        )
+
+
+def base_of(model: "nn.Module") -> Any:
+    """The model itself, which PEFT may have wrapped."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def evaluating(model: "nn.Module") -> Iterator[None]:
+    """Without dropout, for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return Taken(collate, chunks, fuses)
+
+
+def loss_of(model: "nn.Module", batch: Mapping[str, Any], autocast: Callable[[], Any]) -> float:
+    """The model's loss of a batch, as the trainer would compute it."""
+    import torch
+
+    device = next(model.parameters()).device
+    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    with torch.no_grad(), autocast():
+        return float(model(**moved).loss)
+
+
+def is_same(model: "nn.Module", wanted: float, found: float, autocast: Callable[[], Any]) -> bool:
+    """Whether two ways to compute a loss differ by no more than the rounding of what they are computed in."""
+    import torch
+
+    with autocast():
+        half = torch.is_autocast_enabled(next(model.parameters()).device.type)
+    exact = base_of(model).dtype == torch.float32 and not half
+    return abs(found - wanted) <= (1e-4 if exact else 2e-2) * max(abs(wanted), 1.0)

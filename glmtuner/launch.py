@@ -18,6 +18,7 @@ from glmtuner.assemble import (
     attached_model,
     check_base,
     check_liger,
+    check_liger_runs,
     compute_dtype,
     device_of,
     load_libraries,
@@ -140,6 +141,7 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
     template = template_of(run, family, tokenizer)
     data = run.stage.datasets(run, specs, template, tokenizer)
     device = device_of(run)
+    check_liger_runs(run, device)
     checkpoint_where_needed(composed, model_config, family, data, device)
     model, family = attached_model(composed, family, device)
     run.model.family = family.name
@@ -205,10 +207,15 @@ def training_arguments(run: Run, folder: RunFolder, model: "nn.Module") -> Any:
         chosen["activation_checkpointing"] = chosen.pop("gradient_checkpointing")
         if "gradient_checkpointing_kwargs" in chosen:
             chosen["activation_checkpointing_kwargs"] = chosen.pop("gradient_checkpointing_kwargs")
-    for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode"):
-        chosen.pop(
-            name, None
-        )  # blocks are compiled one by one, see `speed_up`; the whole model breaks at every attention
+    # `speed_up` compiles blocks one by one, since the whole model breaks at every attention, and asks Liger for more models
+    for name in (
+        "torch_compile",
+        "torch_compile_backend",
+        "torch_compile_mode",
+        "use_liger_kernel",
+        "liger_kernel_config",
+    ):
+        chosen.pop(name, None)
     chosen |= {"output_dir": str(folder.path), "report_to": "none", "run_name": run.name or folder.path.name}
     if ranks.world_size() > 1:
         chosen |= run.parallel.arguments()
@@ -487,23 +494,26 @@ def may_take(run: Run) -> dict[str, bool]:
     return {
         "without_padding": plain and run.data.padding_free and run.data.ignore_pad_token_for_loss,
         "on_weights": plain and run.parallel.whole_modules,
+        "own_loss": not (run.trainer.liger_kernel_config or {}).get("fused_linear_cross_entropy"),
     }
 
 
 def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets", blocks: "list[nn.Module]") -> None:
-    """Batches without padding, packs and a loss in chunks, where the model's loss stays what it is; compiled blocks."""
+    """Batches without padding, packs and a loss in chunks, where the model's loss stays what it is; kernels, compiled blocks."""
     from glmtuner.data.segments import Packs
-    from glmtuner.fast_paths import fast_paths
+    from glmtuner.fast_paths import fast_paths, take_liger
 
     rows = data.train if data.train is not None else data.evaluation
-    plain = trainer.data_collator
+    plain, autocast = trainer.data_collator, trainer.compute_loss_context_manager
+    samples = [] if rows is None or not run.stage.models_loss else [rows[0], rows[len(rows) - 1]]
+    if run.trainer.use_liger_kernel:
+        take_liger(trainer.model, run.trainer.liger_kernel_config or {}, samples, plain, autocast)
     if run.trainer.torch_compile:
         options = {"backend": run.trainer.torch_compile_backend, "mode": run.trainer.torch_compile_mode}
         for block in blocks:
             block.compile(dynamic=True, **{name: value for name, value in options.items() if value})
-    if rows is None or not run.stage.models_loss:
+    if not samples:
         return
-    samples, autocast = [rows[0], rows[len(rows) - 1]], trainer.compute_loss_context_manager
     taken = fast_paths(trainer.model, samples, plain, autocast=autocast, **may_take(run))
     trainer.data_collator, trainer.chunks_loss = taken.collate, taken.chunks_loss
     if not run.data.packing or data.train is None:

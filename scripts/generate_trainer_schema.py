@@ -61,6 +61,8 @@ def annotation(hint: object) -> str | None:
     if len(parts) != 1:
         return None
     part = parts[0]
+    if typing.get_origin(part) is dict and is_optional(hint):
+        return None  # OmegaConf.update fails on a typed dict that is None
     if part in SIMPLE:
         text = part.__name__
     elif typing.get_origin(part) in (list, dict) and all(arg in SIMPLE for arg in typing.get_args(part)):

@@ -90,6 +90,7 @@ UNIONS: dict[str, list[str]] = {
     "optim_target_modules": ["str", "list", "null"],
     "activation_checkpointing_kwargs": ["dict", "str", "null"],
     "gradient_checkpointing_kwargs": ["dict", "str", "null"],
+    "liger_kernel_config": ["dict", "null"],
     "include_num_input_tokens_seen": ["str", "bool"],
     "report_to": ["str", "list", "null"],
     "trackio_static_space_id": ["str", "bool", "null"],
@@ -138,7 +139,7 @@ class TrainerArguments:
     torch_compile_backend: str | None = None
     torch_compile_mode: str | None = None
     use_liger_kernel: bool = False
-    liger_kernel_config: dict[str, bool] | None = None
+    liger_kernel_config: Any = None
     use_cache: bool = False
     neftune_noise_alpha: float | None = None
     torch_empty_cache_steps: int | None = None

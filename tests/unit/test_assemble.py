@@ -1,38 +1,18 @@
 """What a run's libraries are imported with is switched off for their import only; kernels that are asked for are there."""
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from glmtuner.__main__ import _register
-from glmtuner.assemble import check_liger, load_libraries
+from glmtuner.assemble import check_liger, check_liger_runs, load_libraries
 from glmtuner.config.compose import compose
 from glmtuner.errors import ConfigError
-
-LIGER = """\
-def kernels(model): ...
-MODEL_TYPE_TO_APPLY_LIGER_FN = {"glm4": kernels, "llama": kernels}
-"""
-
-
-@pytest.fixture
-def liger(tmp_path, monkeypatch):
-    """A liger-kernel that knows two kinds of models; the real one needs Triton to be imported."""
-    package = tmp_path / "liger_kernel/transformers"
-    package.mkdir(parents=True)
-    (package.parent / "__init__.py").touch()
-    (package / "__init__.py").touch()
-    (package / "monkey_patch.py").write_text(LIGER, encoding="utf-8")
-    about = tmp_path / "liger_kernel-0.8.5.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: liger-kernel\nVersion: 0.8.5\n", encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
-        del sys.modules[name]
 
 
 def run_with(*words):
@@ -41,20 +21,39 @@ def run_with(*words):
 
 
 def test_liger_kernels_that_are_not_installed(monkeypatch):
+    """What is installed has tests of its own, tests/liger."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="not installed here; type pip install liger-kernel, or leave it out"):
+    with pytest.raises(
+        ConfigError, match=r"not installed here; type pip install 'liger-kernel>=[0-9.]+', or leave it out"
+    ):
         check_liger(run_with("trainer.use_liger_kernel=true"), {"model_type": "glm4"})
     check_liger(run_with(), {"model_type": "glm4"})
 
 
-def test_liger_kernels_that_are_not_there_for_a_model(liger):
-    check_liger(run_with("trainer.use_liger_kernel=true"), {"model_type": "glm4"})
-    with pytest.raises(ConfigError) as refused:
-        check_liger(run_with("trainer.use_liger_kernel=true"), {"model_type": "chatglm"})
-    assert str(refused.value) == (
-        "trainer.use_liger_kernel=true with model_type=chatglm: liger-kernel 0.8.5 has no kernels for it; leave it out "
-        "(it has them for glm4, llama)"
-    )
+def test_liger_kernels_of_old(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.10")
+    with pytest.raises(
+        ConfigError, match=r"liger-kernel 0.5.10 is too old; type pip install 'liger-kernel>=[0-9.]+', or"
+    ):
+        check_liger(run_with("trainer.use_liger_kernel=true"), {"model_type": "glm4"})
+
+
+def test_liger_kernels_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    asked = run_with("trainer.use_liger_kernel=true")
+    with pytest.raises(
+        ConfigError, match="run on GPUs that Triton compiles for, and this run is on the cpu; leave it out"
+    ):
+        check_liger_runs(asked, torch.device("cpu"))
+    check_liger_runs(asked, torch.device("cuda"))
+    check_liger_runs(run_with(), torch.device("cpu"))
+
+
+def test_liger_kernels_are_chosen_as_a_whole():
+    assert run_with("trainer.liger_kernel_config={swiglu: false}").trainer.liger_kernel_config == {"swiglu": False}
+    with pytest.raises(ConfigError, match=r"trainer\.liger_kernel_config=7"):
+        run_with("trainer.liger_kernel_config=7")
 
 
 FRESH = """\
