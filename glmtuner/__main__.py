@@ -42,6 +42,7 @@ MEANINGS = {
     "metric": "how answers are scored",
     "generation": "how chat decodes",
     "tracker": "where the numbers go besides the run folder",
+    "kernels": "what computes a block besides torch's own kernels",
     "parallel": "how many processes train one run, and what each holds",
     "experiment": "whole recipes",
 }
