@@ -11,7 +11,7 @@ import os
 import shutil
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -224,7 +224,7 @@ def _encode(encoder: Encoder, examples: list[Example]) -> "tuple[pyarrow.RecordB
 
 
 def as_arrow(rows: Sequence[dict[str, Any]]) -> "pyarrow.RecordBatch":
-    """The rows as Arrow keeps them, with the types that `datasets` reads from its schema."""
+    """The rows as Arrow keeps them."""
     import pyarrow
 
     schema = _schema(tuple(rows[0]))
@@ -256,20 +256,16 @@ def _column(values: Sequence[Any], kind: "pyarrow.DataType") -> "pyarrow.Array":
 
 @cache
 def _schema(names: tuple[str, ...]) -> "pyarrow.Schema":
-    return _features(names).arrow_schema
-
-
-def _features(names: Iterable[str]) -> Any:
     """The types of a row's columns, stated, since a batch of empty lists would have none."""
-    from datasets import Features, List, Value
+    import pyarrow
 
-    ids = List(Value("int32"))
+    ids = pyarrow.list_(pyarrow.int32())
     types = {
-        **dict.fromkeys(("prompt", "answer", "rejected"), Value("string")),
-        "is_desirable": Value("bool"),
-        "earlier": List({"input_ids": ids, "labels": ids}),
+        **dict.fromkeys(("prompt", "answer", "rejected"), pyarrow.string()),
+        "is_desirable": pyarrow.bool_(),
+        "earlier": pyarrow.list_(pyarrow.struct({"input_ids": ids, "labels": ids})),
     }
-    return Features({name: types.get(name, ids) for name in names})
+    return pyarrow.schema([(name, types.get(name, ids)) for name in names])
 
 
 def key_of(spec: DatasetSpec, files: dict[str, str], data: Data, encoder: Encoder, description: bytes) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from glmtuner.data.encode import Encoder
-from glmtuner.data.prepare import _features, with_earlier_answers
+from glmtuner.data.prepare import as_arrow, with_earlier_answers
 from glmtuner.data.records import Example, Message
 from glmtuner.errors import ConfigError
 from glmtuner.families.template import IGNORE_INDEX, TEMPLATES, template_named, with_tools
@@ -114,11 +114,12 @@ def test_chatglm3_learns_all_answers_in_one_row(tokenizers):
 
 def test_training_rows_are_spread_and_evaluation_rows_are_not(tokenizers):
     from datasets import Dataset
+    from pyarrow import Table
 
     rows, _ = encoder(tokenizers, "chatglm2").encode([Example(TURNS), Example(TURNS[:3]), Example(TURNS[:5])])
     single, _ = encoder(tokenizers, "chatglm2").encode([Example(TURNS[:3])] * 2)  # no earlier answer in the whole batch
-    table = Dataset.from_list(rows, features=_features(rows[0]))
-    assert table.features == Dataset.from_list(single, features=_features(single[0])).features
+    table, without = (Dataset(Table.from_batches([as_arrow(found)])) for found in (rows, single))
+    assert table.features == without.features
     spread = with_earlier_answers(table)
     assert spread.column_names == ["input_ids", "labels"]
     wanted = [part for row in rows for part in (*row["earlier"], row)]
