@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ def padded(rows: list[tuple[list[int], list[int]]], pad_id: int) -> dict[str, An
 def bare_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """One epoch by plain PyTorch, transformers' model class and PEFT: what both tools do, without either.
 
-    Over padded batches of `rows`, or over `packed`, a file with the tensors of every step of a packed run.
+    Over padded batches of `rows`, or over `packed`, a file with the tensors of every step of a packed run: those with a mask of
+    all tokens by all tokens, which is transformers' own way, or with attention `by_sample`.
     """
     import random
 
@@ -177,7 +179,9 @@ def bare_loop(settings: dict[str, Any]) -> dict[str, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(settings["seed"])
-    base = AutoModelForCausalLM.from_pretrained(settings["model"], dtype="auto").to(device)
+    lengths: list[int] = []  # of the samples in this step's row
+    way = {"attn_implementation": attention_by_sample(lengths)} if settings.get("by_sample") else {}
+    base = AutoModelForCausalLM.from_pretrained(settings["model"], dtype="auto", **way).to(device)
     lora = LoraConfig(
         r=settings["lora_rank"],
         lora_alpha=settings["lora_alpha"],
@@ -206,6 +210,9 @@ def bare_loop(settings: dict[str, Any]) -> dict[str, Any]:
     steps, tokens = 0, 0
     for batch in batches:
         tokens += batch["attention_mask"].sum().item() if "attention_mask" in batch else batch["input_ids"].numel()
+        if way:
+            starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+            lengths[:] = [end - start for start, end in pairwise([*starts, batch["input_ids"].numel()])]
         on_device = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.autocast(device, half) if half else contextlib.nullcontext():
             loss = model(**on_device).loss
@@ -218,6 +225,25 @@ def bare_loop(settings: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "tokens": tokens, "steps": steps, "loss": loss.item()}
+
+
+def attention_by_sample(lengths: list[int]) -> str:
+    """The name under which transformers knows causal attention of each of the samples of a row by itself."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **options: Any) -> Any:
+        grouped = query.shape[1] != key.shape[1]
+        parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+        attended = [
+            scaled_dot_product_attention(*part, is_causal=True, scale=scaling, enable_gqa=grouped) for part in parts
+        ]
+        return torch.cat(attended, dim=2).transpose(1, 2), None
+
+    AttentionInterface.register("by_sample", attend)
+    AttentionMaskInterface.register("by_sample", lambda *args, **options: None)
+    return "by_sample"
 
 
 # -- inside glmtuner -----------------------------------------------------------------------------------------------------
