@@ -494,7 +494,6 @@ def may_take(run: Run) -> dict[str, bool]:
     return {
         "without_padding": plain and run.data.padding_free and run.data.ignore_pad_token_for_loss,
         "on_weights": plain and run.parallel.whole_modules,
-        "own_loss": not (run.trainer.liger_kernel_config or {}).get("fused_linear_cross_entropy"),
     }
 
 
@@ -506,15 +505,17 @@ def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets", blocks: "list[nn
     rows = data.train if data.train is not None else data.evaluation
     plain, autocast = trainer.data_collator, trainer.compute_loss_context_manager
     samples = [] if rows is None or not run.stage.models_loss else [rows[0], rows[len(rows) - 1]]
+    kernels = (run.trainer.liger_kernel_config or {}) if run.trainer.use_liger_kernel else {}
     if run.trainer.use_liger_kernel:
-        take_liger(trainer.model, run.trainer.liger_kernel_config or {}, samples, plain, autocast)
+        take_liger(trainer.model, kernels, samples, plain, autocast)
     if run.trainer.torch_compile:
         options = {"backend": run.trainer.torch_compile_backend, "mode": run.trainer.torch_compile_mode}
         for block in blocks:
             block.compile(dynamic=True, **{name: value for name, value in options.items() if value})
     if not samples:
         return
-    taken = fast_paths(trainer.model, samples, plain, autocast=autocast, **may_take(run))
+    own_loss = not kernels.get("fused_linear_cross_entropy")  # Liger's, where it was chosen
+    taken = fast_paths(trainer.model, samples, plain, autocast=autocast, own_loss=own_loss, **may_take(run))
     trainer.data_collator, trainer.chunks_loss = taken.collate, taken.chunks_loss
     if not run.data.packing or data.train is None:
         return

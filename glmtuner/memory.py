@@ -298,7 +298,8 @@ def estimate(
     """Of a `hollow` model, which is used up: the peak of its training on batches of `rows` rows of `longest` tokens.
 
     `arguments` are transformers' TrainingArguments; `baseline` is what the process holds before anything is loaded, which
-    counts on a CPU only; the two flags are those of `fast_paths`, which takes what they allow for nearly every model. Raises ConfigError where the model's forward pass cannot be gone through without values.
+    counts on a CPU only; the two flags are those of `fast_paths`, which takes what they allow for nearly every model. Raises
+    ConfigError where the model's forward pass cannot be gone through without values.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
