@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.data.collate import IGNORE_INDEX
 from glmtuner.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
+LOOKED_AT = 50  # rows, in search for short ones
+LEARNED = 64  # tokens of a sample's answer, half as many of the second one's, so that it has padding
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
 
 
@@ -75,6 +78,25 @@ def fast_paths(
             if not fuses:
                 unfuse_lora(model)
     return Taken(collate, chunks, fuses)
+
+
+def short_samples(rows: Sequence[Any], count: int = 2) -> list[Any]:
+    """The shortest beginnings of some of the first rows that hold learned tokens, of different lengths.
+
+    Short, since the plain way to compute their loss makes logits of all their tokens, which of whole rows might not fit.
+    """
+    cut = []
+    for place in range(min(len(rows), LOOKED_AT)):
+        ids, labels = rows[place]["input_ids"], rows[place]["labels"]
+        first = next((at for at, label in enumerate(labels) if label != IGNORE_INDEX), None)
+        if first is not None:
+            cut.append((first, place, ids, labels))
+    shortest = sorted(cut)[:count]
+    ends = [first + LEARNED // (1 + rank) for rank, (first, *_) in enumerate(shortest)]
+    return [
+        {"input_ids": ids[:end], "labels": labels[:end]}
+        for end, (_, _, ids, labels) in zip(ends, shortest, strict=True)
+    ]
 
 
 def take_liger(

@@ -22,7 +22,6 @@ from glmtuner.assemble import (
     compute_dtype,
     device_of,
     load_libraries,
-    quieten_libraries,
     settle_family,
     template_of,
 )
@@ -134,7 +133,7 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
     check_liger(run, model_config)
     family = settle_family(run, model_config)
 
-    load_libraries(compiles=run.quant.bits is not None or run.trainer.torch_compile, trains=True)
+    load_libraries(compiles=compiles(run), trains=True)
     from glmtuner.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(run.model)
@@ -175,6 +174,11 @@ def catalogue_dirs(composed: Composed) -> list[Path]:
     """The dataset catalogues: of the user's config folders, then the package's."""
     searched = [str(path).removeprefix("file://") for path in composed.hydra.searchpath or []]
     return [*(Path(path) / "dataset" for path in searched if not path.startswith("pkg:")), conf_dir() / "dataset"]
+
+
+def compiles(run: Run) -> bool:
+    """Whether the run needs torch's compiler: for its blocks, or for bitsandbytes' kernels on a CPU."""
+    return run.quant.bits is not None or run.trainer.torch_compile
 
 
 def output_folder(composed: Composed) -> Path:
@@ -294,7 +298,7 @@ def checked(composed: Composed, device: "torch.device", available: int | None) -
     check_base(run.model, model_config)
     check_liger(run, model_config)
     family = settle_family(run, model_config)
-    quieten_libraries()
+    load_libraries(compiles=compiles(run), trains=True)  # what a run would, since they count
     rows, longest = run.stage.largest_batch(run)
     estimated = estimator(composed, family, device, rows, longest, ranks.to_start(run.parallel))
     line = settle_checkpointing(composed, estimated, available)
@@ -500,11 +504,11 @@ def may_take(run: Run) -> dict[str, bool]:
 def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets", blocks: "list[nn.Module]") -> None:
     """Batches without padding, packs and a loss in chunks, where the model's loss stays what it is; kernels, compiled blocks."""
     from glmtuner.data.segments import Packs
-    from glmtuner.fast_paths import fast_paths, take_liger
+    from glmtuner.fast_paths import fast_paths, short_samples, take_liger
 
     rows = data.train if data.train is not None else data.evaluation
     plain, autocast = trainer.data_collator, trainer.compute_loss_context_manager
-    samples = [] if rows is None or not run.stage.models_loss else [rows[0], rows[len(rows) - 1]]
+    samples = short_samples(rows) if rows is not None and run.stage.models_loss else []
     kernels = (run.trainer.liger_kernel_config or {}) if run.trainer.use_liger_kernel else {}
     if run.trainer.use_liger_kernel:
         take_liger(trainer.model, kernels, samples, plain, autocast)

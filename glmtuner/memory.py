@@ -32,9 +32,11 @@ GIB = 2**30
 MARGIN = 0.15  # how far from the measured peak an estimate may lie
 CUDA_CONTEXT = 0.5 * GIB  # what the driver and the libraries take of a GPU beside torch's tensors; differs by card
 CUBLAS_WORKSPACE = 32 * 2**20  # of torch's on Hopper, taken from its allocator; smaller on older cards
-# What glibc takes for a byte of tensors that come and go. 1.04 to 1.39 was measured, and 2.2 where they are few (full
-# fine-tuning with gradient checkpointing); docs/memory.md has the runs.
-HEAP = 1.1
+# What glibc's heap takes for a byte of activations that are kept, and of what comes and goes between them and leaves holes;
+# and what data, tokenizer and the checks before the first step leave behind. Chosen on the runs of docs/memory.md.
+HEAP_KEPT, HEAP_REST = 1.2, 3.0
+LEFT_BEHIND = 40 * 2**20
+MAPPED = 2**25  # bytes of a tensor from which on glibc has it from the system, and gives it back when it goes
 LIBRARIES = ("datasets", "peft", "sentencepiece", "glmtuner.trainer", "glmtuner.models", "bitsandbytes", "rich.table")
 OF_TRACKERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 ABSMAX_BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit storage
@@ -193,6 +195,7 @@ class Ledger:
     def __init__(self, model: "nn.Module") -> None:
         self.alive = self.most = self.gradients = self.kept = 0
         self.at_peak = (0, 0)  # gradients, and what the forward pass had kept until the output head
+        self.made, self.made_on_heap = 1, 1  # all that was ever made, in tensors of any size and in smaller than MAPPED
         self._sizes: dict[int, int] = {}
         self._with_gradient: set[int] = set()
         for parameter in model.parameters():
@@ -233,6 +236,9 @@ class Ledger:
             return
         self._sizes[key] = storage.nbytes()
         self.alive += self._sizes[key]
+        self.made += self._sizes[key]
+        if self._sizes[key] < MAPPED:
+            self.made_on_heap += self._sizes[key]
         weakref.finalize(storage, self._free, key)
         if self.alive > self.most:
             self.most, self.at_peak = self.alive, (self.gradients, self.kept)
@@ -349,7 +355,9 @@ def estimate(
     if on_gpu:
         rest += CUBLAS_WORKSPACE
     else:
-        kept, rest = int(kept * HEAP), int(rest * HEAP)
+        on_heap, coming = ledger.made_on_heap / ledger.made, rest - kept
+        kept += int(kept * on_heap * (HEAP_KEPT - 1))
+        rest = kept + coming + int(coming * on_heap * (HEAP_REST - 1))
     return Estimate(
         device="GPU" if on_gpu else "CPU",
         total_parameters=counts[0],
@@ -418,7 +426,7 @@ def resident() -> int:
 
 
 def settled_baseline(device: "torch.device", tracker: str) -> int:
-    """What this process holds before a run loads anything: its libraries are imported and have computed once."""
+    """What this process holds besides tensors: its libraries are imported and have computed once."""
     import torch
 
     if device.type != "cpu":
@@ -429,7 +437,7 @@ def settled_baseline(device: "torch.device", tracker: str) -> int:
     for dtype in (torch.float32, torch.bfloat16):  # a library's code counts once it has been touched
         x = torch.ones(1, 2, 64, 64, dtype=dtype, requires_grad=True)
         torch.nn.functional.scaled_dot_product_attention(x @ x, x, x, is_causal=True).log_softmax(-1).sum().backward()
-    return resident()
+    return resident() + LEFT_BEHIND
 
 
 def device_memory(device: "torch.device") -> int | None:
