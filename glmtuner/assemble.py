@@ -49,6 +49,8 @@ def check_base(model: Model, found: Mapping[str, Any]) -> None:
 
 def check_liger(run: Run, found: Mapping[str, Any]) -> None:
     """Raise where Liger's kernels are asked for and are not there: without a word, transformers would go on without them."""
+    if (left := sys.modules.get("glmtuner.models.liger")) is not None:
+        left.restore_modules()  # by an earlier job of this process
     if not run.trainer.use_liger_kernel:
         return
     asked = "trainer.use_liger_kernel=true"

@@ -355,9 +355,10 @@ def estimate(
     if on_gpu:
         rest += CUBLAS_WORKSPACE
     else:
-        on_heap, coming = ledger.made_on_heap / ledger.made, rest - kept
-        kept += int(kept * on_heap * (HEAP_KEPT - 1))
-        rest = kept + coming + int(coming * on_heap * (HEAP_REST - 1))
+        on_heap = ledger.made_on_heap / ledger.made
+        coming = int((rest - kept) * (1 + on_heap * (HEAP_REST - 1)))
+        kept = int(kept * (1 + on_heap * (HEAP_KEPT - 1)))
+        rest = kept + coming
     return Estimate(
         device="GPU" if on_gpu else "CPU",
         total_parameters=counts[0],

@@ -8,8 +8,10 @@ Importing this module imports liger-kernel, and that Triton.
 """
 
 import inspect
+import sys
 import types
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from liger_kernel.ops import LigerLayerNormFunction, LigerRMSNormFunction
@@ -66,6 +68,16 @@ def apply_liger_kernel_to_glm(
             module.forward = types.MethodType(forward, module)
 
 
+_before: list[tuple[types.ModuleType, dict[str, Any]]] = []  # modules as they were
+
+
+def restore_modules() -> None:
+    """Let models that are built from now on be without Liger's kernels, as the next job of a sweep may be."""
+    while _before:
+        module, names = _before.pop()
+        vars(module).update(names)
+
+
 KNOWN: Mapping[str, Callable[..., None]] = {
     **dict.fromkeys(("chatglm", "glm"), apply_liger_kernel_to_glm),
     **MODEL_TYPE_TO_APPLY_LIGER_FN,
@@ -81,8 +93,11 @@ def kernels_for(model_type: str) -> list[str]:
 def use_liger(model: nn.Module, chosen: Mapping[str, bool]) -> None:
     """Put Liger's kernels into the model, those that are `chosen`, else those liger-kernel recommends; there is no way back.
 
-    Its loss is left out unless it is chosen: that of `head` computes no logits of the prompts' tokens either.
+    Its loss is left out unless it is chosen: that of `head` computes no logits of the prompts' tokens either. liger-kernel's
+    own functions also change the module that the model's classes stand in, and torch's; `restore_modules` undoes that.
     """
+    for module in (sys.modules[type(model).__module__], nn.functional):
+        _before.append((module, dict(vars(module))))
     known = kernels_for(model.config.model_type)
     options = {name: value for name, value in {LOSS: False, **chosen}.items() if name in known}
     KNOWN[model.config.model_type](model=model, **options)

@@ -9,19 +9,30 @@ import torch
 from torch import nn
 from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmMLP, GlmRMSNorm
+from transformers.models.glm4 import modeling_glm4
 
+from glmtuner.__main__ import _register
+from glmtuner.assemble import check_liger
+from glmtuner.config.compose import compose
 from glmtuner.data.collate import Collator
 from glmtuner.errors import ConfigError
 from glmtuner.families import family_named
 from glmtuner.fast_paths import fast_paths, take_liger
 from glmtuner.finetuning.lora import Lora
 from glmtuner.models.configuration_chatglm import ChatGLM2Config, ChatGLMConfig
-from glmtuner.models.liger import KNOWN, apply_liger_kernel_to_glm, kernels_for, use_liger
+from glmtuner.models.liger import KNOWN, apply_liger_kernel_to_glm, kernels_for, restore_modules, use_liger
 from glmtuner.models.modeling_chatglm import ChatGLMForConditionalGeneration
 from glmtuner.models.modeling_chatglm2 import ChatGLM2ForConditionalGeneration, ChatGLM2MLP
 
+_register()
 V = 48
 SMALL = {"hidden_size": 16, "num_attention_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def modules_as_they_were():
+    yield
+    restore_modules()
 
 
 def chatglm() -> nn.Module:
@@ -146,6 +157,15 @@ def test_its_loss_is_left_to_ours_unless_it_is_asked_for():
     assert "forward" in vars(asked)
     assert not fast_paths(asked, rows()[:2], Collator(pad_id=3), own_loss=False).chunks_loss
     assert "forward" in vars(asked)
+
+
+def test_the_next_job_of_a_sweep_has_the_models_own_code():
+    own, loss = modeling_glm4.Glm4RMSNorm, nn.functional.cross_entropy
+    use_liger(model_of("glm4"), {"cross_entropy": True})
+    assert modeling_glm4.Glm4RMSNorm is not own and nn.functional.cross_entropy is not loss
+    check_liger(compose(["model=tiny_glm"]).run, {"model_type": "glm4"})
+    assert modeling_glm4.Glm4RMSNorm is own and nn.functional.cross_entropy is loss
+    assert type(model_of("glm4").model.norm) is own
 
 
 def test_kernels_that_compute_another_loss_are_refused(monkeypatch):

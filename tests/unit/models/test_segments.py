@@ -10,7 +10,7 @@ from transformers import GlmConfig, GlmForCausalLM, GPT2Config, GPT2LMHeadModel,
 from glmtuner.data.collate import IGNORE_INDEX, Collator
 from glmtuner.data.segments import SegmentCollator
 from glmtuner.families import family_named
-from glmtuner.fast_paths import Taken, fast_paths
+from glmtuner.fast_paths import LEARNED, Taken, fast_paths, short_samples
 from glmtuner.finetuning.lora import Lora
 from glmtuner.finetuning.p_tuning import PTuning
 from glmtuner.models import head
@@ -241,3 +241,20 @@ def test_compiled_blocks_compute_the_same_with_and_without_segments(name):
     assert_same(learned(model, flat(samples())), wanted)
     assert_same(learned(model, flat([*samples()[2:], *samples()[:2]])), wanted)
     assert_same(learned(model, batch), wanted)
+
+
+def test_samples_are_cut_behind_the_beginning_of_an_answer():
+    """The plain way makes logits of all their tokens: of whole rows it might not fit where the run does."""
+    long, none, short = [7] * 4000, [IGNORE_INDEX] * 900, [IGNORE_INDEX] * 30
+    rows = [
+        {"input_ids": [5] * 4900, "labels": none + long, "prompt": "p"},
+        {"input_ids": [5] * 900, "labels": none, "prompt": "nothing is learned"},
+        {"input_ids": [5] * 4030, "labels": short + long, "prompt": "q"},
+        {"input_ids": [5] * 20, "labels": short[:15] + [7] * 5, "prompt": "r"},
+    ]
+    first, second = short_samples(rows)
+    assert first == {"input_ids": [5] * 20, "labels": rows[3]["labels"]}
+    assert second == {"input_ids": [5] * (30 + LEARNED // 2), "labels": [*short, *[7] * (LEARNED // 2)]}
+    assert short_samples([rows[1]]) == []
+    everything = [{"input_ids": long, "labels": long}] * 3
+    assert [len(sample["labels"]) for sample in short_samples(everything)] == [LEARNED, LEARNED // 2]
