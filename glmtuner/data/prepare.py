@@ -11,7 +11,7 @@ import os
 import shutil
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +31,7 @@ from glmtuner.data.records import Example
 from glmtuner.errors import DataError
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
+    from concurrent.futures import Future, ThreadPoolExecutor
 
     import pyarrow
     from datasets import Dataset
@@ -172,27 +172,11 @@ def _encoded(
     else:
         from concurrent.futures import ThreadPoolExecutor
 
-        workers = THREADS
+        workers, work = THREADS, None
         pool = ThreadPoolExecutor(workers)
-        shared = None
-        if much and not encoder.template.asks_tokenizer:  # threads would change its options under each other's hands
-            engine = pool.submit(use_engine, encoder.tokenizer, much)
-            first += islice(batches, workers)  # read meanwhile
-            shared = engine.result()
-        encoders = SimpleQueue()
-        for place in range(workers):  # a tokenizer each, since asking one sets its options; an engine is asked by all
-            mine = encoder if shared or not place else replace(encoder, tokenizer=deepcopy(encoder.tokenizer))
-            encoders.put(mine)
-
-        def work(examples: list[Example]) -> "tuple[pyarrow.RecordBatch, Counts]":
-            mine = encoders.get()
-            try:
-                return _encode(mine, examples)
-            finally:
-                encoders.put(mine)
-
     under_way: deque[Future] = deque()
     try:
+        work = work or _on_threads(pool, encoder, much, first, batches)
         for examples in chain(first, batches):
             under_way.append(pool.submit(work, examples))
             if len(under_way) > 2 * workers:
@@ -202,6 +186,29 @@ def _encoded(
     finally:
         pool.shutdown(cancel_futures=True)
         leave_engine(encoder.tokenizer)
+
+
+def _on_threads(
+    pool: "ThreadPoolExecutor", encoder: Encoder, much: bytes | None, first: list[Any], batches: Iterator[list[Example]]
+) -> "Callable[[list[Example]], tuple[pyarrow.RecordBatch, Counts]]":
+    """What a thread does with a batch; where an engine is prepared, more batches are read to `first` meanwhile."""
+    shared = None
+    if much and not encoder.template.asks_tokenizer:  # threads would change its options under each other's hands
+        engine = pool.submit(use_engine, encoder.tokenizer, much)
+        first += islice(batches, THREADS)
+        shared = engine.result()
+    encoders = SimpleQueue()
+    for place in range(THREADS):  # a tokenizer each, since asking one sets its options; an engine is asked by all
+        encoders.put(encoder if shared or not place else replace(encoder, tokenizer=deepcopy(encoder.tokenizer)))
+
+    def work(examples: list[Example]) -> "tuple[pyarrow.RecordBatch, Counts]":
+        mine = encoders.get()
+        try:
+            return _encode(mine, examples)
+        finally:
+            encoders.put(mine)
+
+    return work
 
 
 _kept: Encoder  # a process's own, sent once and not with each batch
