@@ -87,7 +87,8 @@ def short_samples(rows: Sequence[Any], count: int = 2) -> list[Any]:
     """
     cut = []
     for place in range(min(len(rows), LOOKED_AT)):
-        ids, labels = rows[place]["input_ids"], rows[place]["labels"]
+        row = rows[place]
+        ids, labels = row["input_ids"], row["labels"]
         first = next((at for at, label in enumerate(labels) if label != IGNORE_INDEX), None)
         if first is not None:
             cut.append((first, place, ids, labels))

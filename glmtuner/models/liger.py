@@ -68,7 +68,7 @@ def apply_liger_kernel_to_glm(
             module.forward = types.MethodType(forward, module)
 
 
-_before: list[tuple[types.ModuleType, dict[str, Any]]] = []  # modules as they were
+_before: list[tuple[types.ModuleType, dict[str, Any]]] = []  # what modules had under names that were changed
 
 
 def restore_modules() -> None:
@@ -96,8 +96,10 @@ def use_liger(model: nn.Module, chosen: Mapping[str, bool]) -> None:
     Its loss is left out unless it is chosen: that of `head` computes no logits of the prompts' tokens either. liger-kernel's
     own functions also change the module that the model's classes stand in, and torch's; `restore_modules` undoes that.
     """
-    for module in (sys.modules[type(model).__module__], nn.functional):
-        _before.append((module, dict(vars(module))))
+    modules = [(module, dict(vars(module))) for module in (sys.modules[type(model).__module__], nn.functional)]
     known = kernels_for(model.config.model_type)
     options = {name: value for name, value in {LOSS: False, **chosen}.items() if name in known}
     KNOWN[model.config.model_type](model=model, **options)
+    for module, names in modules:
+        changed = {name: value for name, value in names.items() if vars(module)[name] is not value}
+        _before.append((module, changed))
