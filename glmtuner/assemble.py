@@ -61,6 +61,7 @@ def check_liger(run: Run, found: Mapping[str, Any]) -> None:
     version = importlib.metadata.version("liger-kernel")
     if not Requirement(LIGER).specifier.contains(version, prereleases=True):
         raise ConfigError(f"{asked}: liger-kernel {version} is too old; type pip install '{LIGER}', or leave it out")
+    quieten_libraries()
     from glmtuner.models.liger import KNOWN, kernels_for
 
     kind = found.get("model_type")
