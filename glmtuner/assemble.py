@@ -194,7 +194,8 @@ def attached_model(composed: Composed, family: Family | None, device: "torch.dev
     checkpoints = checkpoints_of(run.model)
     whole = base_folder(checkpoints)
     source = dataclasses.replace(run.model, model_name_or_path=str(whole), config_name=None) if whole else run.model
-    model = load_model(source, family, run.quant, device, compute_dtype(run, device))
+    dtype = compute_dtype(run, device)
+    model = load_model(source, family, run.quant, device, dtype, sharded=run.parallel.sharded)
     run.quant.prepare(model)
     if family is None:
         family = family_from_structure(model)

@@ -22,8 +22,8 @@ class Decoding:
 MOST_ROWS = 32  # generated at once where nothing is said: more gain little, and the first answers come later
 
 
-def rows_that_fit(model: "PreTrainedModel", tokens: int) -> int:
-    """How many rows of so many tokens have room for their keys and values in half of the free memory, 1 to MOST_ROWS."""
+def rows_that_fit(model: "PreTrainedModel", tokens: int, most: int = MOST_ROWS) -> int:
+    """How many rows of so many tokens have room for their keys and values in half of the free memory, 1 to `most`."""
     import torch
 
     config = model.config.get_text_config()
@@ -36,7 +36,7 @@ def rows_that_fit(model: "PreTrainedModel", tokens: int) -> int:
         import psutil
 
         free = psutil.virtual_memory().available
-    return min(max(free // 2 // a_row, 1), MOST_ROWS)
+    return min(max(free // 2 // a_row, 1), most)
 
 
 def answers(

@@ -60,15 +60,25 @@ def dtype_of(model: Model, config: "PreTrainedConfig", device: "torch.device") -
 
 
 def load_model(
-    model: Model, family: "Family | None", quant: Quant, device: "torch.device", compute_dtype: "torch.dtype"
+    model: Model,
+    family: "Family | None",
+    quant: Quant,
+    device: "torch.device",
+    compute_dtype: "torch.dtype",
+    *,
+    sharded: bool = False,
 ) -> "PreTrainedModel":
-    """The causal LM with the weights of the checkpoint, in `model.dtype`; quantized ones compute in `compute_dtype`."""
+    """The causal LM with the weights of the checkpoint, in `model.dtype`; quantized ones compute in `compute_dtype`.
+
+    On a GPU they are read straight into its memory, unless they are to be `sharded` over several.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     source = model_source(model.model_name_or_path)
     config = load_config(model, family)
     dtype = dtype_of(model, config, device)
+    placed = {"device_map": {"": device}} if device.type == "cuda" and not sharded else {}
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert .bin files
     loaded, found = from_hub(
         model,
@@ -79,7 +89,7 @@ def load_model(
             dtype=dtype,
             trust_remote_code=False,
             **hub_options(model),
-            **quant.loading(device, compute_dtype),
+            **placed | quant.loading(device, compute_dtype),
         ),
     )
     missing, foreign = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])

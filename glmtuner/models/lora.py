@@ -32,7 +32,9 @@ class _LoraLinear(torch.autograd.Function):
         low_TR = seen_TI @ a_RI.t()
         ctx.save_for_backward(seen_TI, low_TR, weight_OI, a_RI, b_OR)
         ctx.scale = scale
-        return F.linear(x_TI, weight_OI, bias_O).addmm_(low_TR, b_OR.t(), alpha=scale)
+        out_TO = F.linear(x_TI, weight_OI, bias_O).addmm_(low_TR, b_OR.t(), alpha=scale)
+        # a view, since torch.compile of torch 2.11 gives no gradient to what was changed in place
+        return out_TO.view(out_TO.shape)
 
     @staticmethod
     def backward(ctx: Any, slope_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]

@@ -6,7 +6,9 @@ batches; only the padding is not computed (Krell et al. 2021, arXiv:2107.02027, 
 Shape letters: T tokens of all segments together, H query heads, G key-value heads, D head dimension.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -108,6 +110,13 @@ def _has_kernel(module: nn.Module, query: torch.Tensor, segments: Segments, opti
     )
 
 
+@cache
+def _asks_for_grouping() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def _by_kernel(
     query_1HTD: torch.Tensor,
     key_1GTD: torch.Tensor,
@@ -120,6 +129,8 @@ def _by_kernel(
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = segments.bounds(query_1HTD.device), max(segments.lengths)
+    # torch 2.11 groups heads without being told; a later one wants to be
+    grouped = {"enable_gqa": query_1HTD.shape[1] != key_1GTD.shape[1]} if _asks_for_grouping() else {}
     query, key, value = (states[0].transpose(0, 1) for states in (query_1HTD, key_1GTD, value_1GTD))
     attended = varlen_attn(
         query,
@@ -131,7 +142,7 @@ def _by_kernel(
         longest,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(attended, torch.Tensor)
     return attended[None]
