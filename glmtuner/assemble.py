@@ -115,6 +115,9 @@ def load_libraries(*, compiles: bool, trains: bool) -> None:
     is loaded for them.
     """
     quieten_libraries()
+    # rows of ever other lengths leave holes in a GPU's memory; segments that grow have none
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     compiling = os.environ.get("TORCHDYNAMO_DISABLE")
     first = "torch" not in sys.modules  # later, in the next job of a sweep, a frozen object might be a model
     if first:
@@ -172,6 +175,13 @@ def device_of(run: Run) -> "torch.device":
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def has_bfloat16(device: "torch.device") -> bool:
+    """Whether it is a GPU with bfloat16; of one that is not in this machine that is supposed."""
+    import torch
+
+    return device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
+
+
 def compute_dtype(run: Run, device: "torch.device") -> "torch.dtype":
     """What quantized layers multiply in: the run's precision, else bf16 where the GPU has it, else float32."""
     import torch
@@ -180,7 +190,7 @@ def compute_dtype(run: Run, device: "torch.device") -> "torch.dtype":
         return torch.bfloat16 if run.trainer.bf16 else torch.float16
     if run.model.dtype is not Dtype.auto:
         return getattr(torch, run.model.dtype.value)
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def attached_model(composed: Composed, family: Family | None, device: "torch.device") -> "tuple[nn.Module, Family]":

@@ -22,11 +22,15 @@ Collate = Callable[[Sequence[Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Taken:
-    """The collator to use, and whether the model's loss is computed in chunks and its LoRA layers in one operation each."""
+    """The collator to use, and whether the model's loss is computed in chunks and its LoRA layers in one operation each.
+
+    `refused` says of each way that was tried and left out why.
+    """
 
     collate: Collate
     chunks_loss: bool = False
     fuses_lora: bool = False
+    refused: tuple[str, ...] = ()
 
 
 def fast_paths(
@@ -51,33 +55,47 @@ def fast_paths(
 
     base = base_of(model)
     collate, chunks, fuses = padded, False, False
+    refused: list[str] = []
 
-    def keeps(wanted: float, collate: Collate) -> bool:
+    def keeps(what: str, wanted: float, collate: Collate) -> bool:
         try:
             found = loss_of(model, collate(rows), autocast)
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return False  # the model's code has no room for it
-        return is_same(model, wanted, found, autocast)
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            refused.append(f"{what}: the model's code has no room for it ({told[:200]})")
+            return False
+        if is_same(model, wanted, found, autocast):
+            return True
+        refused.append(f"{what}: the loss of two samples would be {found:.6g} and is {wanted:.6g}")
+        return False
 
     with evaluating(model):
         wanted = loss_of(model, padded(rows), autocast) if without_padding or on_weights else 0.0
         if without_padding and can_segment(base):
             use_segments(base)
             candidate = SegmentCollator(places=places_of(base))
-            if keeps(wanted, candidate):
+            if keeps("batches without padding", wanted, candidate):
                 collate = candidate
             else:
                 forget_segments(base)
         if on_weights and own_loss and can_chunk(base):
             use_chunks(base)
-            chunks = keeps(wanted, collate)
+            chunks = keeps("the loss in chunks", wanted, collate)
             if not chunks:
                 forget_chunks(base)
         if on_weights and fuse_lora(model):
-            fuses = keeps(wanted, collate)
+            fuses = keeps("LoRA layers in one operation", wanted, collate)
             if not fuses:
                 unfuse_lora(model)
-    return Taken(collate, chunks, fuses)
+    return Taken(collate, chunks, fuses, tuple(refused))
 
 
 def short_samples(rows: Sequence[Any], count: int = 2) -> list[Any]:

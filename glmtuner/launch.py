@@ -21,6 +21,7 @@ from glmtuner.assemble import (
     check_liger_runs,
     compute_dtype,
     device_of,
+    has_bfloat16,
     load_libraries,
     settle_family,
     template_of,
@@ -149,7 +150,7 @@ def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) 
     if ranks.is_main():
         folder.lock()
         describe(folder, composed, family, template, model_config, data, resumes)
-    arguments = training_arguments(run, folder, model)
+    arguments = training_arguments(run, folder, model, device)
     run.tracker.start(run, folder.path)
     blocks = family.blocks(model.get_base_model() if hasattr(model, "get_base_model") else model)  # PEFT wraps it
     if ranks.world_size() > 1:
@@ -195,8 +196,11 @@ def output_folder(composed: Composed) -> Path:
 # -- model, template, arguments ------------------------------------------------------------------------------------------
 
 
-def training_arguments(run: Run, folder: RunFolder, model: "nn.Module") -> Any:
-    """transformers' arguments: what differs from its defaults, and the precision that trained parts of a half base need."""
+def training_arguments(run: Run, folder: RunFolder, model: "nn.Module", device: "torch.device") -> Any:
+    """transformers' arguments: what differs from its defaults, and the precision that trained parts of a half base need.
+
+    `device` is where the run trains, which need not be in this machine.
+    """
     import torch
     from transformers import Seq2SeqTrainingArguments
 
@@ -230,7 +234,7 @@ def training_arguments(run: Run, folder: RunFolder, model: "nn.Module") -> Any:
     if run.trainer.do_train and half and not (run.trainer.fp16 or run.trainer.bf16):
         if run.finetuning.saved_as == "model":
             chosen["bf16" if torch.bfloat16 in half else "fp16"] = True  # float32 weights between half-precision ones
-        elif torch.bfloat16 in half and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        elif torch.bfloat16 in half and has_bfloat16(device):
             chosen["bf16"] = True  # products with float32 adapters take bfloat16's tensor cores, too
     if not torch.cuda.is_available():
         chosen["dataloader_pin_memory"] = False  # transformers warns where there is nothing to pin for
@@ -321,7 +325,7 @@ def estimator(
         there.trainer = copy.copy(run.trainer)
         there.parallel = Parallel(name="none")  # DeepSpeed's configuration would change how models are built
         there.trainer.use_cpu = not torch.cuda.is_available()  # transformers refuses bf16 for a GPU that is not here
-        arguments = training_arguments(there, RunFolder(Path("outputs")), model)
+        arguments = training_arguments(there, RunFolder(Path("outputs")), model, device)
         arguments.activation_checkpointing = checkpointing
         found = estimate(model, arguments, device, rows=rows, longest=longest, baseline=baseline, **may_take(run))
         return found.shared(run.parallel.shares, processes)
@@ -507,7 +511,7 @@ def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets", blocks: "list[nn
     from glmtuner.fast_paths import fast_paths, short_samples, take_liger
 
     rows = data.train if data.train is not None else data.evaluation
-    plain, autocast = trainer.data_collator, trainer.compute_loss_context_manager
+    plain, autocast = trainer.data_collator, trainer.accelerator.autocast
     samples = short_samples(rows) if rows is not None and run.stage.models_loss else []
     kernels = (run.trainer.liger_kernel_config or {}) if run.trainer.use_liger_kernel else {}
     if run.trainer.use_liger_kernel:
@@ -521,6 +525,8 @@ def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets", blocks: "list[nn
     own_loss = not kernels.get("fused_linear_cross_entropy")  # Liger's, where it was chosen
     taken = fast_paths(trainer.model, samples, plain, autocast=autocast, own_loss=own_loss, **may_take(run))
     trainer.data_collator, trainer.chunks_loss = taken.collate, taken.chunks_loss
+    for reason in taken.refused:
+        say(f"computed the plain way, {reason}")
     if not run.data.packing or data.train is None:
         return
     if taken.collate is plain:
@@ -558,10 +564,11 @@ def train(
         trainer.args.eval_on_start = False
     assert data.train is not None
     collate = trainer.data_collator
+    trainer.checkpoint_activations()
     check_first_batch(
         trainer.model,
         collate([trainer.train_dataset[0]]),
-        trainer.compute_loss_context_manager,
+        trainer.accelerator.autocast,
         lambda: first_words(trainer.model, tokenizer, data.train[0]),
         trainer.objective.trial if trainer.objective is not None else None,
     )

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 MARGIN = 0.15  # how far from the measured peak an estimate may lie
-CUDA_CONTEXT = 0.5 * GIB  # what the driver and the libraries take of a GPU beside torch's tensors; differs by card
+CUDA_CONTEXT = 0.75 * GIB  # what the driver and the libraries take of a GPU beside torch's tensors; 0.74 on an H200
+HOLES = 0.03  # of what comes and goes: what torch's allocator holds of a GPU between tensors
 CUBLAS_WORKSPACE = 32 * 2**20  # of torch's on Hopper, taken from its allocator; smaller on older cards
 # What glibc's heap takes for a byte of activations that are kept, and of what comes and goes between them and leaves holes;
 # and what data, tokenizer and the checks before the first step leave behind. Chosen on the runs of docs/memory.md.
@@ -351,9 +352,10 @@ def estimate(
     gradients, kept = ledger.at_peak
     rest = ledger.most - states - gradients
     kept = min(max(kept - states, 0), rest)
-    own = {"CUDA context": int(CUDA_CONTEXT)} if on_gpu else {"Python and libraries": baseline}
+    own = {"Python and libraries": baseline}
     if on_gpu:
         rest += CUBLAS_WORKSPACE
+        own = {"CUDA context": int(CUDA_CONTEXT), "allocator": int(HOLES * (gradients + rest))}
     else:
         on_heap = ledger.made_on_heap / ledger.made
         coming = int((rest - kept) * (1 + on_heap * (HEAP_REST - 1)))

@@ -93,6 +93,15 @@ class GlmTrainer(Trainer):
         if not self.sharded:
             super()._move_model_to_device(model, device)
 
+    def checkpoint_activations(self) -> None:
+        """Now, where the arguments ask for it; `train` does so too, but the first batch is tried before that."""
+        if self.args.activation_checkpointing:
+            options = dict(self.args.activation_checkpointing_kwargs or {})
+            layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
+            self.model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=options or None, every_n_layers=layers, offload=offload
+            )
+
     # -- checkpoints: written to a temporary name, marked complete, renamed ------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from glmtuner.data.collate import IGNORE_INDEX
 
-CHUNK_BYTES = 2**26  # of a chunk's float32 logits on a GPU
+CHUNK_BYTES = 2**28  # of a chunk's float32 logits on a GPU: every chunk reads the whole head, a gigabyte, twice
 CHUNK_BYTES_CPU = 2**23  # few enough to stay in the processor's cache
 
 
@@ -38,7 +38,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets_N), size):
             chunk = slice(start, start + size)
             logits = F.linear(hidden_NH[chunk], weight_VH, bias_V)
-            scores, dtype = logits.float().log_softmax(-1), logits.dtype
+            scores, dtype = logits.log_softmax(-1, dtype=torch.float32), logits.dtype
             targets = targets_N[chunk, None]
             loss_N[chunk] = -scores.gather(1, targets)[:, 0]
             if not (wants_hidden or wants_weight or wants_bias):

@@ -100,13 +100,20 @@ def _windowed(
 def _has_kernel(module: nn.Module, query: torch.Tensor, segments: Segments, options: dict[str, Any]) -> bool:
     """Whether torch's own flash attention for rows of different lengths computes the same: one call for all segments."""
     return (
-        query.device.type == "cuda"
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        _kernel_runs(query)
         and query.shape[-1] <= 256
         and not any(segments.contexts)
         and not options.get("dropout")
         and getattr(module, "prefix", None) is None
+    )
+
+
+def _kernel_runs(query: torch.Tensor) -> bool:
+    """Whether the device and the precision have the kernel."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
 

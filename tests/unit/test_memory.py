@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def estimated(*words: str, rows: int = 2, longest: int = 64) -> Estimate:
     run = compose(["model=tiny_glm", "tracker=none", *words]).run
     model = hollow(run, settle_family(run, read_config(run.model)), CPU, torch.float32)
-    arguments = training_arguments(run, RunFolder(Path("outputs")), model)
+    arguments = training_arguments(run, RunFolder(Path("outputs")), model, CPU)
     return estimate(model, arguments, CPU, rows=rows, longest=longest, baseline=0)
 
 
