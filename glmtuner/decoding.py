@@ -6,6 +6,10 @@ where transformers' cache copies itself for every token.
 Caches that are more than keys and values of every token (sliding windows, linear attention) cannot be joined row by row;
 such rows start together, and a row that is done stays in the batch until all are.
 
+A step of a large model is a thousand small kernels and more, and starting them one by one from Python takes longer than a GPU
+takes to run them. So where a batch's buffers stay the same, a step is recorded as a CUDA graph and replayed
+(glmtuner/replay.py).
+
 Shape letters: B rows, W columns in use, R rows and C columns of a buffer, G key-value heads, D head dimension, V vocabulary.
 """
 
@@ -19,6 +23,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from glmtuner.errors import ConfigError
+from glmtuner.replay import Recorder, Replay, can_replay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 PREFILL = 8192  # prompt tokens, padding counted, that are read in one step: it bounds memory, and how long others wait
 PADDED = 0.05  # the largest difference that padding may make, as a share of the largest logit: rounding makes less
 SPARE = 64  # columns that a buffer has at least to spare when it is made
+FIRST_RECORDED = 3  # step on the same buffers that is recorded: many batches end sooner
 
 
 class NoCache(ConfigError):
@@ -47,7 +53,11 @@ class SpareLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new columns; returns all columns so far."""
+        """Write the new columns; returns all columns so far, or in a step that is replayed all that there are."""
+        if self.batch.column is not None:
+            for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+                buffer.index_copy_(2, self.batch.column, states)
+            return self.buffers[0], self.buffers[1]
         first, self.end = self.end, self.end + key_states.shape[2]
         rows, start = len(self.batch.rows), self.batch.start
         keys, values = self.buffers
@@ -79,6 +89,9 @@ class Batch:
         self.buffers = [torch.tensor(values, device=device)[:, None] for values in (ids, mask)]
         self.cache: Any = None
         self.joinable = False
+        self.column: torch.Tensor | None = None  # that a replayed step writes, [1]
+        self.replay: Replay | None = None  # of a step on these buffers
+        self.steps = 0  # on these buffers
 
     @property
     def ids(self) -> torch.Tensor:
@@ -110,8 +123,13 @@ class Batch:
 
     def make_room(self) -> None:
         """See to it that the cache can take the last token, and the rows one more."""
-        if self.end + 1 > min(buffer.shape[2] for buffer in self._all_buffers()):
+        if self.end + 1 > self.columns:
             self._rebuild(len(self.rows), self.end - self.start)
+
+    @property
+    def columns(self) -> int:
+        """How many columns every buffer has."""
+        return min(buffer.shape[2] for buffer in self._all_buffers())
 
     def join(self, other: "Batch") -> None:
         """Take in the rows of another batch."""
@@ -153,11 +171,21 @@ class Batch:
         return [*self.buffers, *caches]
 
     def _rebuild(self, rows: int, width: int) -> None:
-        """Copy what is in use to new buffers, with room for so many rows and so many columns up to the last one."""
-        capacity = self.buffers[0].shape[0]
+        """Move what is in use so that it ends in column `width`, with room for so many rows and for more columns.
+
+        It stays in its buffers where they are large enough, else it moves to new ones.
+        """
+        capacity, first = self.buffers[0].shape[0], width - (self.end - self.start)
+        if rows <= capacity and width + SPARE <= self.columns:
+            for buffer in self._all_buffers():
+                used = buffer[: len(self.rows), :, self.start : self.end].clone()
+                buffer[: len(self.rows), :, first : first + used.shape[2]] = used
+            for buffer, padding in zip(self.buffers, self.padding, strict=True):
+                buffer[:, :, :first] = buffer[:, :, width:] = padding  # where they stood
+            self._moved(first, width)
+            return
         rows = capacity if rows <= capacity else max(rows, 2 * capacity)
-        columns = width + max(SPARE, width // 4)
-        first = width - (self.end - self.start)
+        columns = -(-(width + max(SPARE, width // 2)) // 8) * 8  # by eights, as attention's kernels read masks
 
         def rebuilt(old: torch.Tensor, padding: int = 0) -> torch.Tensor:
             # what is masked must be a number, too
@@ -167,23 +195,32 @@ class Batch:
             return new
 
         self.buffers = [rebuilt(*pair) for pair in zip(self.buffers, self.padding, strict=True)]
-        if self.joinable:
-            for layer in self.cache.layers:
-                layer.buffers = [rebuilt(buffer) for buffer in layer.buffers]
-                layer.end += width - self.end
+        for layer in self.cache.layers if self.joinable else ():
+            layer.buffers = [rebuilt(buffer) for buffer in layer.buffers]
+        self.replay, self.steps = None, 0
+        self._moved(first, width)
+
+    def _moved(self, first: int, width: int) -> None:
+        for layer in self.cache.layers if self.joinable else ():
+            layer.end += width - self.end
         self.start, self.end = first, width
 
 
 class Decoder:
-    """A model that reads prompts and gives the logits behind them, and behind every further token of a batch."""
+    """A model that reads prompts and gives the logits behind them, and behind every further token of a batch.
 
-    def __init__(self, model: "PreTrainedModel", pad_id: int) -> None:
+    `replays` says whether steps are recorded and replayed; where nothing is said, they are on a GPU.
+    """
+
+    def __init__(self, model: "PreTrainedModel", pad_id: int, replays: bool | None = None) -> None:
         # an adapter's layers stand in the base model itself; PEFT's wrapper adds nothing to its forward pass
         self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         # weights shared out by torch are gathered by the module that was given to it
         self.forward: Any = model if isinstance(model, FSDPModule) else self.model
         self.accepted = inspect.signature(self.model.forward).parameters
         self.pad_id = pad_id
+        wanted = self.device.type == "cuda" if replays is None else replays
+        self.recorder = Recorder(self.model, self.accepted) if wanted and can_replay(model, self.model) else None
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +242,13 @@ class Decoder:
     def step(self, batch: Batch) -> torch.Tensor:
         """The logits behind each row's last token, [B, V]."""
         batch.make_room()
-        return self._forward(batch, new=1)
+        batch.steps += 1
+        if batch.replay is not None:
+            return batch.replay.step(batch)
+        logits_BV = self._forward(batch, new=1)
+        if self.recorder is not None and batch.joinable and batch.steps == FIRST_RECORDED:
+            batch.replay = self.recorder.recorded(batch, logits_BV)
+        return logits_BV
 
     @torch.no_grad()
     def _forward(self, batch: Batch, new: int | None) -> torch.Tensor:

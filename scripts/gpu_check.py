@@ -259,7 +259,7 @@ def page(about: dict[str, str], findings: Sequence[Finding]) -> str:
             "|---|--:|---|---|---|---|",
         ]
         for it in mine:
-            value = f"{shown(it.value)} {it.unit}".strip()
+            value = f"{shown(it.value)} {it.unit}".strip() if it.value is not None else ""
             beside = f"{shown(it.beside)} ({it.against})" if it.beside is not None else it.against
             met = {True: "yes", False: "**no**", None: ""}[it.met]
             cells = (it.what, value, beside, it.goal, met, it.note)

@@ -57,7 +57,7 @@ def run(check: Check) -> None:
     peaks = measured(check)
     for name, gib in told.items():
         if name not in peaks:
-            check.add(name, gib, "GiB", note="not measured")
+            check.add(name, None, note=f"{gib:.1f} GiB; not measured")
             continue
         off = gib / peaks[name] - 1
         # of rows of mixed lengths no batch may have been as long as the longest that there could be
