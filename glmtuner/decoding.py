@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from glmtuner.console import say
 from glmtuner.errors import ConfigError
 from glmtuner.replay import Recorder, Replay, can_replay
 
@@ -248,6 +249,9 @@ class Decoder:
         logits_BV = self._forward(batch, new=1)
         if self.recorder is not None and batch.joinable and batch.steps == FIRST_RECORDED:
             batch.replay = self.recorder.recorded(batch, logits_BV)
+            if batch.replay is None:
+                say(f"steps of generation are not replayed as CUDA graphs: {self.recorder.refused}")
+                self.recorder = None
         return logits_BV
 
     @torch.no_grad()

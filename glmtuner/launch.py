@@ -327,7 +327,10 @@ def estimator(
         there.trainer.use_cpu = not torch.cuda.is_available()  # transformers refuses bf16 for a GPU that is not here
         arguments = training_arguments(there, RunFolder(Path("outputs")), model, device)
         arguments.activation_checkpointing = checkpointing
-        found = estimate(model, arguments, device, rows=rows, longest=longest, baseline=baseline, **may_take(run))
+        found = estimate(
+            model, arguments, device, rows=rows, longest=longest, baseline=baseline, scores=not run.stage.policy,
+            **may_take(run),
+        )  # fmt: skip
         return found.shared(run.parallel.shares, processes)
 
     return estimated

@@ -130,13 +130,11 @@ def quantize(model: "nn.Module", bits: int, compute_dtype: "torch.dtype") -> Non
     from transformers.quantizers.base import get_keys_to_not_convert
 
     class Product(torch.autograd.Function):
-        """x W^T where W is made for the product and thrown away; 4-bit products keep nothing, 8-bit ones their input."""
+        """x W^T where W is made for the product and thrown away, and nothing is kept."""
 
         @staticmethod
         def forward(ctx: Any, x: "torch.Tensor", rows: int) -> "torch.Tensor":
             ctx.columns, ctx.dtype = x.shape[-1], x.dtype
-            if bits == 8:
-                ctx.save_for_backward(x)
             weight = x.new_empty(rows, x.shape[-1], dtype=compute_dtype)
             return nn.functional.linear(x.to(compute_dtype), weight).to(x.dtype)
 
@@ -291,6 +289,14 @@ def loss_in_chunks(base: "nn.Module", batch: dict[str, Any], at_head: Callable[[
     return chunked_cross_entropy(hidden, base.get_output_embeddings(), batch["labels"].flatten())[0] / len(hidden)
 
 
+def loss_of_states(base: "nn.Module", batch: dict[str, Any], at_head: Callable[[], None]) -> "torch.Tensor":
+    """A loss that reads the hidden states alone, as a value head does."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    hidden = base.base_model(**inputs).last_hidden_state
+    at_head()
+    return hidden.float().mean()
+
+
 def estimate(
     model: "nn.Module",
     arguments: Any,
@@ -301,12 +307,13 @@ def estimate(
     baseline: int,
     without_padding: bool = False,
     on_weights: bool = False,
+    scores: bool = False,
 ) -> Estimate:
     """Of a `hollow` model, which is used up: the peak of its training on batches of `rows` rows of `longest` tokens.
 
     `arguments` are transformers' TrainingArguments; `baseline` is what the process holds before anything is loaded, which
-    counts on a CPU only; the two flags are those of `fast_paths`, which takes what they allow for nearly every model. Raises
-    ConfigError where the model's forward pass cannot be gone through without values.
+    counts on a CPU only; two flags are those of `fast_paths`, which takes what they allow for nearly every model, and
+    `scores` says that the loss is one of hidden states, a reward model's, which makes no logits. Raises ConfigError where the model's forward pass cannot be gone through without values.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -341,11 +348,12 @@ def estimate(
             batch = batch_of(base, ids, segments)
             chunks = on_weights and can_chunk(base)
             with ledger.open():
-                loss_of = (
-                    (lambda: loss_in_chunks(base, batch, ledger.reached_head))
-                    if chunks
-                    else (lambda: model(**batch).loss)
-                )
+                if scores:
+                    loss_of = lambda: loss_of_states(base, batch, ledger.reached_head)  # noqa: E731
+                elif chunks:
+                    loss_of = lambda: loss_in_chunks(base, batch, ledger.reached_head)  # noqa: E731
+                else:
+                    loss_of = lambda: model(**batch).loss  # noqa: E731
                 states = _pass(model, arguments, device, ledger, loss_of)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
         raise cannot_be_followed(error) from None

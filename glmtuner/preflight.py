@@ -55,6 +55,7 @@ def check_first_batch(
                 "trainer.gradient_checkpointing_kwargs={use_reentrant: false} helps where checkpointing cuts the graph"
             )
         if generate is not None:
-            generate()
+            with autocast():  # float32 weights may stand between half-precision ones
+                generate()
     model.train(was_training)
     return float(loss.detach())

@@ -299,7 +299,7 @@ class Generation:
     """How chat and serving decode: CET's values. Evaluation and prediction decode greedily, or with beams.
 
     `engine` is what generates in trainer=predict; all else generates by the model that is loaded. `max_batch_size` is how many
-    answers evaluation and prediction generate at once: null is as many as memory has room for, 32 at most, or
+    answers evaluation and prediction generate at once: null is as many as memory has room for, 32 at most (128 on a GPU), or
     trainer.per_device_eval_batch_size where that was given another value than its default.
     """
 

@@ -124,7 +124,10 @@ def attach(
         if checkpoint is not goes_on:
             model = _merged(model, checkpoint)
     if goes_on is None:
-        return finetuning.attach(model, family)
+        model = finetuning.attach(model, family)
+        if not trains and finetuning.saved_as == "model":
+            match_base(model)
+        return model
     for name, value in settings_of(goes_on).items():
         mine = getattr(finetuning, name)
         same = sorted(mine) == sorted(value) if isinstance(value, list) else mine == value
@@ -137,6 +140,17 @@ def attach(
     model = finetuning.attach(model, family)
     finetuning.restore(model, goes_on.folder)
     return model
+
+
+def match_base(model: "nn.Module") -> None:
+    """Where nothing is trained, float32 weights between half-precision ones become such, too: products take one precision."""
+    import torch
+
+    frozen = {value.dtype for value in model.parameters() if not value.requires_grad}
+    half = frozen & {torch.float16, torch.bfloat16}
+    for parameter in model.parameters():
+        if half and parameter.requires_grad:
+            parameter.data = parameter.data.to(next(iter(half)))
 
 
 def continued(

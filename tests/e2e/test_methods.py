@@ -56,6 +56,40 @@ def test_trains_and_predicts(glmtuner: Callable, tmp_path: Path, method: str, ch
     assert "trained_parameters" in trained and "trained_parameters" not in scored
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_and_predicts_on_a_half_precision_base(glmtuner: Callable, tmp_path: Path, method: str) -> None:
+    """Trained float32 weights stand between bfloat16 ones in training, in its first batch and in every answer."""
+    words = [
+        "tracker=none",
+        "data.max_samples=12",
+        "data.max_target_length=16",
+        "trainer.use_cpu=true",
+        "trainer.disable_tqdm=true",
+    ]
+    done = glmtuner(
+        "model=tiny_glm", "model.dtype=bfloat16", f"finetuning={method}", "data.dataset=alpaca_zh_sample", *words,
+        "data.eval_dataset=identity_sample", "trainer.max_steps=4", f"trainer.learning_rate={RATES[method]}",
+        "trainer.eval_on_start=true", "trainer.do_eval=true", "trainer.do_predict=true", "trainer.predict_with_generate=true",
+        "trainer.output_dir=run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = glmtuner(
+        "trainer=predict",
+        "model.checkpoint_dir=run",
+        "data.dataset=identity_sample",
+        *words,
+        "trainer.output_dir=predicted",
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    found, before = (lines(tmp_path / name / "predictions.jsonl") for name in ("predicted", "run"))
+    assert len(found) == len(before) == 12
+    if method in (
+        "freeze",
+        "p_tuning",
+    ):  # adapters and whole float32 models are computed in another precision by themselves
+        assert found == before
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(glmtuner: Callable, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2), ("d", 3)):
         done = glmtuner(

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 RANK = {
     **dict.fromkeys(("errors", "preemption"), 0),
-    **dict.fromkeys(("bpe", "config", "console", "ranks"), 1),
+    **dict.fromkeys(("bpe", "config", "console", "ranks", "replay"), 1),
     **dict.fromkeys(
         (
             *("data", "decoding", "families", "hub", "losses", "metrics", "parallel", "quant", "prefix", "run_folder"),

@@ -29,7 +29,7 @@ def estimated(*words: str, rows: int = 2, longest: int = 64) -> Estimate:
     run = compose(["model=tiny_glm", "tracker=none", *words]).run
     model = hollow(run, settle_family(run, read_config(run.model)), CPU, torch.float32)
     arguments = training_arguments(run, RunFolder(Path("outputs")), model, CPU)
-    return estimate(model, arguments, CPU, rows=rows, longest=longest, baseline=0)
+    return estimate(model, arguments, CPU, rows=rows, longest=longest, baseline=0, scores=not run.stage.policy)
 
 
 def test_full_training_has_a_copy_two_states_and_a_gradient_for_every_weight():
@@ -161,3 +161,30 @@ def test_what_does_not_fit_is_told_with_what_to_type():
                  "trainer.per_device_train_batch_size=4 with trainer.gradient_accumulation_steps=2"):  # fmt: skip
         assert part in told
     assert "quant=int4" not in told  # full fine-tuning cannot train on it
+
+
+def test_a_reward_model_makes_no_logits():
+    scoring, choosing = (
+        estimated("finetuning=lora", stage, rows=4, longest=256) for stage in ("stage=rm", "stage=dpo")
+    )
+    assert scoring.parts["logits, loss and temporary"] < choosing.parts["logits, loss and temporary"] / 2
+
+
+@pytest.mark.parametrize("method", ["lora", "freeze"])
+def test_a_gpu_elsewhere_is_told_in_the_precision_that_it_would_have(method, tmp_path):
+    """On a machine without a GPU, for one with: bfloat16 products between float32 adapters, as a run there takes them."""
+    from glmtuner.launch import checked
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    words = [
+        "model=tiny_glm",
+        "tracker=none",
+        "model.dtype=bfloat16",
+        f"finetuning={method}",
+        "data.dataset=identity_sample",
+    ]
+    elsewhere, _ = checked(compose(words), torch.device("cuda"), None)
+    here, _ = checked(compose([*words, "trainer.bf16=true", "trainer.use_cpu=true"]), torch.device("cuda"), None)
+    assert elsewhere.device == "GPU" and elsewhere.parts == here.parts
+    assert 0 < elsewhere.parts["allocator"] < elsewhere.peak / 10
