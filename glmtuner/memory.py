@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -313,7 +314,8 @@ def estimate(
 
     `arguments` are transformers' TrainingArguments; `baseline` is what the process holds before anything is loaded, which
     counts on a CPU only; two flags are those of `fast_paths`, which takes what they allow for nearly every model, and
-    `scores` says that the loss is one of hidden states, a reward model's, which makes no logits. Raises ConfigError where the model's forward pass cannot be gone through without values.
+    `scores` says that the loss is one of hidden states, a reward model's, which makes no logits. Raises ConfigError where the
+    model's forward pass cannot be gone through without values.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -348,12 +350,8 @@ def estimate(
             batch = batch_of(base, ids, segments)
             chunks = on_weights and can_chunk(base)
             with ledger.open():
-                if scores:
-                    loss_of = lambda: loss_of_states(base, batch, ledger.reached_head)  # noqa: E731
-                elif chunks:
-                    loss_of = lambda: loss_in_chunks(base, batch, ledger.reached_head)  # noqa: E731
-                else:
-                    loss_of = lambda: model(**batch).loss  # noqa: E731
+                way = loss_of_states if scores else loss_in_chunks if chunks else None
+                loss_of = partial(way, base, batch, ledger.reached_head) if way else lambda: model(**batch).loss
                 states = _pass(model, arguments, device, ledger, loss_of)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
         raise cannot_be_followed(error) from None

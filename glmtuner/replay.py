@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 WARM_UPS = 2  # runs of a step before it is recorded, in which libraries choose their kernels
 # The norm of the difference between a replayed step's logits and the plain one's, as a share of their norm. In bfloat16 the
-# rounding alone is some percent of it: 5 on a GLM-4-9B of random weights, whose kernels differ between the two.
+# rounding alone is some percent of it: 2 on 40 layers of random weights, and on an H200 the largest difference of a GLM-4-9B
+# was 5 % of its largest logit.
 DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03}
 IN_BFLOAT16 = 0.15
 
@@ -95,9 +96,8 @@ class Replay:
         self.ids_R1.copy_(ids[:, 0, last : last + 1])
         self.mask_R11C[:, 0, 0] = mask[:, 0, : self.columns].bool()
         self.mask_R11C[..., : batch.start] = False
-        self.mask_R11C[used:, ..., last] = (
-            True  # rows without a token see one all the same: nothing at all is no number
-        )
+        # rows without a token see one all the same: attention to nothing at all is no number
+        self.mask_R11C[used:, ..., last] = True
         self.column.fill_(last)
         if self.positions is not None:
             self.positions[:used] = self._positions(batch)[:used]
