@@ -48,7 +48,6 @@ def from_hub(model: Model, fetch: Callable[[], Any]) -> Any:
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
-    from requests.exceptions import RequestException
     from safetensors import SafetensorError
 
     name = f"model.model_name_or_path={model.model_name_or_path}"
@@ -76,8 +75,16 @@ def from_hub(model: Model, fetch: Callable[[], Any]) -> Any:
             f"{name}: its files are damaged, not all there, or do not belong together ({reason[:300]}); download them again, "
             "or run `git lfs pull` in a folder that git cloned"
         ) from None
-    except (HfHubHTTPError, RequestException, OSError, ValueError) as error:
+    except (HfHubHTTPError, *http_errors(HfHubHTTPError), OSError, ValueError) as error:
         raise _not_loaded(model, error) from None
+
+
+def http_errors(of_the_hub: type[Exception]) -> tuple[type[BaseException], ...]:
+    """What the HTTP client of this huggingface_hub raises (httpx2's HTTPError, httpx's before): its own errors derive from it.
+
+    A connection that breaks or stalls in the middle of a download raises one that is none of huggingface_hub's.
+    """
+    return tuple(base for base in of_the_hub.__mro__ if base.__name__ == "HTTPError")
 
 
 def _not_loaded(model: Model, error: Exception) -> CheckpointError:

@@ -3,11 +3,13 @@
 from typing import Any
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from glmtuner.config.schema import Model
 from glmtuner.errors import CheckpointError
-from glmtuner.hub import from_hub
+from glmtuner.hub import from_hub, http_errors
+
+(HTTP_ERROR,) = http_errors(HfHubHTTPError)  # of the client that this huggingface_hub uses
 
 
 @pytest.mark.parametrize(
@@ -15,6 +17,7 @@ from glmtuner.hub import from_hub
     [
         (LocalEntryNotFoundError("no connection, and nothing in the cache"), "set HF_ENDPOINT to a mirror"),
         (OSError("the proxy refuses"), "set HF_ENDPOINT to a mirror"),
+        (HTTP_ERROR("the server stopped sending in the middle of a file"), "set HF_ENDPOINT to a mirror"),
         (EOFError("Ran out of input"), "its files are damaged"),
         (FileNotFoundError("no file named model-00002-of-00003.safetensors"), "its files are damaged"),
     ],
