@@ -88,13 +88,14 @@ def folders(sweep: Path) -> list[Path]:
     return [folder.path for folder in job_folders(sweep)]
 
 
+def put_back(job: str) -> bool:
+    """Whether the job stands in the queue."""
+    return "PENDING" in subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout
+
+
 def hurry(job: str) -> None:
     """SLURM lets a job that was put back wait two minutes; these are waited for here no longer than it takes to say so."""
-    wait(
-        lambda: (
-            "PENDING" in subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout
-        )
-    )
+    wait(lambda: put_back(job))
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
 
 
@@ -156,9 +157,11 @@ def test_a_signal_before_the_time_limit_saves_and_requeues(here: Path, undisturb
     jobs = driver.jobs()
     folder = wait(lambda: begun(sweep, 2, "belle"))
     number = 0 if "seed-1" in folder.name else 1
-    subprocess.Popen(
-        ["scancel", "--signal=USR2", jobs[number]], stderr=subprocess.DEVNULL
-    )  # it may wait for the requeue
+    # while the job goes back into the queue scancel waits, and then it would signal the one that has begun anew, too
+    signals = subprocess.Popen(["scancel", "--signal=USR2", jobs[number]], stderr=subprocess.DEVNULL)
+    wait(lambda: put_back(jobs[number]))
+    signals.kill()
+    signals.wait()
     hurry(jobs[number])
     assert driver.end() == 0, driver.said()
     same(sweep, undisturbed)
