@@ -14,15 +14,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
+GOLDEN = ROOT / "tests/golden"
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # the default suite never asks for the network
 os.environ["WANDB_MODE"] = "offline"
 
 
 @pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    """Reference values of the published code on random weights."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
-    """Reference values and real records beside the checkout; tests that need them are skipped without."""
+    """The published tokenizers, what was trained with them, and real records; tests that need them are skipped without."""
     if not (SHARED / "goldens").is_dir():
-        pytest.skip("needs ../shared (reference values and real records)")
+        pytest.skip("needs ../shared (the published tokenizers and real records)")
     return SHARED
 
 

@@ -34,9 +34,8 @@ def test_the_rehearsal_passes_and_covers_every_part(tmp_path: Path) -> None:
         assert len(parts[name]) >= count, name
     assert not [it for it in found if it["met"] is False]
     left_out = [it["what"] for it in found if it["value"] is None]
-    # what a CPU cannot do, and nothing else
-    assert all(
-        "Liger" in what or what in ("full fine-tuning in fp16", "transformers' continuous batching")
-        for what in left_out
-    )
+    # what a CPU cannot do, and what needs the published tokenizers
+    allowed = ["Liger", "full fine-tuning in fp16", "transformers' continuous batching"]
+    allowed += [] if (ROOT.parent / "shared/goldens").is_dir() else ["twenty steps"]
+    assert all(any(part in what for part in allowed) for what in left_out), left_out
     assert page.read_text(encoding="utf-8").count("\n### ") == len(parts)

@@ -82,9 +82,9 @@ def test_int4_stores_less_and_trains_the_same():
     assert (packed.total_parameters, packed.trained_parameters) == (plain.total_parameters, plain.trained_parameters)
 
 
-def test_chatglm_is_estimated_without_its_special_tokens(shared):
+def test_chatglm_is_estimated_without_its_special_tokens(golden_folder):
     for name in ("chatglm_v1", "chatglm2"):
-        folder = shared / "goldens" / name
+        folder = golden_folder / name
         found = estimated("model=causal_lm", f"model.model_name_or_path={folder}", "finetuning=lora")
         assert found.parts["activations"] > 0
 

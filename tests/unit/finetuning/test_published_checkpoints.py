@@ -30,8 +30,8 @@ def started(model: torch.nn.Module, finetuning, folder: Path, family: str = "cha
 
 @pytest.mark.parametrize(("golden", "family"), [("chatglm_v1", "chatglm"), ("chatglm2", "chatglm2")])
 @pytest.mark.parametrize("kind", ["ptuning_noproj", "ptuning_proj"])
-def test_prefixes_of_the_published_trainer_load_and_are_written_back(shared, tmp_path, golden, family, kind):
-    source = shared / "goldens" / golden
+def test_prefixes_of_the_published_trainer_load_and_are_written_back(golden_folder, tmp_path, golden, family, kind):
+    source = golden_folder / golden
     saved = load_file(source / f"{kind}.safetensors")
     shutil.copy(source / "config.json", tmp_path)  # as its checkpoint folders have it
     torch.save(saved, tmp_path / "pytorch_model.bin")
@@ -87,8 +87,8 @@ def test_weights_that_freeze_tuning_wrote_are_put_into_the_base(shared, tmp_path
     assert all(torch.equal(state[name], value) for name, value in trained.items())
 
 
-def test_a_whole_model_is_told_from_a_part(shared):
-    assert checkpoint_in(str(shared / "goldens/chatglm2")).kind == WEIGHTS
+def test_a_whole_model_is_told_from_a_part(golden_folder):
+    assert checkpoint_in(str(golden_folder / "chatglm2")).kind == WEIGHTS
 
 
 class _Evil:

@@ -10,8 +10,8 @@ from glmtuner.metrics.rouge_bleu_zh import NAMES, RougeBleuZh, words
 
 
 @pytest.fixture(scope="module")
-def pairs(shared):
-    return json.loads((shared / "goldens" / "metrics" / "cet_scores.json").read_text(encoding="utf-8"))["pairs"]
+def pairs(golden_folder):
+    return json.loads((golden_folder / "metrics/cet_scores.json").read_text(encoding="utf-8"))["pairs"]
 
 
 def test_every_pair_scores_what_cet_scored(pairs):

@@ -62,8 +62,8 @@ class Golden:
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path):
-    found = {name: Golden(shared / "goldens" / name) for name in FAMILY}
+def golden(golden_folder: Path):
+    found = {name: Golden(golden_folder / name) for name in FAMILY}
     return found.__getitem__
 
 
@@ -430,8 +430,8 @@ def write_quantized(values: Golden, folder: Path, bits: int, unsafe: bool = Fals
     return meant
 
 
-def test_packing_is_the_published_one(shared):
-    values = load_file(shared / "goldens/quant/quant_golden.safetensors")
+def test_packing_is_the_published_one(golden_folder):
+    values = load_file(golden_folder / "quant/quant_golden.safetensors")
     assert torch.equal(unpacked(values["int4_packed"], 4), values["int4_unpacked"])
     assert torch.equal(dequantized(values["int4_packed"], values["int4_scale"], 4), values["int4_dequant"])
     assert torch.equal(dequantized(values["int8_unpacked"], values["int8_scale"], 8), values["int8_dequant"])

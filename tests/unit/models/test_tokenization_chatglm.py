@@ -378,12 +378,12 @@ def by_ranks(text: str, ranks: dict[bytes, int]) -> list[int]:
     return ids
 
 
-def test_glm4_s_byte_pairs(shared, tmp_path):
+def test_glm4_s_byte_pairs(shared, golden_folder, tmp_path):
     text = (shared / "data/alpaca_zh_demo.json").read_text(encoding="utf-8")
     ranks = learn_pairs(text[:10_000], 200)
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     (tmp_path / "tokenizer.model").write_text("".join(lines))
-    shutil.copyfile(shared / "goldens/chatglm2/config.json", tmp_path / "config.json")
+    shutil.copyfile(golden_folder / "chatglm2/config.json", tmp_path / "config.json")
     settings = {
         "tokenizer_class": "ChatGLM4Tokenizer", "padding_side": "left", "pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
         "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLM4Tokenizer", None]}, "do_lower_case": False,
