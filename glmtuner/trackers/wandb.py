@@ -5,6 +5,7 @@ import secrets
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from glmtuner.config.schema import Run, Tracker, preset
 from glmtuner.console import say
 from glmtuner.run_folder import PREDICTIONS, SWEEP, RunFolder, read_lines, shown_words, write_text
 
+STAMP = "%Y%m%d_%H%M%S"  # in the names of the folders that W&B writes
 MOST_ANSWERS = 1000  # rows of the table of predictions
 # W&B's own variables (WANDB_INIT_TIMEOUT, …) win over these. Of git it would keep the remote's URL with a token that
 # stands where the user name does, and the changed lines; the commit is in the config instead.
@@ -172,6 +174,7 @@ class Wandb(Tracker):
             write_text(remembered, proposed or secrets.token_hex(4))
         run_id = remembered.read_text(encoding="utf-8").strip()
         earlier = sessions(logs)
+        wait_for_another_second(earlier)
         settings = {name: value for name, value in SETTINGS.items() if f"WANDB_{name.upper()}" not in os.environ}
         if self.log_artifact:
             settings.pop("finish_timeout", None)  # weights may take long
@@ -277,6 +280,13 @@ def sessions(logs: Path) -> list[Path]:
     """What W&B wrote at each start of the run, oldest first: run-<time>-<id> and offline-run-<time>-<id>."""
     found = [path for path in logs.glob("*run-*-*") if path.is_dir() and not path.is_symlink()]
     return sorted(found, key=lambda path: path.name.removeprefix("offline-"))
+
+
+def wait_for_another_second(earlier: list[Path]) -> None:
+    """Until a session that is begun now has another name than the last one: W&B would write both to one folder, and keep one."""
+    stamp = earlier[-1].name.split("-")[-2] if earlier else ""
+    while stamp in (time.strftime(STAMP), time.strftime(STAMP, time.gmtime())):
+        time.sleep(0.05)
 
 
 def is_sent(session: Path) -> bool:
