@@ -257,29 +257,31 @@ def model_paths(check: Check, name: str, build: Callable[[], nn.Module]) -> None
     flat = SegmentCollator(places=places_of(base))
     wanted = learned(copy.deepcopy(model).float(), padded(rows), half=False)
     plain = learned(model, padded(rows), half=True)
-    ways: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], Any]] = {
-        "attention by sample": (lambda _: use_segments(base), lambda _: forget_segments(base), flat),
-        "fused LoRA": (lambda _: fuse_lora(model), lambda _: unfuse_lora(model), padded),
-        "chunked cross-entropy": (lambda _: use_chunks(base), lambda _: forget_chunks(base), padded),
+    ways: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], nn.Module, Any]] = {
+        "attention by sample": (use_segments, forget_segments, base, flat),
+        "fused LoRA": (fuse_lora, unfuse_lora, model, padded),
+        "chunked cross-entropy": (use_chunks, forget_chunks, base, padded),
     }
-    for way, (take, forget, collate) in ways.items():
-        take(None)
+    for way, (take, forget, whose, collate) in ways.items():
+        take(whose)
         compare(check, f"{name}: {way}", learned(model, collate(rows), half=True), plain, wanted)
-        forget(None)
-    for take, _, _ in ways.values():
-        take(None)
+        forget(whose)
+    for take, _, whose, _ in ways.values():
+        take(whose)
     compare(check, f"{name}: all three", learned(model, flat(rows), half=True), plain, wanted)
-    for _, forget, _ in ways.values():
-        forget(None)
+    for _, forget, whose, _ in ways.values():
+        forget(whose)
     if not has_liger(check):
         check.add(f"{name}: Liger", None, note="left out: there is no liger-kernel, or no GPU for its kernels")
-    elif "Mistral" not in name:
+    elif "Mistral" in name:
+        check.add(f"{name}: Liger", None, note="left out: its kernels for Mistral are liger-kernel's own, not ours")
+    else:
         from glmtuner.models.liger import restore_modules, use_liger
 
         use_liger(base, {})
         compare(check, f"{name}: Liger", learned(model, padded(rows), half=True), plain, wanted)
-        for take, _, _ in ways.values():
-            take(None)
+        for take, _, whose, _ in ways.values():
+            take(whose)
         compare(check, f"{name}: Liger and all three", learned(model, flat(rows), half=True), plain, wanted)
         restore_modules()
     model = with_lora(build, check.device)
