@@ -121,13 +121,16 @@ def test_a_broken_path_of_a_whole_model_is_found(tmp_path: Path, monkeypatch: py
 
 def test_gradients_that_are_lost_in_compiled_blocks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = kernels.learned
-    turns = iter(range(4))
+    turns = iter(range(6))
     monkeypatch.setattr(
-        kernels, "learned", lambda *args, **options: (lambda loss, grads: (loss, grads * (next(turns) < 2)))(*plain(*args, **options))
+        kernels, "learned", lambda *args, **options: (lambda loss, grads: (loss, grads * (next(turns) < 4)))(*plain(*args, **options))
     )  # fmt: skip
     check = check_in(tmp_path)
     kernels.compiled(check)
-    assert missed(check) == ["GLM: compiled blocks and all three"]
+    assert missed(check) == [
+        "GLM: compiled blocks and all three",
+        "GLM: compiled blocks and all three, a smaller batch",
+    ]
 
 
 # -- models and records -----------------------------------------------------------------------------------------------
