@@ -255,7 +255,7 @@ class Enough(BaseException):
 
 def command_line(words: list[str]) -> None:
     """`python -m glmtuner` in this process."""
-    from glmtuner.__main__ import main
+    from glmtuner.cli.main import main
 
     if status := main(words):
         raise SystemExit(status)
@@ -309,7 +309,7 @@ def glmtuner_packed(settings: dict[str, Any]) -> dict[str, Any]:
     """Write the tensors of every step of a packed run, for the bare loop to train on the very same."""
     import torch
 
-    from glmtuner.trainer import GlmTrainer
+    from glmtuner.training.trainer import GlmTrainer
 
     plain, seen = GlmTrainer.training_step, []
 

@@ -64,7 +64,7 @@ def run_part(name: str, options: argparse.Namespace) -> None:
     """Import what it needs and prepare, say `ready`, and run when told to, for as many seconds as told."""
     import gc
 
-    from glmtuner.assemble import load_libraries
+    from glmtuner.launch.libraries import load_libraries
 
     runner = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever is printed goes to the log: the runner hears one word

@@ -15,7 +15,7 @@ from glmtuner.config.objective import measured_as
 from glmtuner.errors import ConfigError, GlmtunerError
 from glmtuner.report.jobs import CHOSEN_BY, knobs_of, read_jobs
 from glmtuner.report.ranking import objective_of
-from glmtuner.run_folder import write_text
+from glmtuner.run_folder.files import write_text
 
 WIDE = 50  # numbers that are so many times apart get a logarithmic axis
 

@@ -65,7 +65,7 @@ def glmtuner_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProces
 @pytest.fixture
 def glmtuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess[str]]:
     """The same command line in this process, which saves the seconds that importing torch takes."""
-    from glmtuner.__main__ import main
+    from glmtuner.cli.main import main
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(tmp_path)

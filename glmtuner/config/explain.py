@@ -8,7 +8,7 @@ from enum import Enum
 from hydra.errors import HydraException
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from glmtuner.config.schema import SCHEMA_CLASSES
+from glmtuner.config.groups import SCHEMA_CLASSES
 from glmtuner.errors import GlmtunerError, did_you_mean
 
 

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmtuner.data.catalog import DatasetSpec, find
+from glmtuner.data.catalog import find
 from glmtuner.data.formats import parser
-from glmtuner.data.read import Row, read
+from glmtuner.data.raw import Row
+from glmtuner.data.read import read
 from glmtuner.data.records import BadRecord, Example, Message
+from glmtuner.data.spec import DatasetSpec
 from glmtuner.errors import DataError
 
 __all__ = ["BadLine", "BadRecord", "DatasetSpec", "Example", "Loaded", "Message", "find", "load", "read", "refuse"]

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from glmtuner.data.collate import IGNORE_INDEX
 from glmtuner.data.encode import Counts, Encoder
 from glmtuner.data.records import Example
 from glmtuner.errors import ConfigError
+from glmtuner.templates.base import IGNORE_INDEX
 
 
 @dataclass(frozen=True, kw_only=True)

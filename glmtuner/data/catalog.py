@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from glmtuner.data.files import NOT_RECORDS, LocalFiles, data_files
 from glmtuner.data.formats import ALIASES, default_columns
-from glmtuner.data.read import NOT_RECORDS, READERS, LocalFiles, data_files, listed
+from glmtuner.data.raw import listed
+from glmtuner.data.readers import READERS
 from glmtuner.data.records import BadRecord, shown
+from glmtuner.data.spec import DatasetSpec
 from glmtuner.errors import DataError, UnknownName, did_you_mean
 
 COLUMNS = (
@@ -30,36 +33,6 @@ FOREIGN = {  # keys of the other tools; harmless beside a file or a Hugging Face
     "om_hub_url": "Modelers is not read",
     "cloud_file_name": "cloud storage is not read",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetSpec:
-    """One dataset's entry, with every default filled in."""
-
-    name: str
-    file_name: str | None = None  # a file or folder; in dataset_dir, or shipped with the package
-    file_sha1: str | None = None
-    url: str | None = None  # of a file, fetched when it is not here
-    sha256: str | None = None
-    hf_hub_url: str | None = None  # the id of a Hugging Face dataset
-    revision: str | None = None
-    data_files: str | list[str] | None = None  # of the hub's, when not all
-    subset: str | None = None
-    split: str | None = None  # wins over data.split
-    folder: str | None = None  # inside the hub's, or inside file_name's
-    num_samples: int | None = None  # the first records only
-    formatting: str = "alpaca"
-    ranking: bool = False
-    columns: dict[str, str] = field(default_factory=dict)  # only those that records are read by
-    tags: dict[str, str] = field(default_factory=dict)  # only those named; a shape knows its own
-    license: str | None = None
-    gated: bool = False
-    description: str | None = None
-    num_records: int | None = None
-    kind: str = "path"  # where the entry was found: dataset_info, catalogue or path
-    origin: str = ""  # the same for people: the file the entry is in
-
-
 TYPES: dict[str, tuple[Any, ...]] = {
     "num_samples": (int,),
     "num_records": (int,),
@@ -118,9 +91,6 @@ def preset_entry(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-
-
-# Entries
 
 
 def spec_of(name: str, entry: Any, *, kind: str, origin: str, instead: str = "") -> DatasetSpec:
@@ -208,8 +178,6 @@ def shape_of(formatting: str, named: dict[str, str], ranking: bool) -> tuple[str
         return formatting, named  # without `main` the two columns hold whole dialogues
     return formatting, {main: default[main], **pair, **named}
 
-
-# Paths
 
 PROMPTS = ("instruction", "prompt", "question", "query", "input")
 ANSWERS = ("output", "response", "answer", "completion")

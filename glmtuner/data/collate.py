@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.templates.base import IGNORE_INDEX
+
 if TYPE_CHECKING:
     import torch
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, kw_only=True)

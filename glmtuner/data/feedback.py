@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.data.collate import IGNORE_INDEX, Collator
+from glmtuner.data.collate import Collator
 from glmtuner.data.encode import Counts, Encoder
 from glmtuner.data.records import Example
+from glmtuner.templates.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch

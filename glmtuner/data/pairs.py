@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from glmtuner.config.schema import Run
+from glmtuner.data import DatasetSpec
 from glmtuner.data.collate import Collator
 from glmtuner.data.encode import Counts, Encoder, shown
 from glmtuner.data.records import Example, Message
+from glmtuner.data.splits import Datasets, datasets_of
 
 if TYPE_CHECKING:
     import torch
@@ -54,3 +57,9 @@ class PairCollator(Collator):
         """`input_ids`, `attention_mask` and `labels`, each [2 rows, longest]."""
         rejected = [{"input_ids": row["rejected_ids"], "labels": row["rejected_labels"]} for row in rows]
         return super().__call__([*rows, *rejected])
+
+
+def pair_datasets(run: Run, specs: dict[str, DatasetSpec], template: Any, tokenizer: Any) -> Datasets:
+    """The datasets of a stage that learns from ranked pairs."""
+    encoder = PairEncoder(template=template, tokenizer=tokenizer, every_answer=False, **run.data.lengths())
+    return datasets_of(run, specs, encoder)

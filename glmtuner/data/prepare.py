@@ -21,14 +21,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from glmtuner import ranks
-from glmtuner.bpe import leave_engine, use_engine
+from glmtuner.config.groups import Data
 from glmtuner.config.paths import PACKAGE, PACKAGE_DATA
-from glmtuner.config.schema import Data
 from glmtuner.data import BadLine, DatasetSpec, Loaded, load, refuse
 from glmtuner.data.encode import Counts, Encoder
 from glmtuner.data.records import Example
+from glmtuner.distributed import ranks
 from glmtuner.errors import DataError
+from glmtuner.templates.tiktoken_engine import leave_engine, use_engine
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,21 +39,7 @@ if TYPE_CHECKING:
 THREADS = min(4, os.cpu_count() or 1)  # more only wait for each other: Python does its part of the work one at a time
 WORTH_AN_ENGINE = 50  # bytes of data for each token; a faster encoder has to read and to prove the vocabulary first
 ROWS, COUNTS = "rows.arrow", "counts.json"
-CODE = (
-    "data/encode.py",
-    "data/pairs.py",
-    "data/feedback.py",
-    "data/blocks.py",
-    "data/prompts.py",
-    "data/prepare.py",
-    "data/__init__.py",
-    "data/records.py",
-    "data/read.py",
-    "data/catalog.py",
-    "bpe.py",
-    "families/template.py",
-    "models/tokenization_chatglm.py",
-)
+CODE = ("data/**/*.py", "templates/*.py", "models/tokenization_chatglm.py")  # what decides the tokens of a record
 
 
 @dataclass(frozen=True)
@@ -285,8 +271,7 @@ def key_of(spec: DatasetSpec, files: dict[str, str], data: Data, encoder: Encode
         "encoder": encoder.settings(),
         "template": encoder.template.describe(),
         "tokenizer": digest(description),
-        "code": [digest((PACKAGE / name).read_bytes()) for name in CODE]
-        + [digest(path.read_bytes()) for path in sorted((PACKAGE / "data/formats").glob("*.py"))],
+        "code": [digest(path.read_bytes()) for part in CODE for path in sorted(PACKAGE.glob(part))],
     }
     return digest(json.dumps(about, sort_keys=True, ensure_ascii=False).encode())[:32]
 

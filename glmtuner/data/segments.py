@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from glmtuner.data.collate import IGNORE_INDEX
+from glmtuner.templates.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch

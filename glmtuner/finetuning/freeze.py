@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from glmtuner.config.schema import LayerPart, preset
+from glmtuner.config.groups import LayerPart, preset
 from glmtuner.errors import ConfigError
 from glmtuner.finetuning.full import Full
 from glmtuner.finetuning.trained import freeze_all, train

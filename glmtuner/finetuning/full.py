@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from glmtuner.config.schema import Finetuning, preset
+from glmtuner.config.groups import Finetuning, preset
 from glmtuner.finetuning.trained import TRAINED, VALUE_HEAD, load_model_folder, restore_trained, save_trained, train
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmtuner.config.schema import Finetuning, preset
+from glmtuner.config.groups import Finetuning, preset
 from glmtuner.errors import ConfigError, did_you_mean
 from glmtuner.finetuning.trained import assign, load_tensors, trained_parameters
 

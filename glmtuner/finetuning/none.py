@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from glmtuner.config.schema import Finetuning, preset
+from glmtuner.config.groups import Finetuning, preset
 from glmtuner.finetuning.trained import freeze_all
 
 if TYPE_CHECKING:

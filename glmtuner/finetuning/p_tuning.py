@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmtuner.config.schema import Finetuning, preset
+from glmtuner.config.groups import Finetuning, preset
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.finetuning.trained import assign, freeze_all, load_folder, load_tensors, save_tensors
 
@@ -39,7 +39,7 @@ class PTuning(Finetuning):
             raise ConfigError(f"finetuning.pre_seq_len={self.pre_seq_len}: a prefix has at least 1 token")
 
     def attach(self, model: "nn.Module", family: "Family") -> "nn.Module":
-        from glmtuner.prefix import add_prefix
+        from glmtuner.models.prefix import add_prefix
 
         freeze_all(model)
         add_prefix(model, family, tokens=self.pre_seq_len, projection=self.prefix_projection, dropout=DROPOUT)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from glmtuner.config.compose import run_folder_of
-from glmtuner.config.schema import Finetuning, Model
+from glmtuner.config.groups import Finetuning, Model
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.finetuning.p_tuning import PUBLISHED_PREFIX, prefix_settings
 from glmtuner.finetuning.trained import TRAINED, assign, load_folder, load_tensors

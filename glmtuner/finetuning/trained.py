@@ -156,7 +156,7 @@ def gathered(model: "nn.Module", everything: bool) -> Iterator[None]:
     from torch import nn
     from torch.distributed.fsdp import FSDPModule
 
-    from glmtuner import ranks
+    from glmtuner.distributed import ranks
 
     for module in model.modules():
         if isinstance(module, FSDPModule):

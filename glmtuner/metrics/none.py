@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from glmtuner.config.schema import Metric, preset
+from glmtuner.config.groups import Metric, preset
 
 
 @preset("metric", "none")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from glmtuner.config.schema import Metric, preset
+from glmtuner.config.groups import Metric, preset
 
 NAMES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 

@@ -3,11 +3,11 @@
 import os
 from typing import TYPE_CHECKING
 
+from glmtuner.config.groups import Dtype, Model, Quant
 from glmtuner.config.paths import model_source
-from glmtuner.config.schema import Dtype, Model, Quant
 from glmtuner.console import say
 from glmtuner.errors import CheckpointError
-from glmtuner.hub import from_hub, hub_options
+from glmtuner.families.hub import from_hub, hub_options
 
 if TYPE_CHECKING:
     import torch

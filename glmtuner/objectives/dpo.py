@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from glmtuner.config.schema import PreferenceLoss
-from glmtuner.losses import IGNORE_INDEX, hinge_preference, ipo_preference, sigmoid_preference
+from glmtuner.config.groups import PreferenceLoss
+from glmtuner.objectives.losses import hinge_preference, ipo_preference, sigmoid_preference
 from glmtuner.objectives.objective import AgainstReference, Measured
+from glmtuner.templates.base import IGNORE_INDEX
 
 
 class DpoObjective(AgainstReference):

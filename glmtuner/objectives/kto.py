@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from glmtuner import ranks
-from glmtuner.losses import kto
+from glmtuner.distributed import ranks
+from glmtuner.objectives.losses import kto
 from glmtuner.objectives.objective import AgainstReference, Measured
 
 

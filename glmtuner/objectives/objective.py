@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from glmtuner.config.schema import Finetuning
+from glmtuner.config.groups import Finetuning
 from glmtuner.finetuning.trained import check_fit, own_parameters, trained_parameters, weights_in
-from glmtuner.losses import label_logprobs
+from glmtuner.objectives.losses import label_logprobs
 
 Measured = dict[
     str, torch.Tensor

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from glmtuner import ranks
 from glmtuner.data.prompts import prompts_of
-from glmtuner.generate import continuations
-from glmtuner.losses import (
-    IGNORE_INDEX,
+from glmtuner.distributed import ranks
+from glmtuner.inference.generate import continuations
+from glmtuner.models.value_head import FILE, hidden_states, last_token_scores, load_head, new_head, save_head
+from glmtuner.objectives.losses import (
     clipped_policy_loss,
     clipped_value_loss,
     generalized_advantages,
@@ -29,8 +29,8 @@ from glmtuner.losses import (
     whitened,
 )
 from glmtuner.objectives.objective import Measured, Objective, Weights, without_dropout
-from glmtuner.run_folder import read_json, write_json
-from glmtuner.value_head import FILE, hidden_states, last_token_scores, load_head, new_head, save_head
+from glmtuner.run_folder.files import read_json, write_json
+from glmtuner.templates.base import IGNORE_INDEX
 
 STATE = "ppo.json"  # what the objective carries from step to step
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from glmtuner.losses import pairwise_logistic
+from glmtuner.models.value_head import FILE, last_token_scores, load_head, new_head, save_head
+from glmtuner.objectives.losses import pairwise_logistic
 from glmtuner.objectives.objective import Measured, Objective
-from glmtuner.value_head import FILE, last_token_scores, load_head, new_head, save_head
 
 
 class RewardObjective(Objective):

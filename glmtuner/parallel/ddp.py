@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from glmtuner.config.schema import Parallel, preset
+from glmtuner.config.groups import preset
+from glmtuner.config.schema import Parallel
 
 
 @preset("parallel", "ddp")

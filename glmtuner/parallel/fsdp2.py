@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from glmtuner.config.schema import Parallel, Run, preset
+from glmtuner.config.groups import preset
+from glmtuner.config.schema import Parallel, Run
 
 if TYPE_CHECKING:
     from torch import nn

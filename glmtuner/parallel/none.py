@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from glmtuner.config.schema import Parallel, Run, preset
+from glmtuner.config.groups import preset
+from glmtuner.config.schema import Parallel, Run
 
 
 @preset("parallel", "none")

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-from glmtuner.config.schema import Parallel, preset
+from glmtuner.config.groups import preset
+from glmtuner.config.schema import Parallel
 from glmtuner.errors import ConfigError
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from glmtuner.config.schema import Run, preset
+from glmtuner.config.groups import preset
+from glmtuner.config.schema import Run
 from glmtuner.parallel.zero2 import Zero2
 
 

@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.config.schema import Quant, preset
+from glmtuner.config.groups import Quant, preset
 
 if TYPE_CHECKING:
     from torch import nn

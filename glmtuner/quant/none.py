@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from glmtuner.config.schema import Quant, preset
+from glmtuner.config.groups import Quant, preset
 
 
 @preset("quant", "none")

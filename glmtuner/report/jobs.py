@@ -14,7 +14,10 @@ from omegaconf import OmegaConf
 
 from glmtuner.config.overrides import parse
 from glmtuner.errors import ConfigError
-from glmtuner.run_folder import FILLED_IN, FREE_TO_CHANGE, HIDDEN, WORDS, RunFolder, flat, job_folders
+from glmtuner.run_folder.acquire import FILLED_IN, FREE_TO_CHANGE
+from glmtuner.run_folder.folder import RunFolder, job_folders
+from glmtuner.run_folder.names import WORDS
+from glmtuner.run_folder.redaction import HIDDEN, flat
 
 SEEDS = ("trainer.seed", "trainer.data_seed")
 UNTOLD = {*FREE_TO_CHANGE, "name", "objective", "tracker", "trainer.run_name"}  # no knobs: they change no number

@@ -13,7 +13,7 @@ from glmtuner.report.leaderboard import method_told, score_with_interval, table_
 from glmtuner.report.pictures import Picture, run_loss
 from glmtuner.report.ranking import Ranking, row_of, score, title
 from glmtuner.report.run import MISSING, answers, facts, scores_before
-from glmtuner.run_folder import RunFolder
+from glmtuner.run_folder.folder import RunFolder
 
 
 def filled(template: str, **given: Any) -> str:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from glmtuner.report.jobs import Job, is_number, shown, value_of
 from glmtuner.report.ranking import Ranking, title
-from glmtuner.run_folder import LOSS_PICTURE, RunFolder, write_bytes
+from glmtuner.run_folder.files import write_bytes
+from glmtuner.run_folder.folder import RunFolder
+from glmtuner.run_folder.names import LOSS_PICTURE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,8 @@ from glmtuner.config.objective import less_is_better, measured_as
 from glmtuner.report.bootstrap import Interval, interval
 from glmtuner.report.jobs import Job, State, compared, knobs_of, read_jobs, short_names, value_of
 from glmtuner.report.samples import Samples, samples_of, shared, together
-from glmtuner.run_folder import SWEEP, read_json
+from glmtuner.run_folder.files import read_json
+from glmtuner.run_folder.names import SWEEP
 
 OBJECTIVES = ("predict_rouge-l", "eval_loss", "train_loss")  # what jobs are ranked by when the sweep names no objective
 COSTS = {

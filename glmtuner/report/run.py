@@ -6,17 +6,10 @@ from typing import Any
 
 from glmtuner.console import say, table
 from glmtuner.errors import CheckpointError
-from glmtuner.run_folder import (
-    EVALUATIONS,
-    LOSS_PICTURE,
-    PREDICTIONS,
-    REPORT,
-    RunFolder,
-    checkpoints,
-    flaw,
-    read_lines,
-    write_text,
-)
+from glmtuner.run_folder.checkpoints import checkpoints, flaw
+from glmtuner.run_folder.files import read_lines, write_text
+from glmtuner.run_folder.folder import RunFolder
+from glmtuner.run_folder.names import EVALUATIONS, LOSS_PICTURE, PREDICTIONS, REPORT
 
 SHOWN_ANSWERS = 8
 MISSING = "-"

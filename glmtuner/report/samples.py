@@ -3,8 +3,10 @@
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
-from glmtuner.config.schema import SCHEMA_CLASSES, Metric
-from glmtuner.run_folder import LOSSES, PREDICTIONS, RunFolder, read_lines
+from glmtuner.config.groups import SCHEMA_CLASSES, Metric
+from glmtuner.run_folder.files import read_lines
+from glmtuner.run_folder.folder import RunFolder
+from glmtuner.run_folder.names import LOSSES, PREDICTIONS
 
 EVALUATED = ("data.dataset_dir", "data.split", "data.max_samples")
 

@@ -10,7 +10,9 @@ from glmtuner.report.page import run_page, sweep_page
 from glmtuner.report.pictures import by_knob, sweep_losses
 from glmtuner.report.ranking import ranking
 from glmtuner.report.run import show, write_run
-from glmtuner.run_folder import FAILED, REPORT, REPORT_PAGE, SWEEP, RunFolder, job_folders, write_bytes, write_text
+from glmtuner.run_folder.files import write_bytes, write_text
+from glmtuner.run_folder.folder import RunFolder, job_folders
+from glmtuner.run_folder.names import FAILED, REPORT, REPORT_PAGE, SWEEP
 
 LEADERBOARD, PICTURES = "leaderboard.csv", "pictures"
 

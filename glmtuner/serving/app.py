@@ -19,11 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
-from glmtuner.assemble import Finished
 from glmtuner.console import say
 from glmtuner.data.records import Message
 from glmtuner.errors import ConfigError
-from glmtuner.generate import AnswerText
+from glmtuner.inference.finished import Finished
+from glmtuner.inference.generate import AnswerText
 from glmtuner.serving.engine import Busy, Engine, Request, Sampling
 from glmtuner.serving.protocol import ApiError, ChatRequest, told
 

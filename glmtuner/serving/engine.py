@@ -1,6 +1,6 @@
 """Answers to many requests at once: every step gives each of them its next token, from one batch of the model.
 
-Requests join between two steps and leave when they are done (glmtuner/decoding.py). Where a cache cannot be joined row by
+Requests join between two steps and leave when they are done (glmtuner/inference/decoding.py). Where a cache cannot be joined row by
 row, those who wait start together when the batch before them is done.
 
 Shape letters: B rows, V vocabulary.
@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from glmtuner.data.records import Message
-from glmtuner.decoding import Batch, Decoder, taken
+from glmtuner.inference.batch import Batch
+from glmtuner.inference.decoding import Decoder, taken
 
 if TYPE_CHECKING:
-    from glmtuner.assemble import Finished
+    from glmtuner.inference.finished import Finished
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.config.schema import PreferenceLoss, Run, Stage, preset
+from glmtuner.config.groups import PreferenceLoss, preset
+from glmtuner.config.schema import Run, Stage
 from glmtuner.data import DatasetSpec
 from glmtuner.errors import ConfigError
 
@@ -51,9 +52,9 @@ class Dpo(Stage):
             raise ConfigError("; ".join(wrong))
 
     def datasets(self, run: Run, specs: dict[str, DatasetSpec], template: Any, tokenizer: Any) -> "Datasets":
-        from glmtuner.stages.rm import pairs
+        from glmtuner.data.pairs import pair_datasets
 
-        return pairs(run, specs, template, tokenizer)
+        return pair_datasets(run, specs, template, tokenizer)
 
     def largest_batch(self, run: Run) -> tuple[int, int]:
         rows, longest = super().largest_batch(run)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.config.schema import Run, Stage, preset
+from glmtuner.config.groups import preset
+from glmtuner.config.schema import Run, Stage
 from glmtuner.data import DatasetSpec
 from glmtuner.errors import ConfigError, DataError
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.compose import run_folder_of
-from glmtuner.config.schema import Run, Stage, preset
+from glmtuner.config.groups import preset
+from glmtuner.config.schema import Run, Stage
 from glmtuner.data import DatasetSpec
 from glmtuner.errors import CheckpointError, ConfigError
-from glmtuner.run_folder import RunFolder
-from glmtuner.stages.rm import head_file
+from glmtuner.objectives.reward_model import head_file
+from glmtuner.run_folder.folder import RunFolder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,7 +147,7 @@ class Ppo(Stage):
         return PromptCollator(**padding)
 
     def objective(self, run: Run, model: "nn.Module", template: Any, tokenizer: Any) -> Any:
-        from glmtuner.assemble import stop_ids
+        from glmtuner.families.stop_tokens import stop_ids
         from glmtuner.objectives.ppo import PpoObjective
 
         path = str(run.model.reward_model)

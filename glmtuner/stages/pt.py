@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.config.schema import Run, Stage, preset
+from glmtuner.config.groups import preset
+from glmtuner.config.schema import Run, Stage
 from glmtuner.data import DatasetSpec
 from glmtuner.errors import ConfigError
 

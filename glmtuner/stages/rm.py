@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.config.compose import run_folder_of
-from glmtuner.config.schema import Run, Stage, preset
+from glmtuner.config.groups import preset
+from glmtuner.config.schema import Run, Stage
 from glmtuner.data import DatasetSpec
-from glmtuner.errors import CheckpointError
-from glmtuner.run_folder import RunFolder
+from glmtuner.distributed import ranks
+from glmtuner.inference.predict import text_of
+from glmtuner.objectives.reward_model import find_head, head_file, stage_of
+from glmtuner.run_folder.files import write_text
+from glmtuner.run_folder.names import PREDICTIONS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,7 +47,9 @@ class Rm(Stage):
             head_file(run.model.checkpoint_dir[-1], "model.checkpoint_dir")
 
     def datasets(self, run: Run, specs: dict[str, DatasetSpec], template: Any, tokenizer: Any) -> "Datasets":
-        return pairs(run, specs, template, tokenizer)
+        from glmtuner.data.pairs import pair_datasets
+
+        return pair_datasets(run, specs, template, tokenizer)
 
     def largest_batch(self, run: Run) -> tuple[int, int]:
         rows, longest = super().largest_batch(run)
@@ -66,48 +70,28 @@ class Rm(Stage):
     def predict(
         self, run: Run, folder: Any, trainer: Any, tokenizer: Any, template: Any, data: "Datasets"
     ) -> dict[str, float]:
-        """One line a pair: the prompt, both answers, and the score of each."""
-        from glmtuner.predict import score_pairs
+        """One line a pair in predictions.jsonl: the prompt, both answers, and their scores; returns the share ranked right, and the margin."""
+        import torch
 
-        return score_pairs(run, folder, trainer, data)
-
-
-def pairs(run: Run, specs: dict[str, DatasetSpec], template: Any, tokenizer: Any) -> "Datasets":
-    """The datasets of a stage that learns from ranked pairs."""
-    from glmtuner.data.pairs import PairEncoder
-    from glmtuner.data.splits import datasets_of
-
-    encoder = PairEncoder(template=template, tokenizer=tokenizer, every_answer=False, **run.data.lengths())
-    return datasets_of(run, specs, encoder)
-
-
-def find_head(path: str) -> Path | None:
-    """The value head in a run folder or a checkpoint, when there is one."""
-    folder = Path(path).expanduser()
-    names = [f"value_head{suffix}" for suffix in (".safetensors", ".bin")]
-    places = [place / name for place in (folder, folder / "adapter", folder / "model") for name in names]
-    return next((place for place in places if place.is_file()), None)
-
-
-def stage_of(path: str) -> str | None:
-    """The stage of the run that a checkpoint is of; None where no run tells."""
-    source = run_folder_of(path)
-    return RunFolder(source).config().stage.name if source else None
-
-
-def head_file(path: str, key: str) -> Path:
-    """The head of a trained reward model; raises CheckpointError where `path` is none."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{key}={path}: no such folder; name the run folder of a reward model (train one with stage=rm)"
-        )
-    stage, head = stage_of(path), find_head(path)
-    if stage not in (None, "rm"):
-        raise CheckpointError(f"{key}={path} holds a run of stage={stage}; name one of stage=rm, a reward model")
-    if head is None:
-        raise CheckpointError(
-            f"{key}={path} has no value_head.safetensors, so it is no trained reward model; name the folder of a finished "
-            "run of stage=rm, or one of its checkpoints"
-        )
-    return head
+        assert data.evaluation is not None
+        trainer.model.eval()
+        rows, size, lines = data.evaluation, run.trainer.per_device_eval_batch_size, []
+        for start in range(0, len(rows), size):
+            batch = [rows[index] for index in range(start, min(start + size, len(rows)))]
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                scores = trainer.objective.scores(trainer._prepare_inputs(trainer.data_collator(batch))).tolist()
+            for place, (row, chosen, rejected) in enumerate(
+                zip(batch, scores[: len(batch)], scores[len(batch) :], strict=True)
+            ):
+                line = {
+                    "index": start + place,
+                    "prompt": row["prompt"],
+                    "chosen": row["answer"],
+                    "rejected": row["rejected"],
+                }
+                lines.append({**line, "chosen_score": chosen, "rejected_score": rejected})
+        if ranks.is_main():
+            write_text(folder / PREDICTIONS, text_of(lines))
+        margins = [line["chosen_score"] - line["rejected_score"] for line in lines]
+        right = sum(margin > 0 for margin in margins)
+        return {"predict_accuracy": right / len(margins), "predict_margin": sum(margins) / len(margins)}

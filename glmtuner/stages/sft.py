@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.config.schema import Engine, LossOn, Run, Stage, preset
+from glmtuner.config.groups import Engine, LossOn, preset
+from glmtuner.config.schema import Run, Stage
 from glmtuner.data import DatasetSpec
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Sft(Stage):
 
     def check(self, run: Run) -> None:
         if run.trainer.do_predict and run.generation.engine is Engine.vllm:
-            from glmtuner.vllm_engine import check_installed
+            from glmtuner.inference.vllm import check_installed
 
             check_installed()
 
@@ -50,6 +51,6 @@ class Sft(Stage):
     def predict(
         self, run: Run, folder: Any, trainer: Any, tokenizer: Any, template: Any, data: "Datasets"
     ) -> dict[str, float]:
-        from glmtuner.predict import predict
+        from glmtuner.inference.predict import predict
 
         return predict(run, folder, trainer.model, tokenizer, template, data)

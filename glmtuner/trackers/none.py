@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from glmtuner.config.schema import Tracker, preset
+from glmtuner.config.groups import preset
+from glmtuner.config.schema import Tracker
 
 
 @preset("tracker", "none")

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from glmtuner.config.schema import Run, Tracker, preset
-from glmtuner.run_folder import CONFIG, flat
+from glmtuner.config.groups import preset
+from glmtuner.config.schema import Run, Tracker
+from glmtuner.run_folder.names import CONFIG
+from glmtuner.run_folder.redaction import flat
 
 
 @preset("tracker", "tensorboard")

@@ -15,9 +15,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from glmtuner.config.schema import Run, Tracker, preset
+from glmtuner.config.groups import preset
+from glmtuner.config.schema import Run, Tracker
 from glmtuner.console import say
-from glmtuner.run_folder import PREDICTIONS, SWEEP, RunFolder, read_lines, shown_words, write_text
+from glmtuner.run_folder.files import read_lines, write_text
+from glmtuner.run_folder.folder import RunFolder
+from glmtuner.run_folder.names import PREDICTIONS, SWEEP
+from glmtuner.run_folder.redaction import shown_words
 
 STAMP = "%Y%m%d_%H%M%S"  # in the names of the folders that W&B writes
 MOST_ANSWERS = 1000  # rows of the table of predictions

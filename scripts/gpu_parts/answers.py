@@ -50,7 +50,7 @@ def by_decoder(
     model: Any, prompts: list[list[int]], rows: int, room: int, stops: tuple[int, ...] = ()
 ) -> dict[int, list[int]]:
     """What a prediction does: greedy answers by glmtuner's continuous batching; raises where a GPU's steps are not replayed."""
-    from glmtuner.decoding import Decoder, greedy
+    from glmtuner.inference.decoding import Decoder, greedy
 
     decoder = Decoder(model, 0)
     found = dict(greedy(decoder, prompts, rows=rows, room=room, stops=stops, repetition_penalty=1.0))
@@ -61,7 +61,7 @@ def by_decoder(
 
 def equal_answers(check: Check) -> None:
     """In float32, of the shipped model."""
-    from glmtuner.generate import until_stop
+    from glmtuner.inference.generate import until_stop
 
     model, stops, room = shipped_model().to(check.device), (0, 7, 9), 8 if check.miniature else 48
     prompts = questions(8 if check.miniature else 48)
@@ -72,7 +72,7 @@ def equal_answers(check: Check) -> None:
 
 
 def speeds(check: Check) -> None:
-    from glmtuner.generate import rows_that_fit
+    from glmtuner.inference.generate import rows_that_fit
 
     config = transformers_config(MODEL, check.miniature)
     model = drawn_model(config, check.device, attn_implementation="sdpa").eval()

@@ -40,7 +40,8 @@ def prepare(check: Check) -> None:
 
 def most_rows(check: Check) -> int:
     """The largest batch of RAISED for which gradients are not to be checkpointed; memory grows evenly with the rows."""
-    from glmtuner.memory import CUDA_CONTEXT, HOLES, device_memory
+    from glmtuner.memory.estimate import CUDA_CONTEXT, HOLES
+    from glmtuner.memory.policy import device_memory
 
     few, more = (estimated_gib(check, replace(RAISED, batch=batch))[0] for batch in (4, 12))
     a_row = (1 + HOLES) * (more - few) / 8

@@ -63,7 +63,7 @@ def profiled(check: Check, training: Training) -> None:
     """What the GPU does in one step; the log has the kernels."""
     from torch.profiler import ProfilerActivity, profile
 
-    from glmtuner.trainer import GlmTrainer
+    from glmtuner.training.trainer import GlmTrainer
 
     plain, count, seen = GlmTrainer.training_step, itertools.count(), []
 

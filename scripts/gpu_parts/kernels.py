@@ -48,7 +48,7 @@ def stand_in() -> Iterator[None]:
     """On a CPU: attention spelled out stands for torch's flash attention, which exists on GPUs alone."""
     from torch.nn.attention import varlen
 
-    from glmtuner.models import segments
+    from glmtuner.kernels import segment_attention as segments
 
     plain, runs = varlen.varlen_attn, segments._kernel_runs
 
@@ -127,7 +127,7 @@ def attention_distance(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from glmtuner.data.segments import Segments
-    from glmtuner.models.segments import _segmented
+    from glmtuner.kernels.segment_attention import _segmented
 
     torch.manual_seed(1)
     total, states = sum(lengths), []
@@ -247,13 +247,14 @@ def model_paths(check: Check, name: str, build: Callable[[], nn.Module]) -> None
     """Each fast path alone and all together; and whether a run would take them."""
     from glmtuner.data.collate import Collator
     from glmtuner.data.segments import SegmentCollator
-    from glmtuner.fast_paths import base_of, fast_paths, short_samples
-    from glmtuner.models.head import forget_chunks, use_chunks
-    from glmtuner.models.lora import fuse_lora, unfuse_lora
-    from glmtuner.models.segments import forget_segments, places_of, use_segments
+    from glmtuner.kernels.choose import fast_paths, short_samples
+    from glmtuner.kernels.chunked_loss import forget_chunks, use_chunks
+    from glmtuner.kernels.fused_lora import fuse_lora, unfuse_lora
+    from glmtuner.kernels.segment_attention import forget_segments, places_of, use_segments
+    from glmtuner.models.unwrap import unwrapped
 
     model, rows, padded = with_lora(build, check.device), samples(check.miniature), Collator(pad_id=3)
-    base = base_of(model)
+    base = unwrapped(model)
     flat = SegmentCollator(places=places_of(base))
     wanted = learned(copy.deepcopy(model).float(), padded(rows), half=False)
     plain = learned(model, padded(rows), half=True)
@@ -276,7 +277,7 @@ def model_paths(check: Check, name: str, build: Callable[[], nn.Module]) -> None
     elif "Mistral" in name:
         check.add(f"{name}: Liger", None, note="left out: its kernels for Mistral are liger-kernel's own, not ours")
     else:
-        from glmtuner.models.liger import restore_modules, use_liger
+        from glmtuner.kernels.liger import restore_modules, use_liger
 
         use_liger(base, {})
         compare(check, f"{name}: Liger", learned(model, padded(rows), half=True), plain, wanted)
@@ -314,13 +315,13 @@ def compiled(check: Check) -> None:
     """torch.compile of every block, with all fast paths, on batches of two sizes."""
     from glmtuner.data.collate import Collator
     from glmtuner.data.segments import SegmentCollator
-    from glmtuner.fast_paths import base_of
-    from glmtuner.models.head import use_chunks
-    from glmtuner.models.lora import fuse_lora
-    from glmtuner.models.segments import places_of, use_segments
+    from glmtuner.kernels.chunked_loss import use_chunks
+    from glmtuner.kernels.fused_lora import fuse_lora
+    from glmtuner.kernels.segment_attention import places_of, use_segments
+    from glmtuner.models.unwrap import unwrapped
 
     model = with_lora(models(check.miniature)["GLM"], check.device)
-    rows, base = samples(check.miniature), base_of(model)
+    rows, base = samples(check.miniature), unwrapped(model)
     sizes = {"": rows, ", a smaller batch": rows[:3]}
     exact, padded = copy.deepcopy(model).float(), Collator(pad_id=3)
     wanted = [learned(exact, padded(part), half=False) for part in sizes.values()]

@@ -112,7 +112,7 @@ def twenty_steps(check: Check, what: str, goldens: Path, method: str) -> None:
 
 def answers_of_the_cpu(check: Check) -> None:
     """Of the shipped model: as many tokens as fit, for the questions that ship with it."""
-    from glmtuner.generate import Decoding, answers
+    from glmtuner.inference.generate import Decoding, answers
 
     model, prompts, stops = shipped_model(), questions(8 if check.miniature else 48), (0, 7, 9)
     decoding = Decoding(
@@ -136,7 +136,7 @@ def questions(count: int) -> list[list[int]]:
     """Prompts of the shipped identity questions, as token ids."""
     from glmtuner.config.paths import PACKAGE_DATA
     from glmtuner.data.records import Message
-    from glmtuner.families.template import TEMPLATES
+    from glmtuner.templates.glm import TEMPLATES
     from gpu_parts.models import tokenizer
 
     records = json.loads((PACKAGE_DATA / "identity_sample.json").read_text(encoding="utf-8"))[:count]

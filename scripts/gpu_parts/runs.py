@@ -88,7 +88,7 @@ class Failed(Exception):
 
 def command(words: list[str]) -> None:
     """`python -m glmtuner` in this process; raises Failed."""
-    from glmtuner.__main__ import main
+    from glmtuner.cli.main import main
 
     if status := main(words):
         raise Failed(f"exit code {status}: {' '.join(words)}")
@@ -114,7 +114,7 @@ def logged() -> Iterator[list[dict[str, float]]]:
 @contextmanager
 def remembered() -> Iterator[list[bool]]:
     """Whether each trainer that is made checkpoints gradients."""
-    from glmtuner.trainer import GlmTrainer
+    from glmtuner.training.trainer import GlmTrainer
 
     plain, seen = GlmTrainer.__init__, []
 
@@ -164,14 +164,14 @@ def train(check: Check, training: Training, *more: str) -> Trained:
 
 def estimated_gib(check: Check, training: Training, *more: str) -> tuple[float, bool]:
     """What `--check` says of its tensors, in GiB, and whether it would checkpoint gradients."""
-    from glmtuner.__main__ import _register
-    from glmtuner.assemble import device_of
     from glmtuner.config.compose import compose
-    from glmtuner.launch import checked
-    from glmtuner.memory import device_memory
+    from glmtuner.launch.device import device_of
+    from glmtuner.launch.memory_check import checked
+    from glmtuner.launch.register import register_presets
+    from glmtuner.memory.policy import device_memory
 
     training = training.small() if check.miniature else training
-    _register()
+    register_presets()
     composed = compose([*training.overrides(check), *more])
     device = device_of(composed.run)
     needed, _ = checked(composed, device, device_memory(device))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from upstream import write_checkpoint
 
-from glmtuner.__main__ import main
+from glmtuner.cli.main import main
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:5e974d9a69c242ce014c88c2b26089270f6198f3c0b7\nsize 2706249\n"
 SHARD = "pytorch_model-00002-of-00002.bin"

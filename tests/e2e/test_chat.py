@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from glmtuner.__main__ import main
-from glmtuner.assemble import finished_run
-from glmtuner.conversation import Conversation
+from glmtuner.cli.main import main
 from glmtuner.data.records import Message
 from glmtuner.errors import ConfigError
+from glmtuner.inference.conversation import Conversation
+from glmtuner.launch.build import finished_run
 
 ROOT = Path(__file__).parent.parent.parent
 GREEDY = ["generation=greedy"]
@@ -51,7 +51,7 @@ def test_an_answer_streams_and_stays_in_the_conversation(run: Path) -> None:
 
 
 def test_greedy_chat_gives_the_predicted_answer(run: Path) -> None:
-    from glmtuner.generate import Decoding, answers
+    from glmtuner.inference.generate import Decoding, answers
 
     conversation = talk(run)
     finished = conversation.finished

@@ -11,8 +11,8 @@ import pytest
 import torch
 from upstream import write_checkpoint
 
-from glmtuner.__main__ import main
-from glmtuner.verbs import export
+from glmtuner.cli import export
+from glmtuner.cli.main import main
 
 SHORT = (
     "tracker=none", "data.dataset=belle_sample", "data.max_samples=8", "data.max_target_length=16", "trainer.max_steps=4",
@@ -118,7 +118,7 @@ def test_plain_transformers_loads_an_export_and_gives_the_run_s_answers(
     assert ours == "False"
     name, ids = json.loads(found)
     assert name == kind
-    from glmtuner.assemble import finished_run
+    from glmtuner.launch.build import finished_run
 
     finished = finished_run([here / "run"], ["quant=none", "model.dtype=float32"])
     wanted = export.answer(finished, finished.model).ids

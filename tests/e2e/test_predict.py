@@ -50,7 +50,7 @@ def test_beams_and_a_penalty_go_through_the_command_line(glmtuner: Callable, tmp
 def test_a_killed_prediction_goes_on_where_it_was(
     glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from glmtuner import generate
+    from glmtuner.inference import generate
 
     done = glmtuner(*WORDS, "trainer.output_dir=whole")
     assert done.returncode == 0, done.stderr
@@ -88,7 +88,7 @@ def test_a_killed_prediction_goes_on_where_it_was(
 
 
 def test_an_answer_that_comes_early_waits_in_a_file_of_its_own(tmp_path: Path) -> None:
-    from glmtuner.predict import InOrder, earlier
+    from glmtuner.inference.predict import InOrder, earlier
 
     path, early = tmp_path / "predictions.jsonl", tmp_path / "evaluations/predictions.early.jsonl"
     assert earlier(path, early, [], kept=True) == {}
@@ -145,7 +145,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_vllm_gets_token_ids_and_merged_weights(
     glmtuner: Callable, tmp_path: Path, vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from glmtuner import vllm_engine
+    from glmtuner.inference import vllm as vllm_engine
 
     train = [word for word in WORDS if not word.startswith(("trainer=", "finetuning="))]
     done = glmtuner(*train, "trainer.max_steps=4", "trainer.learning_rate=1e-2", "trainer.output_dir=run")
@@ -170,7 +170,7 @@ def test_vllm_must_be_installed_and_know_the_model(glmtuner: Callable, tmp_path:
     from small_models import built
 
     from glmtuner.errors import ConfigError
-    from glmtuner.vllm_engine import vllm_answers
+    from glmtuner.inference.vllm import vllm_answers
 
     done = glmtuner(*WORDS, "generation.engine=vllm", "trainer.output_dir=run")
     assert done.returncode == 2 and not (tmp_path / "run").exists()

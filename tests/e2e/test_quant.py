@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from upstream import write_checkpoint
 
-from glmtuner.__main__ import main
+from glmtuner.cli.main import main
 
 WORDS = [
     "tracker=none", "data.dataset=belle_sample", "data.max_samples=24", "data.max_target_length=24",
@@ -94,9 +94,9 @@ def test_projections_are_quantized_and_nothing_else(
 
 def loaded(words: list[str]) -> torch.nn.Module:
     """The model of a run, as it would be trained."""
-    from glmtuner.assemble import attached_model, settle_family
     from glmtuner.config.compose import compose
-    from glmtuner.hub import read_config
+    from glmtuner.families.hub import read_config
+    from glmtuner.launch.build import attached_model, settle_family
 
     composed = compose(words)
     family = settle_family(composed.run, read_config(composed.run.model))

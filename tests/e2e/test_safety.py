@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from glmtuner.__main__ import main
-from glmtuner.run_folder import flaw
+from glmtuner.cli.main import main
+from glmtuner.run_folder.checkpoints import flaw
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = [

@@ -21,7 +21,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from glmtuner.__main__ import main
+from glmtuner.cli.main import main
 
 ROOT = Path(__file__).parent.parent.parent
 QUESTIONS = ["你是谁？", "3 + 4 = ?", "你好", "Who are you?", "把“天空”倒过来写", "12 - 5 = ?", "请写一句话", "再见"]
@@ -102,8 +102,8 @@ def served(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 @pytest.fixture(scope="module")
 def answers(run: Path) -> dict[str, str]:
     """What `chat` answers, greedily."""
-    from glmtuner.assemble import finished_run
-    from glmtuner.conversation import Conversation
+    from glmtuner.inference.conversation import Conversation
+    from glmtuner.launch.build import finished_run
 
     finished = finished_run([run], ["generation=greedy"])
     return {question: Conversation(finished).ask(question, lambda text: None)[0] for question in QUESTIONS}

@@ -32,7 +32,7 @@ PPO = (
 
 def run(folder: Path, *words: str) -> str:
     """`python -m glmtuner` in this process, its run in `folder`; what it printed."""
-    from glmtuner.__main__ import main
+    from glmtuner.cli.main import main
 
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(out):

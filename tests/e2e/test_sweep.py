@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmtuner.run_folder import job_folders
+from glmtuner.run_folder.folder import job_folders
 
 TINY = [
     "-m", "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "data.max_samples=16", "trainer.max_steps=4",
@@ -29,7 +29,7 @@ def written(sweep: Path) -> dict[str, tuple[bytes, bytes]]:
 def test_a_failed_job_stops_no_other_and_is_tried_again(
     glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from glmtuner import launch
+    from glmtuner.launch import run as launch
 
     trained, broken = launch.train, {"seed": 2}
 
@@ -59,7 +59,7 @@ def test_a_failed_job_stops_no_other_and_is_tried_again(
 def test_out_of_memory_is_infeasible_and_no_crash(
     glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from glmtuner import launch
+    from glmtuner.launch import run as launch
 
     trained = launch.train
 
@@ -125,7 +125,7 @@ def test_a_run_that_is_told_to_go_saves_and_ends_like_its_undisturbed_twin(
 
     from transformers import TrainerCallback
 
-    from glmtuner import trainer
+    from glmtuner.training import trainer
 
     class Tell(TrainerCallback):
         def on_step_begin(self, args, state, control, **given):

@@ -74,7 +74,7 @@ def stop_after_step_three(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next run gets SIGTERM in its third step; its last whole checkpoint is made unusable, so that two steps repeat."""
     from transformers import TrainerCallback
 
-    from glmtuner import trainer
+    from glmtuner.training import trainer
 
     told = [signal.SIGTERM]
 

@@ -11,20 +11,20 @@ from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmMLP, GlmRMSNorm
 from transformers.models.glm4 import modeling_glm4
 
-from glmtuner.__main__ import _register
-from glmtuner.assemble import check_liger
 from glmtuner.config.compose import compose
 from glmtuner.data.collate import Collator
 from glmtuner.errors import ConfigError
 from glmtuner.families import family_named
-from glmtuner.fast_paths import fast_paths, take_liger
 from glmtuner.finetuning.lora import Lora
+from glmtuner.kernels.choose import fast_paths, take_liger
+from glmtuner.kernels.liger import KNOWN, apply_liger_kernel_to_glm, kernels_for, restore_modules, use_liger
+from glmtuner.launch.checks import check_liger
+from glmtuner.launch.register import register_presets
 from glmtuner.models.configuration_chatglm import ChatGLM2Config, ChatGLMConfig
-from glmtuner.models.liger import KNOWN, apply_liger_kernel_to_glm, kernels_for, restore_modules, use_liger
 from glmtuner.models.modeling_chatglm import ChatGLMForConditionalGeneration
 from glmtuner.models.modeling_chatglm2 import ChatGLM2ForConditionalGeneration, ChatGLM2MLP
 
-_register()
+register_presets()
 V = 48
 SMALL = {"hidden_size": 16, "num_attention_heads": 2}
 
@@ -169,7 +169,7 @@ def test_the_next_job_of_a_sweep_has_the_models_own_code():
 
 
 def test_kernels_that_compute_another_loss_are_refused(monkeypatch):
-    monkeypatch.setattr("glmtuner.models.liger._rms_norm", lambda self, states: 2 * states)
+    monkeypatch.setattr("glmtuner.kernels.liger._rms_norm", lambda self, states: 2 * states)
     with pytest.raises(
         ConfigError, match=r"^trainer.use_liger_kernel=true: the loss of two samples is .* leave it out$"
     ):
@@ -180,7 +180,7 @@ def test_a_compilers_error_is_one_paragraph(monkeypatch):
     def fails(self: Any, states: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no driver\n  was found")
 
-    monkeypatch.setattr("glmtuner.models.liger._rms_norm", fails)
+    monkeypatch.setattr("glmtuner.kernels.liger._rms_norm", fails)
     with pytest.raises(
         ConfigError, match=r"^trainer.use_liger_kernel=true: RuntimeError: no driver was found; leave it out$"
     ):

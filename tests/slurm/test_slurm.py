@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import wandb_file
 
-from glmtuner.run_folder import job_folders
+from glmtuner.run_folder.folder import job_folders
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = [

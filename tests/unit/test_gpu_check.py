@@ -109,7 +109,7 @@ def test_spelled_out_attention_is_torch_s_own() -> None:
 
 
 def test_a_broken_path_of_a_whole_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from glmtuner.models import lora
+    from glmtuner.kernels import fused_lora as lora
 
     right = lora._LoraLinear.apply
     monkeypatch.setattr(lora._LoraLinear, "apply", lambda *args: right(*args[:-1], 1.3 * args[-1]))
@@ -180,7 +180,7 @@ def test_real_sizes_are_the_published_ones() -> None:
 
 def test_full_rows_are_cut_to_their_very_length(tmp_path: Path) -> None:
     from glmtuner.data.records import Message
-    from glmtuner.families.template import TEMPLATES
+    from glmtuner.templates.glm import TEMPLATES
 
     models.write_records(tmp_path / "records.json", [(200, 100)] * 3)
     records = json.loads((tmp_path / "records.json").read_text(encoding="utf-8"))

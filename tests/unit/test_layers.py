@@ -11,24 +11,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-RANK = {
-    **dict.fromkeys(("errors", "preemption"), 0),
-    **dict.fromkeys(("bpe", "config", "console", "ranks", "replay"), 1),
-    **dict.fromkeys(
-        (
-            *("data", "decoding", "families", "hub", "losses", "metrics", "parallel", "quant", "prefix", "run_folder"),
-            *("scoring", "value_head"),
-        ),
-        2,
-    ),
-    **dict.fromkeys(("report", "finetuning", "generate", "models", "preflight", "throughput", "trackers"), 3),
-    **dict.fromkeys(("assemble", "fast_paths", "objectives", "trainer", "vllm_engine"), 4),
-    **dict.fromkeys(("conversation", "memory", "predict", "serving"), 5),
-    "stages": 6,
-    **dict.fromkeys(("launch", "launchers", "verbs"), 7),
-    "sweep": 8,
-    "__main__": 9,
-}
+PACKAGE = ROOT / "glmtuner"
+FLOORS = (  # a room imports from the floors below its own, never from its own or from one above
+    ("assets", "console", "errors"),
+    ("config", "run_folder", "templates"),
+    ("distributed", "families", "metrics", "parallel", "quant", "trackers"),
+    ("data", "models", "report"),
+    ("finetuning", "inference", "kernels"),
+    ("memory", "objectives", "serving"),
+    ("stages", "training"),
+    ("launch",),
+    ("sweep",),
+    ("cli",),
+    ("__main__",),
+)
+RANK = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MOST_ROOMS, MOST_LINES = 28, 450
+LONGER = {"models/tokenization_chatglm.py"}  # tokenizers and tables of data may be
 # Of these no run takes anything that asked for no tracker, no pictures, no scores and no compiled model.
 UNUSED = {"wandb", "tensorboard", "matplotlib", "jieba", "nltk", "rouge_chinese", "rapidfuzz", "sklearn", "optuna"}
 UNUSED |= {"joblib", "deepspeed", "fastapi", "uvicorn", "torch._inductor.compile_fx", "torch._inductor.scheduler"}
@@ -47,24 +46,9 @@ def test_the_wheel_holds_every_package():
     assert found == {*listed} - {"glmtuner.conf"}
 
 
-def annotations_only(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-
-
-def walk(node: ast.AST) -> Iterator[ast.AST]:
-    """Every node that runs, inside functions too; what stands under `if TYPE_CHECKING:` does not run."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if annotations_only(child):
-            for other in child.orelse:
-                yield from walk(other)
-        else:
-            yield from walk(child)
-
-
-def imported_parts(source: str) -> Iterator[str]:
-    """The top-level parts of glmtuner that a module imports: `a` of `glmtuner.a.b`, in all forms of the statement."""
-    for node in walk(ast.parse(source)):
+def imported(source: str) -> Iterator[str]:
+    """The dotted names below glmtuner that a module imports, in every form of the statement, for annotations alone too."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             dotted = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -75,49 +59,90 @@ def imported_parts(source: str) -> Iterator[str]:
         for name in dotted:
             package, _, rest = name.partition(".")
             if package == "glmtuner" and rest and not rest.startswith("__version__"):
-                yield rest.partition(".")[0]
+                yield rest
 
 
-def part_of(path: Path, package: Path) -> str:
+def room_of(path: Path, package: Path) -> str:
     return path.relative_to(package).with_suffix("").parts[0]
 
 
 def edges(package: Path) -> list[tuple[str, str]]:
-    """(importer, imported) of every import between parts."""
+    """(importer, imported) of every import between rooms."""
     return [
-        (part_of(path, package), part)
+        (room_of(path, package), name.partition(".")[0])
         for path in sorted(package.rglob("*.py"))
-        for part in imported_parts(path.read_text(encoding="utf-8"))
+        for name in imported(path.read_text(encoding="utf-8"))
     ]
 
 
 def wrong_way(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Imports that do not point down; siblings of one rank do not import each other either."""
+    """Imports that do not point down; rooms of one floor do not import each other either."""
     return sorted({(a, b) for a, b in found if a != b and RANK[b] >= RANK[a]})
 
 
+def circles(package: Path) -> list[list[str]]:
+    """The groups of modules that import each other, directly or through others of the group."""
+    names = {
+        path: path.relative_to(package).with_suffix("").as_posix().replace("/", ".") for path in package.rglob("*.py")
+    }
+    modules = {name.removesuffix(".__init__") for name in names.values()}
+    graph = {}
+    for path, name in names.items():
+        found = set()
+        for dotted in imported(path.read_text(encoding="utf-8")):
+            found.add(next((part for part in (dotted, dotted.rpartition(".")[0]) if part in modules), ""))
+        graph[name.removesuffix(".__init__")] = found - {name.removesuffix(".__init__"), ""}
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            for following in graph[waiting.pop()] - seen:
+                seen.add(following)
+                waiting.append(following)
+        return seen
+
+    reach = {name: reached(name) for name in graph}
+    groups = {
+        frozenset(other for other in reach[name] if name in reach[other]) for name in graph if name in reach[name]
+    }
+    return sorted(sorted(group) for group in groups)
+
+
 def test_imports_point_down():
-    found = edges(ROOT / "glmtuner")
-    assert {("__main__", "launch"), ("launch", "finetuning"), ("finetuning", "prefix"), ("sweep", "stages")} <= {*found}
+    found = edges(PACKAGE)
+    assert {("cli", "launch"), ("launch", "finetuning"), ("finetuning", "models"), ("sweep", "launch")} <= {*found}
     assert wrong_way(found) == []
 
 
-def test_every_part_has_a_rank():
-    package = ROOT / "glmtuner"
-    parts = {part_of(path, package) for path in package.rglob("*.py")} - {"__init__", "assets"}
-    assert parts == RANK.keys()
+def test_every_room_has_a_floor_and_few_modules_stand_outside_of_rooms():
+    rooms = {room_of(path, PACKAGE) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert rooms == RANK.keys() and len(rooms) <= MOST_ROOMS
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "console", "errors"}
+
+
+def test_no_modules_import_each_other():
+    assert circles(PACKAGE) == []
+
+
+def test_modules_are_short():
+    lines = {
+        path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8").count("\n")
+        for path in PACKAGE.rglob("*.py")
+    }
+    assert {name for name, count in lines.items() if count > MOST_LINES} == LONGER
 
 
 @pytest.mark.parametrize(
     "line",
     [
         "import glmtuner.launch",
-        "import glmtuner.launch as run",
+        "import glmtuner.launch.run as run",
         "from glmtuner import launch",
-        "from glmtuner.launch import launch",
-        "def late():\n    from glmtuner.launch import launch",
+        "from glmtuner.launch.run import launch",
+        "def late():\n    from glmtuner.launch.run import launch",
         "class A:\n    def late(self):\n        if self:\n            import glmtuner.launch",
-        "if TYPE_CHECKING:\n    pass\nelse:\n    import glmtuner.launch",
+        "if TYPE_CHECKING:\n    import glmtuner.launch",
     ],
 )
 def test_the_walk_sees_every_form_of_an_upward_import(line, tmp_path):
@@ -126,12 +151,16 @@ def test_the_walk_sees_every_form_of_an_upward_import(line, tmp_path):
     assert wrong_way(edges(tmp_path)) == [("data", "launch")]
 
 
-def test_the_walk_refuses_siblings_and_leaves_annotations_alone(tmp_path):
-    (tmp_path / "quant.py").write_text("from glmtuner.families.family import Family", encoding="utf-8")
-    (tmp_path / "prefix.py").write_text(
-        "if TYPE_CHECKING:\n    from glmtuner.families.family import Family", encoding="utf-8"
-    )
-    assert wrong_way(edges(tmp_path)) == [("quant", "families")]
+def test_the_walk_refuses_siblings_and_circles(tmp_path):
+    for name, line in {
+        "quant/int4.py": "from glmtuner.families.family import Family",
+        "families/family.py": "if TYPE_CHECKING:\n    from glmtuner.quant import int4",
+        "families/hub.py": "from glmtuner.families.family import Family",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(line, encoding="utf-8")
+    assert wrong_way(edges(tmp_path)) == [("families", "quant"), ("quant", "families")]
+    assert circles(tmp_path) == [["families.family", "quant.int4"]]
 
 
 def modules_loaded_by(folder: Path, *words: str) -> tuple[int, set[str]]:

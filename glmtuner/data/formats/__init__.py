@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.errors import UnknownName
 
 if TYPE_CHECKING:
-    from glmtuner.data.catalog import DatasetSpec
     from glmtuner.data.records import Example
+    from glmtuner.data.spec import DatasetSpec
 
     Parser = Callable[[dict[str, Any], DatasetSpec], Example]
 

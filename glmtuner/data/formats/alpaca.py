@@ -21,7 +21,7 @@ from glmtuner.data.records import (
 )
 
 if TYPE_CHECKING:
-    from glmtuner.data.catalog import DatasetSpec
+    from glmtuner.data.spec import DatasetSpec
 
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 

@@ -8,7 +8,7 @@ from glmtuner.data.formats.sharegpt import answer, conversation, turns_of
 from glmtuner.data.records import BadRecord, Example, list_of, ranked, value_of
 
 if TYPE_CHECKING:
-    from glmtuner.data.catalog import DatasetSpec
+    from glmtuner.data.spec import DatasetSpec
 
 COLUMNS = {"messages": "messages"}
 TAGS = {

@@ -20,7 +20,7 @@ from glmtuner.data.records import (
 )
 
 if TYPE_CHECKING:
-    from glmtuner.data.catalog import DatasetSpec
+    from glmtuner.data.spec import DatasetSpec
 
 COLUMNS = {"messages": "conversations"}
 TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}

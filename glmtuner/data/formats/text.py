@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.data.records import Example, text_of, value_of
 
 if TYPE_CHECKING:
-    from glmtuner.data.catalog import DatasetSpec
+    from glmtuner.data.spec import DatasetSpec
 
 COLUMNS = {"prompt": "text"}
 

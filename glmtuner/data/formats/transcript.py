@@ -33,7 +33,7 @@ from glmtuner.data.records import (
 )
 
 if TYPE_CHECKING:
-    from glmtuner.data.catalog import DatasetSpec
+    from glmtuner.data.spec import DatasetSpec
 
 COLUMNS = {"prompt": "instruction", "response": "output"}
 TAGS = {"user_tag": "Human", "assistant_tag": "Assistant"}

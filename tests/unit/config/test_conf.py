@@ -11,24 +11,16 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from glmtuner import launchers
-from glmtuner.__main__ import _register
 from glmtuner.config.compose import compose
+from glmtuner.config.groups import SCHEMA_CLASSES, Dtype, Engine, LayerPart, LossOn, QuantizationType
 from glmtuner.config.paths import PACKAGE_DATA, conf_dir
-from glmtuner.config.schema import (
-    SCHEMA_CLASSES,
-    Dtype,
-    Engine,
-    LayerPart,
-    LossOn,
-    QuantizationType,
-    classes_of,
-    groups,
-)
+from glmtuner.config.schema import classes_of, groups
 from glmtuner.data import find
 from glmtuner.errors import ConfigError
+from glmtuner.launch.register import register_presets
+from glmtuner.sweep import launchers
 
-_register()
+register_presets()
 
 CONF = conf_dir()
 PRESETS = [

@@ -4,14 +4,14 @@ import re
 
 import pytest
 
-from glmtuner.__main__ import _register
 from glmtuner.config.compose import check_sweep, compose, presets
 from glmtuner.config.overrides import MOVED, bracket_lists, check_words, parse
 from glmtuner.config.paths import conf_dir
 from glmtuner.config.schema import legal_keys, list_keys
 from glmtuner.errors import CheckpointError, ConfigError, did_you_mean, nearest
+from glmtuner.launch.register import register_presets
 
-_register()
+register_presets()
 
 PRESETS = presets([conf_dir()])
 LISTS = ["data.dataset", "data.eval_dataset", "finetuning.lora_target", "model.checkpoint_dir"]

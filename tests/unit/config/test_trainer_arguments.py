@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from transformers import Seq2SeqTrainingArguments
 
-from glmtuner.__main__ import _register
 from glmtuner.config import trainer_arguments
 from glmtuner.config.compose import compose
-from glmtuner.config.schema import Trainer, legal_keys
+from glmtuner.config.groups import Trainer
+from glmtuner.config.schema import legal_keys
 from glmtuner.config.trainer_arguments import UNIONS, WORDS, TrainerArguments
 from glmtuner.errors import ConfigError
+from glmtuner.launch.register import register_presets
 
-_register()
+register_presets()
 
 ROOT = Path(__file__).parent.parent.parent.parent
 FIELDS = {declared.name: declared for declared in dataclasses.fields(Seq2SeqTrainingArguments)}

@@ -6,13 +6,14 @@ import string
 
 import pytest
 
-from glmtuner.__main__ import _register, main
+from glmtuner.cli.main import main
 from glmtuner.config.compose import presets
 from glmtuner.config.overrides import MOVED
 from glmtuner.config.paths import conf_dir
 from glmtuner.config.schema import legal_keys
+from glmtuner.launch.register import register_presets
 
-_register()
+register_presets()
 
 LEGAL = sorted({*legal_keys(), *presets([conf_dir()])})
 WORDS = [word for word in LEGAL if word not in MOVED]  # what may be typed

@@ -9,7 +9,9 @@ from glmtuner.data.collate import Collator
 from glmtuner.data.encode import Counts, Encoder, first_that
 from glmtuner.data.records import Example, Message
 from glmtuner.errors import ConfigError
-from glmtuner.families.template import IGNORE_INDEX, TEMPLATES, template_named
+from glmtuner.templates.base import IGNORE_INDEX
+from glmtuner.templates.glm import TEMPLATES
+from glmtuner.templates.named import template_named
 
 WORDS = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。" * 20
 SYSTEM, ASK, TOLD = (lambda text, role=role: Message(role, text) for role in ("system", "user", "assistant"))

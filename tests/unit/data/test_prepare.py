@@ -15,9 +15,8 @@ import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
-from glmtuner import bpe
+from glmtuner.config.groups import Data
 from glmtuner.config.paths import ASSETS
-from glmtuner.config.schema import Data
 from glmtuner.data import find
 from glmtuner.data import prepare as preparing
 from glmtuner.data.blocks import BlockEncoder
@@ -28,7 +27,9 @@ from glmtuner.data.prepare import ROWS, THREADS, cache_root, prepare
 from glmtuner.data.prompts import PromptEncoder
 from glmtuner.data.records import Example, Message
 from glmtuner.errors import DataError
-from glmtuner.families.template import TEMPLATES, template_named
+from glmtuner.templates import tiktoken_engine as bpe
+from glmtuner.templates.glm import TEMPLATES
+from glmtuner.templates.named import template_named
 
 
 @pytest.fixture(autouse=True)

@@ -3,17 +3,16 @@
 import csv
 import hashlib
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
 
-from glmtuner.data.catalog import DatasetSpec
+from glmtuner.data import json_stream
 from glmtuner.data.read import read
 from glmtuner.data.records import BadRecord
+from glmtuner.data.spec import DatasetSpec
 from glmtuner.errors import DataError
 
-reading = sys.modules[read.__module__]  # glmtuner.data has a function of that name
 RECORDS = [{"instruction": f"q{number}", "output": f"a{number}\u2028\U0001f600"} for number in range(3)]
 
 
@@ -102,7 +101,7 @@ def told_of(folder):
 def test_an_array_is_the_same_in_pieces_of_any_size(tmp_path, monkeypatch, layout, piece):
     (tmp_path / "a.json").write_text(LAYOUTS[layout], encoding="utf-8")
     whole = told_of(tmp_path)
-    monkeypatch.setattr(reading, "PIECE", piece)
+    monkeypatch.setattr(json_stream, "PIECE", piece)
     assert told_of(tmp_path) == whole
 
 

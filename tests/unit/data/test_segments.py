@@ -6,8 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from glmtuner.data.collate import IGNORE_INDEX
 from glmtuner.data.segments import Packs, SegmentCollator, lengths_of, packed
+from glmtuner.templates.base import IGNORE_INDEX
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -8,14 +8,14 @@ from transformers import AutoTokenizer
 
 from glmtuner.config.paths import ASSETS
 from glmtuner.data.blocks import BlockEncoder
-from glmtuner.data.collate import IGNORE_INDEX
 from glmtuner.data.encode import Encoder
 from glmtuner.data.feedback import FeedbackCollator, FeedbackEncoder, answer_start, with_other_answers
 from glmtuner.data.pairs import PairCollator, PairEncoder
 from glmtuner.data.prompts import PromptCollator, PromptEncoder, prompts_of
 from glmtuner.data.records import Example, Message
 from glmtuner.errors import ConfigError
-from glmtuner.families.template import template_named
+from glmtuner.templates.base import IGNORE_INDEX
+from glmtuner.templates.named import template_named
 
 ASK, TOLD = (lambda text, role=role: Message(role, text) for role in ("user", "assistant"))
 LONG = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。" * 10

@@ -17,7 +17,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from glmtuner.config.schema import LayerPart, Model
+from glmtuner.config.groups import LayerPart, Model
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.families import FAMILIES
 from glmtuner.families.family import family_from_structure

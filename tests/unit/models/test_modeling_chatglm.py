@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import glmtuner.models  # noqa: F401, makes chatglm known
-from glmtuner.config.schema import LayerPart
+from glmtuner.config.groups import LayerPart
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.families import family_named
 from glmtuner.families.family import family_of
@@ -28,8 +28,8 @@ from glmtuner.finetuning.p_tuning import PTuning
 from glmtuner.models.configuration_chatglm import ChatGLM2Config, ChatGLMConfig
 from glmtuner.models.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMRotaryEmbedding, positions
 from glmtuner.models.modeling_chatglm2 import ChatGLM2ForConditionalGeneration, as_glm
+from glmtuner.models.prefix import add_prefix
 from glmtuner.models.prequantized import QUANTIZED, dequantized, unpacked
-from glmtuner.prefix import add_prefix
 
 TOLERANCE = 1e-4  # absolute, on fp32 logits of magnitude 10; the smallest mistake tried gives 7.6e-4
 FAMILY = {"chatglm_v1": "chatglm", "chatglm2": "chatglm2"}

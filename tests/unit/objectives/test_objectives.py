@@ -7,19 +7,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from glmtuner.__main__ import _register
 from glmtuner.config.compose import compose
 from glmtuner.config.paths import ASSETS
 from glmtuner.families.family import FAMILIES
 from glmtuner.finetuning.trained import trained_parameters
+from glmtuner.launch.register import register_presets
+from glmtuner.models.value_head import ValueHead, save_head
 from glmtuner.objectives.dpo import DpoObjective
 from glmtuner.objectives.kto import KtoObjective
 from glmtuner.objectives.objective import Weights
 from glmtuner.objectives.ppo import PpoObjective
 from glmtuner.objectives.rm import RewardObjective
-from glmtuner.value_head import ValueHead, save_head
 
-_register()
+register_presets()
 
 
 def run_of(*words: str):

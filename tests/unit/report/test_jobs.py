@@ -6,7 +6,7 @@ import pytest
 
 from glmtuner.report import jobs as module
 from glmtuner.report.jobs import State, knobs_of, read_jobs, short_names, shown, value_of
-from glmtuner.run_folder import RunFolder
+from glmtuner.run_folder.folder import RunFolder
 
 METRICS = {"train_loss": 1.0}
 

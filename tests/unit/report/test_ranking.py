@@ -184,7 +184,8 @@ def test_a_metric_that_is_not_known_here_gives_no_interval(sweep, job, values):
 
 
 def test_sample_scores_are_what_the_metric_averages(sweep, job):
-    from glmtuner.run_folder import RunFolder, flat
+    from glmtuner.run_folder.folder import RunFolder
+    from glmtuner.run_folder.redaction import flat
 
     folder = rated(job, "a", 0.1, answers=[*HALF, *HALF[:3]])  # three questions were asked twice
     metrics = json.loads((folder / "metrics.json").read_text())

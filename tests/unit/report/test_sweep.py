@@ -15,7 +15,7 @@ from glmtuner.errors import CheckpointError
 from glmtuner.report import draw_loss, report
 from glmtuner.report.pictures import by_knob, sweep_losses
 from glmtuner.report.ranking import ranking
-from glmtuner.run_folder import RunFolder
+from glmtuner.run_folder.folder import RunFolder
 
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)>"\'|`{{ 7*7 }}\n</pre>'
 ANSWERS = [(f"{EVIL}{place}", f"好的，{place}", EVIL) for place in range(12)]

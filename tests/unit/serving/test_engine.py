@@ -9,9 +9,9 @@ import torch
 import transformers
 from small_models import MODELS, STOP, alone, built, prompt
 
-from glmtuner.decoding import PREFILL
 from glmtuner.errors import ConfigError
-from glmtuner.prefix import add_prefix
+from glmtuner.inference.decoding import PREFILL
+from glmtuner.models.prefix import add_prefix
 from glmtuner.serving.engine import Busy, Engine, Request, Sampling
 
 

@@ -9,11 +9,11 @@ import pytest
 import wandb_file
 from matplotlib import pyplot
 
-from glmtuner.__main__ import _register
 from glmtuner.config.compose import compose
+from glmtuner.launch.register import register_presets
 from glmtuner.trackers.wandb import MOST_ANSWERS, Wandb, hidden_secrets, sessions, sweep_of
 
-_register()
+register_presets()
 
 
 def tracker(**more: object) -> Wandb:

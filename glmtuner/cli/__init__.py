@@ -1,0 +1,1 @@
+"""The command line: overrides and verbs in, exit code out."""

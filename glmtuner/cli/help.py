@@ -1,0 +1,78 @@
+"""What `--help` prints."""
+
+EXAMPLES = """\
+  python -m glmtuner experiment=quickstart                          one minute, offline, on the model that ships
+  python -m glmtuner finetuning=freeze data.dataset=alpaca_zh,belle one run on the mix of two datasets
+  python -m glmtuner model=causal_lm model.model_name_or_path=Qwen/Qwen3-0.6B data.dataset=my.jsonl trainer.bf16=true
+  python -m glmtuner trainer=predict model.checkpoint_dir=outputs/<date>/<run> data.dataset=identity_sample
+  python -m glmtuner -m finetuning=lora,freeze,p_tuning trainer.learning_rate=1e-3,5e-4   a sweep of six runs
+"""
+MEANINGS = {
+    "model": "which pretrained model",
+    "quant": "how its frozen weights are stored",
+    "data": "which records, and how they become tokens",
+    "finetuning": "which weights are trained",
+    "stage": "what is learned",
+    "trainer": "train, evaluate or predict; every field of transformers' Seq2SeqTrainingArguments",
+    "metric": "how answers are scored",
+    "generation": "how chat decodes",
+    "tracker": "where the numbers go besides the run folder",
+    "kernels": "what computes a block besides torch's own kernels",
+    "parallel": "how many processes train one run, and what each holds",
+    "experiment": "whole recipes",
+}
+
+
+def help_text(config_dir: str | None = None) -> str:
+    """The groups, what they mean, their presets, and five examples."""
+    from glmtuner.config.compose import presets, searched_dirs
+
+    found = presets(searched_dirs(config_dir))
+    width = max(map(len, found))
+    lines = [
+        "glmtuner fine-tunes ChatGLM, GLM and other causal language models from composed YAML.",
+        "",
+        "  python -m glmtuner [options] group=preset group.key=value …     one run",
+        "  python -m glmtuner -m group=a,b group.key=1,2 …                 a sweep: every combination",
+        *(f"  {f'python -m glmtuner {verb} RUN …':<64}{line}" for verb, line in _verbs()),
+        "",
+        "Groups (the default preset comes first):",
+    ]
+    defaults = _default_presets()
+    for group in [*MEANINGS, *sorted(found.keys() - MEANINGS.keys())]:
+        names = found.get(group, [])
+        default = defaults.get(group)
+        names = [default, *(name for name in names if name != default)] if default else names
+        lines += [f"  {group:<{width}}  {MEANINGS.get(group, '')}", f"  {'':<{width}}  {', '.join(names)}"]
+    lines += [
+        "",
+        "A comma means 'and' in a run (data.dataset=a,b trains on both) and 'each' in a sweep; brackets always mean 'and'.",
+        "",
+        "Examples:",
+        EXAMPLES,
+        "Options:",
+        "  --cfg job --resolve     show the composed run and stop      --package GROUP   only one part of it",
+        "  --info defaults-tree    why each file was composed          --config-dir DIR  more presets, in DIR/<group>/",
+        "  --check                 what memory a training will take: no weights or data are loaded, nothing is written",
+        "  -m, --multirun          a sweep                             --version, --hydra-help",
+    ]
+    return "\n".join(lines)
+
+
+def _verbs() -> list[tuple[str, str]]:
+    """Every verb and what it does."""
+    from importlib import import_module
+
+    from glmtuner.cli.verbs import VERBS
+
+    return [(verb, import_module(f"glmtuner.cli.{verb}").HELP) for verb in VERBS]
+
+
+def _default_presets() -> dict[str, str]:
+    import yaml
+
+    from glmtuner.config.paths import conf_dir
+
+    listed = yaml.safe_load((conf_dir() / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+    pairs = {group: name for entry in listed if isinstance(entry, dict) for group, name in entry.items()}
+    return {group: name for group, name in pairs.items() if name and not group.startswith("override")}

@@ -1,0 +1,137 @@
+"""`python -m glmtuner …`: words in, exit code out; the only place that turns our errors into messages.
+
+0 done; 2 the user's mistake; 1 a crash, or a sweep with failed jobs; 130 Ctrl-C; 140 and 143 a run that SIGUSR2 or SIGTERM
+stopped, with a checkpoint.
+"""
+
+import argparse
+import errno
+import os
+import select
+import signal
+import sys
+from collections.abc import Sequence
+
+from glmtuner import __version__
+from glmtuner.cli.options import hydra_flags, parse_options
+from glmtuner.distributed import ranks
+from glmtuner.distributed.preemption import Preempted
+from glmtuner.errors import GlmtunerError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    ranks.settle()
+    try:
+        return run_command(words)
+    except GlmtunerError as error:
+        if ranks.has_a_word_of_its_own(error):
+            print(f"glmtuner: {error}", file=sys.stderr)
+        return 2
+    except ranks.RankFailed as failed:
+        if failed.code not in (1, 2):  # otherwise it has told why
+            print(f"glmtuner: {failed}; the same command with the same trainer.output_dir goes on", file=sys.stderr)
+        return 2 if failed.code == 2 else 1
+    except BrokenPipeError:
+        if not stdout_closed():
+            raise
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        if not out_of_space(error):
+            raise
+        print(f"glmtuner: the disk is full ({error}); free some space and type the same command again", file=sys.stderr)
+        return 1
+    except Preempted as stopped:
+        if ranks.is_main() and not ranks.is_child():
+            print(f"glmtuner: {stopped}; the same command with the same trainer.output_dir goes on", file=sys.stderr)
+        stopped.hand_on()
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        if ranks.is_main() and not ranks.is_child():
+            print("glmtuner: stopped; the same command with the same trainer.output_dir goes on", file=sys.stderr)
+        return 130
+
+
+def stdout_closed() -> bool:
+    """Whether who reads standard output has gone, as `head` does; Python then closes it without a word."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    gone = any(events & select.POLLERR for _, events in output.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
+
+
+def out_of_space(error: Exception) -> bool:
+    """Whether a write failed because the disk, or the user's share of it, is full."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if (isinstance(error, OSError) and error.errno in full) or os.strerror(errno.ENOSPC) in str(error):
+        return True
+    # torch.save tells no errno: its writer finds the file shorter than what it wrote
+    return isinstance(error, RuntimeError) and ("unexpected pos" in str(error) or "PytorchStreamWriter" in str(error))
+
+
+def run_command(words: list[str]) -> int:
+    """What the arguments ask for: a verb, an option that shows something, a sweep or a run; returns the exit code."""
+    if words and not words[0].startswith(("-", "~", "+")) and "=" not in words[0]:
+        from glmtuner.cli.verbs import run_verb
+
+        return run_verb(words)
+    options, rest = parse_options(words)
+    if options.help:
+        from glmtuner.cli.help import help_text
+
+        print(help_text(options.config_dir))
+        return 0
+    if options.version:
+        print(f"glmtuner {__version__}")
+        return 0
+    from glmtuner.config.hydra_main import hydra_main
+    from glmtuner.launch.register import register_presets
+
+    register_presets()
+    multirun = options.multirun or any(word.replace(" ", "").lower() == "hydra.mode=multirun" for word in rest)
+    if options.hydra_help or options.shell_completion or options.info:
+        return hydra_main(words)
+    if options.cfg:
+        return show_config(options, rest)
+    if multirun:
+        from glmtuner.sweep.multirun import run_sweep
+
+        where = {"config_dir": options.config_dir, "config_name": options.config_name}
+        return run_sweep(rest, hydra_flags(options), **where, check=options.check)
+    from glmtuner.config.compose import compose
+
+    composed = compose(rest, config_dir=options.config_dir, config_name=options.config_name)
+    if options.check:
+        from glmtuner.launch.memory_check import check
+
+        check(composed)
+        return 0
+    from glmtuner.launch.run import launch
+
+    launch(composed)
+    ranks.leave()
+    return 0
+
+
+def show_config(options: argparse.Namespace, words: list[str]) -> int:
+    """`--cfg job`: the composed run; with --resolve its interpolations filled in, with --package one part of it."""
+    from omegaconf import OmegaConf
+
+    from glmtuner.config.compose import check, searched_dirs
+    from glmtuner.config.hydra_main import hydra_main
+    from glmtuner.config.overrides import bracket_lists
+
+    if options.cfg != "job":
+        return hydra_main([*hydra_flags(options), *bracket_lists(words, multirun=False)])
+    if options.resolve:
+        from glmtuner.config.compose import compose
+
+        config = compose(words, config_dir=options.config_dir, config_name=options.config_name).config
+        part = OmegaConf.select(config, options.package) if options.package else config
+        print(OmegaConf.to_yaml(part), end="")
+        return 0
+    settled, _ = check(words, searched_dirs(options.config_dir), multirun=False)
+    return hydra_main([*hydra_flags(options), *settled])

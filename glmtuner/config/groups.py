@@ -1,0 +1,355 @@
+"""The config groups: what every key is called, what type it has, what values are legal.
+
+A field without a default is one that a preset in `conf/` must choose. Strategy groups (finetuning, quant, stage, metric,
+tracker) have a base class, here or in schema.py; each choice is a subclass in a file of its own, registered with `@preset`.
+"""
+
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.config_store import ConfigStore
+
+from glmtuner.config.trainer_arguments import UNIONS, WORDS, TrainerArguments
+from glmtuner.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+
+T = typing.TypeVar("T")
+SCHEMA_CLASSES: dict[str, dict[str, type]] = {}
+
+
+def preset(group: str, name: str) -> Callable[[type[T]], type[T]]:
+    """Register a class as the schema of `conf/<group>/<name>.yaml`."""
+
+    def register(cls: type[T]) -> type[T]:
+        ConfigStore.instance().store(group=f"schema/{group}", name=name, node=cls)
+        SCHEMA_CLASSES.setdefault(group, {})[name] = cls
+        return cls
+
+    return register
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class QuantizationType(str, Enum):
+    nf4 = "nf4"
+    fp4 = "fp4"
+
+
+class LossOn(str, Enum):
+    every_answer = "every_answer"
+    last_answer = "last_answer"
+
+
+class PreferenceLoss(str, Enum):
+    sigmoid = "sigmoid"
+    ipo = "ipo"
+    hinge = "hinge"
+
+
+class Engine(str, Enum):
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+class LayerPart(str, Enum):
+    mlp = "mlp"
+    qkv = "qkv"
+
+
+@dataclass(kw_only=True)
+class Model:
+    """Which pretrained model, and what to start from."""
+
+    model_name_or_path: str
+    family: str
+    config_name: str | None = None
+    tokenizer_name: str | None = None
+    cache_dir: str | None = None
+    use_fast_tokenizer: bool = True
+    model_revision: str = "main"
+    use_auth_token: bool = False
+    checkpoint_dir: list[str] = field(default_factory=list)
+    reward_model: str | None = None
+    resume_lora_training: bool = True
+    plot_loss: bool = False
+    template: str | None = None
+    dtype: Dtype = Dtype.auto
+
+
+@dataclass(kw_only=True)
+class Quant:
+    """How the frozen base weights are stored; `none` stores them as they are."""
+
+    quantization_bit: int | None = None
+    quantization_type: QuantizationType = QuantizationType.nf4
+    double_quantization: bool = True
+
+    bits: typing.ClassVar[int | None] = None  # what the preset stores
+
+    def __post_init__(self) -> None:
+        if self.quantization_bit != self.bits:
+            raise ConfigError(
+                f"quant.quantization_bit={self.quantization_bit}: the preset chooses the bits; "
+                "type quant=int4, quant=int8 or quant=none"
+            )
+
+    def loading(self, device: Any, compute_dtype: Any) -> dict[str, Any]:
+        """What `from_pretrained` needs to be told, given the device and the torch dtype of the matrix products."""
+        return {}
+
+    def prepare(self, model: "nn.Module") -> None:
+        """Called once on the loaded model."""
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Which records, and how they become tokens."""
+
+    dataset: list[str]
+    dataset_dir: str
+    max_source_length: int
+    max_target_length: int
+    split: str = "train"
+    overwrite_cache: bool = False
+    preprocessing_num_workers: int | None = None
+    max_samples: int | None = None
+    eval_num_beams: int | None = None
+    ignore_pad_token_for_loss: bool = True
+    source_prefix: str | None = None
+    dev_ratio: float = 0.0
+    eval_dataset: list[str] = field(default_factory=list)
+    mix_probabilities: list[float] = field(default_factory=list)
+    loss_on: LossOn = LossOn.every_answer
+    packing: bool = False
+    padding_free: bool = True
+    max_bad_records: int = 0
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"data.{name}={value}: {legal}"
+            for name, value, fits, legal in (
+                ("dev_ratio", self.dev_ratio, 0 <= self.dev_ratio < 1, "a share of the data in [0, 1)"),
+                ("max_source_length", self.max_source_length, self.max_source_length >= 8, "at least 8 tokens"),
+                ("max_target_length", self.max_target_length, self.max_target_length >= 2, "at least 2 tokens"),
+                (
+                    "max_samples",
+                    self.max_samples,
+                    self.max_samples is None or self.max_samples > 0,
+                    "1 or more, or null",
+                ),
+                ("max_bad_records", self.max_bad_records, self.max_bad_records >= 0, "0 or more"),
+                (
+                    "eval_num_beams",
+                    self.eval_num_beams,
+                    (self.eval_num_beams or 1) > 0,
+                    "1 or more, or null for greedy",
+                ),
+                (
+                    "preprocessing_num_workers",
+                    self.preprocessing_num_workers,
+                    self.preprocessing_num_workers is None or self.preprocessing_num_workers > 0,
+                    "1 or more, or null",
+                ),
+            )
+            if not fits
+        ]
+        if not self.dataset:
+            wrong.append("data.dataset=[]: name at least one dataset, such as data.dataset=alpaca_zh_sample")
+        if self.mix_probabilities:
+            shares = self.mix_probabilities
+            if len(shares) != len(self.dataset):
+                wrong.append(
+                    f"data.mix_probabilities={_plain(shares)}: {len(shares)} shares for the {len(self.dataset)} datasets "
+                    f"{_plain(self.dataset)}; give one share a dataset"
+                )
+            elif min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+                wrong.append(
+                    f"data.mix_probabilities={_plain(shares)}: shares are above 0 and sum to 1; these sum to {sum(shares):g}"
+                )
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
+    def lengths(self) -> dict[str, Any]:
+        """What an encoder needs to know of lengths and prefix."""
+        names = ("max_source_length", "max_target_length", "source_prefix")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(kw_only=True)
+class Finetuning:
+    """Which weights are trained. `attach` prepares a loaded model; `save` and `restore` keep what was trained."""
+
+    finetuning_type: str
+
+    trains: typing.ClassVar[bool] = True
+    on_quantized: typing.ClassVar[bool] = True  # can it train on frozen integer weights?
+    saved_as: typing.ClassVar[str] = "adapter"  # the run folder's subfolder: adapter/ or model/
+
+    def settle(self, family: Any, layers: int) -> None:
+        """Fill in what depends on the model's family and number of layers; raises ConfigError where it does not fit."""
+
+    def attach(self, model: "nn.Module", family: Any) -> "nn.Module":
+        """The model with everything frozen but what this method trains; trained parameters are float32."""
+        raise NotImplementedError
+
+    def save(self, model: "nn.Module", folder: "Path") -> None:
+        """Write what was trained for others to use, in PEFT's or transformers' format."""
+        raise NotImplementedError
+
+    def save_trained(self, model: "nn.Module", folder: "Path") -> None:
+        """Write what a checkpoint needs of the model: the trained parameters, bit by bit."""
+        raise NotImplementedError
+
+    def restore(self, model: "nn.Module", folder: "Path") -> None:
+        """Put what `save_trained` or `save` wrote back into an attached model, bit by bit."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Metric:
+    """Scores of generated answers against their labels."""
+
+    name: str
+
+    def score(self, prediction: str, reference: str) -> dict[str, float]:
+        """The scores of one answer, by name; empty when nothing is measured."""
+        raise NotImplementedError
+
+    def scores(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        """The mean over all answers of each score; empty without answers, or when nothing is measured."""
+        return self.mean([self.score(*pair) for pair in zip(predictions, references, strict=True)])
+
+    @staticmethod
+    def mean(found: list[dict[str, float]]) -> dict[str, float]:
+        """The mean of each score; empty without any."""
+        return {name: sum(each[name] for each in found) / len(found) for name in found[0]} if found else {}
+
+
+@dataclass(kw_only=True)
+class Generation:
+    """How chat and serving decode: CET's values. Evaluation and prediction decode greedily, or with beams.
+
+    `engine` is what generates in trainer=predict; all else generates by the model that is loaded. `max_batch_size` is how many
+    answers evaluation and prediction generate at once: null is as many as memory has room for, 32 at most (128 on a GPU), or
+    trainer.per_device_eval_batch_size where that was given another value than its default.
+    """
+
+    do_sample: bool
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 50
+    num_beams: int = 1
+    max_length: int = 2048
+    max_new_tokens: int | None = None
+    repetition_penalty: float = 1.0
+    max_batch_size: int | None = None
+    engine: Engine = Engine.transformers
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"generation.{name}={value}: {legal}"
+            for name, value, fits, legal in (
+                ("temperature", self.temperature, self.temperature > 0, "above 0 (generation=greedy does not sample)"),
+                ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
+                ("top_k", self.top_k, self.top_k >= 0, "0 or more; 0 keeps every token"),
+                ("num_beams", self.num_beams, self.num_beams >= 1, "1 or more"),
+                ("max_length", self.max_length, self.max_length >= 2, "2 tokens or more"),
+                ("max_new_tokens", self.max_new_tokens, (self.max_new_tokens or 1) >= 1, "1 or more, or null"),
+                (
+                    "max_batch_size",
+                    self.max_batch_size,
+                    (1 if self.max_batch_size is None else self.max_batch_size) >= 1,
+                    "1 or more, or null",
+                ),
+                (
+                    "repetition_penalty",
+                    self.repetition_penalty,
+                    self.repetition_penalty > 0,
+                    "above 0; 1 changes nothing",
+                ),
+            )
+            if not fits
+        ]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
+
+@dataclass(kw_only=True)
+class Trainer(TrainerArguments):
+    """transformers' Seq2SeqTrainingArguments, and the words that transformers 5 dropped."""
+
+    overwrite_output_dir: bool = False
+    no_cuda: bool = False
+    warmup_ratio: float | None = None
+    group_by_length: bool = False
+    save_safetensors: bool = True
+    logging_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        wrong = [*self._wrong_words(), *self._wrong_shapes(), *self._wrong_values()]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+        if self.no_cuda:
+            self.use_cpu = True
+        if self.group_by_length:
+            self.train_sampling_strategy = "group_by_length"
+        if self.warmup_ratio:
+            self.warmup_steps = self.warmup_ratio  # transformers 5 reads a warmup_steps below 1 as a share
+
+    def _wrong_words(self) -> Iterator[str]:
+        for name, legal in WORDS.items():
+            value = getattr(self, name)
+            if value is False and "no" in legal:  # YAML's `no`
+                value = "no"
+                setattr(self, name, value)
+            if value not in legal:
+                yield f"trainer.{name}={value}{did_you_mean(str(value), legal, 'legal: ' + ', '.join(legal))}"
+
+    def _wrong_shapes(self) -> Iterator[str]:
+        for name, shapes in UNIONS.items():
+            value = getattr(self, name)
+            shape = "null" if value is None else type(value).__name__
+            if shape not in shapes:
+                yield f"trainer.{name}={value}: expected {' or '.join(shapes) or 'null'}, not {shape}"
+
+    def _wrong_values(self) -> Iterator[str]:
+        for name, fits, legal in (
+            ("learning_rate", self.learning_rate >= 0, "0 or more"),
+            ("num_train_epochs", self.num_train_epochs > 0, "above 0; a fraction trains part of the last epoch"),
+            ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "1 or more"),
+            ("per_device_eval_batch_size", self.per_device_eval_batch_size >= 1, "1 or more"),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "1 or more"),
+            ("warmup_ratio", self.warmup_ratio is None or 0 <= self.warmup_ratio < 1, "a share of the steps in [0, 1)"),
+            ("save_safetensors", self.save_safetensors, "always true: glmtuner writes nothing but safetensors"),
+            ("logging_dir", self.logging_dir is None, "the run folder holds the logs (tensorboard/); leave it out"),
+            ("seed", 0 <= self.seed < 2**32, "0 to 4294967295"),
+        ):
+            if not fits:
+                yield f"trainer.{name}={getattr(self, name)}: {legal}"
+        if self.fp16 and self.bf16:
+            yield "trainer.fp16=true with trainer.bf16=true: choose one"
+        if self.warmup_ratio and self.warmup_steps:
+            yield f"trainer.warmup_ratio={self.warmup_ratio} with trainer.warmup_steps={self.warmup_steps:g}: choose one"
+        if self.auto_find_batch_size:
+            yield (
+                "trainer.auto_find_batch_size=true: a run that changes its batch size cannot be resumed or compared; "
+                "set trainer.per_device_train_batch_size and trainer.gradient_accumulation_steps"
+            )
+
+
+def _plain(values: list) -> str:
+    """A list as it is typed: [a,b]."""
+    return f"[{','.join(str(value) for value in values)}]"

@@ -1,0 +1,28 @@
+"""Hydra's own command line."""
+
+import os
+import sys
+
+from glmtuner.errors import ConfigError
+
+
+def hydra_main(words: list[str], task: object = None) -> int:
+    """Hydra's own command line on these words; its errors become ConfigErrors."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from glmtuner.config.explain import explain
+    from glmtuner.config.paths import conf_dir
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed
+    typed, sys.argv = sys.argv, ["glmtuner", *words]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(
+            task or (lambda config: None)
+        )()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from None
+    finally:
+        sys.argv = typed
+    return 0

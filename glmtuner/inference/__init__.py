@@ -1,0 +1,1 @@
+"""Answers: generation, continuous batching, prediction, scoring, conversation."""

@@ -1,0 +1,1 @@
+"""Faster ways to the same numbers, and which of them a run takes."""

@@ -1,0 +1,1 @@
+"""One composed run, from its configuration to its folder."""

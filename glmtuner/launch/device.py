@@ -1,0 +1,39 @@
+"""Where a run computes, and in what precision."""
+
+import os
+from typing import TYPE_CHECKING
+
+from glmtuner.config.groups import Dtype
+from glmtuner.config.schema import Run
+
+if TYPE_CHECKING:
+    import torch
+
+
+def device_of(run: Run) -> "torch.device":
+    """The accelerator that transformers will train on, or the CPU."""
+    import torch
+
+    if run.trainer.use_cpu:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def has_bfloat16(device: "torch.device") -> bool:
+    """Whether it is a GPU with bfloat16; of one that is not in this machine that is supposed."""
+    import torch
+
+    return device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
+
+
+def compute_dtype(run: Run, device: "torch.device") -> "torch.dtype":
+    """What quantized layers multiply in: the run's precision, else bf16 where the GPU has it, else float32."""
+    import torch
+
+    if run.trainer.bf16 or run.trainer.fp16:
+        return torch.bfloat16 if run.trainer.bf16 else torch.float16
+    if run.model.dtype is not Dtype.auto:
+        return getattr(torch, run.model.dtype.value)
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32

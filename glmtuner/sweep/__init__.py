@@ -1,0 +1,1 @@
+"""Sweeps: their jobs, their launchers, their folders."""

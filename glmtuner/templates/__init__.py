@@ -1,0 +1,1 @@
+"""Chat templates, and from text to token ids."""

@@ -1,0 +1,186 @@
+"""What a training takes of memory: parts that can be worked out, what moves them, and what follows from them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glmtuner.config.compose import compose
+from glmtuner.errors import ConfigError
+from glmtuner.families.hub import read_config
+from glmtuner.launch.arguments import training_arguments
+from glmtuner.launch.build import settle_family
+from glmtuner.launch.register import register_presets
+from glmtuner.memory.estimate import GIB, Estimate, estimate
+from glmtuner.memory.meta_model import hollow, stored
+from glmtuner.memory.policy import does_not_fit, settle_checkpointing, surely_fits
+from glmtuner.run_folder.folder import RunFolder
+
+register_presets()
+CPU = torch.device("cpu")
+
+
+def estimated(*words: str, rows: int = 2, longest: int = 64) -> Estimate:
+    run = compose(["model=tiny_glm", "tracker=none", *words]).run
+    model = hollow(run, settle_family(run, read_config(run.model)), CPU, torch.float32)
+    arguments = training_arguments(run, RunFolder(Path("outputs")), model, CPU)
+    return estimate(model, arguments, CPU, rows=rows, longest=longest, baseline=0, scores=not run.stage.policy)
+
+
+def test_full_training_has_a_copy_two_states_and_a_gradient_for_every_weight():
+    found = estimated("finetuning=full", rows=1, longest=8)
+    weights = 4 * found.total_parameters
+    assert found.trained_parameters == found.total_parameters
+    assert found.parts["frozen weights"] == 0 and found.parts["trained weights"] == weights
+    assert found.parts["optimizer states"] == pytest.approx(2 * weights, rel=1e-3)  # and a step count a tensor
+    assert weights / 2 < found.parts["gradients"] <= weights  # the last ones are on their way when it holds most
+    assert found.peak > 4 * weights
+
+
+def test_gradients_stay_while_they_are_summed_up():
+    alone, summed = (
+        estimated("finetuning=full", f"trainer.gradient_accumulation_steps={steps}", rows=4, longest=256)
+        for steps in (1, 2)
+    )
+    assert alone.parts["gradients"] < summed.parts["gradients"] == 4 * summed.total_parameters
+
+
+def test_activations_grow_with_the_rows_and_shrink_with_checkpointing():
+    one, two = (estimated("finetuning=lora", rows=rows, longest=256) for rows in (1, 2))
+    saving = estimated("finetuning=lora", "trainer.gradient_checkpointing=true", rows=2, longest=256)
+    assert two.parts["activations"] == pytest.approx(2 * one.parts["activations"], rel=0.02)
+    assert saving.parts["activations"] < two.parts["activations"] / 4
+    assert saving.peak < two.peak
+
+
+@pytest.mark.parametrize("method", ["lora", "freeze", "p_tuning"])
+@pytest.mark.parametrize("precision", [(), ("trainer.bf16=true", "trainer.use_cpu=true")])
+def test_every_method_is_estimated(method, precision):
+    found = estimated(f"finetuning={method}", *precision)
+    assert 0 < found.trained_parameters < found.total_parameters
+    assert all(size >= 0 for size in found.parts.values())
+
+
+def test_quantized_weights_count_as_much_as_bitsandbytes_makes_them():
+    from bitsandbytes.functional import quantize_4bit
+
+    matrix = torch.randn(512, 1024)
+    packed, state = quantize_4bit(matrix, quant_type="nf4", compress_statistics=True, blocksize=64)
+    there = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    matrix.stored_bits = 4  # type: ignore[attr-defined]
+    assert stored(matrix) == pytest.approx(there, rel=0.01)
+
+
+def test_int4_stores_less_and_trains_the_same():
+    plain, packed = estimated("finetuning=lora"), estimated("finetuning=lora", "quant=int4")
+    assert packed.parts["frozen weights"] < plain.parts["frozen weights"]
+    assert (packed.total_parameters, packed.trained_parameters) == (plain.total_parameters, plain.trained_parameters)
+
+
+def test_chatglm_is_estimated_without_its_special_tokens(golden_folder):
+    for name in ("chatglm_v1", "chatglm2"):
+        folder = golden_folder / name
+        found = estimated("model=causal_lm", f"model.model_name_or_path={folder}", "finetuning=lora")
+        assert found.parts["activations"] > 0
+
+
+def test_a_process_holds_its_share():
+    whole = estimated("finetuning=full")
+    part = whole.shared(("gradients", "optimizer states"), 4)
+    assert part.parts["optimizer states"] == whole.parts["optimizer states"] // 4
+    assert part.parts["trained weights"] == whole.parts["trained weights"]
+
+
+# -- gradient checkpointing only when memory needs it ----------------------------------------------------------------
+
+
+def sized(peak_gib: float, **changes: Any) -> Estimate:
+    parts = {"frozen weights": int(peak_gib * GIB)}
+    plain = Estimate(
+        device="GPU", total_parameters=9, trained_parameters=1, parts=parts, rows=8, longest=512, checkpointing=False
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def decided(available: float | None, *words: str) -> tuple[str | None, list[bool]]:
+    """The line, and how often the memory was estimated; 10 GiB without checkpointing, 4 GiB with it."""
+    asked: list[bool] = []
+
+    def estimate_of(checkpointing: bool) -> Estimate:
+        asked.append(checkpointing)
+        return sized(4 if checkpointing else 10)
+
+    memory = None if available is None else int(available * GIB)
+    return settle_checkpointing(compose(["model=tiny_glm", *words]), estimate_of, memory), asked
+
+
+def test_checkpointing_is_turned_on_only_where_the_batch_does_not_fit_without_it():
+    assert decided(12) == (None, [False])
+    line, asked = decided(8)
+    assert asked == [False, True]
+    assert line is not None
+    for number in ("10.00 GiB", "4.00 GiB", "8.00 GiB", "trainer.gradient_checkpointing=false"):
+        assert number in line
+
+
+@pytest.mark.parametrize("word", ["trainer.gradient_checkpointing=false", "trainer.gradient_checkpointing=true"])
+def test_what_was_typed_is_obeyed(word):
+    assert decided(1, word) == (None, [])
+
+
+def test_nothing_is_decided_where_it_cannot_be():
+    assert decided(None) == (None, [])
+
+    def cannot(checkpointing: bool) -> Estimate:
+        raise ConfigError("no")
+
+    assert settle_checkpointing(compose(["model=tiny_glm"]), cannot, 1) is None
+
+
+def test_what_surely_fits_is_never_less_than_the_estimate():
+    run = compose(["model=tiny_glm"]).run
+    config = read_config(run.model)
+    for words in (["finetuning=lora"], ["finetuning=full"]):
+        run = compose(["model=tiny_glm", *words]).run
+        needed = estimated(*words, rows=8, longest=512).peak
+        assert not surely_fits(config, run, 8, 512, needed)
+    assert surely_fits(config, run, 8, 512, 64 * GIB)
+    assert not surely_fits({**config, "num_experts": 8}, run, 8, 512, 64 * GIB)
+    assert not surely_fits({"hidden_size": 8}, run, 8, 512, 64 * GIB)
+
+
+def test_what_does_not_fit_is_told_with_what_to_type():
+    run = compose(["model=tiny_glm", "finetuning=full", "trainer.per_device_train_batch_size=8"]).run
+    told = str(does_not_fit(run, sized(10), 8 * GIB))
+    for part in ("10.00 GiB", "GPU has 8.00 GiB", "frozen weights", "trainer.gradient_checkpointing=true", "finetuning=lora",
+                 "trainer.per_device_train_batch_size=4 with trainer.gradient_accumulation_steps=2"):  # fmt: skip
+        assert part in told
+    assert "quant=int4" not in told  # full fine-tuning cannot train on it
+
+
+def test_a_reward_model_makes_no_logits():
+    scoring, choosing = (
+        estimated("finetuning=lora", stage, rows=4, longest=256) for stage in ("stage=rm", "stage=dpo")
+    )
+    assert scoring.parts["logits, loss and temporary"] < choosing.parts["logits, loss and temporary"] / 2
+
+
+@pytest.mark.parametrize("method", ["lora", "freeze"])
+def test_a_gpu_elsewhere_is_told_in_the_precision_that_it_would_have(method, monkeypatch):
+    """On a machine without a GPU, for one with: bfloat16 products between float32 adapters, as a run there takes them."""
+    from glmtuner.launch.memory_check import checked
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = [
+        "model=tiny_glm",
+        "tracker=none",
+        "model.dtype=bfloat16",
+        f"finetuning={method}",
+        "data.dataset=identity_sample",
+    ]
+    elsewhere, _ = checked(compose(words), torch.device("cuda"), None)
+    here, _ = checked(compose([*words, "trainer.bf16=true", "trainer.use_cpu=true"]), torch.device("cuda"), None)
+    assert elsewhere.device == "GPU" and elsewhere.parts == here.parts
+    assert 0 < elsewhere.parts["allocator"] < elsewhere.peak / 10

@@ -1,0 +1,421 @@
+"""Run folders: which checkpoints are whole, when a folder may be used, what is never written down."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from glmtuner.errors import CheckpointError
+from glmtuner.run_folder import folder as run_folder
+from glmtuner.run_folder.acquire import claim, default_folder, differing
+from glmtuner.run_folder.checkpoints import checkpoints, flaw, mark_complete, newest_whole, step_of
+from glmtuner.run_folder.files import read_json, read_lines, write_json, write_text
+from glmtuner.run_folder.folder import RunFolder
+from glmtuner.run_folder.names import MARKER, OURS
+from glmtuner.run_folder.provenance import git_state, provenance
+from glmtuner.run_folder.redaction import flat, shown_words, without_secrets
+
+FILES = {
+    "adapter_model.safetensors": "weights", "optimizer.pt": "moments", "scheduler.pt": "rates", "trainer_state.json": "{}",
+    "rng_state.pth": "random", "progress.json": "{}",
+}  # fmt: skip
+
+
+def checkpoint(run, step, files=FILES, complete=True):
+    folder = run / "checkpoints" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if complete:
+        mark_complete(folder, {"step": step})
+    return folder
+
+
+# Checkpoints
+
+
+def test_a_whole_checkpoint_has_no_flaw(tmp_path):
+    folder = checkpoint(tmp_path, 10)
+    about = read_json(folder / MARKER)
+    assert flaw(folder) is None
+    assert about["step"] == 10 and about["files"] == {name: len(text) for name, text in FILES.items()}
+
+
+def test_a_checkpoint_of_several_ranks_is_whole(tmp_path):
+    files = {name: text for name, text in FILES.items() if not name.startswith("rng")}
+    assert flaw(checkpoint(tmp_path, 10, {**files, "rng_state_0.pth": "a", "rng_state_1.pth": "b"})) is None
+
+
+def test_a_checkpoint_without_its_marker_is_half_written(tmp_path):
+    assert flaw(checkpoint(tmp_path, 10, complete=False)) == f"half-written: it has no {MARKER}"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"step": 10}', '"text"', "\udcff"])
+def test_a_damaged_marker_is_a_flaw(tmp_path, text):
+    folder = checkpoint(tmp_path, 10)
+    (folder / MARKER).write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert flaw(folder) == f"its {MARKER} is damaged"
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_truncated_file_is_a_flaw(tmp_path, name):
+    folder = checkpoint(tmp_path, 10)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:-1])
+    assert flaw(folder) == f"{name} is truncated ({len(whole) - 1} of {len(whole)} bytes)"
+    (folder / name).write_bytes(b"")
+    assert "truncated (0 of" in flaw(folder)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_lost_file_is_a_flaw(tmp_path, name):
+    folder = checkpoint(tmp_path, 10)
+    (folder / name).unlink()
+    assert name.partition(".")[0] in flaw(folder) and ("lacks" in flaw(folder) or "is missing" in flaw(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("optimizer.pt", "it lacks its optimizer state (optimizer.pt)"),
+        ("scheduler.pt", "it lacks its scheduler state (scheduler.pt)"),
+        ("trainer_state.json", "it lacks its step (trainer_state.json)"),
+        ("rng_state.pth", "it lacks its random states (rng_state.pth)"),
+    ],
+)
+def test_a_checkpoint_that_never_had_what_a_resume_needs(tmp_path, name, told):
+    files = {other: text for other, text in FILES.items() if other != name}
+    assert flaw(checkpoint(tmp_path, 10, files)) == told
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_the_others_are_told_of(tmp_path):
+    assert newest_whole(tmp_path) == (None, [])
+    good = checkpoint(tmp_path, 9)
+    checkpoint(tmp_path, 100, complete=False)
+    (checkpoint(tmp_path, 20) / "optimizer.pt").write_text("short", encoding="utf-8")
+    checkpoint(tmp_path, 3)
+    (tmp_path / "checkpoints" / ".partial-checkpoint-110").mkdir()
+    (tmp_path / "checkpoints" / "checkpoint-best").mkdir()
+    found, passed = newest_whole(tmp_path)
+    assert found == good
+    assert passed == [
+        ".partial-checkpoint-110 is passed over: half-written",
+        f"checkpoint-100 is passed over: half-written: it has no {MARKER}",
+        "checkpoint-20 is passed over: optimizer.pt is truncated (5 of 7 bytes)",
+    ]
+
+
+def test_no_whole_checkpoint_is_none(tmp_path):
+    checkpoint(tmp_path, 1, complete=False)
+    assert newest_whole(tmp_path)[0] is None and len(newest_whole(tmp_path)[1]) == 1
+
+
+def test_steps_are_numbers(tmp_path):
+    for step in (9, 10, 100):
+        checkpoint(tmp_path, step)
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [9, 10, 100]
+    assert [step_of(tmp_path / name) for name in ("checkpoint-x", "checkpoint-", "other-3")] == [-1] * 3
+
+
+# Whose folder is it?
+
+
+def config(**changed):
+    values = {
+        "model": {
+            "model_name_or_path": "m",
+            "checkpoint_dir": [],
+            "family": "glm",
+            "template": None,
+            "cache_dir": None,
+        },
+        "finetuning": {"lora_rank": 8, "lora_target": []},
+        "trainer": {"learning_rate": 5e-5, "output_dir": None, "overwrite_output_dir": False, "hub_token": None},
+        "data": {"dataset": ["a"], "overwrite_cache": False},
+    }
+    made = OmegaConf.create(values)
+    for key, value in changed.items():
+        OmegaConf.update(made, key.replace("__", "."), value)
+    return made
+
+
+def run(path, made=None, finished=False):
+    write_text(path / "config.yaml", OmegaConf.to_yaml(without_secrets(made or config())))
+    if finished:
+        write_json(path / "metrics.json", {"train_loss": 1.0})
+    return path
+
+
+def files_of(path):
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != ".lock"]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_new_or_empty_folder_is_fresh(tmp_path, overwrite):
+    assert claim(tmp_path / "new", config(), overwrite) is False
+    assert claim(tmp_path, config(), overwrite) is False
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_run_of_the_same_config_is_resumed(tmp_path):
+    before = files_of(run(tmp_path))
+    assert claim(tmp_path, config(), overwrite=False) is True
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"trainer__output_dir": "x"},
+        {"trainer__overwrite_output_dir": True},
+        {"model__cache_dir": "x"},
+        {"data__overwrite_cache": True},
+        {"trainer__hub_token": "hf_secret"},
+        {"finetuning__lora_target": ["q_proj"]},  # what the run filled in itself
+        {"model__template": "glm4"},
+    ],
+    ids=str,
+)
+def test_what_changes_no_number_may_differ(tmp_path, changed):
+    run(tmp_path, config(**changed))
+    assert claim(tmp_path, config(), overwrite=False) is True
+
+
+def test_a_model_folder_may_be_written_in_another_way(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    made = config(model__model_name_or_path=str(tmp_path / "model"), model__checkpoint_dir=[str(tmp_path / "model")])
+    run(tmp_path / "run", made)
+    same = config(model__model_name_or_path="model", model__checkpoint_dir=["./model"])
+    assert claim(tmp_path / "run", same, overwrite=False) is True
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"trainer__learning_rate": 1e-4},
+        {"finetuning__lora_rank": 4},
+        {"data__dataset": ["b"]},
+        {"model__model_name_or_path": "other"},
+    ],
+    ids=str,
+)
+def test_an_unfinished_run_of_another_config_is_refused(tmp_path, changed):
+    key = next(iter(changed)).replace("__", ".")
+    before = files_of(run(tmp_path))
+    told = rf"trainer\.output_dir=.* unfinished run of another configuration \(different: {key}\); type another"
+    with pytest.raises(CheckpointError, match=told):
+        claim(tmp_path, config(**changed), overwrite=False)
+    assert files_of(tmp_path) == before
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from glmtuner.run_folder.folder import RunFolder
+RunFolder(Path(sys.argv[1])).lock()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_that_another_process_runs_in_is_refused_until_that_one_is_gone(tmp_path):
+    before = files_of(run(tmp_path))
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    assert RunFolder(tmp_path).is_running
+    with pytest.raises(CheckpointError, match=r"another process runs the run in it right now; wait .* or type another"):
+        claim(tmp_path, config(), overwrite=False)
+    with pytest.raises(CheckpointError, match="right now"):
+        claim(tmp_path, config(), overwrite=True)
+    assert files_of(tmp_path) == before
+    other.kill()
+    other.communicate()
+    assert not RunFolder(tmp_path).is_running
+    assert claim(tmp_path, config(), overwrite=False) is True
+    assert RunFolder(tmp_path).is_running
+    RunFolder(tmp_path).unlock()
+    assert not RunFolder(tmp_path).is_running
+
+
+def test_the_failure_of_an_earlier_attempt_is_gone_with_the_next(tmp_path):
+    RunFolder(run(tmp_path)).record_failure(ValueError("a"), [])
+    RunFolder(tmp_path).record_failure(ValueError("b"), [], first_wins=True)
+    assert RunFolder(tmp_path).failure()["reason"] == "ValueError: a"
+    claim(tmp_path, config(), overwrite=False)
+    assert RunFolder(tmp_path).failure() is None
+
+
+def test_a_finished_run_is_refused(tmp_path):
+    before = files_of(run(tmp_path, finished=True))
+    with pytest.raises(
+        CheckpointError, match=r"holds a finished run; type another .* or trainer\.overwrite_output_dir=true"
+    ):
+        claim(tmp_path, config(), overwrite=False)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_never_touched(tmp_path, overwrite):
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("mine", encoding="utf-8")
+    before = files_of(tmp_path)
+    with pytest.raises(CheckpointError, match=r"thesis\.tex.*; type another trainer\.output_dir|another"):
+        claim(tmp_path, config(), overwrite)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tmp_path, finished):
+    run(tmp_path, config(trainer__learning_rate=1.0), finished)
+    checkpoint(tmp_path, 10)
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    outside = tmp_path.parent / "outside"
+    outside.mkdir(exist_ok=True)
+    (outside / "kept").write_text("mine", encoding="utf-8")
+    (tmp_path / "wandb").symlink_to(outside)
+    assert claim(tmp_path, config(), overwrite=True) is False
+    assert files_of(tmp_path) == {"notes.txt": b"mine"}
+    assert (outside / "kept").is_file() and {"config.yaml", "checkpoints", "wandb"} <= {*OURS}
+
+
+def test_only_a_run_with_numbers_is_finished(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert (folder.is_run, folder.is_finished, folder.metrics(), folder.history()) == (False, False, {}, [])
+    with pytest.raises(CheckpointError, match=r"holds no run: it has no config\.yaml; name a folder"):
+        folder.config()
+    run(tmp_path)
+    assert (folder.is_run, folder.is_finished, folder.trained()) == (True, False, None)
+    run(tmp_path, finished=True)
+    assert folder.is_finished and folder.metrics() == {"train_loss": 1.0}
+    assert folder.config() == OmegaConf.load(tmp_path / "config.yaml")
+    write_text(tmp_path / "adapter" / "adapter_config.json", "{}")
+    assert folder.trained() == tmp_path / "adapter"
+
+
+def test_two_runs_of_one_second_have_two_folders(tmp_path):
+    names = []
+    for _ in range(3):
+        folder = default_folder(tmp_path, "x")
+        folder.mkdir(parents=True)
+        names.append(folder)
+    assert len({*names}) == 3 and all(name.parent.parent == tmp_path for name in names)
+
+
+# Secrets
+
+
+def test_secrets_are_left_out_of_the_config_and_of_the_words():
+    made = OmegaConf.create(
+        {
+            "trainer": {"hub_token": "hf_abc", "hub_model_id": "me/m", "include_num_input_tokens_seen": "no"},
+            "tracker": {"api_key": "k", "password": "p", "nested": {"client_secret": "s"}},
+            "model": {"use_auth_token": True, "tokenizer_name": "t"},
+        }
+    )
+    before = OmegaConf.to_yaml(made)
+    kept = OmegaConf.to_container(without_secrets(made))
+    assert kept["trainer"] == {"hub_token": None, "hub_model_id": "me/m", "include_num_input_tokens_seen": "no"}
+    assert kept["tracker"] == {"api_key": None, "password": None, "nested": {"client_secret": None}}
+    assert kept["model"] == {"use_auth_token": True, "tokenizer_name": "t"}
+    assert OmegaConf.to_yaml(made) == before
+    words = ["trainer.hub_token=hf_abc", "+tracker.api_key=k=l", "trainer.seed=3", "model.tokenizer_name=t"]
+    assert shown_words(words) == ["trainer.hub_token=<hidden>", "+tracker.api_key=<hidden>", *words[2:]]
+    assert "hf_abc" not in json.dumps(provenance(words))
+
+
+def test_provenance_says_where_a_run_came_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = provenance(["a=b"], seed=3)
+    assert found["command"] == "python -m glmtuner a=b" and found["seed"] == 3
+    assert found["packages"]["torch"] and found["git"] is None and "+" in found["started"] + "+"
+    json.dumps(found)
+
+
+def test_the_state_of_the_repository(tmp_path):
+    def git(*words):
+        subprocess.run(
+            ["git", "-c", "user.name=x", "-c", "user.email=x", *words], cwd=tmp_path, check=True, capture_output=True
+        )
+
+    git("init")
+    (tmp_path / "file").write_text("one", encoding="utf-8")
+    git("add", "file")
+    git("commit", "-m", "x")
+    clean = git_state(tmp_path)
+    assert len(clean["commit"]) == 40 and (clean["dirty"], clean["diff_sha256"]) == (False, None)
+    (tmp_path / "file").write_text("two", encoding="utf-8")
+    changed = git_state(tmp_path)
+    assert changed["commit"] == clean["commit"] and changed["dirty"] and len(changed["diff_sha256"]) == 64
+
+
+# Files
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "file.json"
+    write_text(path, "前")
+    assert path.read_text(encoding="utf-8") == "前"
+
+    def killed(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_folder.os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(path, "half of something longer")
+    assert path.read_text(encoding="utf-8") == "前"
+    monkeypatch.undo()
+    write_text(path, "after")
+    assert [(file.name, file.read_text(encoding="utf-8")) for file in path.parent.iterdir()] == [("file.json", "after")]
+
+
+def test_text_that_cannot_be_written_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert path.read_text(encoding="utf-8") == "old"
+
+
+def test_json_reads_back_and_a_damaged_file_is_an_error_of_ours(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"词": [1, 2.5, None]})
+    assert read_json(path) == {"词": [1, 2.5, None]} and "词" in path.read_text(encoding="utf-8")
+    for damaged in (b'{"a": ', b"\xff\xfe", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"x\.json is damaged"):
+            read_json(path)
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    path = tmp_path / "history.jsonl"
+    assert list(read_lines(path)) == []
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert list(read_lines(path)) == [{"step": 1}, {"step": 2}]
+    path.write_bytes(b'{"step": 1}\n{"text": "\xe4\xbd')
+    assert list(read_lines(path)) == [{"step": 1}]
+
+
+def test_flat_keys_are_dotted():
+    assert flat({"a": {"b": 1, "c": {"d": [1]}}, "e": {}}) == {"a.b": 1, "a.c.d": [1], "e": {}}
+    assert differing(config(), config(finetuning__lora_rank=4, data__dataset=[])) == [
+        "data.dataset",
+        "finetuning.lora_rank",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("a.kwargs={api_key: hf_1, n: 2}", "a.kwargs={api_key: <hidden>, n: 2}"),
+        ("a.kwargs={'hub_token': 'hf_1', n: 2}", "a.kwargs={'hub_token': <hidden>, n: 2}"),
+        ("a.kwargs={b: {password: x y}}", "a.kwargs={b: {password: <hidden>}}"),
+        ("a.kwargs={mytoken: 3, tokens: 4}", "a.kwargs={mytoken: 3, tokens: 4}"),
+    ],
+)
+def test_a_token_inside_a_dictionary_is_hidden(word, shown):
+    assert shown_words([word]) == [shown]

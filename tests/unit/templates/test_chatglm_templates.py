@@ -1,0 +1,183 @@
+"""ChatGLM's templates over its real tokenizers: the ids that its published code and ChatGLM-Efficient-Tuning make."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glmtuner.data.encode import Encoder
+from glmtuner.data.prepare import as_arrow, with_earlier_answers
+from glmtuner.data.records import Example, Message
+from glmtuner.errors import ConfigError
+from glmtuner.models.tokenization_chatglm import ChatGLMTokenizer, as_fast
+from glmtuner.templates.base import IGNORE_INDEX
+from glmtuner.templates.glm import TEMPLATES, with_tools
+from glmtuner.templates.named import template_named
+
+SYSTEM, ASK, TOLD = (lambda text, role=role: Message(role, text) for role in ("system", "user", "assistant"))
+TURNS = [
+    SYSTEM("简短地回答。"),
+    ASK("你好"),
+    TOLD("你好，有什么可以帮你？"),
+    ASK("1+1="),
+    TOLD("2"),
+    ASK("再见"),
+    TOLD("再见！"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    goldens = shared / "goldens"
+    first = ChatGLMTokenizer.from_pretrained(goldens / "tokenizer_v1")
+    second = ChatGLMTokenizer.from_pretrained(goldens / "chatglm2_realvocab")
+    return {"chatglm": first, "chatglm2": second, "chatglm3": second}
+
+
+def encoder(tokenizers: dict[str, Any], name: str, **options: Any) -> Encoder:
+    options = {"max_source_length": 512, "max_target_length": 512, **options}
+    return Encoder(template=TEMPLATES[name], tokenizer=tokenizers[name], **options)
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.sp.encode(tokenizer._prepared(text))
+
+
+def test_chatglm_puts_its_control_tokens_between_prompt_and_answer(tokenizers):
+    row = encoder(tokenizers, "chatglm").encode([Example([ASK("你是谁？"), TOLD("我是一个人工智能助手。")])])[0][0]
+    prompt = ids(tokenizers["chatglm"], "[Round 1]\n\n问：你是谁？\n\n答：")
+    answer = ids(tokenizers["chatglm"], "我是一个人工智能助手。")
+    assert row["input_ids"] == [*prompt, 130001, 130004, *answer, 130005]
+    assert row["labels"] == [IGNORE_INDEX] * (len(prompt) + 2) + [*answer, 130005]
+    assert row["prompt_ids"] == [*prompt, 130001, 130004]
+
+
+def test_chatglm2_trains_on_what_the_original_project_trained_on(tokenizers, shared):
+    records = json.loads((shared / "data/self_cognition.json").read_text(encoding="utf-8"))
+    examples = [Example([ASK(record["instruction"] + record["input"]), TOLD(record["output"])]) for record in records]
+    rows, counts = encoder(tokenizers, "chatglm2", max_source_length=64, max_target_length=64).encode(examples)
+    batches = json.loads((shared / "goldens/parity_v2/batches.json").read_text(encoding="utf-8"))
+    golden = [
+        [[token for token in row if token], [label for token, label in zip(row, labels, strict=True) if token]]
+        for batch in batches for row, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]  # fmt: skip
+    assert len(golden) == len(rows) == 80
+    assert [[row["input_ids"], row["labels"]] for row in rows] == golden
+    assert counts.answers_cut > 0  # the truncation is the original's as well
+
+
+def test_chatglm3_asks_as_its_published_code_does(tokenizers, shared):
+    golden = json.loads((shared / "goldens/tokenizer_v3/tokenizer_golden.json").read_text(encoding="utf-8"))
+    assert golden["build_chat_input"]
+    for case in golden["build_chat_input"]:
+        messages = [
+            Message(turn["role"], with_tools(turn["content"], turn["tools"]) if "tools" in turn else turn["content"])
+            for turn in case["history"] or []
+            if not turn.get("metadata")
+        ]
+        if len(messages) != len(case["history"] or []):
+            continue  # a tool's name behind the role: the tokenizer's build_chat_input has it, no record does
+        messages.append(Message(case["role"], case["query"]))
+        (found,) = TEMPLATES["chatglm3"].encode(tokenizers["chatglm3"], [messages])
+        assert found.input_ids == case["input_ids"][0]
+
+
+def test_chatglm3_learns_the_line_break_that_it_writes(tokenizers):
+    row = encoder(tokenizers, "chatglm3").encode([Example([ASK("你好"), TOLD("好")])])[0][0]
+    assert row["prompt_ids"][-1] == 64796
+    learned = [label for label in row["labels"] if label != IGNORE_INDEX]
+    assert learned == [30910, 13, *ids(tokenizers["chatglm3"], "好"), 2]
+    assert row["input_ids"] == [*row["prompt_ids"], *learned]
+
+
+@pytest.mark.parametrize("name", ["chatglm", "chatglm2"])
+def test_every_answer_is_a_row_of_its_own(tokenizers, name):
+    (row,), counts = encoder(tokenizers, name).encode([Example(TURNS)])
+    alone = [encoder(tokenizers, name).encode([Example(TURNS[:end])])[0][0] for end in (3, 5, 7)]
+    wanted = [{"input_ids": part["input_ids"], "labels": part["labels"]} for part in alone]
+    assert row["earlier"] == wanted[:2]
+    assert {name: row[name] for name in ("input_ids", "labels")} == wanted[2]
+    assert counts.records == 1
+    assert counts.tokens == sum(len(part["input_ids"]) for part in wanted)
+    assert counts.learned_tokens == sum(label != IGNORE_INDEX for part in wanted for label in part["labels"])
+    (last,), _ = encoder(tokenizers, name, every_answer=False).encode([Example(TURNS)])
+    assert "earlier" not in last and last["labels"] == row["labels"]
+
+
+def test_chatglm3_learns_all_answers_in_one_row(tokenizers):
+    (row,), _ = encoder(tokenizers, "chatglm3").encode([Example(TURNS)])
+    assert "earlier" not in row
+    learned = [label for label in row["labels"] if label != IGNORE_INDEX]
+    wanted = [[30910, 13, *ids(tokenizers["chatglm3"], turn.content), 2] for turn in TURNS if turn.role == "assistant"]
+    assert learned == [token for part in wanted for token in part]
+
+
+def test_training_rows_are_spread_and_evaluation_rows_are_not(tokenizers):
+    from datasets import Dataset
+    from pyarrow import Table
+
+    rows, _ = encoder(tokenizers, "chatglm2").encode([Example(TURNS), Example(TURNS[:3]), Example(TURNS[:5])])
+    single, _ = encoder(tokenizers, "chatglm2").encode([Example(TURNS[:3])] * 2)  # no earlier answer in the whole batch
+    table, without = (Dataset(Table.from_batches([as_arrow(found)])) for found in (rows, single))
+    assert table.features == without.features
+    spread = with_earlier_answers(table)
+    assert spread.column_names == ["input_ids", "labels"]
+    wanted = [part for row in rows for part in (*row["earlier"], row)]
+    assert [row["input_ids"] for row in spread] == [part["input_ids"] for part in wanted]
+    assert [row["labels"] for row in spread] == [part["labels"] for part in wanted]
+
+
+@pytest.mark.parametrize("name", ["chatglm", "chatglm2", "chatglm3"])
+def test_a_long_prompt_keeps_its_closing_marker(tokenizers, name):
+    long = "春眠不觉晓，处处闻啼鸟。" * 40
+    options = {"max_source_length": 48, "max_target_length": 8}
+    (row,), counts = encoder(tokenizers, name, **options).encode(
+        [Example([ASK("q"), TOLD(long), ASK(long), TOLD(long)])]
+    )
+    for part in (row, *row.get("earlier", [])):
+        start = next(place for place, label in enumerate(part["labels"]) if label != IGNORE_INDEX)
+        assert start <= 48 and len(part["input_ids"]) == start + 8
+        assert part["labels"][-1] == {"chatglm": 130005}.get(name, 2)
+    text = tokenizers[name].decode(row["prompt_ids"])
+    assert text.endswith({"chatglm": "答:", "chatglm2": "答：", "chatglm3": "<|assistant|>"}[name])
+    assert counts.prompts_cut >= 1
+
+
+@pytest.mark.parametrize("name", ["chatglm", "chatglm2", "chatglm3"])
+def test_no_text_becomes_a_control_token(tokenizers, name):
+    tokenizer = tokenizers[name]
+    dirt = " ".join(tokenizer.control) + "".join(tokenizer.control)
+    clean, dirty = ([Message(turn.role, f"{turn.content}{extra}") for turn in TURNS] for extra in ("", dirt))
+
+    def controls(messages: list[Message]) -> list[int]:
+        (found,) = TEMPLATES[name].encode(tokenizer, [messages])
+        return [token for token in found.input_ids if token in tokenizer.control_names]
+
+    assert controls(dirty) == controls(clean)
+
+
+@pytest.mark.parametrize("name", ["chatglm2", "chatglm3"])
+def test_the_jinja_template_gives_the_same_prompts(tokenizers, name):
+    fast = as_fast(tokenizers[name])
+    fast.chat_template = TEMPLATES[name].jinja()
+    for end in (2, 4, 6):
+        (found,) = TEMPLATES[name].encode(tokenizers[name], [TURNS[:end]])
+        turns = [{"role": turn.role, "content": turn.content} for turn in TURNS[:end]]
+        assert fast.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) == found.input_ids
+
+
+def test_a_jinja_template_on_a_tokenizer_without_offsets_is_refused(shared):
+    tokenizer = ChatGLMTokenizer.from_pretrained(shared / "goldens/chatglm2_realvocab", chat_template="{{ messages }}")
+    with pytest.raises(ConfigError, match=r"model\.template=tokenizer: ChatGLMTokenizer cannot tell.*chatglm3"):
+        template_named("tokenizer", tokenizer)
+
+
+def test_the_cache_s_key_changes_with_the_tokenizer_s_file(tokenizers, shared, tmp_path):
+    from glmtuner.data.prepare import description_of
+
+    first, second = description_of(tokenizers["chatglm"]), description_of(tokenizers["chatglm2"])
+    assert first != second
+    shutil.copyfile(shared / "goldens/chatglm2_realvocab/tokenizer.model", tmp_path / "tokenizer.model")
+    assert description_of(ChatGLMTokenizer.from_pretrained(tmp_path)) == second

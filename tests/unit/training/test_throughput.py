@@ -1,0 +1,93 @@
+"""Model FLOPs utilization, against values worked out by hand."""
+
+import pytest
+import torch
+from transformers import GlmConfig, GlmForCausalLM
+
+from glmtuner.config.groups import LayerPart
+from glmtuner.families import family_named
+from glmtuner.finetuning.freeze import Freeze
+from glmtuner.finetuning.full import Full
+from glmtuner.finetuning.lora import Lora
+from glmtuner.training.throughput import ModelFlops, model_flops, peak_flops, utilization
+
+# of a block of `small`: q 8x8, k and v 4x8 each, o 8x8, gate and up 2x(16x8), down 8x16
+BLOCK = 64 + 32 + 32 + 64 + 256 + 128
+HEAD = 8 * 40
+
+
+def small(tied: bool = False) -> GlmForCausalLM:
+    config = GlmConfig(
+        hidden_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        intermediate_size=16,
+        vocab_size=40,
+        pad_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=tied,
+    )
+    with torch.device("meta"):
+        return GlmForCausalLM(config)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_training_computes_six_flops_a_weight_and_the_embedding_is_looked_up(tied):
+    found = model_flops(Full(finetuning_type="full").attach(small(tied), family_named("glm")))
+    # attention: 2 products of 2 FLOPs over 8 numbers, forward and twice that backward, half of them masked, 3 blocks
+    assert found == ModelFlops(a_token=6 * (3 * BLOCK + HEAD), a_square=3 * (2 * 2 * 8) * 3 // 2)
+
+
+def test_lora_computes_four_flops_a_frozen_weight_and_six_a_trained_one():
+    lora = Lora(finetuning_type="lora", lora_rank=2, lora_alpha=4, lora_dropout=0, lora_target=["q_proj"])
+    found = model_flops(lora.attach(small(), family_named("glm")))
+    adapters = 3 * (2 * 8 + 8 * 2)
+    assert found.a_token == 4 * (3 * BLOCK + HEAD) + 6 * adapters
+
+
+def test_no_gradient_passes_below_the_first_trained_block():
+    freeze = Freeze(finetuning_type="freeze", num_layer_trainable=1, name_module_trainable=LayerPart.mlp)
+    found = model_flops(freeze.attach(small(), family_named("glm")))
+    mlp = 256 + 128
+    assert found.a_token == 2 * 2 * BLOCK + 4 * (BLOCK - mlp) + 6 * mlp + 4 * HEAD
+    assert found.a_square == (2 * 2 * 8) * (3 + 2 * 1) // 2
+
+
+def test_experts_are_not_counted():
+    model = small()
+    model.config.num_experts = 4
+    assert model_flops(model) is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A10", 125),
+        ("Tesla V100-SXM2-32GB", 125),
+        ("Tesla V100-PCIE-16GB", 112),
+        ("Tesla T4", 65),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40", None),
+    ],
+)
+def test_a_gpu_is_known_by_whole_words_of_its_name(gpu, tflops):
+    assert peak_flops(gpu) == (tflops and tflops * 1e12)
+
+
+def test_utilization_is_the_share_of_all_gpus():
+    flops = ModelFlops(a_token=10**9, a_square=10**6).of(tokens=31_200, squares=31_200_000)  # 6.24e13
+    assert utilization(flops, seconds=2.0, gpu="NVIDIA A100-SXM4-80GB", gpus=1) == pytest.approx(0.1)
+    assert utilization(flops, seconds=2.0, gpu="NVIDIA A100-SXM4-80GB", gpus=2) == pytest.approx(0.05)
+    assert utilization(flops, seconds=2.0, gpu="Riva TNT2", gpus=1) is None
