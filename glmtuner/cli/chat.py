@@ -23,12 +23,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a run folder; generation.temperature=0.2 and its like may follow")
 
 
-def run(given: argparse.Namespace, words: list[str]) -> int:
+def run(given: argparse.Namespace, overrides: list[str]) -> int:
     from glmtuner.console import say
     from glmtuner.inference.conversation import Conversation
     from glmtuner.launch.build import finished_run
 
-    finished = finished_run([given.run], words)
+    finished = finished_run([given.run], overrides)
     conversation = Conversation(finished)
     say(f"{finished.run.model.model_name_or_path} as in {given.run}; /help lists what can be typed besides questions")
     history = history_file()

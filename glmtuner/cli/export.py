@@ -43,7 +43,7 @@ class Answer:
     ids: list[int]
 
 
-def run(given: argparse.Namespace, words: list[str]) -> int:
+def run(given: argparse.Namespace, overrides: list[str]) -> int:
     from glmtuner.console import say
     from glmtuner.finetuning.start import checkpoint_in
     from glmtuner.launch.build import finished_run, is_policy
@@ -52,13 +52,13 @@ def run(given: argparse.Namespace, words: list[str]) -> int:
 
     if given.to.exists() and any(given.to.iterdir() if given.to.is_dir() else [given.to]):
         raise ConfigError(f"--to {given.to}: it exists and is not empty; name a new folder, or remove that one")
-    typed = [word for word in words if word.startswith(("quant=", "model.dtype="))]
+    typed = [word for word in overrides if word.startswith(("quant=", "model.dtype="))]
     if typed:
         raise ConfigError(
             f"{typed[0]}: an export is made on the unquantized base, in float32; --dtype says what is written"
         )
     # merged in float32 on the unquantized base: what was trained on a quantized one is added to the weights it stands for
-    finished = finished_run(given.run, ["quant=none", "model.dtype=float32", *words], to_talk=False)
+    finished = finished_run(given.run, ["quant=none", "model.dtype=float32", *overrides], to_talk=False)
     dtype = given.dtype or stored_dtype(finished)
     wanted = answer(finished, finished.model)
     partial = given.to.with_name(f".{given.to.name}.partial")

@@ -21,12 +21,12 @@ from glmtuner.errors import GlmtunerError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    ranks.settle()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    ranks.adopt_slurm_env()
     try:
-        return run_command(words)
+        return run_command(arguments)
     except GlmtunerError as error:
-        if ranks.has_a_word_of_its_own(error):
+        if ranks.should_report(error):
             print(f"glmtuner: {error}", file=sys.stderr)
         return 2
     except ranks.RankFailed as failed:
@@ -72,13 +72,13 @@ def out_of_space(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("unexpected pos" in str(error) or "PytorchStreamWriter" in str(error))
 
 
-def run_command(words: list[str]) -> int:
+def run_command(arguments: list[str]) -> int:
     """What the arguments ask for: a verb, an option that shows something, a sweep or a run; returns the exit code."""
-    if words and not words[0].startswith(("-", "~", "+")) and "=" not in words[0]:
+    if arguments and not arguments[0].startswith(("-", "~", "+")) and "=" not in arguments[0]:
         from glmtuner.cli.verbs import run_verb
 
-        return run_verb(words)
-    options, rest = parse_options(words)
+        return run_verb(arguments)
+    options, rest = parse_options(arguments)
     if options.help:
         from glmtuner.cli.help import help_text
 
@@ -91,9 +91,9 @@ def run_command(words: list[str]) -> int:
     from glmtuner.launch.register import register_presets
 
     register_presets()
-    multirun = options.multirun or any(word.replace(" ", "").lower() == "hydra.mode=multirun" for word in rest)
+    multirun = options.multirun or any(argument.replace(" ", "").lower() == "hydra.mode=multirun" for argument in rest)
     if options.hydra_help or options.shell_completion or options.info:
-        return hydra_main(words)
+        return hydra_main(arguments)
     if options.cfg:
         return show_config(options, rest)
     if multirun:
@@ -105,33 +105,33 @@ def run_command(words: list[str]) -> int:
 
     composed = compose(rest, config_dir=options.config_dir, config_name=options.config_name)
     if options.check:
-        from glmtuner.launch.memory_check import check
+        from glmtuner.launch.memory_check import report_memory
 
-        check(composed)
+        report_memory(composed)
         return 0
     from glmtuner.launch.run import launch
 
     launch(composed)
-    ranks.leave()
+    ranks.destroy_process_group()
     return 0
 
 
-def show_config(options: argparse.Namespace, words: list[str]) -> int:
+def show_config(options: argparse.Namespace, overrides: list[str]) -> int:
     """`--cfg job`: the composed run; with --resolve its interpolations filled in, with --package one part of it."""
     from omegaconf import OmegaConf
 
-    from glmtuner.config.compose import check, searched_dirs
+    from glmtuner.config.compose import parse_and_check, searched_dirs
     from glmtuner.config.hydra_main import hydra_main
     from glmtuner.config.overrides import bracket_lists
 
     if options.cfg != "job":
-        return hydra_main([*hydra_flags(options), *bracket_lists(words, multirun=False)])
+        return hydra_main([*hydra_flags(options), *bracket_lists(overrides, multirun=False)])
     if options.resolve:
         from glmtuner.config.compose import compose
 
-        config = compose(words, config_dir=options.config_dir, config_name=options.config_name).config
+        config = compose(overrides, config_dir=options.config_dir, config_name=options.config_name).config
         part = OmegaConf.select(config, options.package) if options.package else config
         print(OmegaConf.to_yaml(part), end="")
         return 0
-    settled, _ = check(words, searched_dirs(options.config_dir), multirun=False)
+    settled, _ = parse_and_check(overrides, searched_dirs(options.config_dir), multirun=False)
     return hydra_main([*hydra_flags(options), *settled])

@@ -5,7 +5,7 @@ import argparse
 from glmtuner.errors import ConfigError, did_you_mean, nearest
 
 
-def parse_options(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Hydra's options that glmtuner knows, and the remaining words."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--help", "-h", action="store_true")
@@ -23,7 +23,7 @@ def parse_options(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--shell-completion", "-sc", action="store_true")
     flags = [flag for action in parser._actions for flag in action.option_strings]
     try:
-        options, rest = parser.parse_known_args(words)
+        options, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}; `python -m glmtuner --help` lists the options") from None
     for word in rest:

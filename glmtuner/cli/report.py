@@ -12,12 +12,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="a sweep under outputs/sweeps, or a run folder")
 
 
-def run(given: argparse.Namespace, words: list[str]) -> int:
+def run(given: argparse.Namespace, overrides: list[str]) -> int:
     from glmtuner.report import report
 
-    if words:
+    if overrides:
         raise ConfigError(
-            f"report takes one folder, and {words[0]!r} stands behind it: type python -m glmtuner report {given.folder}"
+            f"report takes one folder, and {overrides[0]!r} stands behind it: type python -m glmtuner report {given.folder}"
         )
     report(given.folder)
     return 0

@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(given: argparse.Namespace, words: list[str]) -> int:
+def run(given: argparse.Namespace, overrides: list[str]) -> int:
     from glmtuner.console import say
 
     key = given.api_key or os.environ.get(KEY) or None
@@ -47,7 +47,7 @@ def run(given: argparse.Namespace, words: list[str]) -> int:
     try:
         from glmtuner.launch.build import finished_run
 
-        finished = finished_run([given.run], words)
+        finished = finished_run([given.run], overrides)
         from glmtuner.serving.app import Limits, Server, application  # slow to import: wrong words are told first
         from glmtuner.serving.engine import Engine
 

@@ -12,12 +12,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path)
 
 
-def run(given: argparse.Namespace, words: list[str]) -> int:
+def run(given: argparse.Namespace, overrides: list[str]) -> int:
     from glmtuner.report import show
 
-    if words:
+    if overrides:
         raise ConfigError(
-            f"show takes one run folder, and {words[0]!r} stands behind it: type python -m glmtuner show {given.run}"
+            f"show takes one run folder, and {overrides[0]!r} stands behind it: type python -m glmtuner show {given.run}"
         )
     show(given.run)
     return 0

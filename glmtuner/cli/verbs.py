@@ -13,11 +13,11 @@ from glmtuner.launch.register import register_presets
 VERBS = ("chat", "export", "report", "serve", "show")
 
 
-def run_verb(words: list[str]) -> int:
+def run_verb(overrides: list[str]) -> int:
     """A verb, its run folders and options, and the key=value words that are composed over the run."""
     from importlib import import_module
 
-    verb, *rest = words
+    verb, *rest = overrides
     if verb not in VERBS:
         rule = f"a first word without '=' is a verb ({', '.join(VERBS)}), then a run folder; a run is started with key=value words"
         raise ConfigError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS, rule)}")

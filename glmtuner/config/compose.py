@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from glmtuner.config.explain import explain
-from glmtuner.config.overrides import bracket_lists, check_words, parse, typed_keys
+from glmtuner.config.overrides import bracket_lists, check_overrides, parse, user_keys_of
 from glmtuner.config.paths import conf_dir
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import WORDS
@@ -45,8 +45,8 @@ class Composed:
     run: Run
     config: DictConfig  # the resolved config of the run, without Hydra's own part
     hydra: DictConfig
-    words: list[str]  # as typed, commas expanded
-    typed: set[str]  # the keys among them
+    overrides: list[str]  # as typed, commas expanded
+    user_keys: set[str]  # the keys among them
     flags: tuple[str, ...] = ()  # the options that the same words need in another process
 
 
@@ -70,27 +70,29 @@ def searched_dirs(config_dir: str | None) -> list[Path]:
     return [conf_dir(), extra]
 
 
-def check(words: Sequence[str], searched: Sequence[Path], multirun: bool) -> tuple[list[str], list[Override]]:
+def parse_and_check(
+    overrides: Sequence[str], searched: Sequence[Path], multirun: bool
+) -> tuple[list[str], list[Override]]:
     """The words with their commas settled, and Hydra's parse of them; raises on words that mean nothing."""
-    settled = bracket_lists(words, multirun)
-    overrides = parse(settled)
-    check_words(overrides, presets(searched), multirun)
-    return settled, overrides
+    settled = bracket_lists(overrides, multirun)
+    parsed = parse(settled)
+    check_overrides(parsed, presets(searched), multirun)
+    return settled, parsed
 
 
-def compose(words: Sequence[str], *, config_dir: str | None = None, config_name: str = "config") -> Composed:
+def compose(overrides: Sequence[str], *, config_dir: str | None = None, config_name: str = "config") -> Composed:
     """The run that these words mean."""
     searched = searched_dirs(config_dir)
-    settled, overrides = check(words, searched, multirun=False)
+    settled, parsed = parse_and_check(overrides, searched, multirun=False)
     with _composer(searched) as composed:
         config = composed(config_name, settled)
-        config = with_checkpoint(config, typed_keys(overrides), lambda extra: composed(config_name, [*extra, *settled]))
+        config = with_checkpoint(config, user_keys_of(parsed), lambda extra: composed(config_name, [*extra, *settled]))
         flags = ("--config-dir", str(config_dir)) if config_dir else ()
         flags += ("--config-name", config_name) if config_name != "config" else ()
-        return replace(finish(config, settled, typed_keys(overrides)), flags=flags)
+        return replace(validate(config, settled, user_keys_of(parsed)), flags=flags)
 
 
-def finish(config: DictConfig, words: list[str], typed: set[str]) -> Composed:
+def validate(config: DictConfig, overrides: list[str], user_keys: set[str]) -> Composed:
     """The composed config as a validated `Run`; `config` has Hydra's own part under `hydra`."""
     HydraConfig.instance().set_config(config)
     hydra = config.hydra
@@ -107,7 +109,7 @@ def finish(config: DictConfig, words: list[str], typed: set[str]) -> Composed:
     OmegaConf.resolve(resolved)
     for name in WORDS:
         resolved.trainer[name] = getattr(run.trainer, name)  # the word `no` where YAML read false
-    return Composed(run=run, config=resolved, hydra=hydra, words=words, typed=typed)
+    return Composed(run=run, config=resolved, hydra=hydra, overrides=overrides, user_keys=user_keys)
 
 
 class _composer:
@@ -131,46 +133,48 @@ class _composer:
         self.context.__exit__(*reason)
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = self.outer
 
-    def __call__(self, config_name: str, words: Sequence[str]) -> DictConfig:
+    def __call__(self, config_name: str, overrides: Sequence[str]) -> DictConfig:
         extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in self.extra)}]"] if self.extra else []
         try:
-            kept = [word for word in words if word != "experiment=null"]  # the default; Hydra takes no null typed
+            kept = [word for word in overrides if word != "experiment=null"]  # the default; Hydra takes no null typed
             return hydra_compose(config_name, overrides=[*extra, *kept], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
-            told, typed = explain(error), next((word for word in words if word.startswith("experiment=")), None)
+            message, recipe = explain(error), next((word for word in overrides if word.startswith("experiment=")), None)
             if (
-                typed
-                and "unknown key" in told
-                and not any(word.partition("=")[0] in told for word in words if "." in word)
+                recipe
+                and "unknown key" in message
+                and not any(word.partition("=")[0] in message for word in overrides if "." in word)
             ):
-                told = f"{typed} sets what does not fit the other words: {told}"
-            raise ConfigError(told) from None
+                message = f"{recipe} sets what does not fit the other overrides: {message}"
+            raise ConfigError(message) from None
 
 
-def check_sweep(words: Sequence[str], *, config_dir: str | None = None, config_name: str = "config") -> list[str]:
+def compose_every_job(
+    overrides: Sequence[str], *, config_dir: str | None = None, config_name: str = "config"
+) -> list[str]:
     """The words of a sweep with their commas settled, after every combination (the first ones of many) was composed."""
     searched = searched_dirs(config_dir)
-    settled, overrides = check(words, searched, multirun=True)
+    settled, parsed = parse_and_check(overrides, searched, multirun=True)
     with _composer(searched) as composed:
-        for job in islice(_jobs(settled, overrides, presets(searched)), MOST_SWEEP_JOBS_CHECKED):
-            typed = typed_keys(overrides)
+        for job in islice(_jobs(settled, parsed, presets(searched)), MOST_SWEEP_JOBS_CHECKED):
+            user_keys = user_keys_of(parsed)
             config = composed(config_name, job)
-            config = with_checkpoint(config, typed, lambda extra, job=job: composed(config_name, [*extra, *job]))
-            finish(config, job, typed)
+            config = with_checkpoint(config, user_keys, lambda extra, job=job: composed(config_name, [*extra, *job]))
+            validate(config, job, user_keys)
     return settled
 
 
-def first_job(words: Sequence[str], *, config_dir: str | None = None, config_name: str = "config") -> Composed:
+def first_job(overrides: Sequence[str], *, config_dir: str | None = None, config_name: str = "config") -> Composed:
     """The first run of a sweep whose words `check_sweep` has settled."""
     searched = searched_dirs(config_dir)
-    job = next(_jobs(words, parse(words), presets(searched)))
+    job = next(_jobs(overrides, parse(overrides), presets(searched)))
     return compose(job, config_dir=config_dir, config_name=config_name)
 
 
-def _jobs(words: Sequence[str], overrides: Sequence[Override], known: Mapping[str, list[str]]) -> Iterator[list[str]]:
+def _jobs(overrides: Sequence[str], parsed: Sequence[Override], known: Mapping[str, list[str]]) -> Iterator[list[str]]:
     """The words of each job of the basic sweeper's product; sweeps that only a sweeper can draw are left out."""
     choices: list[list[str]] = []
-    for word, override in zip(words, overrides, strict=True):
+    for word, override in zip(overrides, parsed, strict=True):
         if not override.is_sweep_override():
             choices.append([word])
         elif isinstance(override.value(), Glob):
@@ -191,7 +195,7 @@ def run_folder_of(checkpoint: str) -> Path | None:
     return None
 
 
-def with_checkpoint(config: DictConfig, typed: set[str], recompose: Any) -> DictConfig:
+def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> DictConfig:
     """The config with the model, quantization, method and generation of the last checkpoint's run, typed words aside.
 
     `recompose(words)` composes again with more group choices in front of the typed ones.
@@ -209,15 +213,15 @@ def with_checkpoint(config: DictConfig, typed: set[str], recompose: Any) -> Dict
     saved = OmegaConf.load(source / "config.yaml")
     bits = saved.quant.get("quantization_bit")
     chosen = {"finetuning": saved.finetuning.finetuning_type, "quant": f"int{bits}" if bits else "none"}
-    config = recompose([f"{group}={name}" for group, name in chosen.items() if group not in typed])
+    config = recompose([f"{group}={name}" for group, name in chosen.items() if group not in user_keys])
     for group in FROM_CHECKPOINT:
         if group == "finetuning" and config.finetuning.finetuning_type != chosen["finetuning"]:
             continue
-        if group in typed and group in ("model", "generation"):
+        if group in user_keys and group in ("model", "generation"):
             continue
         for name, value in saved[group].items():
             key = f"{group}.{name}"
-            if key not in typed and key not in NOT_FROM_CHECKPOINT and name in config[group]:
+            if key not in user_keys and key not in NOT_FROM_CHECKPOINT and name in config[group]:
                 OmegaConf.update(config, key, value)
     wanted, found = saved.model.model_name_or_path, config.model.model_name_or_path
     if wanted != found and not Path(found).expanduser().is_dir():

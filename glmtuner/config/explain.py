@@ -64,13 +64,15 @@ def _expected(hint: object, error: OmegaConfBaseException) -> str:
     nullable = type(None) in typing.get_args(hint)
     kind = args[0] if args and typing.get_origin(hint) is not list else hint
     if isinstance(kind, type) and issubclass(kind, Enum):
-        words = [member.name for member in kind]
-        return "no such value" + did_you_mean(_bad_value(error), words, f"legal: {', '.join(words)}")
+        legal = [member.name for member in kind]
+        return "no such value" + did_you_mean(_bad_value(error), legal, f"legal: {', '.join(legal)}")
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    words = names.get(kind) if isinstance(kind, type) else None
-    if words is None:
-        words = f"a list, such as [{', '.join('ab')}]" if typing.get_origin(hint) is list else f"a value of type {hint}"
-    return f"expected {words}{' or null' if nullable else ''}"
+    expected = names.get(kind) if isinstance(kind, type) else None
+    if expected is None:
+        expected = (
+            f"a list, such as [{', '.join('ab')}]" if typing.get_origin(hint) is list else f"a value of type {hint}"
+        )
+    return f"expected {expected}{' or null' if nullable else ''}"
 
 
 def _first_paragraph(message: str) -> str:

@@ -6,7 +6,7 @@ import sys
 from glmtuner.errors import ConfigError
 
 
-def hydra_main(words: list[str], task: object = None) -> int:
+def hydra_main(arguments: list[str], task: object = None) -> int:
     """Hydra's own command line on these words; its errors become ConfigErrors."""
     import hydra
     from hydra.errors import HydraException
@@ -16,7 +16,7 @@ def hydra_main(words: list[str], task: object = None) -> int:
     from glmtuner.config.paths import conf_dir
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us instead of being printed
-    typed, sys.argv = sys.argv, ["glmtuner", *words]
+    argv, sys.argv = sys.argv, ["glmtuner", *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(
             task or (lambda config: None)
@@ -24,5 +24,5 @@ def hydra_main(words: list[str], task: object = None) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from None
     finally:
-        sys.argv = typed
+        sys.argv = argv
     return 0

@@ -51,11 +51,11 @@ MOVED = {
 }
 
 
-def parse(words: Iterable[str]) -> list[Override]:
+def parse(overrides: Iterable[str]) -> list[Override]:
     """Hydra's parse of each word; a word it cannot read is an error that says where it stopped."""
     parser = OverridesParser.create()
     found = []
-    for word in words:
+    for word in overrides:
         if word.startswith("-"):
             name = word.lstrip("-").partition("=")[0]
             place = _home_of(name)
@@ -95,14 +95,14 @@ def quoted(word: str) -> str:
     return key + sign + (VALUES_OF_KEYS if value.lstrip().startswith("{") else VALUES).sub(quote, value)
 
 
-def bracket_lists(words: Iterable[str], multirun: bool) -> list[str]:
+def bracket_lists(overrides: Iterable[str], multirun: bool) -> list[str]:
     """`data.dataset=a,b` as `data.dataset=[a,b]`; in a sweep as `data.dataset=[a],[b]`. Brackets always mean one mix.
 
     Every word comes back `quoted`.
     """
     lists = list_keys()
     rewritten = []
-    for word, override in ((word, _readable(word)) for word in map(quoted, words)):
+    for word, override in ((word, _readable(word)) for word in map(quoted, overrides)):
         if override is None or override.key_or_group not in lists:
             rewritten.append(word)
             continue
@@ -131,9 +131,9 @@ def _readable(word: str) -> Override | None:
         return None
 
 
-def check_words(overrides: Iterable[Override], presets: Mapping[str, list[str]], multirun: bool) -> None:
+def check_overrides(parsed: Iterable[Override], presets: Mapping[str, list[str]], multirun: bool) -> None:
     """Raise one ConfigError for all words that no run could mean; `presets` are the legal names of each group."""
-    wrong = [told for override in overrides for told in _wrong(override, presets, multirun)]
+    wrong = [told for override in parsed for told in _wrong(override, presets, multirun)]
     if wrong:
         raise ConfigError("; also: ".join(wrong))
 
@@ -213,8 +213,10 @@ def _unknown(key: str, presets: Mapping[str, list[str]]) -> str:
         return elsewhere
     told = f"unknown key {key!r}"
     if near:
-        words = list(dict.fromkeys(_differing(key, place) for place in near))
-        told += f"; did you mean {' or '.join(map(repr, words))}? type {' or '.join(f'{place}=…' for place in near)}"
+        overrides = list(dict.fromkeys(_differing(key, place) for place in near))
+        told += (
+            f"; did you mean {' or '.join(map(repr, overrides))}? type {' or '.join(f'{place}=…' for place in near)}"
+        )
         group = near[0].partition(".")[0]
     inside = [place.partition(".")[2] for place in legal_keys() if place.startswith(f"{group}.")]
     if inside and "." in (near[0] if near else key) and len(inside) <= 40:
@@ -235,6 +237,6 @@ def _differing(key: str, place: str) -> str:
     return wrong[0] if len(wrong) == 1 else place
 
 
-def typed_keys(overrides: Iterable[Override]) -> set[str]:
+def user_keys_of(parsed: Iterable[Override]) -> set[str]:
     """The keys and groups that stand on the command line."""
-    return {override.key_or_group for override in overrides}
+    return {override.key_or_group for override in parsed}

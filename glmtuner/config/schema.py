@@ -36,7 +36,7 @@ class Stage:
     policy: typing.ClassVar[bool] = True  # does what it trains answer? (a reward model scores)
     models_loss: typing.ClassVar[bool] = False  # is the loss the model's own, of one sample at a time?
     packs: typing.ClassVar[bool] = False  # may several of its samples stand in one row?
-    spreads: typing.ClassVar[bool] = True  # can ranks that hold a share of the weights or gradients train it?
+    supports_sharding: typing.ClassVar[bool] = True  # can ranks that hold a share of the weights or gradients train it?
 
     def impossible(self, run: "Run") -> "Iterator[str]":
         """One sentence for each value of the run that cannot meet this stage."""
@@ -135,7 +135,7 @@ class Parallel:
         """What transformers' TrainingArguments are to be told."""
         return {}
 
-    def spread(self, model: "nn.Module", blocks: "list[nn.Module]") -> None:
+    def shard_model(self, model: "nn.Module", blocks: "list[nn.Module]") -> None:
         """Called once on every process with the model whose training begins; `blocks` are its layers."""
 
 
@@ -185,7 +185,7 @@ class Run:
                 "type trainer=train, trainer=evaluate or trainer=predict"
             )
         yield from self.stage.impossible(self)
-        if not self.stage.spreads and self.parallel.name not in ("none", "ddp"):
+        if not self.stage.supports_sharding and self.parallel.name not in ("none", "ddp"):
             yield (
                 f"parallel={self.parallel.name} with stage={self.stage.name}: its loss needs every rank to hold the whole model; "
                 "type parallel=ddp"

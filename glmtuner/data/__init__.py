@@ -14,7 +14,18 @@ from glmtuner.data.records import BadRecord, Example, Message
 from glmtuner.data.spec import DatasetSpec
 from glmtuner.errors import DataError
 
-__all__ = ["BadLine", "BadRecord", "DatasetSpec", "Example", "Loaded", "Message", "find", "load", "read", "refuse"]
+__all__ = [
+    "BadLine",
+    "BadRecord",
+    "DatasetSpec",
+    "Example",
+    "Loaded",
+    "Message",
+    "check_bad_record_limit",
+    "find",
+    "load",
+    "read",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +100,7 @@ def _examples(spec: DatasetSpec, source: Iterable[Row], most: int | None, bad: l
         )
 
 
-def refuse(bad: Sequence[BadLine], max_bad_records: int) -> None:
+def check_bad_record_limit(bad: Sequence[BadLine], max_bad_records: int) -> None:
     """Raise when more records are broken than the run allows, over all its datasets."""
     if len(bad) <= max_bad_records:
         return

@@ -21,8 +21,8 @@ class BlockEncoder(Encoder):
     block_length: int
 
     batch: ClassVar[int] = 1000
-    takes: ClassVar[tuple[str, ...]] = ("plain text",)
-    wanted: ClassVar[str] = (
+    accepts: ClassVar[tuple[str, ...]] = ("plain text",)
+    usage_hint: ClassVar[str] = (
         "stage=pt learns plain text: one column, which columns.prompt of the dataset's entry names (text in a file "
         "without an entry), or the lines of a .txt file; name such a dataset, or type stage=sft"
     )

@@ -61,8 +61,8 @@ class Encoder:
     every_answer: bool = True
     source_prefix: str | None = None
 
-    takes: ClassVar[tuple[str, ...]] = ("single answers", "feedback")
-    wanted: ClassVar[str] = "stage=sft learns single answers; name a dataset of instructions or conversations"
+    accepts: ClassVar[tuple[str, ...]] = ("single answers", "feedback")
+    usage_hint: ClassVar[str] = "stage=sft learns single answers; name a dataset of instructions or conversations"
     columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
     batch: ClassVar[int] = 250  # examples encoded at a time
     learns: ClassVar[bool] = True  # are tokens of the records learned? (their prompts alone are not)
@@ -156,16 +156,16 @@ class Encoder:
         """
         head = 1 if messages[0].role == "system" else 0
         pairs = (len(messages) - head - 2) // 2
-        dropped = first_that(pairs, lambda count: self._fits(messages[:head] + messages[head + 2 * count :]))
+        dropped = bisect_min(pairs, lambda count: self._fits(messages[:head] + messages[head + 2 * count :]))
         turns = messages[:head] + messages[head + 2 * dropped :]
         for place in (head, 0):
             if self._fits(turns):
                 return turns, dropped
             length = len(turns[place].content)
-            cut = first_that(
-                length, lambda count, turns=turns, place=place: self._fits(without_end(turns, place, count))
+            cut = bisect_min(
+                length, lambda count, turns=turns, place=place: self._fits(strip_end_token(turns, place, count))
             )
-            turns = without_end(turns, place, cut)
+            turns = strip_end_token(turns, place, cut)
         if self._fits(turns):
             return turns, dropped
         raise ConfigError(
@@ -174,13 +174,13 @@ class Encoder:
         )
 
 
-def without_end(turns: list[Message], place: int, count: int) -> list[Message]:
+def strip_end_token(turns: list[Message], place: int, count: int) -> list[Message]:
     """The turns with the last `count` characters of one of them left out."""
     text = turns[place].content
     return [*turns[:place], Message(turns[place].role, text[: len(text) - count]), *turns[place + 1 :]]
 
 
-def first_that(most: int, holds: Any) -> int:
+def bisect_min(most: int, holds: Any) -> int:
     """The smallest count in [0, most] for which `holds`, which stays true once it is; `most` when none does."""
     low, high = 0, most
     while low < high:

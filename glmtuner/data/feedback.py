@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class FeedbackEncoder(Encoder):
     """One row an answer, as for stage=sft, with `is_desirable`."""
 
-    takes: ClassVar[tuple[str, ...]] = ("feedback",)
-    wanted: ClassVar[str] = (
+    accepts: ClassVar[tuple[str, ...]] = ("feedback",)
+    usage_hint: ClassVar[str] = (
         "stage=kto learns from feedback: answers marked true (good) or false (bad) in the column that columns.kto_tag of "
         "the dataset's entry names; name such a dataset, or type stage=sft"
     )

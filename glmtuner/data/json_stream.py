@@ -14,7 +14,7 @@ from glmtuner.data.raw import Numbered, Unreadable, as_record, message_of, not_u
 def array_records(file: BinaryIO) -> Numbered:
     """The objects of the array that a file holds, parsed one by one of a piece of its text at a time."""
     decoder = json.JSONDecoder()
-    text = Piece(file)
+    text = JsonWindow(file)
     text.skip_space()
     text.advance(1)
     number, ended = 0, text.skip_space() == "]"
@@ -35,7 +35,7 @@ def array_records(file: BinaryIO) -> Numbered:
         raise text.broken(json.JSONDecodeError("text after the array", text.text, text.position), number)
 
 
-class Piece:
+class JsonWindow:
     """The part of a UTF-8 file's text around a position, which moves on; what lies behind is forgotten."""
 
     def __init__(self, file: BinaryIO) -> None:

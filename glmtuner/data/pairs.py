@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class PairEncoder(Encoder):
     """One row a pair: `input_ids` and `labels` with the better answer, `rejected_ids` and `rejected_labels` with the worse."""
 
-    takes: ClassVar[tuple[str, ...]] = ("ranked pairs",)
-    wanted: ClassVar[str] = (
+    accepts: ClassVar[tuple[str, ...]] = ("ranked pairs",)
+    usage_hint: ClassVar[str] = (
         "this stage learns from ranked pairs: two answers to one question, the better one first (`output: [chosen, "
         "rejected]`, or columns chosen and rejected); name such a dataset, or type stage=sft"
     )

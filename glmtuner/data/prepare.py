@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.groups import Data
 from glmtuner.config.paths import PACKAGE, PACKAGE_DATA
-from glmtuner.data import BadLine, DatasetSpec, Loaded, load, refuse
+from glmtuner.data import BadLine, DatasetSpec, Loaded, check_bad_record_limit, load
 from glmtuner.data.encode import Counts, Encoder
 from glmtuner.data.records import Example
 from glmtuner.distributed import ranks
@@ -83,7 +83,7 @@ def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str |
             _encode_into(folder, loaded, encoder, data, spec, description)
     kept = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
     bad = [BadLine(**line) for line in kept["bad"]]
-    refuse(bad, data.max_bad_records)
+    check_bad_record_limit(bad, data.max_bad_records)
     return Prepared(spec, Dataset.from_file(str(folder / ROWS)), Counts(**kept["counts"]), loaded.files, bad)
 
 
@@ -114,7 +114,7 @@ def _encode_into(
                     writer = files.enter_context(ipc.new_stream(file, rows.schema))
                 writer.write_batch(rows)
                 counts += found
-        refuse(loaded.bad, data.max_bad_records)
+        check_bad_record_limit(loaded.bad, data.max_bad_records)
         counts.bad_records = len(loaded.bad)
         about = {"counts": asdict(counts), "bad": [asdict(line) for line in loaded.bad]}
         (partial / COUNTS).write_text(json.dumps(about), encoding="utf-8")
@@ -129,9 +129,9 @@ def _batches(loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec) ->
     while examples := list(islice(loaded.examples, encoder.batch)):
         if len(loaded.bad) > data.max_bad_records:
             continue
-        unfit = next((example.kind for example in examples if example.kind not in encoder.takes), None)
+        unfit = next((example.kind for example in examples if example.kind not in encoder.accepts), None)
         if unfit is not None:
-            raise DataError(f"data.dataset={spec.name} holds {unfit}, and {encoder.wanted}")
+            raise DataError(f"data.dataset={spec.name} holds {unfit}, and {encoder.usage_hint}")
         yield examples
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class PromptEncoder(Encoder):
     """One row a question; answers that the records hold are left aside."""
 
-    takes: ClassVar[tuple[str, ...]] = ("single answers", "feedback", "ranked pairs")
-    wanted: ClassVar[str] = (
+    accepts: ClassVar[tuple[str, ...]] = ("single answers", "feedback", "ranked pairs")
+    usage_hint: ClassVar[str] = (
         "stage=ppo answers prompts; name a dataset of instructions or conversations (their answers are not read)"
     )
     columns: ClassVar[tuple[str, ...]] = ("input_ids",)

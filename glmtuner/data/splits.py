@@ -36,7 +36,7 @@ class Datasets:
         }
 
 
-def entries(run: Run, catalogue: Sequence[Path]) -> dict[str, DatasetSpec]:
+def dataset_entries(run: Run, catalogue: Sequence[Path]) -> dict[str, DatasetSpec]:
     """The entries of all datasets that the run names; raises for an unknown name before anything is loaded."""
     return {name: find(name, run.data.dataset_dir, catalogue) for name in (*run.data.dataset, *run.data.eval_dataset)}
 

@@ -35,7 +35,7 @@ class Preempted(BaseException):
 
 
 @dataclass
-class Asked:
+class SignalCapture:
     """Which signal came, if any, and who handled it before."""
 
     signum: int | None = None
@@ -51,9 +51,9 @@ class Asked:
 
 
 @contextmanager
-def listening() -> Iterator[Asked]:
+def capture_signals() -> Iterator[SignalCapture]:
     """While this lasts the signals are only noted; outside the main thread, where Python has no say, nothing changes."""
-    asked = Asked()
+    asked = SignalCapture()
     try:
         for signum in SIGNALS:
             asked.before[signum] = signal.signal(signum, asked.note)

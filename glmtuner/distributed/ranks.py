@@ -35,7 +35,7 @@ PARENT = "GLMTUNER_PARENT"  # the process that started this rank: a rank does no
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
-def settle() -> None:
+def adopt_slurm_env() -> None:
     """Name this process's rank in the words of torch (RANK, WORLD_SIZE, …) where srun named it in SLURM's."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in os.environ or not tasks.isdecimal() or int(tasks) < 2:
@@ -73,7 +73,7 @@ def is_main() -> bool:
 # -- starting them -------------------------------------------------------------------------------------------------------
 
 
-def to_start(parallel: "Parallel") -> int:
+def processes_to_start(parallel: "Parallel") -> int:
     """How many processes this one is to start for the run; 1 when it trains by itself, or was started as a rank."""
     if "WORLD_SIZE" in os.environ:
         if parallel.processes is not None and parallel.processes != world_size():
@@ -147,7 +147,7 @@ def wait_for(children: Sequence["subprocess.Popen[Any]"]) -> None:
             ended = [place for place, code in enumerate(codes) if code]
             if ended:
                 failed = min(ended, key=lambda place: codes[place] not in KILLED)  # what the others fail for
-                end(children)
+                terminate(children)
                 code = children[failed].returncode
                 raise RankFailed(failed, len(children), 128 - code if -code in told else code)
             if None not in codes:
@@ -161,7 +161,7 @@ def wait_for(children: Sequence["subprocess.Popen[Any]"]) -> None:
             signal.signal(signum, handler)
 
 
-def end(children: Sequence["subprocess.Popen[Any]"]) -> None:
+def terminate(children: Sequence["subprocess.Popen[Any]"]) -> None:
     """Ask those that still run to go, and make them after a while: a rank that waits in a collective hears nothing."""
     stopped = any(child.returncode in [128 + signum for signum in SIGNALS] for child in children)
     until = time.monotonic() + (GRACE if stopped else 5.0)
@@ -182,7 +182,7 @@ def free_port() -> int:
 # -- being one of them ---------------------------------------------------------------------------------------------------
 
 
-def join(trainer: "Trainer") -> None:
+def init_process_group(trainer: "Trainer") -> None:
     """Meet the other ranks; nothing happens in a run of one process."""
     if "WORLD_SIZE" not in os.environ or world_size() == 1:
         return
@@ -208,7 +208,7 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Wait until all are here, and part."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -216,7 +216,7 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until all are here."""
     if world_size() > 1:
         import torch
@@ -229,23 +229,23 @@ def is_child() -> bool:
     return PARENT in os.environ
 
 
-def has_a_word_of_its_own(error: GlmtunerError) -> bool:
+def should_report(error: GlmtunerError) -> bool:
     """Whether this process is to tell of the mistake: rank 0, or another rank that alone has found it."""
     if is_main():
         return True
     torch = sys.modules.get("torch")
     met = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    if isinstance(error, ToldByRank0) or not met:
+    if isinstance(error, ReportedByRank0) or not met:
         return False
     time.sleep(3.0)  # what rank 0 finds too, it tells, and its end is the end of this process
     return True
 
 
-class ToldByRank0(GlmtunerError):
+class ReportedByRank0(GlmtunerError):
     """What rank 0 has found and tells; the other ranks end without a word."""
 
 
-def agreed(decide: Callable[[], T]) -> T:
+def broadcast_from_rank0(decide: Callable[[], T]) -> T:
     """What rank 0 decides, on every rank; what it raises is raised by all."""
     if world_size() == 1:
         return decide()
@@ -263,11 +263,11 @@ def agreed(decide: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if answer[1] is not None:
-        raise ToldByRank0(answer[1])
+        raise ReportedByRank0(answer[1])
     return answer[0]
 
 
-def from_all(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """The value of every rank, in their order, on every rank."""
     if world_size() == 1:
         return [value]
@@ -278,7 +278,7 @@ def from_all(value: T) -> list[T]:
     return found
 
 
-def mean(value: "torch.Tensor") -> "torch.Tensor":
+def all_reduce_mean(value: "torch.Tensor") -> "torch.Tensor":
     """The mean of every rank's value, on every rank."""
     if world_size() > 1:
         import torch
@@ -287,7 +287,7 @@ def mean(value: "torch.Tensor") -> "torch.Tensor":
     return value / world_size()
 
 
-def command_of(flags: Sequence[str], words: Sequence[str], folder: Path) -> list[str]:
+def command_of(flags: Sequence[str], overrides: Sequence[str], folder: Path) -> list[str]:
     """The command line of one rank of the run, or of one job of a sweep, in that folder."""
-    kept = [word for word in words if not word.startswith("trainer.output_dir=")]
+    kept = [word for word in overrides if not word.startswith("trainer.output_dir=")]
     return [sys.executable, "-m", "glmtuner", *flags, *kept, f"trainer.output_dir='{folder}'"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 from glmtuner.config.groups import LayerPart, preset
 from glmtuner.errors import ConfigError
 from glmtuner.finetuning.full import Full
-from glmtuner.finetuning.trained import freeze_all, train
+from glmtuner.finetuning.trained import freeze_all, make_trainable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +52,7 @@ class Freeze(Full):
         for layer_id in trainable_layer_ids(self.num_layer_trainable, len(blocks)):
             for module in self._parts(blocks[layer_id], family):
                 for parameter in module.parameters():
-                    train(parameter)
+                    make_trainable(parameter)
         return model
 
     def _parts(self, block: "nn.Module", family: "Family") -> "list[nn.Module]":

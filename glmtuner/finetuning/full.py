@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from glmtuner.config.groups import Finetuning, preset
-from glmtuner.finetuning.trained import TRAINED, VALUE_HEAD, load_model_folder, restore_trained, save_trained, train
+from glmtuner.finetuning.trained import (
+    TRAINED,
+    VALUE_HEAD,
+    load_model_folder,
+    make_trainable,
+    restore_trained,
+    save_trained,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +30,7 @@ class Full(Finetuning):
 
     def attach(self, model: "nn.Module", family: "Family") -> "nn.Module":
         for parameter in model.parameters():
-            train(parameter)
+            make_trainable(parameter)
         return model
 
     def save(self, model: "nn.Module", folder: Path) -> None:

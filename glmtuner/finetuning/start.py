@@ -99,7 +99,7 @@ def base_folder(checkpoints: list[Checkpoint]) -> Path | None:
     return checkpoints[0].folder if checkpoints and checkpoints[0].kind == WEIGHTS else None
 
 
-def attach(
+def build_trainable_model(
     model: "nn.Module",
     finetuning: Finetuning,
     family: "Family",
@@ -107,7 +107,7 @@ def attach(
     *,
     resume_lora: bool,
     trains: bool,
-    typed: set[str],
+    user_keys: set[str],
 ) -> "nn.Module":
     """The model with its checkpoints applied and the method attached: the last LoRA or prefix goes on, others are merged."""
     rest = [checkpoint for checkpoint in checkpoints if checkpoint.kind != WEIGHTS]
@@ -119,7 +119,7 @@ def attach(
             f"finetuning={method} cannot build on the prefix in {prefixes[0].folder}: a prefix has no weights to merge; "
             "type finetuning=p_tuning, with that checkpoint last"
         )
-    goes_on = continued(checkpoints, finetuning, resume_lora, trains)
+    goes_on = adapter_to_resume(checkpoints, finetuning, resume_lora, trains)
     for checkpoint in rest:
         if checkpoint is not goes_on:
             model = _merged(model, checkpoint)
@@ -131,7 +131,7 @@ def attach(
     for name, value in settings_of(goes_on).items():
         mine = getattr(finetuning, name)
         same = sorted(mine) == sorted(value) if isinstance(value, list) else mine == value
-        if not same and f"finetuning.{name}" in typed:
+        if not same and f"finetuning.{name}" in user_keys:
             raise ConfigError(
                 f"finetuning.{name}={mine} does not fit {goes_on.folder}, which has {value}; leave it out to go on with that "
                 "checkpoint, or type model.resume_lora_training=false to merge it and start a new adapter"
@@ -153,7 +153,7 @@ def match_base(model: "nn.Module") -> None:
             parameter.data = parameter.data.to(next(iter(half)))
 
 
-def continued(
+def adapter_to_resume(
     checkpoints: list[Checkpoint], finetuning: Finetuning, resume_lora: bool, trains: bool
 ) -> Checkpoint | None:
     """The checkpoint whose adapter or prefix the method goes on with; all others are merged."""

@@ -23,7 +23,7 @@ def freeze_all(model: "nn.Module") -> None:
         parameter.requires_grad_(False)
 
 
-def train(parameter: "nn.Parameter") -> None:
+def make_trainable(parameter: "nn.Parameter") -> None:
     """Train this parameter, in float32 so that small steps are not rounded away."""
     parameter.data = parameter.data.float()
     parameter.requires_grad_(True)

@@ -64,15 +64,15 @@ class Decoder:
     def device(self) -> torch.device:
         return self.model.device
 
-    def pads(self, short: Sequence[int], long: Sequence[int]) -> bool:
+    def padding_invariant(self, short: Sequence[int], long: Sequence[int]) -> bool:
         """Whether the model answers the shorter prompt alike beside the longer one (transformers' Bloom gives NaN).
 
         Raises ConfigError for a model that keeps no cache between steps.
         """
-        alone, beside = self.read([0], [short])[1][0], self.read([0, 1], [short, long])[1][0]
+        alone, beside = self.prefill([0], [short])[1][0], self.prefill([0, 1], [short, long])[1][0]
         return bool((alone - beside).abs().max() <= PADDED * alone.abs().max())
 
-    def read(self, rows: Sequence[Any], prompts: Sequence[Sequence[int]]) -> tuple[Batch, torch.Tensor]:
+    def prefill(self, rows: Sequence[Any], prompts: Sequence[Sequence[int]]) -> tuple[Batch, torch.Tensor]:
         """A batch of these rows, and the logits behind their prompts, [B, V]."""
         batch = Batch(rows, prompts, self.pad_id, self.device)
         return batch, self._forward(batch, new=None)
@@ -152,10 +152,10 @@ def greedy(
         # prompts are read an eighth of the rows at a time: one by one, each would cost what a step of all rows does
         waits = free < min(max(rows // 8, 1), len(prompts) - begun)
         if begun < len(prompts) and (batch is None or (batch.joinable and not waits)):
-            count = taken(prompts[begun : begun + free])
+            count = prefill_count(prompts[begun : begun + free])
             group = [(place, []) for place in range(begun, begun + count)]
             begun += count
-            read, logits_BV = decoder.read(group, prompts[group[0][0] : begun])
+            read, logits_BV = decoder.prefill(group, prompts[group[0][0] : begun])
             yield from chosen(read, logits_BV)
             if batch is None:
                 batch = read
@@ -167,7 +167,7 @@ def greedy(
             batch = None
 
 
-def taken(prompts: Sequence[Sequence[int]]) -> int:
+def prefill_count(prompts: Sequence[Sequence[int]]) -> int:
     """How many of these prompts, at least one, are read together."""
     longest = 0
     for count, prompt in enumerate(prompts):

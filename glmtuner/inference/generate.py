@@ -82,7 +82,7 @@ def _decoded(
     decoder = Decoder(model, decoding.pad_id)
     if prompts:
         short, long = min(prompts, key=len), max(prompts, key=len)
-        if not decoder.pads(short, long):
+        if not decoder.padding_invariant(short, long):
             batch_size = 1
     return greedy(
         decoder,

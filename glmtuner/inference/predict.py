@@ -66,7 +66,7 @@ def answer_all(
     )
     early = folder / EVALUATIONS / f"{path.stem}.early.jsonl"
     others = [folder / EVALUATIONS / f"{path.stem}.rank{rank}.jsonl" for rank in range(1, ranks.world_size())]
-    done = ranks.agreed(lambda: earlier(path, early, others, path.name == PREDICTIONS))
+    done = ranks.broadcast_from_rank0(lambda: earlier(path, early, others, path.name == PREDICTIONS))
     left = [index for index in range(len(rows)) if index not in done]
     together = run.parallel.sharded and ranks.world_size() > 1
     mine = left if together else left[ranks.rank() :: ranks.world_size()]
@@ -88,8 +88,8 @@ def answer_all(
         for line in chain(done.values() if ranks.is_main() else (), lines):
             file.put(line)
             scorer.put(line["index"], *pair_of(line))
-    ranks.meet()
-    return ranks.agreed(lambda: scored(scorer, path, [early, *others]))
+    ranks.barrier()
+    return ranks.broadcast_from_rank0(lambda: scored(scorer, path, [early, *others]))
 
 
 def batch_size_of(run: Run, model: "nn.Module", prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
@@ -101,7 +101,7 @@ def batch_size_of(run: Run, model: "nn.Module", prompts: Sequence[Sequence[int]]
         return run.generation.max_batch_size
     if given != TrainerArguments.per_device_eval_batch_size or (run.data.eval_num_beams or 1) > 1 or not prompts:
         return given
-    return ranks.agreed(lambda: rows_that_fit(model, max(map(len, prompts)) + new_tokens))
+    return ranks.broadcast_from_rank0(lambda: rows_that_fit(model, max(map(len, prompts)) + new_tokens))
 
 
 def line_of(row: Mapping[str, Any], index: int, text: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ Collate = Callable[[Sequence[Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Taken:
+class Optimizations:
     """The collator to use, and whether the model's loss is computed in chunks and its LoRA layers in one operation each.
 
     `refused` says of each way that was tried and left out why.
@@ -34,7 +34,7 @@ class Taken:
     refused: tuple[str, ...] = ()
 
 
-def fast_paths(
+def choose_optimizations(
     model: "nn.Module",
     rows: Sequence[Any],
     padded: Collate,
@@ -43,16 +43,21 @@ def fast_paths(
     without_padding: bool = True,
     on_weights: bool = True,
     own_loss: bool = True,
-) -> Taken:
+) -> Optimizations:
     """Prepares the model for what is taken, given a few samples and the plain collator.
 
     `without_padding` says whether batches of segments may be tried, `on_weights` whether what uses weights outside of their
     own layer's forward pass may, and `own_loss` whether the loss in chunks, one of these, may take the place of the model's.
     """
     from glmtuner.data.segments import SegmentCollator
-    from glmtuner.kernels.chunked_loss import can_chunk, forget_chunks, use_chunks
+    from glmtuner.kernels.chunked_loss import disable_chunked_loss, enable_chunked_loss, supports_chunked_loss
     from glmtuner.kernels.fused_lora import fuse_lora, unfuse_lora
-    from glmtuner.kernels.segment_attention import can_segment, forget_segments, places_of, use_segments
+    from glmtuner.kernels.segment_attention import (
+        disable_segment_attention,
+        enable_segment_attention,
+        position_function,
+        supports_segment_attention,
+    )
 
     base = unwrapped(model)
     collate, chunks, fuses = padded, False, False
@@ -80,23 +85,23 @@ def fast_paths(
 
     with evaluating(model):
         wanted = loss_of(model, padded(rows), autocast) if without_padding or on_weights else 0.0
-        if without_padding and can_segment(base):
-            use_segments(base)
-            candidate = SegmentCollator(places=places_of(base))
+        if without_padding and supports_segment_attention(base):
+            enable_segment_attention(base)
+            candidate = SegmentCollator(places=position_function(base))
             if keeps("batches without padding", wanted, candidate):
                 collate = candidate
             else:
-                forget_segments(base)
-        if on_weights and own_loss and can_chunk(base):
-            use_chunks(base)
+                disable_segment_attention(base)
+        if on_weights and own_loss and supports_chunked_loss(base):
+            enable_chunked_loss(base)
             chunks = keeps("the loss in chunks", wanted, collate)
             if not chunks:
-                forget_chunks(base)
+                disable_chunked_loss(base)
         if on_weights and fuse_lora(model):
             fuses = keeps("LoRA layers in one operation", wanted, collate)
             if not fuses:
                 unfuse_lora(model)
-    return Taken(collate, chunks, fuses, tuple(refused))
+    return Optimizations(collate, chunks, fuses, tuple(refused))
 
 
 def short_samples(rows: Sequence[Any], count: int = 2) -> list[Any]:
@@ -119,7 +124,7 @@ def short_samples(rows: Sequence[Any], count: int = 2) -> list[Any]:
     ]
 
 
-def take_liger(
+def apply_liger(
     model: "nn.Module",
     chosen: Mapping[str, bool],
     rows: Sequence[Any],
@@ -130,13 +135,13 @@ def take_liger(
 
     Without samples, as for objectives that are not the model's own loss, nothing is compared.
     """
-    from glmtuner.kernels.liger import use_liger
+    from glmtuner.kernels.liger import enable_liger
 
     asked = "trainer.use_liger_kernel=true"
     with evaluating(model):
         wanted = loss_of(model, collate(rows), autocast) if rows else 0.0
         try:
-            use_liger(unwrapped(model), chosen)
+            enable_liger(unwrapped(model), chosen)
             found = loss_of(model, collate(rows), autocast) if rows else 0.0
         except Exception as error:  # a compiler's, a driver's
             told = " ".join(str(error).split())

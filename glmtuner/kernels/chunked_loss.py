@@ -80,13 +80,13 @@ def cross_entropy(
     return total, losses_BT
 
 
-def can_chunk(model: nn.Module) -> bool:
+def supports_chunked_loss(model: nn.Module) -> bool:
     """Whether the model is a decoder under one plain linear head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return type(head) is nn.Linear and model.base_model is not model
 
 
-def use_chunks(model: nn.Module) -> None:
+def enable_chunked_loss(model: nn.Module) -> None:
     """Let the model compute the loss of labels by `cross_entropy`; it then gives no logits beside the loss.
 
     With `each=True` the loss is that of each token, [B, T], without a gradient.
@@ -107,6 +107,6 @@ def use_chunks(model: nn.Module) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def forget_chunks(model: nn.Module) -> None:
+def disable_chunked_loss(model: nn.Module) -> None:
     """Undo `use_chunks`."""
     model.__dict__.pop("forward", None)

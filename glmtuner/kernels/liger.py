@@ -90,7 +90,7 @@ def kernels_for(model_type: str) -> list[str]:
     return [name for name in inspect.signature(KNOWN[model_type]).parameters if name != "model"]
 
 
-def use_liger(model: nn.Module, chosen: Mapping[str, bool]) -> None:
+def enable_liger(model: nn.Module, chosen: Mapping[str, bool]) -> None:
     """Put Liger's kernels into the model, those that are `chosen`, else those liger-kernel recommends; there is no way back.
 
     Its loss is left out unless it is chosen: that of `head` computes no logits of the prompts' tokens either. liger-kernel's

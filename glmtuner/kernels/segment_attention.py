@@ -25,7 +25,7 @@ LAYERS = {
 }  # kinds of layers, as config.json names them, that segments are right for
 
 
-def can_segment(model: nn.Module) -> bool:
+def supports_segment_attention(model: nn.Module) -> bool:
     """Whether every layer computes attention through transformers' interface, all of it or a window."""
     config = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
@@ -35,7 +35,7 @@ def can_segment(model: nn.Module) -> bool:
     return base in ALL_MASK_ATTENTION_FUNCTIONS and base in ALL_ATTENTION_FUNCTIONS and kinds <= LAYERS
 
 
-def use_segments(model: nn.Module) -> None:
+def enable_segment_attention(model: nn.Module) -> None:
     """Let the model's attention take `segments`; without them it computes what it did before."""
     base = model.config._attn_implementation
     if base.startswith(SEGMENTED):
@@ -46,12 +46,12 @@ def use_segments(model: nn.Module) -> None:
     model.config._attn_implementation = name
 
 
-def forget_segments(model: nn.Module) -> None:
+def disable_segment_attention(model: nn.Module) -> None:
     """Undo `use_segments`."""
     model.config._attn_implementation = model.config._attn_implementation.removeprefix(SEGMENTED)
 
 
-def places_of(model: nn.Module) -> Callable[[torch.Tensor], tuple[torch.Tensor, int]]:
+def position_function(model: nn.Module) -> Callable[[torch.Tensor], tuple[torch.Tensor, int]]:
     """How the model's family counts the positions of a sample: its own `places`, or 0, 1, 2, ..."""
     return getattr(model, "places", places_from_0)
 

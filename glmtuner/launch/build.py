@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def settle_family(run: Run, model_config: Mapping[str, Any]) -> Family | None:
+def resolve_family(run: Run, model_config: Mapping[str, Any]) -> Family | None:
     """The family that config.json tells, with the method's targets named; None when only the loaded model can tell."""
     family = family_of(model_config, run.model.family)
     if run.model.family != "auto":
@@ -46,7 +46,7 @@ def settle_family(run: Run, model_config: Mapping[str, Any]) -> Family | None:
     return family
 
 
-def template_of(run: Run, family: Family | None, tokenizer: "PreTrainedTokenizerBase") -> Any:
+def resolve_template(run: Run, family: Family | None, tokenizer: "PreTrainedTokenizerBase") -> Any:
     """The chat template: the run's, else the family's; the one stored with a checkpoint when it is a tokenizer's own."""
     name = run.model.template or (family.template if family else "tokenizer")
     source = run_folder_of(run.model.checkpoint_dir[-1]) if run.model.checkpoint_dir else None
@@ -56,11 +56,13 @@ def template_of(run: Run, family: Family | None, tokenizer: "PreTrainedTokenizer
     return template_named(name, tokenizer)
 
 
-def attached_model(composed: Composed, family: Family | None, device: "torch.device") -> "tuple[nn.Module, Family]":
+def load_trainable_model(
+    composed: Composed, family: Family | None, device: "torch.device"
+) -> "tuple[nn.Module, Family]":
     """The base with its checkpoints and the fine-tuning method, and the family where only the model could tell."""
     from transformers import set_seed
 
-    from glmtuner.finetuning.start import attach, base_folder, checkpoints_of
+    from glmtuner.finetuning.start import base_folder, build_trainable_model, checkpoints_of
     from glmtuner.models.load import load_model
 
     run = composed.run
@@ -74,14 +76,14 @@ def attached_model(composed: Composed, family: Family | None, device: "torch.dev
         family = family_from_structure(model)
         run.finetuning.settle(family, len(family.blocks(model)))
     set_seed(run.trainer.seed)  # what a method draws does not depend on what was loaded before it
-    model = attach(
+    model = build_trainable_model(
         model,
         run.finetuning,
         family,
         checkpoints,
         resume_lora=run.model.resume_lora_training,
         trains=run.trainer.do_train,
-        typed=composed.typed,
+        user_keys=composed.user_keys,
     )
     return model, family
 
@@ -94,7 +96,7 @@ def is_policy(path: Path) -> bool:
     return stage is None or stage.policy
 
 
-def finished_run(folders: Sequence[Path], words: Sequence[str], *, to_talk: bool = True) -> Finished:
+def finished_run(folders: Sequence[Path], overrides: Sequence[str], *, to_talk: bool = True) -> Finished:
     """The run in the last folder, on the checkpoints of all of them in order; `words` are composed over it.
 
     Raises GlmtunerError where a folder holds no trained weights, where a word is wrong, or where the run is `to_talk` and
@@ -108,15 +110,15 @@ def finished_run(folders: Sequence[Path], words: Sequence[str], *, to_talk: bool
             "the one it was trained from or one of stage=ppo"
         )
     paths = ",".join(f"'{folder}'" for folder in folders)
-    composed = compose(["trainer=predict", f"model.checkpoint_dir=[{paths}]", *words])
+    composed = compose(["trainer=predict", f"model.checkpoint_dir=[{paths}]", *overrides])
     run = composed.run
     model_config = read_config(run.model)
     check_base(run.model, model_config)
-    family = settle_family(run, model_config)
+    family = resolve_family(run, model_config)
     load_libraries(compiles=run.quant.bits is not None, trains=False)
     tokenizer = load_tokenizer(run.model)
-    template = template_of(run, family, tokenizer)
-    model, family = attached_model(composed, family, device_of(run))
+    template = resolve_template(run, family, tokenizer)
+    model, family = load_trainable_model(composed, family, device_of(run))
     if not run.quant.bits:
         model = model.to(device_of(run))
     return Finished(

@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.compose import Composed
 from glmtuner.config.schema import Parallel
 from glmtuner.console import say, table
-from glmtuner.data.splits import entries, longest_row
+from glmtuner.data.splits import dataset_entries, longest_row
 from glmtuner.distributed import ranks
 from glmtuner.errors import ConfigError
 from glmtuner.families.family import Family
 from glmtuner.families.hub import read_config
 from glmtuner.launch.arguments import training_arguments
-from glmtuner.launch.build import settle_family
+from glmtuner.launch.build import resolve_family
 from glmtuner.launch.checks import check_base, check_liger
 from glmtuner.launch.device import compute_dtype, device_of
 from glmtuner.launch.libraries import load_libraries
-from glmtuner.launch.optimizations import compiles, may_take
+from glmtuner.launch.optimizations import allowed_optimizations, needs_compiler
 from glmtuner.launch.places import catalogue_dirs
 from glmtuner.memory.estimate import Estimate, estimate, gib
-from glmtuner.memory.meta_model import hollow
+from glmtuner.memory.meta_model import build_meta_model
 from glmtuner.memory.policy import (
     MARGIN,
+    checkpointing_notice,
     device_memory,
     does_not_fit,
-    settle_checkpointing,
-    settled_baseline,
-    surely_fits,
+    process_baseline_bytes,
+    upper_bound_fits,
 )
 from glmtuner.run_folder.folder import RunFolder
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from glmtuner.data.splits import Datasets
 
 
-def check(composed: Composed) -> None:
+def report_memory(composed: Composed) -> None:
     """Say what the training of this run holds at its peak, without weights or data; nothing is written.
 
     Raises ConfigError where it surely does not fit into this machine's device, or cannot be told.
@@ -47,7 +47,7 @@ def check(composed: Composed) -> None:
     run = composed.run
     device = device_of(run)
     available = device_memory(device)
-    needed, line = checked(composed, device, available)
+    needed, line = estimate_run(composed, device, available)
     table("", ("", ""), needed.told(), show_header=False)
     if line is not None:
         say(line)
@@ -61,7 +61,7 @@ def check(composed: Composed) -> None:
     say(f"{verdict}: {gib(needed.peak)} of the {gib(available)} that this machine's {needed.device} has")
 
 
-def check_elsewhere(composed: Composed) -> None:
+def report_remote_memory(composed: Composed) -> None:
     """Say in one line what a GPU must have for this run, which starts on another machine; never refuses."""
     import torch
 
@@ -72,7 +72,7 @@ def check_elsewhere(composed: Composed) -> None:
     if not (run.trainer.use_cpu or device.type == "cuda"):
         device = torch.device("cuda")
     try:
-        needed, _ = checked(composed, device, None)
+        needed, _ = estimate_run(composed, device, None)
     except ConfigError as error:
         say(f"memory: {error}")
         return
@@ -82,10 +82,10 @@ def check_elsewhere(composed: Composed) -> None:
     )
 
 
-def checked(composed: Composed, device: "torch.device", available: int | None) -> tuple[Estimate, str | None]:
+def estimate_run(composed: Composed, device: "torch.device", available: int | None) -> tuple[Estimate, str | None]:
     """The estimate of the run's largest batch, and the line of gradient checkpointing that is turned on for it."""
     run = composed.run
-    entries(run, catalogue_dirs(composed))
+    dataset_entries(run, catalogue_dirs(composed))
     run.stage.check(run)
     run.parallel.check_machine()
     if not run.trainer.do_train:
@@ -93,11 +93,11 @@ def checked(composed: Composed, device: "torch.device", available: int | None) -
     model_config = read_config(run.model)
     check_base(run.model, model_config)
     check_liger(run, model_config)
-    family = settle_family(run, model_config)
-    load_libraries(compiles=compiles(run), trains=True)  # what a run would, since they count
+    family = resolve_family(run, model_config)
+    load_libraries(compiles=needs_compiler(run), trains=True)  # what a run would, since they count
     rows, longest = run.stage.largest_batch(run)
-    estimated = estimator(composed, family, device, rows, longest, ranks.to_start(run.parallel))
-    line = settle_checkpointing(composed, estimated, available)
+    estimated = estimator(composed, family, device, rows, longest, ranks.processes_to_start(run.parallel))
+    line = checkpointing_notice(composed, estimated, available)
     return estimated(run.trainer.gradient_checkpointing or line is not None), line
 
 
@@ -108,11 +108,11 @@ def estimator(
     import torch
 
     run = composed.run
-    baseline = settled_baseline(device, run.tracker.name)
+    baseline = process_baseline_bytes(device, run.tracker.name)
 
     @cache  # told more than once of one run, and a large model takes seconds
     def estimated(checkpointing: bool) -> Estimate:
-        model = hollow(run, family, device, compute_dtype(run, device))
+        model = build_meta_model(run, family, device, compute_dtype(run, device))
         there = copy.copy(run)
         there.trainer = copy.copy(run.trainer)
         there.parallel = Parallel(name="none")  # DeepSpeed's configuration would change how models are built
@@ -121,7 +121,7 @@ def estimator(
         arguments.activation_checkpointing = checkpointing
         found = estimate(
             model, arguments, device, rows=rows, longest=longest, baseline=baseline, scores=not run.stage.policy,
-            **may_take(run),
+            **allowed_optimizations(run),
         )  # fmt: skip
         return found.shared(run.parallel.shares, processes)
 
@@ -143,11 +143,11 @@ def checkpoint_where_needed(
 
     def decide() -> str | None:
         available = device_memory(device)
-        if available is None or surely_fits(model_config, run, rows, longest, available):
+        if available is None or upper_bound_fits(model_config, run, rows, longest, available):
             return None
         estimated = estimator(composed, family, device, rows, longest, ranks.world_size())
-        return settle_checkpointing(composed, estimated, available)
+        return checkpointing_notice(composed, estimated, available)
 
-    if line := ranks.agreed(decide):
+    if line := ranks.broadcast_from_rank0(decide):
         run.trainer.gradient_checkpointing = True
         say(line)

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from glmtuner.training.trainer import GlmTrainer
 
 
-def compiles(run: Run) -> bool:
+def needs_compiler(run: Run) -> bool:
     """Whether the run needs torch's compiler: for its blocks, or for bitsandbytes' kernels on a CPU."""
     return run.quant.bits is not None or run.trainer.torch_compile
 
 
-def may_take(run: Run) -> dict[str, bool]:
+def allowed_optimizations(run: Run) -> dict[str, bool]:
     """What of `fast_paths` the run allows."""
     plain = run.stage.models_loss
     return {
@@ -26,17 +26,17 @@ def may_take(run: Run) -> dict[str, bool]:
     }
 
 
-def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets", blocks: "list[nn.Module]") -> None:
+def apply_optimizations(run: Run, trainer: "GlmTrainer", data: "Datasets", blocks: "list[nn.Module]") -> None:
     """Batches without padding, packs and a loss in chunks, where the model's loss stays what it is; kernels, compiled blocks."""
     from glmtuner.data.segments import Packs
-    from glmtuner.kernels.choose import fast_paths, short_samples, take_liger
+    from glmtuner.kernels.choose import apply_liger, choose_optimizations, short_samples
 
     rows = data.train if data.train is not None else data.evaluation
     plain, autocast = trainer.data_collator, trainer.accelerator.autocast
     samples = short_samples(rows) if rows is not None and run.stage.models_loss else []
     kernels = (run.trainer.liger_kernel_config or {}) if run.trainer.use_liger_kernel else {}
     if run.trainer.use_liger_kernel:
-        take_liger(trainer.model, kernels, samples, plain, autocast)
+        apply_liger(trainer.model, kernels, samples, plain, autocast)
     if run.trainer.torch_compile:
         options = {"backend": run.trainer.torch_compile_backend, "mode": run.trainer.torch_compile_mode}
         for block in blocks:
@@ -44,7 +44,9 @@ def speed_up(run: Run, trainer: "GlmTrainer", data: "Datasets", blocks: "list[nn
     if not samples:
         return
     own_loss = not kernels.get("fused_linear_cross_entropy")  # Liger's, where it was chosen
-    taken = fast_paths(trainer.model, samples, plain, autocast=autocast, own_loss=own_loss, **may_take(run))
+    taken = choose_optimizations(
+        trainer.model, samples, plain, autocast=autocast, own_loss=own_loss, **allowed_optimizations(run)
+    )
     trainer.data_collator, trainer.chunks_loss = taken.collate, taken.chunks_loss
     for reason in taken.refused:
         say(f"computed the plain way, {reason}")

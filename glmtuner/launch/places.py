@@ -18,7 +18,7 @@ def output_folder(composed: Composed) -> Path:
     run = composed.run
     if run.trainer.output_dir:
         return Path(run.trainer.output_dir).expanduser()
-    if "hydra.run.dir" in composed.typed:
+    if "hydra.run.dir" in composed.user_keys:
         return Path(composed.hydra.run.dir)
     name = run.name or f"{Path(run.model.model_name_or_path).name}_{run.finetuning.finetuning_type}"
     return default_folder(Path("outputs"), name.replace("/", "_").replace(" ", "_"))

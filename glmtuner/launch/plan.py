@@ -16,9 +16,9 @@ from glmtuner.families.family import Family
 from glmtuner.launch.checks import SHAPE
 from glmtuner.run_folder.files import write_json, write_text
 from glmtuner.run_folder.folder import RunFolder
-from glmtuner.run_folder.names import CONFIG, PROVENANCE, TEMPLATE, WORDS
+from glmtuner.run_folder.names import CONFIG, OVERRIDES, PROVENANCE, TEMPLATE
 from glmtuner.run_folder.provenance import provenance
-from glmtuner.run_folder.redaction import shown_words, without_secrets
+from glmtuner.run_folder.redaction import redact_config, redact_overrides
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from glmtuner.training.trainer import GlmTrainer
 
 
-def describe(
+def write_description(
     folder: RunFolder,
     composed: Composed,
     family: Family,
@@ -54,7 +54,7 @@ def describe(
         value = getattr(run.finetuning, field.name)
         resolved["finetuning"][field.name] = value.value if isinstance(value, Enum) else value
     about = provenance(
-        composed.words,
+        composed.overrides,
         seed=run.trainer.seed,
         template=template.describe(),
         base={key: model_config[key] for key in SHAPE if key in model_config},
@@ -67,8 +67,8 @@ def describe(
             "started": before.get("started", about["started"]),
             "resumed": [*before.get("resumed", []), about["started"]],
         }
-    write_text(folder / CONFIG, OmegaConf.to_yaml(without_secrets(OmegaConf.create(resolved))))
-    write_text(folder / WORDS, "".join(f"{word}\n" for word in shown_words(composed.words)))
+    write_text(folder / CONFIG, OmegaConf.to_yaml(redact_config(OmegaConf.create(resolved))))
+    write_text(folder / OVERRIDES, "".join(f"{word}\n" for word in redact_overrides(composed.overrides)))
     write_json(folder / PROVENANCE, about)
     if "jinja" in about["template"]:
         write_text(folder / TEMPLATE, about["template"]["jinja"])
@@ -98,7 +98,7 @@ def show_plan(
             filled = sum(trained_on.lengths) / (len(trained_on) * trained_on.capacity)
             rows.append(("packed", f"{len(trained_on):,} rows of {trained_on.capacity:,} tokens, {filled:.1%} full"))
             kind = "packed rows"
-        rows.append(("steps", steps_told(arguments, len(trained_on), kind)))
+        rows.append(("steps", steps_summary(arguments, len(trained_on), kind)))
     precision = (
         "bf16"
         if arguments.bf16
@@ -111,7 +111,7 @@ def show_plan(
     table("", ("", ""), rows, show_header=False)
 
 
-def steps_told(arguments: Any, records: int, kind: str) -> str:
+def steps_summary(arguments: Any, records: int, kind: str) -> str:
     world = max(arguments.world_size, 1)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world
     an_epoch = max(

@@ -6,22 +6,22 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.compose import Composed
 from glmtuner.config.schema import Run, Tracker
 from glmtuner.console import say
-from glmtuner.data.splits import entries
+from glmtuner.data.splits import dataset_entries
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import Preempted
 from glmtuner.families.hub import read_config
 from glmtuner.launch.arguments import training_arguments
-from glmtuner.launch.build import attached_model, settle_family, template_of
+from glmtuner.launch.build import load_trainable_model, resolve_family, resolve_template
 from glmtuner.launch.checks import check_base, check_liger, check_liger_runs
 from glmtuner.launch.device import device_of
 from glmtuner.launch.libraries import load_libraries
 from glmtuner.launch.memory_check import checkpoint_where_needed
-from glmtuner.launch.optimizations import compiles, speed_up
+from glmtuner.launch.optimizations import apply_optimizations, needs_compiler
 from glmtuner.launch.places import catalogue_dirs, output_folder
-from glmtuner.launch.plan import describe, show_plan
-from glmtuner.launch.training import make_trainer, numbers, train
-from glmtuner.run_folder.acquire import claim
-from glmtuner.run_folder.checkpoints import newest_whole, step_of
+from glmtuner.launch.plan import show_plan, write_description
+from glmtuner.launch.training import make_trainer, numeric, train
+from glmtuner.run_folder.acquire import acquire_run_folder
+from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, step_of
 from glmtuner.run_folder.files import write_json
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import METRICS
@@ -37,85 +37,85 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
     signal stopped. A run of several processes is started here, and every one of them comes here again as one rank of it.
     """
     run = composed.run
-    specs = entries(run, catalogue or catalogue_dirs(composed))
+    specs = dataset_entries(run, catalogue or catalogue_dirs(composed))
     run.stage.check(run)
     run.parallel.check_machine()
-    if (count := ranks.to_start(run.parallel)) > 1:
-        return in_ranks(composed, RunFolder(output_dir or output_folder(composed)), count)
-    ranks.join(run.trainer)
+    if (count := ranks.processes_to_start(run.parallel)) > 1:
+        return launch_ranks(composed, RunFolder(output_dir or output_folder(composed)), count)
+    ranks.init_process_group(run.trainer)
     if not ranks.is_main():
         run.tracker = Tracker(name="none")
-    folder, resumes = ranks.agreed(lambda: claimed(output_dir or output_folder(composed), composed))
+    folder, resumes = ranks.broadcast_from_rank0(lambda: acquire(output_dir or output_folder(composed), composed))
     try:
-        metrics = _launched(composed, specs, folder, resumes)
+        metrics = _run_in_folder(composed, specs, folder, resumes)
     except Exception as error:
         run.tracker.abandon()
         if folder.path.is_dir():
-            folder.record_failure(error, composed.words, first_wins=ranks.world_size() > 1)
+            folder.record_failure(error, composed.overrides, first_wins=ranks.world_size() > 1)
         raise
     finally:
         folder.unlock()
     return metrics
 
 
-def claimed(path: Path, composed: Composed) -> tuple[RunFolder, bool]:
+def acquire(path: Path, composed: Composed) -> tuple[RunFolder, bool]:
     """The run's folder, locked by this process where it exists, and whether the run in it is to be resumed."""
-    return RunFolder(path), claim(path, composed.config, composed.run.trainer.overwrite_output_dir)
+    return RunFolder(path), acquire_run_folder(path, composed.config, composed.run.trainer.overwrite_output_dir)
 
 
-def in_ranks(composed: Composed, folder: RunFolder, count: int) -> dict[str, float]:
+def launch_ranks(composed: Composed, folder: RunFolder, count: int) -> dict[str, float]:
     """The run by `count` processes of this machine; raises RankFailed for the first that fails, Preempted when told to go."""
-    claimed(folder.path, composed)
+    acquire(folder.path, composed)
     folder.unlock()
     try:
-        ranks.run_ranks(ranks.command_of(composed.flags, composed.words, folder.path), count)
+        ranks.run_ranks(ranks.command_of(composed.flags, composed.overrides, folder.path), count)
     except ranks.RankFailed as failed:
         if failed.stopped_by is not None:
-            checkpoint, _ = newest_whole(folder.path)
+            checkpoint, _ = latest_complete_checkpoint(folder.path)
             raise Preempted.by(failed.stopped_by, step_of(checkpoint) if checkpoint else 0) from None
         if folder.path.is_dir():
-            folder.record_failure(failed, composed.words, first_wins=not failed.killed)
+            folder.record_failure(failed, composed.overrides, first_wins=not failed.killed)
         raise
     return folder.metrics()
 
 
-def _launched(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) -> dict[str, float]:
+def _run_in_folder(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) -> dict[str, float]:
     run = composed.run
     model_config = read_config(run.model)
     check_base(run.model, model_config)
     check_liger(run, model_config)
-    family = settle_family(run, model_config)
+    family = resolve_family(run, model_config)
 
-    load_libraries(compiles=compiles(run), trains=True)
+    load_libraries(compiles=needs_compiler(run), trains=True)
     from glmtuner.models.load import load_tokenizer
     from glmtuner.models.unwrap import unwrapped
 
     tokenizer = load_tokenizer(run.model)
-    template = template_of(run, family, tokenizer)
+    template = resolve_template(run, family, tokenizer)
     data = run.stage.datasets(run, specs, template, tokenizer)
     device = device_of(run)
     check_liger_runs(run, device)
     checkpoint_where_needed(composed, model_config, family, data, device)
-    model, family = attached_model(composed, family, device)
+    model, family = load_trainable_model(composed, family, device)
     run.model.family = family.name
     objective = run.stage.objective(run, model, template, tokenizer)
 
     if ranks.is_main():
         folder.lock()
-        describe(folder, composed, family, template, model_config, data, resumes)
+        write_description(folder, composed, family, template, model_config, data, resumes)
     arguments = training_arguments(run, folder, model, device)
     run.tracker.start(run, folder.path)
     blocks = family.blocks(unwrapped(model))
     if ranks.world_size() > 1:
-        run.parallel.spread(model, blocks)
+        run.parallel.shard_model(model, blocks)
     trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments, objective)
-    speed_up(run, trainer, data, blocks)
+    apply_optimizations(run, trainer, data, blocks)
     show_plan(run, folder, model, data, trainer, device)
     metrics: dict[str, float] = {}
     if run.trainer.do_train:
         metrics |= train(run, folder, trainer, tokenizer, data, resumes)
     if run.trainer.do_eval:
-        metrics |= numbers(trainer.evaluate())
+        metrics |= numeric(trainer.evaluate())
     if run.trainer.do_predict:
         metrics |= run.stage.predict(run, folder, trainer, tokenizer, template, data)
     return finish(run, folder, trainer, metrics)

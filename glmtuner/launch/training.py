@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.schema import Run
 from glmtuner.console import say
 from glmtuner.distributed import ranks
-from glmtuner.distributed.preemption import listening
+from glmtuner.distributed.preemption import capture_signals
 from glmtuner.errors import CheckpointError
 from glmtuner.inference.predict import answer_all
-from glmtuner.run_folder.checkpoints import newest_whole
+from glmtuner.run_folder.checkpoints import latest_complete_checkpoint
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import EVALUATIONS
 
@@ -74,12 +74,14 @@ def train(
 
     checkpoint = Path(run.trainer.resume_from_checkpoint) if run.trainer.resume_from_checkpoint else None
     if resumes and checkpoint is None:
-        checkpoint, passed = ranks.agreed(lambda: newest_whole(folder.path, ranks.world_size()))
+        checkpoint, passed = ranks.broadcast_from_rank0(
+            lambda: latest_complete_checkpoint(folder.path, ranks.world_size())
+        )
         for sentence in passed:
             say(sentence)
         say(f"resumed from {checkpoint.name}" if checkpoint else "no whole checkpoint yet: started again from step 0")
     if checkpoint is not None:
-        refuse_flawed(checkpoint)
+        require_resumable(checkpoint)
         trainer.args.eval_on_start = False
     assert data.train is not None
     collate = trainer.data_collator
@@ -88,23 +90,23 @@ def train(
         trainer.model,
         collate([trainer.train_dataset[0]]),
         trainer.accelerator.autocast,
-        lambda: first_words(trainer.model, tokenizer, data.train[0]),
+        lambda: generation_smoke_test(trainer.model, tokenizer, data.train[0]),
         trainer.objective.trial if trainer.objective is not None else None,
     )
-    with listening() as asked:
+    with capture_signals() as asked:
         trainer.add_callback(StopWhenAsked(asked))
         out = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if asked.signum is not None and trainer.state.global_step < trainer.state.max_steps:
         run.tracker.abandon(preempted=True)
         raise asked.preempted(trainer.state.global_step)
     save_trained(run, folder, trainer.model, tokenizer, trainer.objective)
-    return numbers(out.metrics)
+    return numeric(out.metrics)
 
 
-def refuse_flawed(checkpoint: Path) -> None:
-    from glmtuner.run_folder.checkpoints import flaw
+def require_resumable(checkpoint: Path) -> None:
+    from glmtuner.run_folder.checkpoints import checkpoint_problem
 
-    reason = flaw(checkpoint, ranks.world_size()) if checkpoint.is_dir() else "no such folder"
+    reason = checkpoint_problem(checkpoint, ranks.world_size()) if checkpoint.is_dir() else "no such folder"
     if reason:
         raise CheckpointError(
             f"trainer.resume_from_checkpoint={checkpoint} cannot be resumed from: {reason}; name another checkpoint, or leave "
@@ -112,7 +114,7 @@ def refuse_flawed(checkpoint: Path) -> None:
         )
 
 
-def first_words(model: "nn.Module", tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -> None:
+def generation_smoke_test(model: "nn.Module", tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -> None:
     """Generate two tokens: a model that trains and cannot generate is found out now, not at the end."""
     from glmtuner.inference.generate import Decoding, answers
 
@@ -151,10 +153,10 @@ def save_trained(
                 )
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-    ranks.meet()
+    ranks.barrier()
 
 
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+def numeric(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: value
         for name, value in metrics.items()

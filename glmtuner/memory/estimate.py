@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.memory.ledger import Ledger
-from glmtuner.memory.meta_model import cannot_be_followed, stand_ins, stored
+from glmtuner.memory.meta_model import estimation_unsupported, materialize_fake, stored_nbytes
 
 if TYPE_CHECKING:
     import torch
@@ -71,11 +71,11 @@ def batch_of(base: "nn.Module", ids: "torch.Tensor", segments: bool) -> dict[str
     import torch
 
     from glmtuner.data.segments import Segments
-    from glmtuner.kernels.segment_attention import use_segments
+    from glmtuner.kernels.segment_attention import enable_segment_attention
 
     if not segments:
         return {"input_ids": ids, "labels": ids}
-    use_segments(base)
+    enable_segment_attention(base)
     rows, longest = ids.shape
     two_way = hasattr(base, "places")  # half of a sample is taken for context that sees itself
     positions = torch.arange(longest, device=ids.device).repeat(rows)
@@ -128,25 +128,25 @@ def estimate(
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from glmtuner.kernels.chunked_loss import can_chunk
+    from glmtuner.kernels.chunked_loss import supports_chunked_loss
     from glmtuner.kernels.fused_lora import fuse_lora
-    from glmtuner.kernels.segment_attention import can_segment
+    from glmtuner.kernels.segment_attention import supports_segment_attention
     from glmtuner.models.unwrap import unwrapped
 
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     counts = (sum(map(torch.numel, parameters)), sum(map(torch.numel, trained)))
-    weights = sum(stored(parameter) for parameter in parameters if not parameter.requires_grad)
-    copies = sum(map(stored, trained))
+    weights = sum(stored_nbytes(parameter) for parameter in parameters if not parameter.requires_grad)
+    copies = sum(map(stored_nbytes, trained))
     on_gpu = device.type == "cuda"
     base = unwrapped(model)
-    segments = without_padding and can_segment(base)
+    segments = without_padding and supports_segment_attention(base)
     if on_weights:
         fuse_lora(model)
     if on_gpu and not torch.cuda.is_available():  # a GPU elsewhere: the operations of this machine's CPU stand for it
         device = torch.device("cpu")
     mode = FakeTensorMode()
-    stand_ins(model, mode, device)
+    materialize_fake(model, mode, device)
     checkpointing = bool(arguments.activation_checkpointing)
     if checkpointing:
         model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs or None)
@@ -155,15 +155,15 @@ def estimate(
     try:
         with mode:
             ids = torch.zeros(rows, longest, dtype=torch.long, device=device)
-            ledger.know([*model.parameters(), *model.buffers(), ids])
+            ledger.ignore_existing([*model.parameters(), *model.buffers(), ids])
             batch = batch_of(base, ids, segments)
-            chunks = on_weights and can_chunk(base)
+            chunks = on_weights and supports_chunked_loss(base)
             with ledger.open():
                 way = loss_of_states if scores else loss_in_chunks if chunks else None
                 loss_of = partial(way, base, batch, ledger.reached_head) if way else lambda: model(**batch).loss
                 states = _pass(model, arguments, device, ledger, loss_of)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
-        raise cannot_be_followed(error) from None
+        raise estimation_unsupported(error) from None
     gradients, kept = ledger.at_peak
     rest = ledger.most - states - gradients
     kept = min(max(kept - states, 0), rest)

@@ -49,7 +49,7 @@ class Ledger:
         with Counting():
             yield self
 
-    def know(self, tensors: "Sequence[torch.Tensor]") -> None:
+    def ignore_existing(self, tensors: "Sequence[torch.Tensor]") -> None:
         """Do not count these: they were there before."""
         for tensor in tensors:
             self._sizes[tensor.untyped_storage()._cdata] = 0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ABSMAX_BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit storage
 
 
-def cannot_be_followed(error: Exception) -> ConfigError:
+def estimation_unsupported(error: Exception) -> ConfigError:
     reason = " ".join(str(error).split())[:200]
     return ConfigError(
         f"the memory of this model cannot be estimated: its forward pass cannot be gone through without values "
@@ -25,13 +25,15 @@ def cannot_be_followed(error: Exception) -> ConfigError:
     )
 
 
-def hollow(run: Run, family: "Family | None", device: "torch.device", compute_dtype: "torch.dtype") -> "nn.Module":
+def build_meta_model(
+    run: Run, family: "Family | None", device: "torch.device", compute_dtype: "torch.dtype"
+) -> "nn.Module":
     """The model as it will be trained, its method attached, on the meta device: shapes and dtypes without values."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from glmtuner.families.family import family_from_structure
-    from glmtuner.finetuning.start import base_folder, checkpoints_of, continued, settings_of
+    from glmtuner.finetuning.start import adapter_to_resume, base_folder, checkpoints_of, settings_of
     from glmtuner.models.load import dtype_of, load_config
 
     finetuning = copy.copy(
@@ -51,7 +53,7 @@ def hollow(run: Run, family: "Family | None", device: "torch.device", compute_dt
         if family is None:
             family = family_from_structure(model)
             finetuning.settle(family, len(family.blocks(model)))
-        goes_on = continued(checkpoints, finetuning, run.model.resume_lora_training, run.trainer.do_train)
+        goes_on = adapter_to_resume(checkpoints, finetuning, run.model.resume_lora_training, run.trainer.do_train)
         if goes_on is not None:
             for name, value in settings_of(goes_on).items():
                 setattr(finetuning, name, value)
@@ -93,7 +95,7 @@ def quantize(model: "nn.Module", bits: int, compute_dtype: "torch.dtype") -> Non
             module.weight.stored_bits = bits
 
 
-def stored(parameter: "torch.Tensor") -> int:
+def stored_nbytes(parameter: "torch.Tensor") -> int:
     """The bytes that a parameter takes; quantized ones with their scales."""
     bits = getattr(parameter, "stored_bits", None)
     if bits == 4:  # a scale in 8 bits for every block, and their own scales
@@ -103,7 +105,7 @@ def stored(parameter: "torch.Tensor") -> int:
     return parameter.numel() * parameter.element_size()
 
 
-def stand_ins(model: "nn.Module", mode: Any, device: "torch.device") -> None:
+def materialize_fake(model: "nn.Module", mode: Any, device: "torch.device") -> None:
     """Replace parameters and buffers on the meta device by fake ones on `device`; tied ones stay tied."""
     import torch
 

@@ -29,14 +29,14 @@ LIBRARIES = (
 OF_TRACKERS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """The bytes of memory that this process holds now."""
     import psutil
 
     return psutil.Process().memory_info().rss
 
 
-def settled_baseline(device: "torch.device", tracker: str) -> int:
+def process_baseline_bytes(device: "torch.device", tracker: str) -> int:
     """What this process holds besides tensors: its libraries are imported and have computed once."""
     import torch
 
@@ -48,7 +48,7 @@ def settled_baseline(device: "torch.device", tracker: str) -> int:
     for dtype in (torch.float32, torch.bfloat16):  # a library's code counts once it has been touched
         x = torch.ones(1, 2, 64, 64, dtype=dtype, requires_grad=True)
         torch.nn.functional.scaled_dot_product_attention(x @ x, x, x, is_causal=True).log_softmax(-1).sum().backward()
-    return resident() + LEFT_BEHIND
+    return resident_bytes() + LEFT_BEHIND
 
 
 def device_memory(device: "torch.device") -> int | None:
@@ -61,13 +61,13 @@ def device_memory(device: "torch.device") -> int | None:
         return None
     import psutil
 
-    free = psutil.virtual_memory().available + resident()
+    free = psutil.virtual_memory().available + resident_bytes()
     limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
     given = [path.read_text().strip() for path in limits if path.is_file()]
     return min([free, *(int(limit) for limit in given if limit.isdigit())])
 
 
-def surely_fits(config: Mapping[str, Any], run: Run, rows: int, longest: int, available: int) -> bool:
+def upper_bound_fits(config: Mapping[str, Any], run: Run, rows: int, longest: int, available: int) -> bool:
     """Whether even a bound far above the truth fits, told from config.json alone in no time."""
 
     def size(*names: str) -> int | None:
@@ -85,7 +85,7 @@ def surely_fits(config: Mapping[str, Any], run: Run, rows: int, longest: int, av
     return held + 4 * numbers + 2 * GIB < available
 
 
-def settle_checkpointing(
+def checkpointing_notice(
     composed: Composed, estimate_of: Callable[[bool], Estimate], available: int | None
 ) -> str | None:
     """Whether gradient checkpointing is to be turned on because memory needs it: the line that says so, or None.
@@ -94,8 +94,8 @@ def settle_checkpointing(
     cannot be checkpointed, is left as it is.
     """
     trainer = composed.run.trainer
-    typed = "trainer.gradient_checkpointing" in composed.typed or trainer.gradient_checkpointing
-    if typed or not trainer.do_train or available is None:
+    chosen = "trainer.gradient_checkpointing" in composed.user_keys or trainer.gradient_checkpointing
+    if chosen or not trainer.do_train or available is None:
         return None
     try:
         plain = estimate_of(False)

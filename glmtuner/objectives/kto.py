@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from glmtuner.distributed import ranks
-from glmtuner.objectives.losses import kto
+from glmtuner.objectives.losses import kto_loss
 from glmtuner.objectives.objective import AgainstReference, Measured
 
 
@@ -22,10 +22,12 @@ class KtoObjective(AgainstReference):
             reference_R = self.answer_logprobs(self.model, own)
             reference_crossed_R = self.answer_logprobs(self.model, crossed)
         with torch.no_grad():
-            kl = ranks.mean((self.answer_logprobs(self.model, crossed) - reference_crossed_R).mean()).clamp(min=0)
+            kl = ranks.all_reduce_mean((self.answer_logprobs(self.model, crossed) - reference_crossed_R).mean()).clamp(
+                min=0
+            )
         ratio_R = self.answer_logprobs(model, own) - reference_R
         good_R, settings = batch["is_desirable"], self.settings
-        loss_R = kto(ratio_R, good_R, kl, settings.beta, settings.desirable_weight, settings.undesirable_weight)
+        loss_R = kto_loss(ratio_R, good_R, kl, settings.beta, settings.desirable_weight, settings.undesirable_weight)
         reward_R = (settings.beta * ratio_R).detach()
         return loss_R, {
             "reward_desirable": reward_R.where(good_R, torch.nan),

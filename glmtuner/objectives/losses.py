@@ -67,7 +67,7 @@ def hinge_preference(chosen_ratio_R: torch.Tensor, rejected_ratio_R: torch.Tenso
     return F.relu(1 - beta * (chosen_ratio_R - rejected_ratio_R))
 
 
-def kto(
+def kto_loss(
     ratio_R: torch.Tensor,
     is_desirable_R: torch.Tensor,
     kl: torch.Tensor,

@@ -211,7 +211,7 @@ class PpoObjective(Objective):
                 trainer.optimizer.zero_grad()
         settings = self.settings
         if settings.kl_target is not None:
-            mean_kl = ranks.mean(torch.tensor(kl, device=self.model.device)).item()
+            mean_kl = ranks.all_reduce_mean(torch.tensor(kl, device=self.model.device)).item()
             rows = len(batch["input_ids"]) * ranks.world_size()
             self.kl_coefficient = next_kl_coefficient(
                 self.kl_coefficient, mean_kl, settings.kl_target, settings.kl_horizon, rows

@@ -31,7 +31,7 @@ class Fsdp2(Parallel):
         if run.trainer.load_best_model_at_end:
             yield "parallel=fsdp2 with trainer.load_best_model_at_end=true: not built; type parallel=ddp"
 
-    def spread(self, model: "nn.Module", blocks: "list[nn.Module]") -> None:
+    def shard_model(self, model: "nn.Module", blocks: "list[nn.Module]") -> None:
         """Share the weights out, a group a layer and one for what is left.
 
         accelerate does this on GPUs only, and in a checkpoint format of its own; so it is done here, by torch alone.

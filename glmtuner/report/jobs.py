@@ -14,13 +14,13 @@ from omegaconf import OmegaConf
 
 from glmtuner.config.overrides import parse
 from glmtuner.errors import ConfigError
-from glmtuner.run_folder.acquire import FILLED_IN, FREE_TO_CHANGE
+from glmtuner.run_folder.acquire import DERIVED_KEYS, RESUME_IGNORED_KEYS
 from glmtuner.run_folder.folder import RunFolder, job_folders
-from glmtuner.run_folder.names import WORDS
-from glmtuner.run_folder.redaction import HIDDEN, flat
+from glmtuner.run_folder.names import OVERRIDES
+from glmtuner.run_folder.redaction import HIDDEN, flatten
 
 SEEDS = ("trainer.seed", "trainer.data_seed")
-UNTOLD = {*FREE_TO_CHANGE, "name", "objective", "tracker", "trainer.run_name"}  # no knobs: they change no number
+UNTOLD = {*RESUME_IGNORED_KEYS, "name", "objective", "tracker", "trainer.run_name"}  # no knobs: they change no number
 # Groups whose choice of a preset is shown in place of the keys that come with it, and the key that tells the choice.
 CHOSEN_BY = {
     "model": "model.model_name_or_path",
@@ -48,7 +48,7 @@ class Job:
     folder: RunFolder
     state: State
     reason: str = ""  # of a failure; how far a job came that is not done
-    words: dict[str, Any] = field(default_factory=dict)  # what was typed, by key
+    overrides: dict[str, Any] = field(default_factory=dict)  # what was typed, by key
     values: dict[str, Any] = field(default_factory=dict)  # the resolved config by dotted key; empty when it has none
     metrics: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Job:
     @property
     def seed(self) -> str:
         """The seeds it was trained with, as they are shown."""
-        return "/".join(shown(self.values.get(key, self.words.get(key))) for key in SEEDS).removesuffix(
+        return "/".join(shown(self.values.get(key, self.overrides.get(key))) for key in SEEDS).removesuffix(
             f"/{shown(None)}"
         )
 
@@ -82,17 +82,17 @@ def read_job(folder: RunFolder) -> Job | None:
     """What the folder tells; None when it went away meanwhile. A file that cannot be read makes it a failed job."""
     try:
         failure = folder.failure() or {}
-        words = words_of(folder, failure)
+        overrides = words_of(folder, failure)
     except Exception as error:  # damaged in a way that nobody foresaw is damaged, too
         return _damaged(folder, error)
     try:
-        values = flat(OmegaConf.to_container(folder.config(), enum_to_str=True)) if folder.is_run else {}
+        values = flatten(OmegaConf.to_container(folder.config(), enum_to_str=True)) if folder.is_run else {}
         metrics = {name: value for name, value in folder.metrics().items() if is_number(value)}
         history = [line for line in folder.history() if is_number(line.get("step"))]
         state, reason = state_of(folder, failure, values, history)
     except Exception as error:
-        return _damaged(folder, error, words)
-    return Job(folder, state, reason, words, values, metrics, history)
+        return _damaged(folder, error, overrides)
+    return Job(folder, state, reason, overrides, values, metrics, history)
 
 
 def state_of(folder: RunFolder, failure: dict[str, Any], values: dict[str, Any], history: list) -> tuple[State, str]:
@@ -120,18 +120,20 @@ def progress(values: dict[str, Any], history: list[dict[str, Any]]) -> str:
     return f"step {step} of about {round(step * epochs / epoch)}" if epoch and is_number(epochs) else f"step {step}"
 
 
-def _damaged(folder: RunFolder, error: Exception, words: dict[str, Any] | None = None) -> Job | None:
+def _damaged(folder: RunFolder, error: Exception, overrides: dict[str, Any] | None = None) -> Job | None:
     if not folder.path.is_dir():
         return None
     told = " ".join(str(error).split())[:300]
-    return Job(folder, State.failed, told if "damaged" in told else f"its folder is damaged: {told}", words=words or {})
+    return Job(
+        folder, State.failed, told if "damaged" in told else f"its folder is damaged: {told}", overrides=overrides or {}
+    )
 
 
 def words_of(folder: RunFolder, failure: dict[str, Any]) -> dict[str, Any]:
     """What was typed for the job by key, with its value: from overrides.txt, else from what a failure noted."""
     typed = failure.get("words") or []
-    if (folder / WORDS).is_file():
-        typed = (folder / WORDS).read_text(encoding="utf-8", errors="replace").splitlines()
+    if (folder / OVERRIDES).is_file():
+        typed = (folder / OVERRIDES).read_text(encoding="utf-8", errors="replace").splitlines()
     found: dict[str, Any] = {}
     for word in typed:
         key, equals, text = str(word).partition("=")
@@ -164,7 +166,7 @@ def knobs_of(jobs: Sequence[Job]) -> list[str]:
 
     The keys that a group's choice brings along (finetuning=lora,freeze) are not listed; what differs within one choice is.
     """
-    typed = [key for key in dict.fromkeys(key for job in jobs for key in job.words) if _tells(key)]
+    typed = [key for key in dict.fromkeys(key for job in jobs for key in job.overrides) if _tells(key)]
     knobs = [key for key in typed if _varies(jobs, key)]
     knobs += [
         group
@@ -172,7 +174,7 @@ def knobs_of(jobs: Sequence[Job]) -> list[str]:
         if not {group, key} & {*typed} and _varies([job for job in jobs if job.values], group)
     ]
     configured = [job for job in jobs if job.values]
-    rest = sorted({key for job in configured for key in job.values} - {*typed} - {*FILLED_IN})
+    rest = sorted({key for job in configured for key in job.values} - {*typed} - {*DERIVED_KEYS})
     for key in rest:
         choosers = [knob for knob in knobs if knob in ("experiment", key.partition(".")[0])]
         chooses = {CHOSEN_BY.get(knob) for knob in knobs} | {key for key in CHOSEN_BY.values() if key in knobs}
@@ -187,12 +189,12 @@ def value_of(job: Job, knob: str) -> Any:
     """The job's value of a key, or its choice of a group; None when it has none."""
     if knob in job.values:
         return job.values[knob]
-    if knob in CHOSEN_BY and knob not in job.words:
+    if knob in CHOSEN_BY and knob not in job.overrides:
         value = job.values.get(CHOSEN_BY[knob])
         if knob == "quant":
             return f"int{value}" if value else "none"
         return Path(str(value)).name if knob == "model" and value else value
-    return job.words.get(knob)
+    return job.overrides.get(knob)
 
 
 def shown(value: Any) -> str:
@@ -225,7 +227,7 @@ def _tells(key: str) -> bool:
 
 
 def _varies(jobs: Sequence[Job], knob: str) -> bool:
-    known = [job for job in jobs if job.values or knob in job.words]  # what failed early may not tell
+    known = [job for job in jobs if job.values or knob in job.overrides]  # what failed early may not tell
     return len({compared(value_of(job, knob)) for job in known}) > 1
 
 

@@ -15,7 +15,7 @@ def score_with_interval(row: Row, name: str) -> str:
     """12.07 [9.81, 14.40], and ± the spread over seeds where there are several."""
     if name not in row.metrics:
         return MISSING
-    spread = f" ± {score(name, row.spreads[name], row.metrics[name])}" if name in row.spreads else ""
+    spread = f" ± {score(name, row.std_devs[name], row.metrics[name])}" if name in row.std_devs else ""
     value, bounds = row.metrics[name], row.intervals.get(name)
     told = f" [{score(name, bounds.low, value)}, {score(name, bounds.high, value)}]" if bounds else ""
     return f"{score(name, value)}{spread}{told}"
@@ -206,6 +206,6 @@ def markdown_of(board: Ranking, pictures: Sequence[tuple[str, str]], answers: tu
     if board.others:
         unfit = [told_of(job, board) for job in board.others]
         lines += ["", "## Jobs without results", "", *markdown_table(["job", "settings", "state", "reason"], unfit)]
-    if board.typed:
-        lines += ["", "## Typed", "", "```text", *(line.replace("```", "'''") for line in board.typed), "```"]
+    if board.commands:
+        lines += ["", "## Typed", "", "```text", *(line.replace("```", "'''") for line in board.commands), "```"]
     return "\n".join(lines) + "\n"

@@ -36,7 +36,7 @@ class Row:
     settings: dict[str, Any]  # by knob
     jobs: list[Job]
     metrics: dict[str, float]
-    spreads: dict[str, float] = field(default_factory=dict)  # standard deviation over seeds
+    std_devs: dict[str, float] = field(default_factory=dict)  # standard deviation over seeds
     intervals: dict[str, Interval] = field(default_factory=dict)
     samples: dict[str, Samples] = field(default_factory=dict)
     difference: Interval | None = None  # to the winner, in the objective
@@ -62,7 +62,7 @@ class Ranking:
     rows: list[Row]  # finished jobs, the best first
     others: list[Job]  # unfinished, infeasible and failed ones
     notes: list[str]
-    typed: list[str]
+    commands: list[str]
 
     @property
     def winner(self) -> Row | None:
@@ -100,13 +100,13 @@ class Ranking:
         """How many jobs came to which end."""
         count = Counter(job.state for job in self.others)
         finished = sum(len(row.jobs) for row in self.rows)
-        words = {
+        names = {
             State.finished: "finished", State.running: "running", State.unfinished: "unfinished",
             State.infeasible: "did not fit into memory",
             State.failed: "failed",
         }  # fmt: skip
         count[State.finished] = finished
-        return ", ".join(f"{count[state]} {word}" for state, word in words.items() if count[state]) or "no job yet"
+        return ", ".join(f"{count[state]} {word}" for state, word in names.items() if count[state]) or "no job yet"
 
     @property
     def scores(self) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from glmtuner.console import say, table
 from glmtuner.errors import CheckpointError
-from glmtuner.run_folder.checkpoints import checkpoints, flaw
+from glmtuner.run_folder.checkpoints import checkpoint_problem, checkpoints
 from glmtuner.run_folder.files import read_lines, write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import EVALUATIONS, LOSS_PICTURE, PREDICTIONS, REPORT
@@ -24,7 +24,7 @@ def show(path: Path) -> None:
     about = folder.provenance()
     state = "finished" if folder.is_finished else "unfinished: the same command goes on"
     rows = [("run", f"{path} ({state})"), *facts(config, about)]
-    whole = [found.name for found in checkpoints(path) if flaw(found) is None]
+    whole = [found.name for found in checkpoints(path) if checkpoint_problem(found) is None]
     rows.append(("checkpoints", ", ".join(whole) or MISSING))
     trained = folder.trained()
     rows.append(("weights", str(trained) if trained else MISSING))

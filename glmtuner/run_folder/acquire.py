@@ -9,12 +9,12 @@ from omegaconf import DictConfig, OmegaConf
 from glmtuner.errors import CheckpointError
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import FAILED, LOCK, OUTPUT
-from glmtuner.run_folder.redaction import flat, without_secrets
+from glmtuner.run_folder.redaction import flatten, redact_config
 
 # Keys that a run fills in itself, from the model.
-FILLED_IN = ("finetuning.lora_target", "model.family", "model.template")
+DERIVED_KEYS = ("finetuning.lora_target", "model.family", "model.template")
 # Keys that may differ between a run and its continuation: they change no number.
-FREE_TO_CHANGE = (
+RESUME_IGNORED_KEYS = (
     "trainer.overwrite_output_dir", "trainer.output_dir", "trainer.disable_tqdm", "trainer.log_level",
     "data.overwrite_cache", "data.preprocessing_num_workers", "model.cache_dir", "model.use_auth_token",
     "tracker.name", "tracker.project", "tracker.entity", "tracker.group", "tracker.job_type", "tracker.tags", "tracker.log_artifact",
@@ -32,7 +32,7 @@ def default_folder(root: Path, name: str) -> Path:
     return folder
 
 
-def claim(path: Path, config: DictConfig, overwrite: bool) -> bool:
+def acquire_run_folder(path: Path, config: DictConfig, overwrite: bool) -> bool:
     """Whether the run in this folder is to be resumed; False for a fresh folder.
 
     Where the folder exists it is locked. Raises CheckpointError when another process has it, and when it holds a finished
@@ -42,7 +42,7 @@ def claim(path: Path, config: DictConfig, overwrite: bool) -> bool:
     if not path.exists() or not any(entry.name not in (FAILED, OUTPUT, LOCK) for entry in path.iterdir()):
         (folder / FAILED).unlink(missing_ok=True)
         return False
-    refuse_foreign(folder, config, overwrite)
+    check_overwritable(folder, config, overwrite)
     folder.lock()
     if overwrite:
         folder.clear()
@@ -50,7 +50,7 @@ def claim(path: Path, config: DictConfig, overwrite: bool) -> bool:
     return not overwrite
 
 
-def refuse_foreign(folder: RunFolder, config: DictConfig, overwrite: bool) -> None:
+def check_overwritable(folder: RunFolder, config: DictConfig, overwrite: bool) -> None:
     """Raise CheckpointError where the folder holds what this run may neither go on with nor replace."""
     path = folder.path
     name = f"trainer.output_dir={path}"
@@ -69,21 +69,21 @@ def refuse_foreign(folder: RunFolder, config: DictConfig, overwrite: bool) -> No
         )
     if folder.is_finished:
         raise CheckpointError(f"{name} holds a finished run; {again}")
-    different = [key for key in differing(folder.config(), config) if key not in FREE_TO_CHANGE]
+    different = [key for key in differing_keys(folder.config(), config) if key not in RESUME_IGNORED_KEYS]
     if different:
         told = ", ".join(different[:6]) + (f" and {len(different) - 6} more" if len(different) > 6 else "")
         raise CheckpointError(f"{name} holds an unfinished run of another configuration (different: {told}); {again}")
 
 
-def differing(one: DictConfig, other: DictConfig) -> list[str]:
+def differing_keys(one: DictConfig, other: DictConfig) -> list[str]:
     """The dotted keys whose values differ; what a run fills in itself and how a path is written do not count."""
     left, right = (_comparable(config) for config in (one, other))
     return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
 
 
 def _comparable(config: DictConfig) -> dict[str, Any]:
-    values = flat(OmegaConf.to_container(without_secrets(config)))
-    for key in FILLED_IN:
+    values = flatten(OmegaConf.to_container(redact_config(config)))
+    for key in DERIVED_KEYS:
         values.pop(key, None)
     for key in ("model.model_name_or_path", "model.checkpoint_dir", "model.reward_model"):
         value = values.get(key)

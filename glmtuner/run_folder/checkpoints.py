@@ -19,14 +19,14 @@ def mark_complete(folder: Path, about: dict[str, Any]) -> None:
     write_json(folder / MARKER, {**about, "files": files})
 
 
-NEEDED = {
+REQUIRED_FILES = {
     "optimizer.pt": "its optimizer state",
     "scheduler.pt": "its scheduler state",
     "trainer_state.json": "its step",
 }
 
 
-def flaw(folder: Path, ranks: int | None = None) -> str | None:
+def checkpoint_problem(folder: Path, ranks: int | None = None) -> str | None:
     """Why a checkpoint cannot be resumed from (by so many ranks), in a few words; None when it is whole."""
     if not (folder / MARKER).is_file():
         return f"half-written: it has no {MARKER}"
@@ -35,7 +35,7 @@ def flaw(folder: Path, ranks: int | None = None) -> str | None:
         sizes = about["files"]
     except (CheckpointError, KeyError, TypeError):
         return f"its {MARKER} is damaged"
-    for name, what in NEEDED.items():
+    for name, what in REQUIRED_FILES.items():
         if not (folder / name).is_file():
             return f"it lacks {what} ({name})"
     if not list(folder.glob("rng_state*.pth")):
@@ -62,11 +62,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def newest_whole(run: Path, ranks: int | None = None) -> tuple[Path | None, list[str]]:
+def latest_complete_checkpoint(run: Path, ranks: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint to resume from, and a sentence for each one that was passed over."""
     passed = [f"{path.name} is passed over: half-written" for path in sorted((run / CHECKPOINTS).glob(".partial-*"))]
     for folder in reversed(checkpoints(run)):
-        reason = flaw(folder, ranks)
+        reason = checkpoint_problem(folder, ranks)
         if reason is None:
             return folder, passed
         passed.append(f"{folder.name} is passed over: {reason}")

@@ -18,7 +18,7 @@ from yaml import YAMLError
 from glmtuner.errors import CheckpointError, FolderBusy, GlmtunerError
 from glmtuner.run_folder.files import read_json, read_lines, read_object, write_json
 from glmtuner.run_folder.names import ADAPTER, CONFIG, FAILED, HISTORY, LOCK, METRICS, MODEL, OURS, PROVENANCE
-from glmtuner.run_folder.redaction import shown_words
+from glmtuner.run_folder.redaction import redact_overrides
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class RunFolder:
                 return False
         return False
 
-    def record_failure(self, error: BaseException, words: list[str], first_wins: bool = False) -> dict[str, Any]:
+    def record_failure(self, error: BaseException, overrides: list[str], first_wins: bool = False) -> dict[str, Any]:
         """Write failed.json, and return it; a traceback goes in for what is no mistake of the user's.
 
         With `first_wins` a failure that is there already stays: of several ranks, the later ones fail for the first.
@@ -113,7 +113,7 @@ class RunFolder:
             "kind": "infeasible" if out_of_memory(error) else "error",
             "reason": " ".join(f"{error}".split())[:2000] or type(error).__name__,
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "words": shown_words(words),
+            "words": redact_overrides(overrides),
         }
         if not isinstance(error, GlmtunerError):
             found["reason"] = f"{type(error).__name__}: {found['reason']}"

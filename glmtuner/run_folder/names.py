@@ -1,6 +1,6 @@
 """The names of what lies in a run folder."""
 
-CONFIG, WORDS, PROVENANCE, HISTORY, METRICS = (
+CONFIG, OVERRIDES, PROVENANCE, HISTORY, METRICS = (
     "config.yaml",
     "overrides.txt",
     "provenance.json",
@@ -15,7 +15,7 @@ LOSSES = "losses.jsonl"  # of each evaluation record: `index`, `loss` (nats, sum
 LOCK = ".lock"  # held by the process that runs the run
 TRACKERS = ("wandb", "tensorboard")
 OURS = (
-    CONFIG, WORDS, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, REPORT_PAGE, LOSS_PICTURE, TEMPLATE,
+    CONFIG, OVERRIDES, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, REPORT_PAGE, LOSS_PICTURE, TEMPLATE,
     CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL, FAILED, OUTPUT, LOSSES, *TRACKERS,
 )  # fmt: skip
 MARKER = "complete.json"  # written last into a checkpoint: its files and their sizes

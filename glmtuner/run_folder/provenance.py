@@ -8,13 +8,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from glmtuner.run_folder.redaction import shown_words
+from glmtuner.run_folder.redaction import redact_overrides
 
 
-def provenance(words: list[str], **more: Any) -> dict[str, Any]:
+def provenance(overrides: list[str], **more: Any) -> dict[str, Any]:
     """Where a run came from: code, packages, machine, command line, and what the caller knows of data and template."""
     return {
-        "command": " ".join(["python -m glmtuner", *shown_words(words)]),
+        "command": " ".join(["python -m glmtuner", *redact_overrides(overrides)]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
         "packages": {name: version_of(name) for name in PACKAGES},
@@ -46,9 +46,11 @@ def version_of(package: str) -> str | None:
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit, whether files differ from it, and a hash of the difference; None outside a repository."""
 
-    def git(*words: str) -> str | None:
+    def git(*overrides: str) -> str | None:
         try:
-            done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=20, check=False)
+            done = subprocess.run(
+                ["git", *overrides], cwd=folder, capture_output=True, text=True, timeout=20, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout if done.returncode == 0 else None

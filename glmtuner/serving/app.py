@@ -357,8 +357,8 @@ def application(server: Server, key: str | None, hosts: tuple[str, ...] | None) 
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
-        words = {"name": server.name, "key": key is not None}
-        told_page = json.dumps(words, ensure_ascii=False).replace("<", "\\u003c")
+        page_settings = {"name": server.name, "key": key is not None}
+        told_page = json.dumps(page_settings, ensure_ascii=False).replace("<", "\\u003c")
         policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
         return HTMLResponse(
             PAGE.read_text(encoding="utf-8").replace("{{server}}", told_page),

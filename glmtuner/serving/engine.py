@@ -25,7 +25,7 @@ from transformers import (
 
 from glmtuner.data.records import Message
 from glmtuner.inference.batch import Batch
-from glmtuner.inference.decoding import Decoder, taken
+from glmtuner.inference.decoding import Decoder, prefill_count
 
 if TYPE_CHECKING:
     from glmtuner.inference.finished import Finished
@@ -147,7 +147,7 @@ class Engine:
         finished = self.finished
         conversations = [[Message("user", "你好")], [Message("user", "你好，请用一句话介绍你自己。")]]
         short, long = (found.input_ids for found in finished.template.encode(finished.tokenizer, conversations))
-        if not self.decoder.pads(short, long):
+        if not self.decoder.padding_invariant(short, long):
             self.most_rows = 1
         self.thread.start()
 
@@ -213,12 +213,12 @@ class Engine:
             for request in [request for request in self.waiting if request.cancelled]:
                 self.waiting.remove(request)
                 request.end("cancelled")
-            count = taken([request.prompt for request in islice(self.waiting, free)])
+            count = prefill_count([request.prompt for request in islice(self.waiting, free)])
             return [Row(self.waiting.popleft(), self.device) for _ in range(count)]
 
     def _begin(self, rows: list[Row]) -> Batch | None:
         """A batch of these rows with their first tokens; None when these were their last."""
-        return self._chosen(*self.decoder.read(rows, [row.request.prompt for row in rows]))
+        return self._chosen(*self.decoder.prefill(rows, [row.request.prompt for row in rows]))
 
     def _joined(self, batch: Batch, other: Batch) -> Batch:
         batch.join(other)

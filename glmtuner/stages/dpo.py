@@ -31,7 +31,7 @@ class Dpo(Stage):
     label_smoothing: float = 0.0
     sft_weight: float = 0.0
 
-    spreads: ClassVar[bool] = False
+    supports_sharding: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         wrong = [

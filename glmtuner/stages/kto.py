@@ -28,7 +28,7 @@ class Kto(Stage):
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
 
-    spreads: ClassVar[bool] = False
+    supports_sharding: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         names = ("beta", "desirable_weight", "undesirable_weight")

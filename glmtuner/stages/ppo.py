@@ -62,7 +62,7 @@ class Ppo(Stage):
     temperature: float = 1.0
     max_new_tokens: int | None = None
 
-    spreads: ClassVar[bool] = False
+    supports_sharding: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         wrong = [
@@ -169,7 +169,7 @@ def _resolved(name: str) -> str:
 
 def reward_weights(run: Run, model: "nn.Module", template: Any, path: str) -> "Weights":
     """The reward model as values for this run's model; raises CheckpointError where it stands on other weights."""
-    from glmtuner.finetuning.start import LORA, checkpoints_of, continued, lineage, lora_settings
+    from glmtuner.finetuning.start import LORA, adapter_to_resume, checkpoints_of, lineage, lora_settings
     from glmtuner.finetuning.trained import TRAINED
     from glmtuner.objectives.objective import Weights
 
@@ -185,7 +185,7 @@ def reward_weights(run: Run, model: "nn.Module", template: Any, path: str) -> "W
             f"{told}: {reward.folder} holds only what its run changed; name the folder of the finished run, whose model/ is whole"
         )
     own = checkpoints_of(run.model)
-    goes_on = continued(own, run.finetuning, run.model.resume_lora_training, trains=True)
+    goes_on = adapter_to_resume(own, run.finetuning, run.model.resume_lora_training, trains=True)
     merged = [checkpoint.folder.resolve() for checkpoint in own if checkpoint is not goes_on]
     if run.finetuning.saved_as == "adapter" and [checkpoint.folder.resolve() for checkpoint in below] != merged:
         raise CheckpointError(

@@ -28,7 +28,7 @@ class Rm(Stage):
     """
 
     policy: ClassVar[bool] = False
-    spreads: ClassVar[bool] = False
+    supports_sharding: ClassVar[bool] = False
 
     def impossible(self, run: Run) -> Iterator[str]:
         if run.trainer.predict_with_generate:

@@ -34,15 +34,15 @@ def run_job(config: DictConfig) -> float | None:
     job's folder and stops no other job. The job's words are composed again, so that a job means exactly what the same
     words mean in a single run.
     """
-    ranks.settle()
+    ranks.adopt_slurm_env()
     register_presets()  # a job may start in a process of its own
     hydra = HydraConfig.get()
     folder = RunFolder(Path(hydra.runtime.output_dir))
     extra = next((source.path for source in hydra.runtime.config_sources if source.provider == "command-line"), None)
-    words = [word for word in hydra.overrides.task if not word.startswith("trainer.output_dir=")]
+    overrides = [word for word in hydra.overrides.task if not word.startswith("trainer.output_dir=")]
     apart = hydra.runtime.choices.get("hydra/launcher") == "joblib"
     try:
-        composed = compose(words, config_dir=extra, config_name=hydra.job.config_name)
+        composed = compose(overrides, config_dir=extra, config_name=hydra.job.config_name)
         again = composed.run.trainer.overwrite_output_dir
         failure = folder.failure()
         if folder.is_finished and not again:
@@ -57,7 +57,7 @@ def run_job(config: DictConfig) -> float | None:
             return None
         say(f"job {hydra.job.num}: {folder.path}")
         if apart:
-            in_a_process(words, folder, composed.flags)
+            in_a_process(overrides, folder, composed.flags)
             metrics = folder.metrics()
         else:
             metrics = launch(composed, output_dir=folder.path)
@@ -71,13 +71,13 @@ def run_job(config: DictConfig) -> float | None:
     except FolderBusy as busy:
         say(f"left alone: {busy}")
         return None
-    except ranks.ToldByRank0:
+    except ranks.ReportedByRank0:
         return None
     except JobFailed:
         return None  # the process wrote down why
     except Exception as error:
         told = ranks.world_size() > 1 or isinstance(error, ranks.RankFailed)  # by the rank that failed first
-        failure = folder.record_failure(error, words, first_wins=told)
+        failure = folder.record_failure(error, overrides, first_wins=told)
         say(f"{failure['kind']}: {folder.path}: {failure['reason'][:300]}")
         if ranks.world_size() > 1:
             raise SystemExit(1) from None  # the other ranks wait for this one in a collective
@@ -89,13 +89,13 @@ class JobFailed(Exception):
     """A job that ran in a process of its own failed, which its folder tells."""
 
 
-def in_a_process(words: Sequence[str], folder: RunFolder, flags: Sequence[str]) -> None:
+def in_a_process(overrides: Sequence[str], folder: RunFolder, flags: Sequence[str]) -> None:
     """Run the job in a process of its own, its output in output.log. Raises JobFailed, with the reason in failed.json."""
     folder.path.mkdir(parents=True, exist_ok=True)
     (folder / FAILED).unlink(missing_ok=True)
     with (folder / OUTPUT).open("ab") as log, one_gpu(folder.path.parent) as chosen:
         child = subprocess.Popen(
-            ranks.command_of(flags, words, folder.path),
+            ranks.command_of(flags, overrides, folder.path),
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **chosen},
@@ -114,7 +114,7 @@ def in_a_process(words: Sequence[str], folder: RunFolder, flags: Sequence[str]) 
     if folder.failure() is None:
         tail = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {' '.join(tail)}"
-        folder.record_failure(ConfigError(how), list(words))
+        folder.record_failure(ConfigError(how), list(overrides))
     say(f"failed: {folder.path}: {(folder.failure() or {}).get('reason', '')[:300]}")
     raise JobFailed
 

@@ -16,36 +16,36 @@ if TYPE_CHECKING:
 
 
 def run_sweep(
-    words: list[str], flags: Sequence[str], *, config_dir: str | None, config_name: str, check: bool = False
+    overrides: list[str], flags: Sequence[str], *, config_dir: str | None, config_name: str, check: bool = False
 ) -> int:
     """Every job of the sweep, one folder a job; nothing runs before every combination was composed and validated.
 
     Started again, it skips what is finished, continues what is half done and tries again what failed. `flags` are Hydra's
     options; with `check` only the memory of the first job is estimated. Returns the exit code: 1 where jobs failed.
     """
-    from glmtuner.config.compose import check_sweep, first_job
+    from glmtuner.config.compose import compose_every_job, first_job
     from glmtuner.console import say
-    from glmtuner.launch.memory_check import check as check_memory
-    from glmtuner.launch.memory_check import check_elsewhere
+    from glmtuner.launch.memory_check import report_memory as check_memory
+    from glmtuner.launch.memory_check import report_remote_memory
     from glmtuner.report.jobs import State, read_jobs
-    from glmtuner.sweep.folders import note_sweep, sweep_folder, sweep_words
+    from glmtuner.sweep.folders import hydra_overrides, record_command, sweep_folder
     from glmtuner.sweep.job import run_job
     from glmtuner.sweep.launchers import register
 
-    words = [word for word in words if word.replace(" ", "").lower() != "hydra.mode=multirun"]
+    overrides = [word for word in overrides if word.replace(" ", "").lower() != "hydra.mode=multirun"]
     register()
-    settled = check_sweep(words, config_dir=config_dir, config_name=config_name)
+    settled = compose_every_job(overrides, config_dir=config_dir, config_name=config_name)
     first = partial(first_job, settled, config_dir=config_dir, config_name=config_name)
     if check:
         check_memory(first())
         return 0
     if "hydra/launcher=slurm" in settled and shutil.which("sbatch"):
-        check_elsewhere(first())
+        report_remote_memory(first())
     root = sweep_folder(settled)
-    note_sweep(root, words)
+    record_command(root, overrides)
     crash = None
     try:
-        hydra_main(["--multirun", *flags, *sweep_words(settled)], run_job)
+        hydra_main(["--multirun", *flags, *hydra_overrides(settled)], run_job)
     except ConfigError:
         raise
     except Exception as error:  # such as Optuna's, when no trial of a search came to an end

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from glmtuner.config.groups import preset
 from glmtuner.config.schema import Run, Tracker
 from glmtuner.run_folder.names import CONFIG
-from glmtuner.run_folder.redaction import flat
+from glmtuner.run_folder.redaction import flatten
 
 
 @preset("tracker", "tensorboard")
@@ -45,7 +45,7 @@ class Tensorboard(Tracker):
     def finish(self, folder: Path, metrics: dict[str, float]) -> str | None:
         if self._writer is None:
             return None
-        config = flat(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+        config = flatten(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
         knobs = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
         self._writer.add_hparams(knobs, metrics, run_name=".")
         self.abandon()

@@ -21,7 +21,7 @@ from glmtuner.console import say
 from glmtuner.run_folder.files import read_lines, write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import PREDICTIONS, SWEEP
-from glmtuner.run_folder.redaction import shown_words
+from glmtuner.run_folder.redaction import redact_overrides
 
 STAMP = "%Y%m%d_%H%M%S"  # in the names of the folders that W&B writes
 MOST_ANSWERS = 1000  # rows of the table of predictions
@@ -267,7 +267,7 @@ def one_line(error: Exception) -> str:
 def hidden_secrets() -> Iterator[None]:
     """While this lasts, `sys.argv`, which W&B keeps with the run, shows no tokens and keys."""
     typed = sys.argv
-    sys.argv = shown_words(typed)
+    sys.argv = redact_overrides(typed)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from glmtuner.config.schema import Tracker
 from glmtuner.distributed import ranks
-from glmtuner.distributed.preemption import Asked
+from glmtuner.distributed.preemption import SignalCapture
 from glmtuner.run_folder.checkpoints import step_of
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import HISTORY
@@ -89,7 +89,7 @@ class History(TrainerCallback):
 class StopWhenAsked(TrainerCallback):
     """Save and stop behind the step in which the signal came; all ranks behind the same one."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: SignalCapture) -> None:
         self.asked = asked
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

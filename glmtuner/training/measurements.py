@@ -32,7 +32,7 @@ class Measurements:
 
     def take(self) -> dict[str, float]:
         """The means over all ranks since the last call; a name that counted nothing is left out."""
-        everywhere, self.sums = ranks.from_all(self.told()), {}
+        everywhere, self.sums = ranks.all_gather(self.told()), {}
         found = {}
         for name in everywhere[0]:
             total, count = (sum(sums[name][place] for sums in everywhere) for place in (0, 1))

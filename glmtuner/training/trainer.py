@@ -106,7 +106,7 @@ class GlmTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        ranks.meet()
+        ranks.barrier()
         self.store_flos()
         whole = self.accelerator.unwrap_model(model)
         with gathered(whole, everything=False):
@@ -118,7 +118,7 @@ class GlmTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(partial))
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))
-        ranks.meet()
+        ranks.barrier()
         if not self.args.should_save:
             return
         if self.state.best_global_step:
@@ -143,10 +143,10 @@ class GlmTrainer(Trainer):
     def _progress(self) -> dict[str, Any]:
         """What each rank has summed up, a list with an entry a rank, and what all share."""
         return {
-            "loss_since_log": ranks.from_all(self._tr_loss.item()),
-            "measured": ranks.from_all(self.measured.told()),
-            "tokens": ranks.from_all(self.tokens.item()),
-            "squares": ranks.from_all(self.squares.item()),
+            "loss_since_log": ranks.all_gather(self._tr_loss.item()),
+            "measured": ranks.all_gather(self.measured.told()),
+            "tokens": ranks.all_gather(self.tokens.item()),
+            "squares": ranks.all_gather(self.squares.item()),
             "loss_logged": self._total_loss_scalar,
             "step_logged": self._globalstep_last_logged,
             "seconds": self.earlier_seconds + time.time() - self._session_start,
@@ -330,11 +330,11 @@ class GlmTrainer(Trainer):
     def resources(self) -> dict[str, float]:
         """What the run took: non-padding tokens a second, peak memory of the largest rank, trained and all parameters."""
         found = {
-            "peak_memory_gib": max(ranks.from_all(peak_memory_gib(self.args.device))),
+            "peak_memory_gib": max(ranks.all_gather(peak_memory_gib(self.args.device))),
             "total_parameters": sum(map(size_of, self.model.parameters())),
         }
         if self.train_seconds:
-            tokens, squares = (sum(ranks.from_all(count.item())) for count in (self.tokens, self.squares))
+            tokens, squares = (sum(ranks.all_gather(count.item())) for count in (self.tokens, self.squares))
             found |= {
                 "trained_parameters": sum(size_of(p) for p in self.model.parameters() if p.requires_grad),
                 "train_tokens_per_second": tokens / self.train_seconds,

@@ -247,21 +247,25 @@ def model_paths(check: Check, name: str, build: Callable[[], nn.Module]) -> None
     """Each fast path alone and all together; and whether a run would take them."""
     from glmtuner.data.collate import Collator
     from glmtuner.data.segments import SegmentCollator
-    from glmtuner.kernels.choose import fast_paths, short_samples
-    from glmtuner.kernels.chunked_loss import forget_chunks, use_chunks
+    from glmtuner.kernels.choose import choose_optimizations, short_samples
+    from glmtuner.kernels.chunked_loss import disable_chunked_loss, enable_chunked_loss
     from glmtuner.kernels.fused_lora import fuse_lora, unfuse_lora
-    from glmtuner.kernels.segment_attention import forget_segments, places_of, use_segments
+    from glmtuner.kernels.segment_attention import (
+        disable_segment_attention,
+        enable_segment_attention,
+        position_function,
+    )
     from glmtuner.models.unwrap import unwrapped
 
     model, rows, padded = with_lora(build, check.device), samples(check.miniature), Collator(pad_id=3)
     base = unwrapped(model)
-    flat = SegmentCollator(places=places_of(base))
+    flat = SegmentCollator(places=position_function(base))
     wanted = learned(copy.deepcopy(model).float(), padded(rows), half=False)
     plain = learned(model, padded(rows), half=True)
     ways: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], nn.Module, Any]] = {
-        "attention by sample": (use_segments, forget_segments, base, flat),
+        "attention by sample": (enable_segment_attention, disable_segment_attention, base, flat),
         "fused LoRA": (fuse_lora, unfuse_lora, model, padded),
-        "chunked cross-entropy": (use_chunks, forget_chunks, base, padded),
+        "chunked cross-entropy": (enable_chunked_loss, disable_chunked_loss, base, padded),
     }
     for way, (take, forget, whose, collate) in ways.items():
         take(whose)
@@ -277,16 +281,16 @@ def model_paths(check: Check, name: str, build: Callable[[], nn.Module]) -> None
     elif "Mistral" in name:
         check.add(f"{name}: Liger", None, note="left out: its kernels for Mistral are liger-kernel's own, not ours")
     else:
-        from glmtuner.kernels.liger import restore_modules, use_liger
+        from glmtuner.kernels.liger import enable_liger, restore_modules
 
-        use_liger(base, {})
+        enable_liger(base, {})
         compare(check, f"{name}: Liger", learned(model, padded(rows), half=True), plain, wanted)
         for take, _, whose, _ in ways.values():
             take(whose)
         compare(check, f"{name}: Liger and all three", learned(model, flat(rows), half=True), plain, wanted)
         restore_modules()
     model = with_lora(build, check.device)
-    taken = fast_paths(
+    taken = choose_optimizations(
         model, short_samples(rows), padded, autocast=lambda: torch.autocast(check.device.type, torch.bfloat16)
     )
     count = sum((taken.collate is not padded, taken.chunks_loss, taken.fuses_lora))
@@ -315,9 +319,9 @@ def compiled(check: Check) -> None:
     """torch.compile of every block, with all fast paths, on batches of two sizes."""
     from glmtuner.data.collate import Collator
     from glmtuner.data.segments import SegmentCollator
-    from glmtuner.kernels.chunked_loss import use_chunks
+    from glmtuner.kernels.chunked_loss import enable_chunked_loss
     from glmtuner.kernels.fused_lora import fuse_lora
-    from glmtuner.kernels.segment_attention import places_of, use_segments
+    from glmtuner.kernels.segment_attention import enable_segment_attention, position_function
     from glmtuner.models.unwrap import unwrapped
 
     model = with_lora(models(check.miniature)["GLM"], check.device)
@@ -326,10 +330,10 @@ def compiled(check: Check) -> None:
     exact, padded = copy.deepcopy(model).float(), Collator(pad_id=3)
     wanted = [learned(exact, padded(part), half=False) for part in sizes.values()]
     plain = [learned(model, padded(part), half=True) for part in sizes.values()]
-    use_segments(base)
-    use_chunks(base)
+    enable_segment_attention(base)
+    enable_chunked_loss(base)
     fuse_lora(model)
-    flat = SegmentCollator(places=places_of(base))
+    flat = SegmentCollator(places=position_function(base))
     started = time.perf_counter()
     for block in base.model.layers:
         block.compile(dynamic=True, **({"backend": "eager"} if check.miniature else {}))

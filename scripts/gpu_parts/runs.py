@@ -166,7 +166,7 @@ def estimated_gib(check: Check, training: Training, *more: str) -> tuple[float, 
     """What `--check` says of its tensors, in GiB, and whether it would checkpoint gradients."""
     from glmtuner.config.compose import compose
     from glmtuner.launch.device import device_of
-    from glmtuner.launch.memory_check import checked
+    from glmtuner.launch.memory_check import estimate_run
     from glmtuner.launch.register import register_presets
     from glmtuner.memory.policy import device_memory
 
@@ -174,7 +174,7 @@ def estimated_gib(check: Check, training: Training, *more: str) -> tuple[float, 
     register_presets()
     composed = compose([*training.overrides(check), *more])
     device = device_of(composed.run)
-    needed, _ = checked(composed, device, device_memory(device))
+    needed, _ = estimate_run(composed, device, device_memory(device))
     beside = sum(needed.parts.get(name, 0) for name in ("CUDA context", "allocator"))
     return (needed.peak - beside) / 2**30, needed.checkpointing
 

@@ -96,8 +96,8 @@ def loaded(words: list[str]) -> torch.nn.Module:
     """The model of a run, as it would be trained."""
     from glmtuner.config.compose import compose
     from glmtuner.families.hub import read_config
-    from glmtuner.launch.build import attached_model, settle_family
+    from glmtuner.launch.build import load_trainable_model, resolve_family
 
     composed = compose(words)
-    family = settle_family(composed.run, read_config(composed.run.model))
-    return attached_model(composed, family, torch.device("cpu"))[0]
+    family = resolve_family(composed.run, read_config(composed.run.model))
+    return load_trainable_model(composed, family, torch.device("cpu"))[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from glmtuner.cli.main import main
-from glmtuner.run_folder.checkpoints import flaw
+from glmtuner.run_folder.checkpoints import checkpoint_problem
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = [
@@ -56,7 +56,7 @@ def test_a_disk_that_fills_during_training_keeps_the_checkpoint_before(
     assert main([*words, f"trainer.output_dir={folder}"]) == 1
     told = capsys.readouterr().err
     assert "the disk is full" in told and "type the same command again" in told and "Traceback" not in told
-    assert flaw(folder / "checkpoints" / "checkpoint-2") is None
+    assert checkpoint_problem(folder / "checkpoints" / "checkpoint-2") is None
     disk(300)
     assert main([*words, f"trainer.output_dir={folder}"]) == 0
     for name in ("history.jsonl", "model/model.safetensors"):

@@ -16,8 +16,8 @@ from glmtuner.data.collate import Collator
 from glmtuner.errors import ConfigError
 from glmtuner.families import family_named
 from glmtuner.finetuning.lora import Lora
-from glmtuner.kernels.choose import fast_paths, take_liger
-from glmtuner.kernels.liger import KNOWN, apply_liger_kernel_to_glm, kernels_for, restore_modules, use_liger
+from glmtuner.kernels.choose import apply_liger, choose_optimizations
+from glmtuner.kernels.liger import KNOWN, apply_liger_kernel_to_glm, enable_liger, kernels_for, restore_modules
 from glmtuner.launch.checks import check_liger
 from glmtuner.launch.register import register_presets
 from glmtuner.models.configuration_chatglm import ChatGLM2Config, ChatGLMConfig
@@ -91,7 +91,7 @@ def test_loss_and_every_gradient_are_those_of_the_plain_model(name):
     model = model_of(name)
     batch = Collator(pad_id=3)(rows())
     wanted_loss, wanted = gradients(model, batch)
-    use_liger(model, {})
+    enable_liger(model, {})
     if name in KINDS:
         assert changed(model) == KINDS[name]
     loss, found = gradients(model, batch)
@@ -107,7 +107,7 @@ def test_half_precision_differs_by_its_rounding(name):
     model = model_of(name).half()
     batch = Collator(pad_id=3)(rows())
     plain = model(**batch).logits
-    use_liger(model, {})
+    enable_liger(model, {})
     assert model(**batch).logits.dtype == plain.dtype
     torch.testing.assert_close(model(**batch).logits, plain, rtol=5e-3, atol=5e-3)
 
@@ -126,8 +126,8 @@ def test_kernels_under_lora_and_the_other_fast_paths(name):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     batch, padded = rows(), Collator(pad_id=3)
     wanted_loss, wanted = gradients(attached, padded(batch))
-    take_liger(attached, {}, batch[:2], padded)
-    taken = fast_paths(attached, batch[:2], padded)
+    apply_liger(attached, {}, batch[:2], padded)
+    taken = choose_optimizations(attached, batch[:2], padded)
     assert taken.collate is not padded and taken.chunks_loss and taken.fuses_lora
     loss, found = gradients(attached, taken.collate(batch))
     assert loss == pytest.approx(wanted_loss, abs=1e-6)
@@ -150,18 +150,18 @@ def test_liger_kernels_own_models_are_its_own():
 
 def test_its_loss_is_left_to_ours_unless_it_is_asked_for():
     model = model_of("glm4")
-    take_liger(model, {}, rows()[:2], Collator(pad_id=3))
+    apply_liger(model, {}, rows()[:2], Collator(pad_id=3))
     assert "forward" not in vars(model)
     asked = model_of("glm4")
-    use_liger(asked, {"fused_linear_cross_entropy": True})
+    enable_liger(asked, {"fused_linear_cross_entropy": True})
     assert "forward" in vars(asked)
-    assert not fast_paths(asked, rows()[:2], Collator(pad_id=3), own_loss=False).chunks_loss
+    assert not choose_optimizations(asked, rows()[:2], Collator(pad_id=3), own_loss=False).chunks_loss
     assert "forward" in vars(asked)
 
 
 def test_the_next_job_of_a_sweep_has_the_models_own_code():
     own, loss = modeling_glm4.Glm4RMSNorm, nn.functional.cross_entropy
-    use_liger(model_of("glm4"), {"cross_entropy": True})
+    enable_liger(model_of("glm4"), {"cross_entropy": True})
     assert modeling_glm4.Glm4RMSNorm is not own and nn.functional.cross_entropy is not loss
     check_liger(compose(["model=tiny_glm"]).run, {"model_type": "glm4"})
     assert modeling_glm4.Glm4RMSNorm is own and nn.functional.cross_entropy is loss
@@ -173,7 +173,7 @@ def test_kernels_that_compute_another_loss_are_refused(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"^trainer.use_liger_kernel=true: the loss of two samples is .* leave it out$"
     ):
-        take_liger(model_of("glm"), {}, rows()[:2], Collator(pad_id=3))
+        apply_liger(model_of("glm"), {}, rows()[:2], Collator(pad_id=3))
 
 
 def test_a_compilers_error_is_one_paragraph(monkeypatch):
@@ -184,7 +184,7 @@ def test_a_compilers_error_is_one_paragraph(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"^trainer.use_liger_kernel=true: RuntimeError: no driver was found; leave it out$"
     ):
-        take_liger(model_of("glm"), {}, rows()[:2], Collator(pad_id=3))
+        apply_liger(model_of("glm"), {}, rows()[:2], Collator(pad_id=3))
 
 
 RUN = """\

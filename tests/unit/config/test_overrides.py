@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from glmtuner.config.compose import check_sweep, compose, presets
-from glmtuner.config.overrides import MOVED, bracket_lists, check_words, parse
+from glmtuner.config.compose import compose, compose_every_job, presets
+from glmtuner.config.overrides import MOVED, bracket_lists, check_overrides, parse
 from glmtuner.config.paths import conf_dir
 from glmtuner.config.schema import legal_keys, list_keys
 from glmtuner.errors import CheckpointError, ConfigError, did_you_mean, nearest
@@ -20,7 +20,7 @@ LISTS = ["data.dataset", "data.eval_dataset", "finetuning.lora_target", "model.c
 def refused(*words: str, sweep: bool = False) -> str:
     """The message that these words get."""
     with pytest.raises(ConfigError) as caught:
-        check_sweep(words) if sweep else compose(words)
+        compose_every_job(words) if sweep else compose(words)
     return str(caught.value)
 
 
@@ -105,11 +105,11 @@ def test_checkpoints_and_shares_are_lists_too(tmp_path):
 
 def test_two_mixes_in_one_run_need_a_sweep():
     assert "--multirun" in refused("data.dataset=[a,b],[c]")
-    assert check_sweep(["data.dataset=[a,b],[c]"]) == ["data.dataset=[a,b],[c]"]
+    assert compose_every_job(["data.dataset=[a,b],[c]"]) == ["data.dataset=[a,b],[c]"]
 
 
 def test_every_job_of_a_sweep_is_composed():
-    settled = check_sweep(["data.dataset=a,b", "finetuning=lora,freeze", "trainer.learning_rate=1e-3,1e-4"])
+    settled = compose_every_job(["data.dataset=a,b", "finetuning=lora,freeze", "trainer.learning_rate=1e-3,1e-4"])
     assert settled == ["data.dataset=[a],[b]", "finetuning=lora,freeze", "trainer.learning_rate=1e-3,1e-4"]
     assert "data.dev_ratio=1.0: a share" in refused("data.dev_ratio=0.1,1", sweep=True)
     assert "quant=int4 stores frozen" in refused("finetuning=lora,full", "quant=none,int4", sweep=True)
@@ -405,10 +405,10 @@ def test_values_that_can_meet(words):
 
 
 def test_legal_words_pass():
-    check_words(
+    check_overrides(
         parse(["finetuning=lora", "finetuning.lora_rank=4", "name=x", "hydra.run.dir=x"]), PRESETS, multirun=False
     )
-    check_words(parse(["finetuning=lora,freeze", "trainer.seed=1,2"]), PRESETS, multirun=True)
+    check_overrides(parse(["finetuning=lora,freeze", "trainer.seed=1,2"]), PRESETS, multirun=True)
 
 
 @pytest.mark.parametrize("words", [["quant.quantization_bit=4"], ["quant=int8", "quant.quantization_bit=4"]])
@@ -422,7 +422,7 @@ def test_no_experiment_is_null():
 
 def test_a_glob_is_every_preset():
     words = ["experiment=glob(*)", "model.checkpoint_dir=[]"]  # what one of them starts from, another one makes
-    assert check_sweep(words) == words
+    assert compose_every_job(words) == words
 
 
 def test_a_dictionary_is_given_whole():
@@ -434,7 +434,7 @@ def test_a_dictionary_is_given_whole():
 def test_an_experiment_that_does_not_fit_is_named():
     told = refused("experiment=quickstart", "finetuning=freeze")
     assert told.startswith(
-        "experiment=quickstart sets what does not fit the other words: unknown key 'finetuning.lora_target'"
+        "experiment=quickstart sets what does not fit the other overrides: unknown key 'finetuning.lora_target'"
     )
 
 

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from glmtuner.config.paths import ASSETS
 from glmtuner.data.collate import Collator
-from glmtuner.data.encode import Counts, Encoder, first_that
+from glmtuner.data.encode import Counts, Encoder, bisect_min
 from glmtuner.data.records import Example, Message
 from glmtuner.errors import ConfigError
 from glmtuner.templates.base import IGNORE_INDEX
@@ -187,7 +187,7 @@ def test_the_source_prefix_stands_before_the_first_question(encoder):
 
 @pytest.mark.parametrize(("holds_from", "most"), [(0, 5), (3, 5), (5, 5), (9, 5), (0, 0)])
 def test_first_that_is_the_smallest_count(holds_from, most):
-    assert first_that(most, lambda count: count >= holds_from) == min(holds_from, most)
+    assert bisect_min(most, lambda count: count >= holds_from) == min(holds_from, most)
 
 
 # Batches

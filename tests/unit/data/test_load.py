@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from glmtuner.data import BadLine, find, load, refuse
+from glmtuner.data import BadLine, check_bad_record_limit, find, load
 from glmtuner.errors import DataError
 
 GOOD = {"instruction": "q", "output": "a"}
@@ -65,9 +65,9 @@ def test_bad_records_are_counted_and_placed(tmp_path):
 
 def test_refuse_names_three_and_the_knob(tmp_path):
     bad = load_lines(tmp_path, GOOD, BROKEN, BROKEN, BROKEN, BROKEN, GOOD).bad
-    refuse(bad, 4)
+    check_bad_record_limit(bad, 4)
     with pytest.raises(DataError) as caught:
-        refuse(bad, 3)
+        check_bad_record_limit(bad, 3)
     assert str(caught.value) == (
         "dataset 'x': 4 broken records and data.max_bad_records=3: x.jsonl: record 2: field output: empty answer; "
         "x.jsonl: record 3: field output: empty answer; x.jsonl: record 4: field output: empty answer; and 1 more; "
@@ -77,15 +77,15 @@ def test_refuse_names_three_and_the_knob(tmp_path):
 
 def test_refuse_counts_over_all_datasets():
     bad = [BadLine(name, f"{name}.json", 1, "", "not JSON") for name in ("a", "b")]
-    refuse([], 0)
-    refuse(bad, 2)
+    check_bad_record_limit([], 0)
+    check_bad_record_limit(bad, 2)
     with pytest.raises(
         DataError,
         match=r"datasets 'a', 'b': 2 broken records and data\.max_bad_records=1: a\.json: record 1: not JSON; b",
     ):
-        refuse(bad, 1)
+        check_bad_record_limit(bad, 1)
     with pytest.raises(DataError, match="dataset 'a': 1 broken record and"):
-        refuse(bad[:1], 0)
+        check_bad_record_limit(bad[:1], 0)
 
 
 def test_a_dataset_without_a_good_record_is_an_error(tmp_path):

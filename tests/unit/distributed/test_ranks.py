@@ -54,24 +54,24 @@ def test_what_cannot_be_meant_is_told(words: list[str], told: str) -> None:
 def test_one_process_a_gpu_is_started_unless_typed(monkeypatch: pytest.MonkeyPatch, word, gpus, count) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     words = ["parallel=ddp", word] if word.startswith("parallel.") else [word]
-    assert ranks.to_start(compose(["model=tiny_glm", *words]).run.parallel) == count
+    assert ranks.processes_to_start(compose(["model=tiny_glm", *words]).run.parallel) == count
 
 
 def test_a_rank_starts_no_more_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert ranks.to_start(compose(["parallel=ddp"]).run.parallel) == 1
-    assert ranks.to_start(compose(["parallel=ddp", "parallel.processes=4"]).run.parallel) == 1
+    assert ranks.processes_to_start(compose(["parallel=ddp"]).run.parallel) == 1
+    assert ranks.processes_to_start(compose(["parallel=ddp", "parallel.processes=4"]).run.parallel) == 1
     with pytest.raises(
         ConfigError, match=r"parallel\.processes=2: whoever started this run started 4 processes; leave"
     ):
-        ranks.to_start(compose(["parallel=ddp", "parallel.processes=2"]).run.parallel)
+        ranks.processes_to_start(compose(["parallel=ddp", "parallel.processes=2"]).run.parallel)
 
 
 def test_srun_s_tasks_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm = {"STEP_NUM_TASKS": "4", "STEP_NUM_NODES": "1", "PROCID": "3", "LOCALID": "3", "JOB_ID": "41007"}
     for name, value in {**slurm, "STEP_NODELIST": "a"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    ranks.settle()
+    ranks.adopt_slurm_env()
     assert {name: os.environ[name] for name in OWN} == {
         "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "21007",
@@ -82,7 +82,7 @@ def test_srun_s_tasks_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_batch_script_without_srun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "0")
-    ranks.settle()
+    ranks.adopt_slurm_env()
     assert ranks.world_size() == 1 and "RANK" not in os.environ
 
 

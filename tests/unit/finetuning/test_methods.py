@@ -26,7 +26,14 @@ from glmtuner.finetuning.full import Full
 from glmtuner.finetuning.lora import Lora
 from glmtuner.finetuning.none import NoTuning
 from glmtuner.finetuning.p_tuning import ADAPTER, RAW, PTuning, prefix_settings
-from glmtuner.finetuning.start import Checkpoint, attach, base_folder, checkpoint_in, checkpoints_of, lora_settings
+from glmtuner.finetuning.start import (
+    Checkpoint,
+    base_folder,
+    build_trainable_model,
+    checkpoint_in,
+    checkpoints_of,
+    lora_settings,
+)
 from glmtuner.finetuning.trained import TRAINED, assign, digest_of, load_tensors, trained_parameters
 
 torch.set_num_threads(1)
@@ -483,11 +490,13 @@ def saved(folder, variant="lora", on=None, seed=1, **own):
     return folder, model
 
 
-def start_from(paths, finetuning, resume_lora=True, trains=True, typed=()):
+def start_from(paths, finetuning, resume_lora=True, trains=True, user_keys=()):
     model, family = base()
     finetuning.settle(family, 2)
     found = [checkpoint_in(str(path)) for path in paths]
-    return attach(model, finetuning, family, found, resume_lora=resume_lora, trains=trains, typed={*typed}).eval()
+    return build_trainable_model(
+        model, finetuning, family, found, resume_lora=resume_lora, trains=trains, user_keys={*user_keys}
+    ).eval()
 
 
 @pytest.fixture
@@ -550,8 +559,8 @@ def test_typed_settings_that_do_not_fit_the_adapter_are_refused(two):
     with pytest.raises(
         ConfigError, match=r"finetuning\.lora_rank=4 does not fit .*second, which has 3; .*resume_lora_training=false"
     ):
-        start_from([first, second], method("lora"), typed=["finetuning.lora_rank"])
-    start_from([first, second], method("lora", lora_rank=3), typed=["finetuning.lora_rank"])
+        start_from([first, second], method("lora"), user_keys=["finetuning.lora_rank"])
+    start_from([first, second], method("lora", lora_rank=3), user_keys=["finetuning.lora_rank"])
 
 
 def test_a_prefix_goes_on_upon_a_merged_adapter(tmp_path):

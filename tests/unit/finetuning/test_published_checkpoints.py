@@ -14,7 +14,7 @@ from glmtuner.families import family_named
 from glmtuner.finetuning.lora import Lora
 from glmtuner.finetuning.none import NoTuning
 from glmtuner.finetuning.p_tuning import PTuning, save_published_prefix
-from glmtuner.finetuning.start import CHANGED, LORA, PREFIX, WEIGHTS, attach, checkpoint_in
+from glmtuner.finetuning.start import CHANGED, LORA, PREFIX, WEIGHTS, build_trainable_model, checkpoint_in
 
 
 def base(folder: Path) -> torch.nn.Module:
@@ -23,8 +23,8 @@ def base(folder: Path) -> torch.nn.Module:
 
 def started(model: torch.nn.Module, finetuning, folder: Path, family: str = "chatglm2") -> torch.nn.Module:
     checkpoint = checkpoint_in(str(folder))
-    return attach(
-        model, finetuning, family_named(family), [checkpoint], resume_lora=True, trains=False, typed=set()
+    return build_trainable_model(
+        model, finetuning, family_named(family), [checkpoint], resume_lora=True, trains=False, user_keys=set()
     ).eval()
 
 

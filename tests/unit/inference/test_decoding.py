@@ -51,7 +51,7 @@ def test_logits_of_a_row_are_those_of_its_tokens_alone(name: str) -> None:
     model = built(name).float()
     decoder = Decoder(model, PAD)
     prompts = [prompt(name, number) for number in range(6)]
-    batch, logits = decoder.read(range(3), prompts[:3])
+    batch, logits = decoder.prefill(range(3), prompts[:3])
     for step in range(SPARE + 20):  # so that the buffers are made anew once
         tokens = torch.arange(len(batch.rows)) + 20 + step
         for place, (row, token) in enumerate(zip(batch.rows, tokens.tolist(), strict=True)):
@@ -65,7 +65,7 @@ def test_logits_of_a_row_are_those_of_its_tokens_alone(name: str) -> None:
             batch.leave([0])
         if step in (5, 40):
             joining = [3, 4] if step == 5 else [5]
-            joined, _ = decoder.read(joining, [prompts[row] for row in joining])
+            joined, _ = decoder.prefill(joining, [prompts[row] for row in joining])
             firsts = torch.tensor([30] * len(joining))
             joined.widen(firsts)
             for row in joining:

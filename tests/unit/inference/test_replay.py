@@ -88,7 +88,7 @@ def test_rows_without_a_token_stay_numbers(steps: list[int]) -> None:
     """A row that has left keeps its place in the buffers; what is computed for it must not spoil who comes after."""
     model = built("Llama").float()
     decoder = Decoder(model, PAD, replays=True)
-    batch, logits = decoder.read(range(6), [prompt("Llama", number) for number in range(6)])
+    batch, logits = decoder.prefill(range(6), [prompt("Llama", number) for number in range(6)])
     for step in range(12):
         batch.widen(logits.argmax(-1))
         if step == 6:

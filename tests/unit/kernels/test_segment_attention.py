@@ -13,9 +13,14 @@ from glmtuner.families import family_named
 from glmtuner.finetuning.lora import Lora
 from glmtuner.finetuning.p_tuning import PTuning
 from glmtuner.kernels import chunked_loss as head
-from glmtuner.kernels.choose import LEARNED, Taken, fast_paths, short_samples
-from glmtuner.kernels.chunked_loss import can_chunk, cross_entropy, use_chunks
-from glmtuner.kernels.segment_attention import can_segment, forget_segments, places_of, use_segments
+from glmtuner.kernels.choose import LEARNED, Optimizations, choose_optimizations, short_samples
+from glmtuner.kernels.chunked_loss import cross_entropy, enable_chunked_loss, supports_chunked_loss
+from glmtuner.kernels.segment_attention import (
+    disable_segment_attention,
+    enable_segment_attention,
+    position_function,
+    supports_segment_attention,
+)
 from glmtuner.models.configuration_chatglm import ChatGLM2Config, ChatGLMConfig
 from glmtuner.models.modeling_chatglm import ChatGLMForConditionalGeneration
 from glmtuner.models.modeling_chatglm2 import ChatGLM2ForConditionalGeneration
@@ -104,21 +109,21 @@ def assert_same(found: tuple[float, dict[str, torch.Tensor]], wanted: tuple[floa
 def test_segments_give_the_loss_and_the_gradients_of_padded_rows(name):
     model = model_of(name)
     wanted = learned(model, Collator(pad_id=3)(samples()))
-    assert can_segment(model)
-    use_segments(model)
-    flat = SegmentCollator(places=places_of(model))
+    assert supports_segment_attention(model)
+    enable_segment_attention(model)
+    flat = SegmentCollator(places=position_function(model))
     assert_same(learned(model, flat(samples())), wanted)
     assert_same(learned(model, flat([samples()[:2], samples()[2:]])), wanted)  # as packs
     assert_same(learned(model, Collator(pad_id=3)(samples())), wanted)  # padded batches are what they were
-    forget_segments(model)
+    disable_segment_attention(model)
     assert_same(learned(model, Collator(pad_id=3)(samples())), wanted)
 
 
 @every_model
 def test_nothing_leaks_from_one_segment_into_another(name):
     model = model_of(name).eval()
-    use_segments(model)
-    flat = SegmentCollator(places=places_of(model))
+    enable_segment_attention(model)
+    flat = SegmentCollator(places=position_function(model))
     first, others = samples()[0], samples(seed=1)[1:]
     with torch.no_grad():
         alone = model(**{k: v for k, v in flat([first]).items() if k != "labels"}).logits[0]
@@ -148,7 +153,7 @@ def test_with_a_method_attached(name, method, checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     wanted = learned(attached, Collator(pad_id=3)(samples()))
-    taken = fast_paths(attached, samples()[:2], Collator(pad_id=3))
+    taken = choose_optimizations(attached, samples()[:2], Collator(pad_id=3))
     assert isinstance(taken.collate, SegmentCollator) and taken.chunks_loss and taken.fuses_lora == (method == "lora")
     assert_same(learned(attached, taken.collate(samples())), wanted)
 
@@ -161,8 +166,8 @@ def test_the_loss_in_chunks_is_the_plain_one(name, chunk, monkeypatch):
     rows = samples() * 4  # more learned tokens than a chunk holds
     batch = Collator(pad_id=3)(rows)
     wanted = learned(model, batch)
-    assert can_chunk(model)
-    use_chunks(model)
+    assert supports_chunked_loss(model)
+    enable_chunked_loss(model)
     assert_same(learned(model, batch), wanted)
     count = torch.tensor(7)
     assert model(**batch, num_items_in_batch=count).loss.item() == pytest.approx(
@@ -176,7 +181,7 @@ def test_the_loss_in_chunks_is_the_plain_one(name, chunk, monkeypatch):
 
 def test_a_batch_that_teaches_nothing_has_a_loss_of_0_and_a_graph():
     model = model_of("glm")
-    use_chunks(model)
+    enable_chunked_loss(model)
     batch = Collator(pad_id=3)([{"input_ids": [5, 6], "labels": [IGNORE_INDEX] * 2}])
     loss = model(**batch, num_items_in_batch=torch.tensor(3)).loss
     loss.backward()
@@ -211,7 +216,7 @@ class Scaled(GlmForCausalLM):
 def test_a_model_with_a_loss_of_its_own_keeps_it():
     model = Scaled(glm().config)
     wanted = learned(model, Collator(pad_id=3)(samples()))
-    taken = fast_paths(model, samples()[:2], Collator(pad_id=3))
+    taken = choose_optimizations(model, samples()[:2], Collator(pad_id=3))
     assert isinstance(taken.collate, SegmentCollator) and not taken.chunks_loss
     assert_same(learned(model, taken.collate(samples())), wanted)
 
@@ -220,13 +225,15 @@ def test_a_model_whose_attention_cannot_be_told_of_segments_gets_padded_rows():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=64))
     model.config._attn_implementation = "eager"
     plain = Collator(pad_id=3)
-    assert fast_paths(model, samples()[:2], plain).collate is plain
+    assert choose_optimizations(model, samples()[:2], plain).collate is plain
     assert model.config._attn_implementation == "eager"
 
 
 def test_both_paths_can_be_left_out():
     plain = Collator(pad_id=3)
-    assert fast_paths(glm(), samples()[:2], plain, without_padding=False, on_weights=False) == Taken(plain)
+    assert choose_optimizations(glm(), samples()[:2], plain, without_padding=False, on_weights=False) == Optimizations(
+        plain
+    )
 
 
 @pytest.mark.parametrize("name", ["glm", "chatglm"])
@@ -235,10 +242,10 @@ def test_compiled_blocks_compute_the_same_with_and_without_segments(name):
     model = model_of(name)
     batch = Collator(pad_id=3)(samples())
     wanted = learned(model, batch)
-    use_segments(model)
+    enable_segment_attention(model)
     for block in family_named(name).blocks(model):
         block.compile(dynamic=True, backend="eager")  # what is traced and what is not; building kernels takes minutes
-    flat = SegmentCollator(places=places_of(model))
+    flat = SegmentCollator(places=position_function(model))
     assert_same(learned(model, flat(samples())), wanted)
     assert_same(learned(model, flat([*samples()[2:], *samples()[:2]])), wanted)
     assert_same(learned(model, batch), wanted)

@@ -11,11 +11,11 @@ from glmtuner.config.compose import compose
 from glmtuner.errors import ConfigError
 from glmtuner.families.hub import read_config
 from glmtuner.launch.arguments import training_arguments
-from glmtuner.launch.build import settle_family
+from glmtuner.launch.build import resolve_family
 from glmtuner.launch.register import register_presets
 from glmtuner.memory.estimate import GIB, Estimate, estimate
-from glmtuner.memory.meta_model import hollow, stored
-from glmtuner.memory.policy import does_not_fit, settle_checkpointing, surely_fits
+from glmtuner.memory.meta_model import build_meta_model, stored_nbytes
+from glmtuner.memory.policy import checkpointing_notice, does_not_fit, upper_bound_fits
 from glmtuner.run_folder.folder import RunFolder
 
 register_presets()
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def estimated(*words: str, rows: int = 2, longest: int = 64) -> Estimate:
     run = compose(["model=tiny_glm", "tracker=none", *words]).run
-    model = hollow(run, settle_family(run, read_config(run.model)), CPU, torch.float32)
+    model = build_meta_model(run, resolve_family(run, read_config(run.model)), CPU, torch.float32)
     arguments = training_arguments(run, RunFolder(Path("outputs")), model, CPU)
     return estimate(model, arguments, CPU, rows=rows, longest=longest, baseline=0, scores=not run.stage.policy)
 
@@ -70,7 +70,7 @@ def test_quantized_weights_count_as_much_as_bitsandbytes_makes_them():
     packed, state = quantize_4bit(matrix, quant_type="nf4", compress_statistics=True, blocksize=64)
     there = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
     matrix.stored_bits = 4  # type: ignore[attr-defined]
-    assert stored(matrix) == pytest.approx(there, rel=0.01)
+    assert stored_nbytes(matrix) == pytest.approx(there, rel=0.01)
 
 
 def test_int4_stores_less_and_trains_the_same():
@@ -113,7 +113,7 @@ def decided(available: float | None, *words: str) -> tuple[str | None, list[bool
         return sized(4 if checkpointing else 10)
 
     memory = None if available is None else int(available * GIB)
-    return settle_checkpointing(compose(["model=tiny_glm", *words]), estimate_of, memory), asked
+    return checkpointing_notice(compose(["model=tiny_glm", *words]), estimate_of, memory), asked
 
 
 def test_checkpointing_is_turned_on_only_where_the_batch_does_not_fit_without_it():
@@ -136,7 +136,7 @@ def test_nothing_is_decided_where_it_cannot_be():
     def cannot(checkpointing: bool) -> Estimate:
         raise ConfigError("no")
 
-    assert settle_checkpointing(compose(["model=tiny_glm"]), cannot, 1) is None
+    assert checkpointing_notice(compose(["model=tiny_glm"]), cannot, 1) is None
 
 
 def test_what_surely_fits_is_never_less_than_the_estimate():
@@ -145,10 +145,10 @@ def test_what_surely_fits_is_never_less_than_the_estimate():
     for words in (["finetuning=lora"], ["finetuning=full"]):
         run = compose(["model=tiny_glm", *words]).run
         needed = estimated(*words, rows=8, longest=512).peak
-        assert not surely_fits(config, run, 8, 512, needed)
-    assert surely_fits(config, run, 8, 512, 64 * GIB)
-    assert not surely_fits({**config, "num_experts": 8}, run, 8, 512, 64 * GIB)
-    assert not surely_fits({"hidden_size": 8}, run, 8, 512, 64 * GIB)
+        assert not upper_bound_fits(config, run, 8, 512, needed)
+    assert upper_bound_fits(config, run, 8, 512, 64 * GIB)
+    assert not upper_bound_fits({**config, "num_experts": 8}, run, 8, 512, 64 * GIB)
+    assert not upper_bound_fits({"hidden_size": 8}, run, 8, 512, 64 * GIB)
 
 
 def test_what_does_not_fit_is_told_with_what_to_type():
@@ -170,7 +170,7 @@ def test_a_reward_model_makes_no_logits():
 @pytest.mark.parametrize("method", ["lora", "freeze"])
 def test_a_gpu_elsewhere_is_told_in_the_precision_that_it_would_have(method, monkeypatch):
     """On a machine without a GPU, for one with: bfloat16 products between float32 adapters, as a run there takes them."""
-    from glmtuner.launch.memory_check import checked
+    from glmtuner.launch.memory_check import estimate_run
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = [
@@ -180,7 +180,7 @@ def test_a_gpu_elsewhere_is_told_in_the_precision_that_it_would_have(method, mon
         f"finetuning={method}",
         "data.dataset=identity_sample",
     ]
-    elsewhere, _ = checked(compose(words), torch.device("cuda"), None)
-    here, _ = checked(compose([*words, "trainer.bf16=true", "trainer.use_cpu=true"]), torch.device("cuda"), None)
+    elsewhere, _ = estimate_run(compose(words), torch.device("cuda"), None)
+    here, _ = estimate_run(compose([*words, "trainer.bf16=true", "trainer.use_cpu=true"]), torch.device("cuda"), None)
     assert elsewhere.device == "GPU" and elsewhere.parts == here.parts
     assert 0 < elsewhere.parts["allocator"] < elsewhere.peak / 10

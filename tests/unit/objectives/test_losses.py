@@ -84,7 +84,7 @@ def test_smoothed_dpo_is_least_where_the_policy_believes_the_smoothing():
 
 
 def test_kto_by_hand():
-    found = losses.kto(row(2.0, 2.0), torch.tensor([True, False]), row(0.5)[0], 0.2, 1.0, 1.5)
+    found = losses.kto_loss(row(2.0, 2.0), torch.tensor([True, False]), row(0.5)[0], 0.2, 1.0, 1.5)
     assert found.tolist() == pytest.approx([1 - logistic(0.3), 1.5 * (1 - logistic(-0.3))])
 
 

@@ -140,7 +140,7 @@ def test_seeds_are_grouped_and_stay_listed(sweep, job):
     board = ranking(sweep)
     assert [rate_of(row) for row in board.rows] == ["0.1", "0.2"]
     best = board.winner
-    assert best.metrics["eval_loss"] == pytest.approx(3.1) and best.spreads["eval_loss"] == pytest.approx(7**0.5)
+    assert best.metrics["eval_loss"] == pytest.approx(3.1) and best.std_devs["eval_loss"] == pytest.approx(7**0.5)
     assert [each.jobs[0].seed for each in best.seeds] == ["1", "2", "10"] and board.chosen.name == "0.1_1"
     assert board.told == "6 finished" and "± is the standard deviation" in board.notes[0]
 
@@ -185,11 +185,11 @@ def test_a_metric_that_is_not_known_here_gives_no_interval(sweep, job, values):
 
 def test_sample_scores_are_what_the_metric_averages(sweep, job):
     from glmtuner.run_folder.folder import RunFolder
-    from glmtuner.run_folder.redaction import flat
+    from glmtuner.run_folder.redaction import flatten
 
     folder = rated(job, "a", 0.1, answers=[*HALF, *HALF[:3]])  # three questions were asked twice
     metrics = json.loads((folder / "metrics.json").read_text())
-    found = samples_of(RunFolder(folder), flat({"metric": {"name": "rouge_bleu_zh"}}), metrics)
+    found = samples_of(RunFolder(folder), flatten({"metric": {"name": "rouge_bleu_zh"}}), metrics)
     assert found.keys() == metrics.keys()
     for name, samples in found.items():
         assert sum(weight for _, weight in samples.values()) == 33
@@ -209,7 +209,7 @@ def test_the_export_command_names_what_was_trained(sweep, job):
 def test_a_damaged_sweep_json_costs_only_what_was_typed(sweep, job, text):
     (sweep / "sweep.json").write_text(text)
     rated(job, "a", 0.1, metrics={"eval_loss": 1.0})
-    assert ranking(sweep).typed == [] and ranking(sweep).winner.label == "a"
+    assert ranking(sweep).commands == [] and ranking(sweep).winner.label == "a"
 
 
 def test_numbers_are_shown_with_decimals_that_fit():

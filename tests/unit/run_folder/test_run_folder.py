@@ -9,13 +9,19 @@ from omegaconf import OmegaConf
 
 from glmtuner.errors import CheckpointError
 from glmtuner.run_folder import folder as run_folder
-from glmtuner.run_folder.acquire import claim, default_folder, differing
-from glmtuner.run_folder.checkpoints import checkpoints, flaw, mark_complete, newest_whole, step_of
+from glmtuner.run_folder.acquire import acquire_run_folder, default_folder, differing_keys
+from glmtuner.run_folder.checkpoints import (
+    checkpoint_problem,
+    checkpoints,
+    latest_complete_checkpoint,
+    mark_complete,
+    step_of,
+)
 from glmtuner.run_folder.files import read_json, read_lines, write_json, write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import MARKER, OURS
 from glmtuner.run_folder.provenance import git_state, provenance
-from glmtuner.run_folder.redaction import flat, shown_words, without_secrets
+from glmtuner.run_folder.redaction import flatten, redact_config, redact_overrides
 
 FILES = {
     "adapter_model.safetensors": "weights", "optimizer.pt": "moments", "scheduler.pt": "rates", "trainer_state.json": "{}",
@@ -39,24 +45,26 @@ def checkpoint(run, step, files=FILES, complete=True):
 def test_a_whole_checkpoint_has_no_flaw(tmp_path):
     folder = checkpoint(tmp_path, 10)
     about = read_json(folder / MARKER)
-    assert flaw(folder) is None
+    assert checkpoint_problem(folder) is None
     assert about["step"] == 10 and about["files"] == {name: len(text) for name, text in FILES.items()}
 
 
 def test_a_checkpoint_of_several_ranks_is_whole(tmp_path):
     files = {name: text for name, text in FILES.items() if not name.startswith("rng")}
-    assert flaw(checkpoint(tmp_path, 10, {**files, "rng_state_0.pth": "a", "rng_state_1.pth": "b"})) is None
+    assert (
+        checkpoint_problem(checkpoint(tmp_path, 10, {**files, "rng_state_0.pth": "a", "rng_state_1.pth": "b"})) is None
+    )
 
 
 def test_a_checkpoint_without_its_marker_is_half_written(tmp_path):
-    assert flaw(checkpoint(tmp_path, 10, complete=False)) == f"half-written: it has no {MARKER}"
+    assert checkpoint_problem(checkpoint(tmp_path, 10, complete=False)) == f"half-written: it has no {MARKER}"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"step": 10}', '"text"', "\udcff"])
 def test_a_damaged_marker_is_a_flaw(tmp_path, text):
     folder = checkpoint(tmp_path, 10)
     (folder / MARKER).write_bytes(text.encode("utf-8", "surrogateescape"))
-    assert flaw(folder) == f"its {MARKER} is damaged"
+    assert checkpoint_problem(folder) == f"its {MARKER} is damaged"
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -64,16 +72,18 @@ def test_a_truncated_file_is_a_flaw(tmp_path, name):
     folder = checkpoint(tmp_path, 10)
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[:-1])
-    assert flaw(folder) == f"{name} is truncated ({len(whole) - 1} of {len(whole)} bytes)"
+    assert checkpoint_problem(folder) == f"{name} is truncated ({len(whole) - 1} of {len(whole)} bytes)"
     (folder / name).write_bytes(b"")
-    assert "truncated (0 of" in flaw(folder)
+    assert "truncated (0 of" in checkpoint_problem(folder)
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_a_lost_file_is_a_flaw(tmp_path, name):
     folder = checkpoint(tmp_path, 10)
     (folder / name).unlink()
-    assert name.partition(".")[0] in flaw(folder) and ("lacks" in flaw(folder) or "is missing" in flaw(folder))
+    assert name.partition(".")[0] in checkpoint_problem(folder) and (
+        "lacks" in checkpoint_problem(folder) or "is missing" in checkpoint_problem(folder)
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,18 +97,18 @@ def test_a_lost_file_is_a_flaw(tmp_path, name):
 )
 def test_a_checkpoint_that_never_had_what_a_resume_needs(tmp_path, name, told):
     files = {other: text for other, text in FILES.items() if other != name}
-    assert flaw(checkpoint(tmp_path, 10, files)) == told
+    assert checkpoint_problem(checkpoint(tmp_path, 10, files)) == told
 
 
 def test_the_newest_whole_checkpoint_is_taken_and_the_others_are_told_of(tmp_path):
-    assert newest_whole(tmp_path) == (None, [])
+    assert latest_complete_checkpoint(tmp_path) == (None, [])
     good = checkpoint(tmp_path, 9)
     checkpoint(tmp_path, 100, complete=False)
     (checkpoint(tmp_path, 20) / "optimizer.pt").write_text("short", encoding="utf-8")
     checkpoint(tmp_path, 3)
     (tmp_path / "checkpoints" / ".partial-checkpoint-110").mkdir()
     (tmp_path / "checkpoints" / "checkpoint-best").mkdir()
-    found, passed = newest_whole(tmp_path)
+    found, passed = latest_complete_checkpoint(tmp_path)
     assert found == good
     assert passed == [
         ".partial-checkpoint-110 is passed over: half-written",
@@ -109,7 +119,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_others_are_told_of(tmp_pat
 
 def test_no_whole_checkpoint_is_none(tmp_path):
     checkpoint(tmp_path, 1, complete=False)
-    assert newest_whole(tmp_path)[0] is None and len(newest_whole(tmp_path)[1]) == 1
+    assert latest_complete_checkpoint(tmp_path)[0] is None and len(latest_complete_checkpoint(tmp_path)[1]) == 1
 
 
 def test_steps_are_numbers(tmp_path):
@@ -142,7 +152,7 @@ def config(**changed):
 
 
 def run(path, made=None, finished=False):
-    write_text(path / "config.yaml", OmegaConf.to_yaml(without_secrets(made or config())))
+    write_text(path / "config.yaml", OmegaConf.to_yaml(redact_config(made or config())))
     if finished:
         write_json(path / "metrics.json", {"train_loss": 1.0})
     return path
@@ -155,14 +165,14 @@ def files_of(path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_new_or_empty_folder_is_fresh(tmp_path, overwrite):
-    assert claim(tmp_path / "new", config(), overwrite) is False
-    assert claim(tmp_path, config(), overwrite) is False
+    assert acquire_run_folder(tmp_path / "new", config(), overwrite) is False
+    assert acquire_run_folder(tmp_path, config(), overwrite) is False
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unfinished_run_of_the_same_config_is_resumed(tmp_path):
     before = files_of(run(tmp_path))
-    assert claim(tmp_path, config(), overwrite=False) is True
+    assert acquire_run_folder(tmp_path, config(), overwrite=False) is True
     assert files_of(tmp_path) == before
 
 
@@ -181,7 +191,7 @@ def test_an_unfinished_run_of_the_same_config_is_resumed(tmp_path):
 )
 def test_what_changes_no_number_may_differ(tmp_path, changed):
     run(tmp_path, config(**changed))
-    assert claim(tmp_path, config(), overwrite=False) is True
+    assert acquire_run_folder(tmp_path, config(), overwrite=False) is True
 
 
 def test_a_model_folder_may_be_written_in_another_way(tmp_path, monkeypatch):
@@ -190,7 +200,7 @@ def test_a_model_folder_may_be_written_in_another_way(tmp_path, monkeypatch):
     made = config(model__model_name_or_path=str(tmp_path / "model"), model__checkpoint_dir=[str(tmp_path / "model")])
     run(tmp_path / "run", made)
     same = config(model__model_name_or_path="model", model__checkpoint_dir=["./model"])
-    assert claim(tmp_path / "run", same, overwrite=False) is True
+    assert acquire_run_folder(tmp_path / "run", same, overwrite=False) is True
 
 
 @pytest.mark.parametrize(
@@ -208,7 +218,7 @@ def test_an_unfinished_run_of_another_config_is_refused(tmp_path, changed):
     before = files_of(run(tmp_path))
     told = rf"trainer\.output_dir=.* unfinished run of another configuration \(different: {key}\); type another"
     with pytest.raises(CheckpointError, match=told):
-        claim(tmp_path, config(**changed), overwrite=False)
+        acquire_run_folder(tmp_path, config(**changed), overwrite=False)
     assert files_of(tmp_path) == before
 
 
@@ -228,14 +238,14 @@ def test_a_folder_that_another_process_runs_in_is_refused_until_that_one_is_gone
     assert other.stdout.readline() == "held\n"
     assert RunFolder(tmp_path).is_running
     with pytest.raises(CheckpointError, match=r"another process runs the run in it right now; wait .* or type another"):
-        claim(tmp_path, config(), overwrite=False)
+        acquire_run_folder(tmp_path, config(), overwrite=False)
     with pytest.raises(CheckpointError, match="right now"):
-        claim(tmp_path, config(), overwrite=True)
+        acquire_run_folder(tmp_path, config(), overwrite=True)
     assert files_of(tmp_path) == before
     other.kill()
     other.communicate()
     assert not RunFolder(tmp_path).is_running
-    assert claim(tmp_path, config(), overwrite=False) is True
+    assert acquire_run_folder(tmp_path, config(), overwrite=False) is True
     assert RunFolder(tmp_path).is_running
     RunFolder(tmp_path).unlock()
     assert not RunFolder(tmp_path).is_running
@@ -245,7 +255,7 @@ def test_the_failure_of_an_earlier_attempt_is_gone_with_the_next(tmp_path):
     RunFolder(run(tmp_path)).record_failure(ValueError("a"), [])
     RunFolder(tmp_path).record_failure(ValueError("b"), [], first_wins=True)
     assert RunFolder(tmp_path).failure()["reason"] == "ValueError: a"
-    claim(tmp_path, config(), overwrite=False)
+    acquire_run_folder(tmp_path, config(), overwrite=False)
     assert RunFolder(tmp_path).failure() is None
 
 
@@ -254,7 +264,7 @@ def test_a_finished_run_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"holds a finished run; type another .* or trainer\.overwrite_output_dir=true"
     ):
-        claim(tmp_path, config(), overwrite=False)
+        acquire_run_folder(tmp_path, config(), overwrite=False)
     assert files_of(tmp_path) == before
 
 
@@ -265,7 +275,7 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path, overwrite):
     (tmp_path / "model" / "weights").write_text("mine", encoding="utf-8")
     before = files_of(tmp_path)
     with pytest.raises(CheckpointError, match=r"thesis\.tex.*; type another trainer\.output_dir|another"):
-        claim(tmp_path, config(), overwrite)
+        acquire_run_folder(tmp_path, config(), overwrite)
     assert files_of(tmp_path) == before
 
 
@@ -278,7 +288,7 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tmp_path, finishe
     outside.mkdir(exist_ok=True)
     (outside / "kept").write_text("mine", encoding="utf-8")
     (tmp_path / "wandb").symlink_to(outside)
-    assert claim(tmp_path, config(), overwrite=True) is False
+    assert acquire_run_folder(tmp_path, config(), overwrite=True) is False
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
     assert (outside / "kept").is_file() and {"config.yaml", "checkpoints", "wandb"} <= {*OURS}
 
@@ -318,13 +328,13 @@ def test_secrets_are_left_out_of_the_config_and_of_the_words():
         }
     )
     before = OmegaConf.to_yaml(made)
-    kept = OmegaConf.to_container(without_secrets(made))
+    kept = OmegaConf.to_container(redact_config(made))
     assert kept["trainer"] == {"hub_token": None, "hub_model_id": "me/m", "include_num_input_tokens_seen": "no"}
     assert kept["tracker"] == {"api_key": None, "password": None, "nested": {"client_secret": None}}
     assert kept["model"] == {"use_auth_token": True, "tokenizer_name": "t"}
     assert OmegaConf.to_yaml(made) == before
     words = ["trainer.hub_token=hf_abc", "+tracker.api_key=k=l", "trainer.seed=3", "model.tokenizer_name=t"]
-    assert shown_words(words) == ["trainer.hub_token=<hidden>", "+tracker.api_key=<hidden>", *words[2:]]
+    assert redact_overrides(words) == ["trainer.hub_token=<hidden>", "+tracker.api_key=<hidden>", *words[2:]]
     assert "hf_abc" not in json.dumps(provenance(words))
 
 
@@ -401,8 +411,8 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
 
 
 def test_flat_keys_are_dotted():
-    assert flat({"a": {"b": 1, "c": {"d": [1]}}, "e": {}}) == {"a.b": 1, "a.c.d": [1], "e": {}}
-    assert differing(config(), config(finetuning__lora_rank=4, data__dataset=[])) == [
+    assert flatten({"a": {"b": 1, "c": {"d": [1]}}, "e": {}}) == {"a.b": 1, "a.c.d": [1], "e": {}}
+    assert differing_keys(config(), config(finetuning__lora_rank=4, data__dataset=[])) == [
         "data.dataset",
         "finetuning.lora_rank",
     ]
@@ -418,4 +428,4 @@ def test_flat_keys_are_dotted():
     ],
 )
 def test_a_token_inside_a_dictionary_is_hidden(word, shown):
-    assert shown_words([word]) == [shown]
+    assert redact_overrides([word]) == [shown]
