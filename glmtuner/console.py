@@ -1,21 +1,22 @@
-"""What a run says on the terminal; of several ranks the first one alone speaks."""
+"""Terminal output of a run; with several ranks, only rank 0 prints."""
 
 import os
 from collections.abc import Iterable, Sequence
 
 
-def silent() -> bool:
+def is_silent() -> bool:
+    """Whether this process is a rank other than 0."""
     return os.environ.get("RANK", "0") != "0"
 
 
 def say(text: str) -> None:
-    """One line, as plain text."""
-    if not silent():
+    """Print one line of plain text."""
+    if not is_silent():
         print(text, flush=True)
 
 
 def width() -> int:
-    """The terminal's columns; 80 where there is no terminal."""
+    """The number of columns of the terminal; 80 without a terminal."""
     from rich.console import Console
 
     return Console().width
@@ -24,14 +25,15 @@ def width() -> int:
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], show_header: bool = True, lines: bool = True
 ) -> None:
-    """A table, with lines between rows when `lines`; wide characters are counted as two columns."""
-    if silent():
+    """Print a table, with rules between rows if `lines`; wide (East Asian) characters count as two columns."""
+    if is_silent():
         return
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    drawn = Table(
+    grid = Table(
         title=title or None,
         title_justify="left",
         box=box.ROUNDED,
@@ -39,7 +41,7 @@ def table(
         show_lines=show_header and lines,
     )
     for column in columns:
-        drawn.add_column(column, overflow="fold")
+        grid.add_column(column, overflow="fold")
     for row in rows:
-        drawn.add_row(*(str(cell).replace("[", "\\[") for cell in row))
-    Console(soft_wrap=False).print(drawn)
+        grid.add_row(*(Text(str(cell)) for cell in row))  # a plain string would be parsed as markup
+    Console(soft_wrap=False).print(grid)

@@ -1,23 +1,23 @@
-"""What a user can get wrong, one class a kind; everything else is a bug and keeps its traceback.
+"""The errors that a user can cause, one class per kind; anything else is a bug and keeps its traceback.
 
-GlmtunerError                exit code 2; the message is one paragraph: what is wrong, what is legal, what to type
+GlmtunerError                exit code 2; the message is one paragraph: what is wrong, what is legal, what to type next
 ├── ConfigError              a key, a value or a combination of values
-│   └── UnknownName          a name that is in no list; the nearest ones are offered
+│   └── UnknownName          a name that is not registered; the nearest ones are suggested
 ├── DataError                a dataset: its file, its entry, its records
 ├── CheckpointError          a checkpoint or a run folder
-│   └── FolderBusy           a run folder that another process runs in
-└── PreflightError           a run that would train nothing, or nonsense
+│   └── FolderBusy           a run folder that another process is using
+└── PreflightError           a run that would train nothing, or produce garbage
 """
 
 from collections.abc import Iterable
 
 
 class GlmtunerError(Exception):
-    """A mistake of the user's; the message is all they see."""
+    """An error that the user caused; the message is all they see."""
 
 
 class ConfigError(GlmtunerError):
-    """A key, a value, or values that cannot meet."""
+    """An illegal key or value, or values that exclude each other."""
 
 
 class DataError(GlmtunerError):
@@ -29,44 +29,46 @@ class CheckpointError(GlmtunerError):
 
 
 class FolderBusy(CheckpointError):
-    """A run folder that another process runs in."""
+    """A run folder that another process is using."""
 
 
 class PreflightError(GlmtunerError):
-    """A run that would train nothing, or nonsense."""
+    """A run that would train nothing, or produce garbage."""
 
 
 class UnknownName(ConfigError):
-    """A name that is in no list, with the nearest legal ones; long lists of legal names are cut."""
+    """A name that is not registered, with the nearest legal names; a long list of legal names is truncated."""
 
-    SHOWN = 40
+    MAX_LISTED = 40
 
     def __init__(self, kind: str, name: str, known: Iterable[str], add_one: str = "") -> None:
         legal = sorted(known)
-        more = f" and {len(legal) - self.SHOWN} more" if len(legal) > self.SHOWN else ""
-        known = f"known: {', '.join(legal[: self.SHOWN])}{more}" if legal else ""
-        message = f"no {kind} named {name!r}{did_you_mean(name, legal, known)}"
+        more = f" and {len(legal) - self.MAX_LISTED} more" if len(legal) > self.MAX_LISTED else ""
+        listing = f"known: {', '.join(legal[: self.MAX_LISTED])}{more}" if legal else ""
+        message = f"no {kind} named {name!r}{did_you_mean(name, legal, listing)}"
         if add_one:
             message += f"; add one: {add_one}"
         super().__init__(message)
 
 
-def nearest(word: str, legal: Iterable[str], most_edits: int | None = None) -> list[str]:
-    """The legal words with the fewest edits to `word`, all of them when they tie; none when even those are far.
+def nearest(word: str, legal: Iterable[str], max_edits: int | None = None) -> list[str]:
+    """The legal words with the fewest edits to `word`, all of them if several tie; empty if even those are too far.
 
-    An edit inserts, drops, changes or swaps one character (optimal string alignment). Far means more than a third of
-    the word's letters, and at least two.
+    An edit inserts, deletes, substitutes or transposes one character (optimal string alignment distance). By default,
+    too far means more edits than a third of the word's length, or than two if that is more.
     """
     from rapidfuzz.distance import OSA
 
-    most = max(2, len(word) // 3) if most_edits is None else most_edits
-    edits = {candidate: OSA.distance(word, candidate, score_cutoff=most) for candidate in legal}
-    fewest = min(edits.values(), default=most + 1)
-    return sorted(candidate for candidate, count in edits.items() if count == fewest) if fewest <= most else []
+    limit = max(2, len(word) // 3) if max_edits is None else max_edits
+    distances = {candidate: OSA.distance(word, candidate, score_cutoff=limit) for candidate in legal}
+    smallest = min(distances.values(), default=limit + 1)
+    if smallest > limit:
+        return []
+    return sorted(candidate for candidate, distance in distances.items() if distance == smallest)
 
 
 def did_you_mean(word: str, legal: Iterable[str], then: str = "") -> str:
-    """`; did you mean 'x'? <then>`, naming every nearest word when several tie; `; <then>` when none is near."""
-    near = nearest(word, legal)
-    asked = f"; did you mean {' or '.join(repr(candidate) for candidate in near)}?" if near else ""
-    return f"{asked}{' ' if near else '; '}{then}" if then else asked
+    """`; did you mean 'x'? <then>`, with every nearest word if several tie; `; <then>` if none is near."""
+    candidates = nearest(word, legal)
+    question = f"; did you mean {' or '.join(map(repr, candidates))}?" if candidates else ""
+    return f"{question}{' ' if candidates else '; '}{then}" if then else question

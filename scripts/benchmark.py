@@ -1,7 +1,7 @@
-"""Measure glmtuner beside LLaMA-Factory and a bare PyTorch loop, in turns on one machine, and write docs/performance.md.
+"""Measure glmtuner beside LLaMA-Factory and a bare PyTorch loop on one machine, and write docs/performance.md.
 
 Every measurement is a fresh process with the same number of threads; the contenders take turns (A B C A B C ...) and
-medians are compared. LLaMA-Factory lives in an environment of its own, which is made with pip when it is missing.
+medians are compared. LLaMA-Factory has its own virtual environment, which is created with pip if it is missing.
 """
 
 import argparse
@@ -28,12 +28,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CHILD = ROOT / "scripts/benchmark_child.py"
 FOLDER = ROOT / "outputs/benchmark"
-DATA = ROOT.parent / "shared/data/alpaca_zh_demo.json"
+DATA = (
+    ROOT.parent / "shared/data/alpaca_zh_demo.json"
+)  # of LLaMA-Factory's data/; the sample is used where it is missing
 SAMPLE = ROOT / "glmtuner/assets/data/alpaca_zh_sample.json"
 DOCS = ROOT / "docs"
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 
-MANY = 20  # times the records stand in the larger file, each time with another number before them
+COPIES = 20  # copies of the records in the larger file, each with another number in front
 PARTS = ("startup", "config_error", "preprocessing", "training", "prediction")
 LLAMAFACTORY = "0.9.5"
 LORA = {"lora_rank": 8, "lora_alpha": 16}
@@ -64,94 +66,119 @@ class Row:
     met: bool | None = None
 
 
-def compared(
+def comparison_row(
     part: str, what: str, unit: str, ours: Sequence[float], other: Sequence[float], against: str,
     *, more_is_better: bool, at_least: float | None = None, who: str = "",
 ) -> Row:  # fmt: skip
-    """The row of two contenders' measurements; `at_least` is the goal for how many times better ours is."""
-    mine, theirs = statistics.median(ours), statistics.median(other)
-    times = mine / theirs if more_is_better else theirs / mine
+    """The row that compares two contenders; `at_least` is the goal for how many times better ours is."""
+    our_median, their_median = statistics.median(ours), statistics.median(other)
+    times = our_median / their_median if more_is_better else their_median / our_median
     goal = "" if at_least is None else f"at least {at_least:g}x"
     met = None if at_least is None else times >= at_least
     what = f"{what}, {who}" if who else what
     return Row(
-        part=part, what=what, unit=unit, ours=mine, other=theirs, against=against, times=times, goal=goal, met=met
+        part=part,
+        what=what,
+        unit=unit,
+        ours=our_median,
+        other=their_median,
+        against=against,
+        times=times,
+        goal=goal,
+        met=met,
     )
 
 
-def bounded(part: str, what: str, unit: str, ours: Sequence[float], *, under: float) -> Row:
-    """The row of a measurement that has to stay under a fixed value."""
-    mine = statistics.median(ours)
+def bound_row(part: str, what: str, unit: str, ours: Sequence[float], *, under: float) -> Row:
+    """The row of a measurement with a fixed upper bound."""
+    our_median = statistics.median(ours)
     goal = f"under {under:g} {unit}"
     return Row(
-        part=part, what=what, unit=unit, ours=mine, other=None, against="", times=None, goal=goal, met=mine < under
+        part=part,
+        what=what,
+        unit=unit,
+        ours=our_median,
+        other=None,
+        against="",
+        times=None,
+        goal=goal,
+        met=our_median < under,
     )
 
 
-def rows_of(measured: dict[str, dict[str, list[dict[str, float]]]]) -> list[Row]:
-    """The table's rows from {part: {contender: [measurement, ...]}}; what was not measured has no row."""
+def table_rows(measured: dict[str, dict[str, list[dict[str, float]]]]) -> list[Row]:
+    """The table's rows from {part: {contender: [measurement, ...]}}; measurements that are missing have no row."""
     rows: list[Row] = []
 
     def series(part: str, contender: str, name: str) -> list[float]:
         return [run[name] for run in measured.get(part, {}).get(contender, []) if name in run]
 
     def add(
-        part: str, what: str, unit: str, name: str, contender: str, against: str, *, who: str = "", **how: Any
+        part: str, what: str, unit: str, name: str, contender: str, against: str, *, who: str = "", **options: Any
     ) -> None:
         ours, other = series(part, contender, name), series(part, against, name)
         if ours and other:
-            rows.append(compared(part, what, unit, ours, other, against, who=who, **how))
+            rows.append(comparison_row(part, what, unit, ours, other, against, who=who, **options))
 
-    faster: dict[str, Any] = {"more_is_better": True}
-    sooner: dict[str, Any] = {"more_is_better": False}
-    add("startup", "help", "s", "help", OURS, THEIRS, **sooner)
-    add("startup", "version", "s", "version", OURS, THEIRS, **sooner)
-    add("startup", "start to the end of the first step", "s", "first_step", OURS, THEIRS, **sooner, at_least=1.0)
-    if first := series("startup", OURS, "first_step"):
-        alone = statistics.median(series("startup", IMPORTS, "seconds"))
-        longer = [seconds - alone for seconds in first]
-        rows.append(bounded("startup", f"first step, beyond {IMPORTS}", "s", longer, under=1.5))
-    add("config_error", "a mistyped key is answered", "s", "seconds", OURS, THEIRS, **sooner)
+    higher_is_better: dict[str, Any] = {"more_is_better": True}
+    lower_is_better: dict[str, Any] = {"more_is_better": False}
+    add("startup", "help", "s", "help", OURS, THEIRS, **lower_is_better)
+    add("startup", "version", "s", "version", OURS, THEIRS, **lower_is_better)
+    add(
+        "startup",
+        "start to the end of the first step",
+        "s",
+        "first_step",
+        OURS,
+        THEIRS,
+        **lower_is_better,
+        at_least=1.0,
+    )
+    if first_steps := series("startup", OURS, "first_step"):
+        imports_s = statistics.median(series("startup", IMPORTS, "seconds"))
+        beyond_imports = [seconds - imports_s for seconds in first_steps]
+        rows.append(bound_row("startup", f"first step, beyond {IMPORTS}", "s", beyond_imports, under=1.5))
+    add("config_error", "a mistyped key is answered", "s", "seconds", OURS, THEIRS, **lower_is_better)
     if seconds := series("config_error", OURS, "seconds"):
-        rows.append(bounded("config_error", "a mistyped key is answered", "s", seconds, under=1.0))
+        rows.append(bound_row("config_error", "a mistyped key is answered", "s", seconds, under=1.0))
     for name, what in (
         ("records_per_second", "file to rows"),
-        ("many_per_second", f"file to rows, {MANY} times the file"),
+        ("many_per_second", f"file to rows, {COPIES} times the file"),
     ):
-        add("preprocessing", what, "records/s", name, OURS, THEIRS, **faster, at_least=5.0)
+        add("preprocessing", what, "records/s", name, OURS, THEIRS, **higher_is_better, at_least=5.0)
     rate = ("training", "training", "tokens/s", "tokens_per_second")
-    add(*rate, OURS, THEIRS, **faster, at_least=2.0)
-    add(*rate, OURS, THEIRS_FAST, **faster, at_least=1.3)
-    add(*rate, OURS, BARE, **faster, at_least=1.25)
-    add(*rate, PACKED, BARE_PACKED, **faster, at_least=0.95, who="packed")
-    add(*rate, PACKED, BY_SAMPLE, **faster, at_least=0.95, who="packed")
-    add(*rate, PACKED, THEIRS, **faster, who="packed")
+    add(*rate, OURS, THEIRS, **higher_is_better, at_least=2.0)
+    add(*rate, OURS, THEIRS_FAST, **higher_is_better, at_least=1.3)
+    add(*rate, OURS, BARE, **higher_is_better, at_least=1.25)
+    add(*rate, PACKED, BARE_PACKED, **higher_is_better, at_least=0.95, who="packed")
+    add(*rate, PACKED, BY_SAMPLE, **higher_is_better, at_least=0.95, who="packed")
+    add(*rate, PACKED, THEIRS, **higher_is_better, who="packed")
     memory = ("training", "training, peak memory", "MiB", "peak_mib")
     for against in (THEIRS, THEIRS_FAST, BARE):
-        add(*memory, OURS, against, **sooner)
-    add(*memory, PACKED, BARE_PACKED, **sooner, who="packed")
+        add(*memory, OURS, against, **lower_is_better)
+    add(*memory, PACKED, BARE_PACKED, **lower_is_better, who="packed")
     add(
-        "prediction", "prediction", "samples/s", "samples_per_second", OURS, THEIRS, **faster, at_least=2.0
+        "prediction", "prediction", "samples/s", "samples_per_second", OURS, THEIRS, **higher_is_better, at_least=2.0
     )  # fmt: skip
     return rows
 
 
-def shown(value: float | None) -> str:
-    """A number with three digits that count."""
+def format_number(value: float | None) -> str:
+    """A number with three significant digits."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def table_of(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; in the fifth column more than 1 is better than the other."""
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table; more than 1 in the fifth column means that glmtuner is better."""
     lines = ["| what | glmtuner | other | against | times better | goal | met |", "|---|--:|--:|---|--:|---|---|"]
     for row in rows:
         times = "" if row.times is None else f"{row.times:.2f}x"
         met = {True: "yes", False: "no", None: ""}[row.met]
         what = f"{row.what}, {row.unit}"
         lines.append(
-            f"| {what} | {shown(row.ours)} | {shown(row.other)} | {row.against} | {times} | {row.goal} | {met} |"
+            f"| {what} | {format_number(row.ours)} | {format_number(row.other)} | {row.against} | {times} | {row.goal} | {met} |"
         )
     return "\n".join(lines)
 
@@ -160,8 +187,8 @@ def table_of(rows: Sequence[Row]) -> str:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A process that has ended: its exit status, how long it took, its peak resident memory, when `awaited` was printed."""
+class Finished:
+    """A finished process: exit status, duration, peak resident memory, and when `awaited` was printed (None: never)."""
 
     status: int
     seconds: float
@@ -171,10 +198,10 @@ class Ended:
 
 def run_process(
     command: Sequence[str], environment: dict[str, str], log: Path, *, awaited: str | None = None, timeout_s: float = 3600
-) -> Ended:  # fmt: skip
-    """Run to the end, output to `log`; the peak is VmHWM of the process itself where /proc has it."""
+) -> Finished:  # fmt: skip
+    """Run a command to its end, output to `log`; the peak is the VmHWM of the process if /proc has it."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    seen, peak_kib = None, 0
+    awaited_at, peak_kib = None, 0
     ours_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -190,8 +217,8 @@ def run_process(
                 status = Path(f"/proc/{process.pid}/status").read_text()
             except OSError:
                 return
-            if found := re.search(r"VmHWM:\s+(\d+)", status):
-                peak_kib = max(peak_kib, int(found[1]))  # a process may reset its own
+            if match := re.search(r"VmHWM:\s+(\d+)", status):
+                peak_kib = max(peak_kib, int(match[1]))  # a process may reset its VmHWM
             time.sleep(0.2)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -202,10 +229,10 @@ def run_process(
         with log.open("wb", buffering=0) as file:
             while chunk := os.read(process.stdout.fileno(), 65536):
                 file.write(chunk)
-                if awaited and seen is None:
+                if awaited and awaited_at is None:
                     tail = tail[-200:] + chunk.decode(errors="replace")
                     if awaited in tail:
-                        seen = time.perf_counter() - started
+                        awaited_at = time.perf_counter() - started
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     finally:
@@ -215,9 +242,9 @@ def run_process(
             process.wait()
     seconds = time.perf_counter() - started
     watcher.join()
-    if usage.ru_maxrss > ours_kib or not peak_kib:  # up to that it may be the peak of this process, which it began as
+    if usage.ru_maxrss > ours_kib or not peak_kib:  # a smaller value may be the peak of this process, inherited by fork
         peak_kib = max(peak_kib, usage.ru_maxrss)
-    return Ended(process.returncode, seconds, peak_kib / 1024, seen)
+    return Finished(process.returncode, seconds, peak_kib / 1024, awaited_at)
 
 
 def fail(log: Path, command: Sequence[str]) -> None:
@@ -227,11 +254,11 @@ def fail(log: Path, command: Sequence[str]) -> None:
 
 @dataclass
 class Bench:
-    """The settings of one benchmark and the folders it works in."""
+    """The settings of one benchmark, its folders and its measurements."""
 
     folder: Path
     llamafactory: Path
-    model: Path | None  # None until it is made
+    model: Path | None  # None until it is created
     template: str
     steps: int
     batch_size: int
@@ -245,23 +272,26 @@ class Bench:
     count: int = 0
 
     def environment(self, ours: bool) -> dict[str, str]:
-        """What every process gets; caches are the benchmark's own, and nothing is asked of the network."""
-        found = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        """The environment variables of every process: its own caches, and no network."""
+        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         threads = str(self.threads)
-        found |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
-        found |= {
+        variables |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        variables |= {
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_OFFLINE": "1",
             "WANDB_MODE": "offline",
             "DISABLE_VERSION_CHECK": "1",
         }
-        found |= {"GLMTUNER_CACHE": str(self.folder / "cache"), "HF_DATASETS_CACHE": str(self.folder / "hf_datasets")}
+        variables |= {
+            "GLMTUNER_CACHE": str(self.folder / "cache"),
+            "HF_DATASETS_CACHE": str(self.folder / "hf_datasets"),
+        }
         if ours:
-            found["PYTHONPATH"] = str(ROOT)
-        return found
+            variables["PYTHONPATH"] = str(ROOT)
+        return variables
 
     def fresh(self, name: str) -> Path:
-        """An empty folder for a run, also without caches of earlier ones."""
+        """A new folder for a run; the caches of earlier runs are deleted."""
         self.count += 1
         path = self.folder / "runs" / f"{self.count:03d}_{re.sub('[^a-z0-9]+', '_', name.lower())}"
         for old in (path, self.folder / "cache", self.folder / "hf_datasets"):
@@ -271,33 +301,33 @@ class Bench:
 
     def run(
         self, command: Sequence[str], folder: Path, *, ours: bool, fails: bool = False, awaited: str | None = None
-    ) -> Ended:
+    ) -> Finished:
         ended = run_process(command, self.environment(ours), folder / "output.log", awaited=awaited)
         if (ended.status != 0) is not fails:
             fail(folder / "output.log", command)
         return ended
 
-    def child(self, role: str, folder: Path, /, **settings: Any) -> tuple[dict[str, Any], Ended]:
-        """What a role of benchmark_child.py measured, in LLaMA-Factory's environment where its name says so."""
+    def child(self, role: str, folder: Path, /, **settings: Any) -> tuple[dict[str, Any], Finished]:
+        """Run a role of benchmark_child.py, in LLaMA-Factory's environment if its name says so; returns its result."""
         ours = not role.startswith("llamafactory")
-        asked, answer = folder / f"{role}.settings.json", folder / f"{role}.json"
-        asked.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+        settings_file, result_file = folder / f"{role}.settings.json", folder / f"{role}.json"
+        settings_file.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
         python = sys.executable if ours else str(self.llamafactory / "bin/python")
-        ended = self.run([python, str(CHILD), role, str(asked), str(answer)], folder, ours=ours)
-        return json.loads(answer.read_text(encoding="utf-8")), ended
+        ended = self.run([python, str(CHILD), role, str(settings_file), str(result_file)], folder, ours=ours)
+        return json.loads(result_file.read_text(encoding="utf-8")), ended
 
     def take_turns(self, part: str, contenders: dict[str, Callable[[], dict[str, float]]]) -> None:
         """Measure each contender `repeats` times, in turns."""
-        found = self.measured.setdefault(part, {name: [] for name in contenders})
+        results = self.measured.setdefault(part, {name: [] for name in contenders})
         for turn in range(self.repeats):
             for name, measure in contenders.items():
-                found[name].append(measure())
-                told = ", ".join(f"{key} {shown(value)}" for key, value in found[name][-1].items())
-                print(f"{part} {turn + 1}/{self.repeats}: {name}: {told}", flush=True)
+                results[name].append(measure())
+                values = ", ".join(f"{key} {format_number(value)}" for key, value in results[name][-1].items())
+                print(f"{part} {turn + 1}/{self.repeats}: {name}: {values}", flush=True)
 
-    # -- what the two tools are told: the same ---------------------------------------------------------------------------
+    # -- the same configuration for both tools ---------------------------------------------------------------------------
 
-    def words(self, folder: Path, dataset: str, *more: str) -> list[str]:
+    def overrides(self, folder: Path, dataset: str, *more: str) -> list[str]:
         return [
             "model=causal_lm", f"model.model_name_or_path={self.model}", "tracker=none", "finetuning=lora",
             "finetuning.lora_target=[all]", "finetuning.lora_dropout=0",
@@ -309,7 +339,7 @@ class Bench:
             f"trainer.output_dir={folder / 'run'}", *more,
         ]  # fmt: skip
 
-    def predicting(self, folder: Path) -> list[str]:
+    def predict_overrides(self, folder: Path) -> list[str]:
         return [
             "model=causal_lm", f"model.model_name_or_path={self.model}", "tracker=none", "finetuning=none",
             "trainer=predict", "data.dataset=[asked]", f"data.dataset_dir={self.folder / 'data'}",
@@ -329,14 +359,14 @@ class Bench:
             "output_dir": str(folder / "run"), **more,
         }  # fmt: skip
 
-    def glmtuner(self, folder: Path, words: Sequence[str], **how: Any) -> Ended:
-        return self.run([sys.executable, "-m", "glmtuner", *words], folder, ours=True, **how)
+    def glmtuner(self, folder: Path, overrides: Sequence[str], **how: Any) -> Finished:
+        return self.run([sys.executable, "-m", "glmtuner", *overrides], folder, ours=True, **how)
 
-    def llamafactory_cli(self, folder: Path, *words: str, **how: Any) -> Ended:
-        return self.run([str(self.llamafactory / "bin/llamafactory-cli"), *words], folder, ours=False, **how)
+    def llamafactory_cli(self, folder: Path, *arguments: str, **how: Any) -> Finished:
+        return self.run([str(self.llamafactory / "bin/llamafactory-cli"), *arguments], folder, ours=False, **how)
 
-    def llamafactory_train(self, folder: Path, arguments: dict[str, Any], **how: Any) -> Ended:
-        config = folder / "config.yaml"  # JSON is YAML; its own reading of .json files fails
+    def llamafactory_train(self, folder: Path, arguments: dict[str, Any], **how: Any) -> Finished:
+        config = folder / "config.yaml"  # JSON is YAML, and its reader of .json files fails
         config.write_text(json.dumps(arguments, indent=1), encoding="utf-8")
         return self.llamafactory_cli(folder, "train", str(config), **how)
 
@@ -345,21 +375,23 @@ class Bench:
     def startup(self) -> None:
         architecture = json.loads((self.model / "config.json").read_text())["architectures"][0]
         code = f"import torch; from transformers import Trainer, {architecture}"
-        first = "'loss':"  # both print the loss of a step as transformers does
+        first = "'loss':"  # both print the loss of a step like transformers
 
         def ours() -> dict[str, float]:
             folder = self.fresh("startup ours")
-            found = {name: self.glmtuner(folder, [f"--{name}"]).seconds for name in ("help", "version")}
-            words = self.words(folder, "epoch", "trainer.max_steps=1", "trainer.logging_steps=1")
-            found["first_step"] = awaited_in(self.glmtuner(folder, words, awaited=first), folder)
-            return found
+            seconds = {name: self.glmtuner(folder, [f"--{name}"]).seconds for name in ("help", "version")}
+            overrides = self.overrides(folder, "epoch", "trainer.max_steps=1", "trainer.logging_steps=1")
+            seconds["first_step"] = awaited_seconds_of(self.glmtuner(folder, overrides, awaited=first), folder)
+            return seconds
 
         def theirs() -> dict[str, float]:
             folder = self.fresh("startup llamafactory")
-            found = {name: self.llamafactory_cli(folder, name).seconds for name in ("help", "version")}
+            seconds = {name: self.llamafactory_cli(folder, name).seconds for name in ("help", "version")}
             arguments = self.arguments(folder, "epoch", max_steps=1, logging_steps=1)
-            found["first_step"] = awaited_in(self.llamafactory_train(folder, arguments, awaited=first), folder)
-            return found
+            seconds["first_step"] = awaited_seconds_of(
+                self.llamafactory_train(folder, arguments, awaited=first), folder
+            )
+            return seconds
 
         def imports() -> dict[str, float]:
             return {"seconds": self.run([sys.executable, "-c", code], self.fresh("imports"), ours=True).seconds}
@@ -369,8 +401,8 @@ class Bench:
     def config_error(self) -> None:
         def ours() -> dict[str, float]:
             folder = self.fresh("typo ours")
-            words = self.words(folder, "epoch", "finetuning.lora_rnk=8")
-            return {"seconds": self.glmtuner(folder, words, fails=True).seconds}
+            overrides = self.overrides(folder, "epoch", "finetuning.lora_rnk=8")
+            return {"seconds": self.glmtuner(folder, overrides, fails=True).seconds}
 
         def theirs() -> dict[str, float]:
             folder = self.fresh("typo llamafactory")
@@ -380,52 +412,58 @@ class Bench:
         self.take_turns("config_error", {OURS: ours, THEIRS: theirs})
 
     def preprocessing(self) -> None:
-        def rates(role: str, asked: Callable[[Path, str], dict[str, Any]]) -> dict[str, float]:
-            found = {}
+        def measure_rates(role: str, settings_of: Callable[[Path, str], dict[str, Any]]) -> dict[str, float]:
+            rates = {}
             for dataset in ("records", "many"):
                 folder = self.fresh(role)
-                done = self.child(role, folder, **asked(folder, dataset))[0]
+                result = self.child(role, folder, **settings_of(folder, dataset))[0]
                 for name, seconds in (("per", "seconds"), ("tokenized_per", "tokenizing")):
-                    if seconds in done:
-                        found[f"{dataset}_{name}_second"] = done["records"] / done[seconds]
-            return found
+                    if seconds in result:
+                        rates[f"{dataset}_{name}_second"] = result["records"] / result[seconds]
+            return rates
 
         def ours() -> dict[str, float]:
-            return rates("glmtuner_prepare", lambda folder, dataset: {"words": self.words(folder, dataset)})
+            return measure_rates(
+                "glmtuner_prepare", lambda folder, dataset: {"overrides": self.overrides(folder, dataset)}
+            )
 
         def theirs() -> dict[str, float]:
-            return rates("llamafactory_prepare", lambda folder, dataset: {"arguments": self.arguments(folder, dataset)})
+            return measure_rates(
+                "llamafactory_prepare", lambda folder, dataset: {"arguments": self.arguments(folder, dataset)}
+            )
 
         self.take_turns("preprocessing", {OURS: ours, THEIRS: theirs})
 
     def training(self) -> None:
-        """One epoch over the same records: tokens without padding by the seconds of the Trainer's own train()."""
+        """One epoch over the same records: tokens without padding, divided by the seconds of `Trainer.train`."""
         folder = self.fresh("rows")
         rows, their_rows, packed = folder / "rows.json", folder / "their_rows.json", folder / "packed.pt"
-        found, _ = self.child("glmtuner_prepare", folder, words=self.words(folder, "epoch"), rows=str(rows))
+        our_rows, _ = self.child("glmtuner_prepare", folder, overrides=self.overrides(folder, "epoch"), rows=str(rows))
         arguments = self.arguments(folder, "epoch")
-        theirs, _ = self.child("llamafactory_prepare", folder, arguments=arguments, rows=str(their_rows))
+        their_rows_info, _ = self.child("llamafactory_prepare", folder, arguments=arguments, rows=str(their_rows))
         pairs = zip(json.loads(rows.read_text()), json.loads(their_rows.read_text()), strict=True)
-        equal = sum(mine == other for (mine, _), other in pairs)
+        equal = sum(ids == other for (ids, _), other in pairs)
         self.about["training"] = {
-            "records": found["records"], "tokens": found["tokens"], "tokens_llamafactory": theirs["tokens"],
+            "records": our_rows["records"], "tokens": our_rows["tokens"], "tokens_llamafactory": their_rows_info["tokens"],
             "equal_rows": equal,
         }  # fmt: skip
-        print(f"training: {found['tokens']:,} tokens in {found['records']} rows, {equal} of them equal in both tools")
+        print(
+            f"training: {our_rows['tokens']:,} tokens in {our_rows['records']} rows, {equal} of them equal in both tools"
+        )
         settings = {
-            "model": str(self.model), "rows": str(rows), "pad_id": found["pad_id"], "batch_size": self.batch_size,
+            "model": str(self.model), "rows": str(rows), "pad_id": our_rows["pad_id"], "batch_size": self.batch_size,
             "learning_rate": LEARNING_RATE, "seed": SEED, **LORA,
         }  # fmt: skip
 
-        def rated(tokens: float, seconds: float, ended: Ended) -> dict[str, float]:
+        def measurement(tokens: float, seconds: float, ended: Finished) -> dict[str, float]:
             return {"tokens_per_second": tokens / seconds, "seconds": seconds, "peak_mib": ended.peak_mib}
 
         def ours(name: str, *more: str) -> Callable[[], dict[str, float]]:
             def measure() -> dict[str, float]:
                 folder = self.fresh(name)
-                ended = self.glmtuner(folder, self.words(folder, "epoch", *more))
+                ended = self.glmtuner(folder, self.overrides(folder, "epoch", *more))
                 seconds = json.loads((folder / "run/metrics.json").read_text())["train_runtime"]
-                return rated(found["tokens"], seconds, ended)
+                return measurement(our_rows["tokens"], seconds, ended)
 
             return measure
 
@@ -434,21 +472,21 @@ class Bench:
                 folder = self.fresh("train llamafactory")
                 ended = self.llamafactory_train(folder, self.arguments(folder, "epoch", **more))
                 seconds = json.loads((folder / "run/train_results.json").read_text())["train_runtime"]
-                return rated(theirs["tokens"], seconds, ended)
+                return measurement(their_rows_info["tokens"], seconds, ended)
 
             return measure
 
         def bare(**more: Any) -> Callable[[], dict[str, float]]:
             def measure() -> dict[str, float]:
                 result, ended = self.child("bare_loop", self.fresh("train bare"), **settings, **more)
-                return rated(result["tokens"], result["seconds"], ended)
+                return measurement(result["tokens"], result["seconds"], ended)
 
             return measure
 
-        # A packed row is as long as the longest sample may be, twice the cutoff: half as many rows a step.
+        # A packed row has twice the cutoff, the length of the longest possible sample, so a step has half as many rows.
         packing = ("data.packing=true", f"trainer.per_device_train_batch_size={max(self.batch_size // 2, 1)}")
         folder = self.fresh("packed tensors")
-        self.child("glmtuner_packed", folder, words=self.words(folder, "epoch", *packing), packed=str(packed))
+        self.child("glmtuner_packed", folder, overrides=self.overrides(folder, "epoch", *packing), packed=str(packed))
         self.take_turns(
             "training",
             {
@@ -463,22 +501,22 @@ class Bench:
         )
 
     def prediction(self) -> None:
-        """Greedy answers, LLaMA-Factory in batches of 8: samples by the seconds from the loaded model to the scored answers."""
+        """Greedy answers, LLaMA-Factory in batches of 8: samples a second, from the loaded model to the scored answers."""
         answers: dict[str, list[str]] = {}
 
         def ours() -> dict[str, float]:
             folder = self.fresh("predict ours")
-            found, ended = self.child("glmtuner_predict", folder, words=self.predicting(folder))
+            result, ended = self.child("glmtuner_predict", folder, overrides=self.predict_overrides(folder))
             lines = [json.loads(line) for line in (folder / "run/predictions.jsonl").open(encoding="utf-8")]
             answers[OURS] = [line["predict"].strip() for line in sorted(lines, key=lambda line: line["index"])]
-            return {"samples_per_second": len(lines) / found["seconds"], "command_seconds": ended.seconds}
+            return {"samples_per_second": len(lines) / result["seconds"], "command_seconds": ended.seconds}
 
         def theirs() -> dict[str, float]:
             folder = self.fresh("predict llamafactory")
             arguments = self.arguments(folder, "asked") | {
                 "do_train": False, "do_predict": True, "predict_with_generate": True, "eval_dataset": "asked",
                 "per_device_eval_batch_size": 8, "do_sample": False,
-                "max_new_tokens": self.max_new_tokens + 1,  # it generates the line break before an answer, too
+                "max_new_tokens": self.max_new_tokens + 1,  # it also generates the line break before an answer
             }  # fmt: skip
             del arguments["dataset"]
             ended = self.llamafactory_train(folder, arguments)
@@ -488,7 +526,7 @@ class Bench:
             return {"samples_per_second": len(lines) / seconds, "command_seconds": ended.seconds}
 
         self.take_turns("prediction", {OURS: ours, THEIRS: theirs})
-        equal = sum(mine == other for mine, other in zip(answers[OURS], answers[THEIRS], strict=True))
+        equal = sum(answer == other for answer, other in zip(answers[OURS], answers[THEIRS], strict=True))
         lengths = sorted(map(len, answers[OURS]))
         self.about["prediction"] = {
             "answers": len(lengths), "equal": equal, "characters": [lengths[0], lengths[len(lengths) // 2], lengths[-1]]
@@ -497,18 +535,18 @@ class Bench:
             f"prediction: {equal} of {len(lengths)} answers are equal; characters {self.about['prediction']['characters']}"
         )
 
-    # -- what is needed first --------------------------------------------------------------------------------------------
+    # -- model and data --------------------------------------------------------------------------------------------
 
     def make_model(self, path: Path, settings: dict[str, Any]) -> None:
         print("making the model, a few minutes", flush=True)
         partial = self.folder / "model.partial"
-        found, _ = self.child("make_model", self.fresh("make model"), folder=str(partial), **settings)
-        size, known = found["parameters"], found["vocabulary"]
-        print(f"made a GLM of {size:,} parameters and {known:,} tokens; last loss {found['loss']:.4f}")
+        result, _ = self.child("make_model", self.fresh("make model"), folder=str(partial), **settings)
+        parameters, vocabulary = result["parameters"], result["vocabulary"]
+        print(f"made a GLM of {parameters:,} parameters and {vocabulary:,} tokens; last loss {result['loss']:.4f}")
         partial.rename(path)
 
     def write_data(self, records: list[dict[str, Any]]) -> None:
-        """The datasets of the benchmark, for both tools, and the model where none was given."""
+        """Write the datasets of the benchmark for both tools, and the model if none was given."""
         asked = [
             {"instruction": record["instruction"], "input": "", "output": record["output"].strip()}
             for record in records
@@ -528,7 +566,11 @@ class Bench:
         if len(shuffled) < many:
             self.steps = len(shuffled) // self.batch_size
             print(f"{len(shuffled)} records are enough for {self.steps} steps")
-        many = [{**it, "instruction": f"{turn}: {it['instruction']}"} for turn in range(MANY) for it in cut["records"]]
+        many = [
+            {**record, "instruction": f"{turn}: {record['instruction']}"}
+            for turn in range(COPIES)
+            for record in cut["records"]
+        ]
         sets = {
             "records": cut["records"],
             "many": many,
@@ -545,19 +587,19 @@ class Bench:
         (data / "dataset_info.json").write_text(json.dumps(info, indent=1))
 
 
-def awaited_in(ended: Ended, folder: Path) -> float:
+def awaited_seconds_of(ended: Finished, folder: Path) -> float:
     if ended.awaited_seconds is None:
         raise SystemExit(f"no loss was printed; see {folder / 'output.log'}")
     return ended.awaited_seconds
 
 
 def install_llamafactory(folder: Path) -> None:
-    """LLaMA-Factory from PyPI in an environment of its own, on the torch that glmtuner runs on."""
+    """Install LLaMA-Factory from PyPI into a new virtual environment, with the torch version of this one."""
     print(f"installing LLaMA-Factory {LLAMAFACTORY} into {folder}, some minutes", flush=True)
     venv.create(folder, with_pip=True)
     pip = [str(folder / "bin/python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     torch = f"torch=={metadata.version('torch').partition('+')[0]}"
-    for words in (
+    for arguments in (
         ["install", torch],
         [
             "install",
@@ -566,29 +608,29 @@ def install_llamafactory(folder: Path) -> None:
             "jieba",
             "nltk",
             "rouge-chinese",
-        ],  # the last three: its scores
-        ["uninstall", "--yes", "torchvision", "torchaudio"],  # built for other torches; text needs neither
+        ],  # the last three are for its scores
+        ["uninstall", "--yes", "torchvision", "torchaudio"],  # built for other torch versions; text needs neither
     ):
-        if subprocess.run([*pip, *words]).returncode != 0:
-            raise SystemExit(f"pip {' '.join(words)} failed; name a finished environment with --llamafactory")
+        if subprocess.run([*pip, *arguments]).returncode != 0:
+            raise SystemExit(f"pip {' '.join(arguments)} failed; name a finished environment with --llamafactory")
     site = next((folder / "lib").glob("python*/site-packages"))
     (site / "torchaudio").mkdir()
     (site / "torchaudio/__init__.py").write_text("")  # LLaMA-Factory imports it
 
 
-# -- what was measured, and where ----------------------------------------------------------------------------------------
+# -- machine, versions and page ----------------------------------------------------------------------------------------
 
 
 def machine(threads: int) -> dict[str, str]:
-    """The processor, its cores and, where there is one, the GPU."""
+    """The processor, the number of threads and, if there is one, the GPU."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.is_file() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
-        cpu = found[1]
+    if info.is_file() and (match := re.search(r"model name\s*:\s*(.+)", info.read_text())):
+        cpu = match[1]
     about = {"cpu": cpu, "threads": str(threads), "system": platform.platform(terse=True)}
     if shutil.which("nvidia-smi"):
-        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        about["gpu"] = ", ".join(subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")).strip(", ")
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        about["gpu"] = ", ".join(subprocess.run(query, capture_output=True, text=True).stdout.split("\n")).strip(", ")
     return about
 
 
@@ -607,23 +649,23 @@ def versions(llamafactory: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def page(bench: Bench, rows: Sequence[Row]) -> str:
-    """What stands between the markers: the table, the machine and the versions."""
+def render_page(bench: Bench, rows: Sequence[Row]) -> str:
+    """The text between the markers: the table, the machine and the versions."""
     about = bench.about
-    lines = [table_of(rows), "", "![how many times better](performance.png)", ""]
+    lines = [markdown_table(rows), "", "![how many times better](performance.png)", ""]
     place = about["machine"]
     lines.append(
         f"- Machine: {place['cpu']}, threads: {place['threads']}{', ' + place['gpu'] if 'gpu' in place else ''}."
     )
     lines += [
-        f"- {tool}: {', '.join(f'{name} {number}' for name, number in found.items())}."
-        for tool, found in about["versions"].items()
+        f"- {tool}: {', '.join(f'{name} {number}' for name, number in numbers.items())}."
+        for tool, numbers in about["versions"].items()
     ]
-    trained, answered = about["training"], about["prediction"]
+    training, prediction = about["training"], about["prediction"]
     lines += [
-        f"- Training: {trained['records']} records in batches of {bench.batch_size}, {trained['tokens']:,} tokens; "
-        f"{trained['equal_rows']} rows are the same tokens in both tools. Prediction: {answered['equal']} of "
-        f"{answered['answers']} greedy answers are equal. Each number is the median of {bench.repeats} runs.",
+        f"- Training: {training['records']} records in batches of {bench.batch_size}, {training['tokens']:,} tokens; "
+        f"{training['equal_rows']} rows are the same tokens in both tools. Prediction: {prediction['equal']} of "
+        f"{prediction['answers']} greedy answers are equal. Each number is the median of {bench.repeats} runs.",
     ]
     if about["load"] > 0.5:
         lines.append(
@@ -633,18 +675,18 @@ def page(bench: Bench, rows: Sequence[Row]) -> str:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Replace what stands between the markers; raises when the page has none."""
-    whole = path.read_text(encoding="utf-8")
-    if BEGIN not in whole or END not in whole:
+    """Replace the text between the markers of a page; raises SystemExit if it has none."""
+    old = path.read_text(encoding="utf-8")
+    if BEGIN not in old or END not in old:
         raise SystemExit(f"{path} has no {BEGIN} and {END} to write between")
-    before, after = whole.partition(BEGIN)[0], whole.partition(END)[2]
+    before, after = old.partition(BEGIN)[0], old.partition(END)[2]
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
     partial.rename(path)
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """A bar for each comparison, from 1 to the right where glmtuner is better, with its goal as a mark."""
+def draw_bars(rows: Sequence[Row], path: Path) -> None:
+    """Draw a bar for each comparison, to the right of 1 if glmtuner is better, with its goal as a mark."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -652,12 +694,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     bars = [row for row in rows if row.times is not None]
     figure, axes = pyplot.subplots(figsize=(9, 0.42 * len(bars) + 1.2), layout="constrained")
-    for place, row in enumerate(bars):
-        axes.barh(place, row.times - 1, left=1, color="#b0413e" if row.met is False else "#2f6690", height=0.62)
-        axes.text(max(row.times, 1) * 1.04, place, f"{row.times:.2f}x", va="center", fontsize=9)
+    for position, row in enumerate(bars):
+        axes.barh(position, row.times - 1, left=1, color="#b0413e" if row.met is False else "#2f6690", height=0.62)
+        axes.text(max(row.times, 1) * 1.04, position, f"{row.times:.2f}x", va="center", fontsize=9)
         if row.goal:
             goal = float(row.goal.removeprefix("at least ").removesuffix("x"))
-            axes.plot([goal, goal], [place - 0.4, place + 0.4], color="black", linewidth=2)
+            axes.plot([goal, goal], [position - 0.4, position + 0.4], color="black", linewidth=2)
     axes.set_yticks(range(len(bars)), [f"{row.what}\nagainst {row.against}" for row in bars], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -675,14 +717,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parts_of(text: str) -> list[str]:
     chosen = [part.strip() for part in text.split(",") if part.strip()]
-    if wrong := [part for part in chosen if part not in PARTS]:
-        raise argparse.ArgumentTypeError(f"no part is called {', '.join(wrong)}; the parts: {', '.join(PARTS)}")
+    if unknown := [part for part in chosen if part not in PARTS]:
+        raise argparse.ArgumentTypeError(f"no part is called {', '.join(unknown)}; the parts: {', '.join(PARTS)}")
     return chosen
 
 
@@ -707,7 +749,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--predict", type=count_of, default=96, help="records to answer (%(default)s)")
     parser.add_argument("--max-new-tokens", type=count_of, default=128, help="of an answer (%(default)s)")
     parser.add_argument(
-        "--data", type=Path, default=DATA, help="alpaca records; the package's sample where it is missing"
+        "--data",
+        type=Path,
+        help="a JSON file of alpaca records (LLaMA-Factory's alpaca_zh_demo.json where it is beside the checkout, "
+        "or else the package's sample, and docs/ is not written)",
     )
     parser.add_argument("--model", type=Path, help="a model folder (a GLM of 9 million parameters is made)")
     parser.add_argument(
@@ -725,6 +770,16 @@ def main() -> None:
     options = parse()
     folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    data = options.data or (DATA if DATA.is_file() else SAMPLE)
+    if not data.is_file():
+        raise SystemExit(f"--data {data}: no such file")
+    records = json.loads(data.read_text(encoding="utf-8"))
+    if data == SAMPLE:
+        print(
+            f"measuring on the package's sample of {len(records)} records, in fewer steps, and not writing docs/, whose numbers are "
+            "of LLaMA-Factory's alpaca_zh_demo.json: name that file with --data",
+            flush=True,
+        )
     load = os.getloadavg()[0] / cores()
     if load > 0.5:
         print(f"the machine is busy (load average {load:.1f} a core): the numbers will be noisy", flush=True)
@@ -743,7 +798,6 @@ def main() -> None:
     )
     if not (bench.llamafactory / "bin/llamafactory-cli").is_file():
         install_llamafactory(bench.llamafactory)
-    data = options.data if options.data.is_file() else SAMPLE
     shutil.rmtree(folder / "runs", ignore_errors=True)
     bench.about |= {
         "machine": machine(options.threads),
@@ -751,17 +805,17 @@ def main() -> None:
         "load": load,
         "data": data.name,
     }
-    bench.write_data(json.loads(data.read_text(encoding="utf-8")))
+    bench.write_data(records)
     for part in PARTS:
         if part in options.only:
             getattr(bench, part)()
-    rows = rows_of(bench.measured)
+    rows = table_rows(bench.measured)
     raw = {"about": bench.about, "measured": bench.measured, "rows": [vars(row) for row in rows]}
     (folder / "raw.json").write_text(json.dumps(raw, indent=1, ensure_ascii=False), encoding="utf-8")
-    print(f"\n{table_of(rows)}\n\nraw numbers: {folder / 'raw.json'}")
-    if set(options.only) == set(PARTS):
-        draw(rows, options.docs / "performance.png")
-        write_page(options.docs / "performance.md", page(bench, rows))
+    print(f"\n{markdown_table(rows)}\n\nraw numbers: {folder / 'raw.json'}")
+    if set(options.only) == set(PARTS) and data != SAMPLE:
+        draw_bars(rows, options.docs / "performance.png")
+        write_page(options.docs / "performance.md", render_page(bench, rows))
         print(f"written: {options.docs / 'performance.md'}")
 
 

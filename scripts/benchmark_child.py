@@ -1,7 +1,7 @@
-"""What scripts/benchmark.py runs in fresh processes: the model it trains, the bare loops, and timers inside both tools.
+"""The fresh processes of scripts/benchmark.py: they make the model, run the bare loops, and time parts of both tools.
 
 Each role reads its settings from a JSON file and writes what it measured to another. The roles that begin with
-llamafactory_ run in LLaMA-Factory's environment, so no module is imported above the functions.
+llamafactory_ run in LLaMA-Factory's environment, so modules are imported inside the functions.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def question(record: dict[str, Any]) -> str:
-    """The user's turn of an alpaca record, as both tools put it together."""
+    """The user's turn of an Alpaca record, as both tools build it."""
     return "\n".join(part for part in (record["instruction"], record.get("input")) if part)
 
 
@@ -86,20 +86,22 @@ def small_glm(tokenizer: Any) -> Any:
 
 
 def make_model(settings: dict[str, Any]) -> dict[str, Any]:
-    """Write the model; it knows the answers of `learned` by heart, so that they end, each at a length of its own."""
+    """Train and write the model; it memorizes the answers of `learned`, so that generated answers end at different lengths."""
     import torch
 
     texts = [text for record in settings["texts"] for text in record.values() if isinstance(text, str) and text]
     tokenizer = tokenizer_for(texts, settings["vocabulary_size"])
     model = small_glm(tokenizer)
-    told = [f"{prompt_of(record)}{record['output']}<|user|>" for record in settings["learned"]]
-    rows = [(ids, ids) for ids in (tokenizer.encode(text, add_special_tokens=False) for text in told)]
+    conversations = [f"{prompt_of(record)}{record['output']}<|user|>" for record in settings["learned"]]
+    rows = [(ids, ids) for ids in (tokenizer.encode(text, add_special_tokens=False) for text in conversations)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     rows.sort(key=lambda row: len(row[0]))
-    size = 8
-    batches = [padded(rows[at : at + size], tokenizer.pad_token_id) for at in range(0, len(rows), size)]
+    batch_size = 8
+    batches = [
+        padded(rows[start : start + batch_size], tokenizer.pad_token_id) for start in range(0, len(rows), batch_size)
+    ]
     for epoch in range(settings["epochs"]):
         losses = []
         for batch in batches:
@@ -119,9 +121,9 @@ def make_model(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def cut_records(settings: dict[str, Any]) -> dict[str, Any]:
-    """The records with texts short enough that a whole row fits the cutoff: both tools then learn the same tokens.
+    """The records, truncated so that every row fits the cutoff: both tools, which truncate differently, learn the same tokens.
 
-    The tools cut differently. A question gets half of the room, an answer what is left, by characters from the end.
+    A question gets at most half of the tokens, an answer the rest; characters are removed from the end.
     """
     from transformers import AutoTokenizer
 
@@ -139,14 +141,14 @@ def cut_records(settings: dict[str, Any]) -> dict[str, Any]:
 
     records, half = [], settings["cutoff"] // 2
     for record in settings["records"]:
-        whole = {"instruction": question(record), "output": record["output"].strip()}
-        whole["instruction"] = shortened(
-            whole["instruction"], lambda text: tokens(prompt_of({"instruction": text})) <= half
+        cut = {"instruction": question(record), "output": record["output"].strip()}
+        cut["instruction"] = shortened(
+            cut["instruction"], lambda text: tokens(prompt_of({"instruction": text})) <= half
         )
-        room = settings["cutoff"] - 2 - tokens(prompt_of(whole))
-        whole["output"] = shortened(whole["output"], lambda text, room=room: tokens(text) <= room)
-        if whole["instruction"] and whole["output"]:
-            records.append({"instruction": whole["instruction"], "input": "", "output": whole["output"]})
+        available = settings["cutoff"] - 2 - tokens(prompt_of(cut))
+        cut["output"] = shortened(cut["output"], lambda text, available=available: tokens(text) <= available)
+        if cut["instruction"] and cut["output"]:
+            records.append({"instruction": cut["instruction"], "input": "", "output": cut["output"]})
     return {"records": records}
 
 
@@ -166,10 +168,10 @@ def padded(rows: list[tuple[list[int], list[int]]], pad_id: int) -> dict[str, An
 
 
 def bare_loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """One epoch by plain PyTorch, transformers' model class and PEFT: what both tools do, without either.
+    """One epoch in plain PyTorch with transformers' model class and PEFT: the same training as both tools.
 
-    Over padded batches of `rows`, or over `packed`, a file with the tensors of every step of a packed run: those with a mask of
-    all tokens by all tokens, which is transformers' own way, or with attention `by_sample`.
+    Over padded batches of `rows`, or over `packed`, a file with the tensors of every step of a packed run: with a full
+    attention mask, as transformers does it, or with attention `by_sample`.
     """
     import random
 
@@ -180,8 +182,8 @@ def bare_loop(settings: dict[str, Any]) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(settings["seed"])
     lengths: list[int] = []  # of the samples in this step's row
-    way = {"attn_implementation": attention_by_sample(lengths)} if settings.get("by_sample") else {}
-    base = AutoModelForCausalLM.from_pretrained(settings["model"], dtype="auto", **way).to(device)
+    attention = {"attn_implementation": attention_by_sample(lengths)} if settings.get("by_sample") else {}
+    base = AutoModelForCausalLM.from_pretrained(settings["model"], dtype="auto", **attention).to(device)
     lora = LoraConfig(
         r=settings["lora_rank"],
         lora_alpha=settings["lora_alpha"],
@@ -198,26 +200,26 @@ def bare_loop(settings: dict[str, Any]) -> dict[str, Any]:
         rows = json.loads(Path(settings["rows"]).read_text())
 
     started = time.perf_counter()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings["learning_rate"], weight_decay=0.0)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=settings["learning_rate"], weight_decay=0.0)
     model.train()
     if settings.get("packed"):
         batches = iter(packed)
     else:
         random.Random(settings["seed"]).shuffle(rows)
         size = settings["batch_size"]
-        batches = (padded(rows[at : at + size], settings["pad_id"]) for at in range(0, len(rows), size))
+        batches = (padded(rows[first : first + size], settings["pad_id"]) for first in range(0, len(rows), size))
     steps, tokens = 0, 0
     for batch in batches:
         tokens += batch["attention_mask"].sum().item() if "attention_mask" in batch else batch["input_ids"].numel()
-        if way:
+        if attention:
             starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
             lengths[:] = [end - start for start, end in pairwise([*starts, batch["input_ids"].numel()])]
         on_device = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.autocast(device, half) if half else contextlib.nullcontext():
             loss = model(**on_device).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
@@ -228,16 +230,17 @@ def bare_loop(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def attention_by_sample(lengths: list[int]) -> str:
-    """The name under which transformers knows causal attention of each of the samples of a row by itself."""
+    """Register causal attention within each sample of a row; returns its name for `attn_implementation`."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
     from transformers import AttentionInterface, AttentionMaskInterface
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **options: Any) -> Any:
         grouped = query.shape[1] != key.shape[1]
-        parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+        samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
         attended = [
-            scaled_dot_product_attention(*part, is_causal=True, scale=scaling, enable_gqa=grouped) for part in parts
+            scaled_dot_product_attention(*sample, is_causal=True, scale=scaling, enable_gqa=grouped)
+            for sample in samples
         ]
         return torch.cat(attended, dim=2).transpose(1, 2), None
 
@@ -249,86 +252,86 @@ def attention_by_sample(lengths: list[int]) -> str:
 # -- inside glmtuner -----------------------------------------------------------------------------------------------------
 
 
-class Enough(BaseException):
-    """Ends a run when what is wanted of it has been measured."""
+class MeasurementDone(BaseException):
+    """Ends a run once its measurement is complete."""
 
 
-def command_line(words: list[str]) -> None:
+def command_line(overrides: list[str]) -> None:
     """`python -m glmtuner` in this process."""
     from glmtuner.cli.main import main
 
-    if status := main(words):
+    if status := main(overrides):
         raise SystemExit(status)
 
 
 def glmtuner_prepare(settings: dict[str, Any]) -> dict[str, Any]:
-    """Seconds from the file to the rows to train on, imports and the tokenizer's loading left out; and the rows."""
-    import datasets  # noqa: F401 - LLaMA-Factory has imported what it prepares with before the clock starts, too
+    """Seconds from the data file to the training rows, without imports and loading the tokenizer; and the rows."""
+    import datasets  # noqa: F401 - LLaMA-Factory also imports these before its clock starts
     import tiktoken  # noqa: F401
 
     from glmtuner.stages.sft import Sft
 
-    plain, found = Sft.datasets, {}
+    original, measured = Sft.datasets, {}
 
     def timed(self: Any, run: Any, specs: Any, template: Any, tokenizer: Any) -> Any:
         started = time.perf_counter()
-        data = plain(self, run, specs, template, tokenizer)
-        found.update(seconds=time.perf_counter() - started, train=data.train, pad_id=tokenizer.pad_token_id)
-        raise Enough
+        data = original(self, run, specs, template, tokenizer)
+        measured.update(seconds=time.perf_counter() - started, train=data.train, pad_id=tokenizer.pad_token_id)
+        raise MeasurementDone
 
     Sft.datasets = timed
-    with contextlib.suppress(Enough):
-        command_line(settings["words"])
-    rows = [(list(map(int, row["input_ids"])), list(map(int, row["labels"]))) for row in found.pop("train")]
+    with contextlib.suppress(MeasurementDone):
+        command_line(settings["overrides"])
+    rows = [(list(map(int, row["input_ids"])), list(map(int, row["labels"]))) for row in measured.pop("train")]
     if settings.get("rows"):
         Path(settings["rows"]).write_text(json.dumps(rows))
-    return {**found, "records": len(rows), "tokens": sum(len(ids) for ids, _ in rows)}
+    return {**measured, "records": len(rows), "tokens": sum(len(ids) for ids, _ in rows)}
 
 
 def glmtuner_predict(settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds from the loaded model to the scored answers."""
-    import jieba  # noqa: F401 - LLaMA-Factory has imported what it scores with before its clock starts
+    import jieba  # noqa: F401 - LLaMA-Factory also imports these before its clock starts
     import rouge_chinese  # noqa: F401
 
     from glmtuner.stages.sft import Sft
 
-    plain, found = Sft.predict, {}
+    original, measured = Sft.predict, {}
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        scores = plain(*args, **kwargs)
-        found["seconds"] = time.perf_counter() - started
+        scores = original(*args, **kwargs)
+        measured["seconds"] = time.perf_counter() - started
         return scores
 
     Sft.predict = timed
-    command_line(settings["words"])
-    return found
+    command_line(settings["overrides"])
+    return measured
 
 
 def glmtuner_packed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Write the tensors of every step of a packed run, for the bare loop to train on the very same."""
+    """Write the tensors of every step of a packed run, so that the bare loop trains on the same ones."""
     import torch
 
     from glmtuner.training.trainer import GlmTrainer
 
-    plain, seen = GlmTrainer.training_step, []
+    original, batches = GlmTrainer.training_step, []
 
-    def kept(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         names = [name for name in ("input_ids", "position_ids", "labels") if name in inputs]
-        seen.append({name: inputs[name].detach().cpu().clone() for name in names})
-        return plain(self, model, inputs, *args, **kwargs)
+        batches.append({name: inputs[name].detach().cpu().clone() for name in names})
+        return original(self, model, inputs, *args, **kwargs)
 
-    GlmTrainer.training_step = kept
-    command_line(settings["words"])
-    torch.save(seen, settings["packed"])
-    return {"steps": len(seen), "tokens": sum(batch["input_ids"].numel() for batch in seen)}
+    GlmTrainer.training_step = training_step
+    command_line(settings["overrides"])
+    torch.save(batches, settings["packed"])
+    return {"steps": len(batches), "tokens": sum(batch["input_ids"].numel() for batch in batches)}
 
 
 # -- inside LLaMA-Factory ------------------------------------------------------------------------------------------------
 
 
 def llamafactory_prepare(settings: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of its get_dataset, of the tokenizing in it, and the rows."""
+    """Seconds of its get_dataset and of the tokenization in it, and the rows."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer, loader
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
@@ -336,11 +339,11 @@ def llamafactory_prepare(settings: dict[str, Any]) -> dict[str, Any]:
     model_args, data_args, training_args, _, _ = get_train_args(settings["arguments"])
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-    plain, tokenizing = loader._get_preprocessed_dataset, []
+    original, tokenizing = loader._get_preprocessed_dataset, []
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        rows = plain(*args, **kwargs)
+        rows = original(*args, **kwargs)
         tokenizing.append(time.perf_counter() - started)
         return rows
 
@@ -369,8 +372,8 @@ def main() -> None:
     parser.add_argument("settings", type=Path, help="JSON file with the role's settings")
     parser.add_argument("result", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    found = ROLES[options.role](json.loads(options.settings.read_text(encoding="utf-8")))
-    options.result.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+    result = ROLES[options.role](json.loads(options.settings.read_text(encoding="utf-8")))
+    options.result.write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 
 
 def members(hint: object) -> tuple:
-    """The alternatives of a union, None left out; a plain type is its own only alternative."""
+    """The alternatives of a union without None; a plain type has itself as the only one."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(part for part in typing.get_args(hint) if part is not type(None))
     return (hint,)
@@ -36,13 +36,13 @@ def is_optional(hint: object) -> bool:
 
 
 def enum_of(hint: object) -> type[enum.Enum] | None:
-    """The enumeration of an `Enum | str` field: transformers takes its words as strings."""
-    found = [part for part in members(hint) if isinstance(part, type) and issubclass(part, enum.Enum)]
-    return found[0] if found and all(part in (found[0], str) for part in members(hint)) else None
+    """The enum of an `Enum | str` field, whose values transformers also accepts as strings; None for other types."""
+    enums = [part for part in members(hint) if isinstance(part, type) and issubclass(part, enum.Enum)]
+    return enums[0] if enums and all(part in (enums[0], str) for part in members(hint)) else None
 
 
 def kind_words(hint: object) -> list[str]:
-    """Names of the YAML shapes that a union accepts, for the check of ours: dict, list, str, bool, null."""
+    """The YAML types that a union accepts, for our own check: dict, list, str, bool, null."""
     words = []
     for part in members(hint):
         origin = typing.get_origin(part) or part
@@ -56,7 +56,7 @@ def kind_words(hint: object) -> list[str]:
 
 
 def annotation(hint: object) -> str | None:
-    """A type OmegaConf can hold, or None where only Any will do."""
+    """The annotation of a type that OmegaConf supports; None if it must be Any."""
     parts = members(hint)
     if len(parts) != 1:
         return None
@@ -88,16 +88,16 @@ def generate() -> str:
     lines, unions, words = [], {}, {}
     for declared in dataclasses.fields(Seq2SeqTrainingArguments):
         hint, default = hints[declared.name], default_of(declared)
-        found = enum_of(hint)
-        if found is not None:
-            values = [str(member.value) for member in found]
+        enum_class = enum_of(hint)
+        if enum_class is not None:
+            values = [str(member.value) for member in enum_class]
             default = str(default.value if isinstance(default, enum.Enum) else default)
             if "no" in values:  # YAML reads `no` as false before an enum sees it, so the check is ours
                 words[declared.name] = values
                 lines.append(f'    {declared.name}: Any = "{default}"')
             else:
-                enums[found.__name__] = values
-                lines.append(f"    {declared.name}: {found.__name__} = {found.__name__}.{default}")
+                enums[enum_class.__name__] = values
+                lines.append(f"    {declared.name}: {enum_class.__name__} = {enum_class.__name__}.{default}")
             continue
         if declared.metadata.get("choices") and hint is str:
             words[declared.name] = [str(word) for word in declared.metadata["choices"]]

@@ -1,7 +1,7 @@
-"""Prove and measure every GPU path of glmtuner in one command of eight minutes; docs/gpu.md says what each figure means.
+"""Check and measure every GPU path of glmtuner in one command of eight minutes; docs/gpu.md explains each figure.
 
-Each part runs in a process of its own with a time limit of its own, and what it finds is written as it is found, so that a part
-that fails, hangs or is killed stops no other. Nothing is downloaded: models have random weights, drawn on the GPU.
+Each part runs in its own process with its own time limit, and every finding is written at once, so that a part that fails,
+hangs or is killed does not stop the others. Nothing is downloaded: models get random weights on the GPU.
 """
 
 import argparse
@@ -33,26 +33,26 @@ FOLDER = ROOT / "outputs/gpu_check"
 PAGE = ROOT / "docs/performance.md"
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 MINUTES = 8.0
-IMPORTS_S = 90.0  # a part may take this long to import its libraries, the first time on a machine
+IMPORTS_S = 90.0  # time limit for a part's imports, which are slow the first time on a machine
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the check and its share of the minutes; those that time nothing run together, at the start."""
+    """A part of the check and its share of the time; concurrent ones measure no speed and run together, first."""
 
     title: str
     seconds: float
-    together: bool
+    concurrent: bool
 
 
 PARTS = {
-    "right": Part("Right", 100, together=True),
-    "kernels": Part("The kernels", 120, together=True),
-    "whole": Part("Whole", 120, together=True),
-    "fast": Part("Fast", 150, together=False),
-    "small": Part("Small", 90, together=False),
-    "estimated": Part("Estimated", 45, together=False),
-    "answers": Part("Answers", 75, together=False),
+    "right": Part("Right", 100, concurrent=True),
+    "kernels": Part("The kernels", 120, concurrent=True),
+    "whole": Part("Whole", 120, concurrent=True),
+    "fast": Part("Fast", 150, concurrent=False),
+    "small": Part("Small", 90, concurrent=False),
+    "estimated": Part("Estimated", 45, concurrent=False),
+    "answers": Part("Answers", 75, concurrent=False),
 }
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "liger_kernel")
 
@@ -61,13 +61,13 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbyt
 
 
 def run_part(name: str, options: argparse.Namespace) -> None:
-    """Import what it needs and prepare, say `ready`, and run when told to, for as many seconds as told."""
+    """Import and prepare, print `ready`, read a number of seconds from standard input, and run for that time."""
     import gc
 
     from glmtuner.launch.libraries import load_libraries
 
     runner = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever is printed goes to the log: the runner hears one word
+    os.dup2(2, 1)  # output goes to the log: the runner reads only `ready`
     load_libraries(compiles=True, trains=True)
     import torch
 
@@ -99,17 +99,17 @@ class Child:
     until: float = 0.0
 
 
-def started(name: str, options: argparse.Namespace) -> Child:
-    """Its process, importing."""
+def start_child(name: str, options: argparse.Namespace) -> Child:
+    """Start the process of a part, which imports its libraries and waits."""
     log = (options.output / "logs" / f"{name}.log").open("w", encoding="utf-8")
-    words = [sys.executable, str(Path(__file__).resolve()), "--part", name, "--output", str(options.output)]
-    words += ["--cpu-rehearsal"] if options.cpu_rehearsal else []
-    words += ["--match", options.match] if options.match else []
-    words += ["--shared", str(options.shared)] if options.shared else []
+    command = [sys.executable, str(Path(__file__).resolve()), "--part", name, "--output", str(options.output)]
+    command += ["--cpu-rehearsal"] if options.cpu_rehearsal else []
+    command += ["--match", options.match] if options.match else []
+    command += ["--shared", str(options.shared)] if options.shared else []
     threads = {"OMP_NUM_THREADS": "1"} if options.cpu_rehearsal else {}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1", **threads}
     process = subprocess.Popen(
-        words,
+        command,
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -120,36 +120,36 @@ def started(name: str, options: argparse.Namespace) -> Child:
     return Child(name, process, log)
 
 
-def go(child: Child, seconds: float) -> None:
-    """Let it run for so long, from when it is ready; one that is not ready in IMPORTS_S has no time."""
+def release_child(child: Child, seconds: float) -> None:
+    """Let a part run for `seconds` from when it is ready; one that is not ready within IMPORTS_S does not run."""
     assert child.process.stdout is not None and child.process.stdin is not None
-    heard, _, _ = select.select([child.process.stdout], [], [], IMPORTS_S)
-    if not (heard and child.process.stdout.readline()):
-        return  # `ended` tells why
+    readable, _, _ = select.select([child.process.stdout], [], [], IMPORTS_S)
+    if not (readable and child.process.stdout.readline()):
+        return  # `wait_for_child` reports why
     child.until = time.monotonic() + seconds
     with contextlib.suppress(BrokenPipeError):
         child.process.stdin.write(f"{seconds}\n")
         child.process.stdin.flush()
 
 
-def ended(child: Child, options: argparse.Namespace) -> None:
-    """Wait until it has, or its time is over; a part that did not end well is a finding."""
+def wait_for_child(child: Child, options: argparse.Namespace) -> None:
+    """Wait until a part ends or its time is over; a part that failed or was killed becomes a finding."""
     path = options.output / "findings" / f"{child.name}.jsonl"
     try:
         code = child.process.wait(max(child.until - time.monotonic(), 1.0))
-        why = f"its process ended with exit code {code}" if code else ""
+        problem = f"its process ended with exit code {code}" if code else ""
     except subprocess.TimeoutExpired:
-        why = "its time was over" if child.until else f"it was not ready within {IMPORTS_S:g} s"
-    end(child)
-    if why:
+        problem = "its time was over" if child.until else f"it was not ready within {IMPORTS_S:g} s"
+    kill_child(child)
+    if problem:
         log = (options.output / "logs" / f"{child.name}.log").read_text(encoding="utf-8", errors="replace")
         last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
-        note = f"{why}; the log ends: {last.strip()[:200]}"
+        note = f"{problem}; the log ends: {last.strip()[:200]}"
         append(path, Finding(part=child.name, what="the whole part", goal="runs to its end", met=False, note=note))
 
 
-def end(child: Child) -> None:
-    """Kill it, and what it has started."""
+def kill_child(child: Child) -> None:
+    """Kill a part with all its child processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.process.pid, signal.SIGKILL)
     child.process.wait()
@@ -160,35 +160,35 @@ def end(child: Child) -> None:
 
 
 def run_parts(names: Sequence[str], options: argparse.Namespace) -> None:
-    """Those that time nothing together, then the others one after the other, within all the minutes.
+    """Run the concurrent parts together, then the others one after the other, within the time of all.
 
-    A part has its share of the minutes that are left, so that what one does not need is the others'.
+    A part gets its share of the remaining time, so that the others can use what it leaves.
     """
     deadline = time.monotonic() + 60 * options.minutes
-    children = {name: started(name, options) for name in names}
+    children = {name: start_child(name, options) for name in names}
     groups = groups_of(names)
     try:
-        for place, group in enumerate(groups):
-            planned = sum(longest(later) for later in groups[place:])
+        for index, group in enumerate(groups):
+            planned = sum(group_seconds(remaining_group) for remaining_group in groups[index:])
             for name in group:
-                left = deadline - time.monotonic()
-                go(children[name], max(left * PARTS[name].seconds / planned, 1.0))
+                seconds_left = deadline - time.monotonic()
+                release_child(children[name], max(seconds_left * PARTS[name].seconds / planned, 1.0))
             for name in group:
-                ended(children[name], options)
+                wait_for_child(children[name], options)
                 print(f"{PARTS[name].title}: {summary(findings_of([name], options.output))}", flush=True)
     finally:
         for child in children.values():
             if child.process.poll() is None:
-                end(child)
+                kill_child(child)
 
 
 def groups_of(names: Sequence[str]) -> list[list[str]]:
-    """The parts that run at the same time, group by group."""
-    together = [name for name in names if PARTS[name].together]
-    return [group for group in (together, *([name] for name in names if name not in together)) if group]
+    """The parts in groups that run at the same time, in order."""
+    concurrent = [name for name in names if PARTS[name].concurrent]
+    return [group for group in (concurrent, *([name] for name in names if name not in concurrent)) if group]
 
 
-def longest(group: Sequence[str]) -> float:
+def group_seconds(group: Sequence[str]) -> float:
     return max(PARTS[name].seconds for name in group)
 
 
@@ -196,35 +196,38 @@ def findings_of(names: Sequence[str], output: Path) -> list[Finding]:
     return [finding for name in names for finding in read(output / "findings" / f"{name}.jsonl")]
 
 
-def merged(contents: Sequence[dict[str, Any]]) -> tuple[dict[str, str], list[Finding]]:
-    """The machine of the last check, and the findings of all; one that was left out takes no other's place."""
-    found: dict[tuple[str, str], Finding] = {}
+def merge_findings(contents: Sequence[dict[str, Any]]) -> tuple[dict[str, str], list[Finding]]:
+    """The machine of the last check, and the findings of all; a later one replaces an earlier one unless it was skipped."""
+    by_key: dict[tuple[str, str], Finding] = {}
     for content in contents:
         for values in content["findings"]:
             finding = Finding(**values)
             key = (finding.part, finding.what)
-            if key not in found or finding.value is not None or finding.met is not None:
-                found[key] = finding
-    return contents[-1]["about"], list(found.values())
+            if key not in by_key or finding.value is not None or finding.met is not None:
+                by_key[key] = finding
+    return contents[-1]["about"], list(by_key.values())
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    met, missed = sum(it.met is True for it in findings), [it.what for it in findings if it.met is False]
-    told = f"{len(findings)} findings, {met} goals met"
-    return f"{told}, {len(missed)} missed ({'; '.join(missed)})" if missed else told
+    met, missed = (
+        sum(finding.met is True for finding in findings),
+        [finding.what for finding in findings if finding.met is False],
+    )
+    text = f"{len(findings)} findings, {met} goals met"
+    return f"{text}, {len(missed)} missed ({'; '.join(missed)})" if missed else text
 
 
-# -- what was found, on a page -------------------------------------------------------------------------------------------
+# -- the page of findings -------------------------------------------------------------------------------------------
 
 
 def machine(on_gpu: bool) -> dict[str, str]:
-    """The GPU, its driver and the versions, without asking torch, which would take a share of the GPU's memory."""
+    """The GPU, its driver and the versions; torch is not asked, since it would allocate GPU memory."""
     about = {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
     if on_gpu and shutil.which("nvidia-smi"):
-        asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-        listed = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines()
-        if listed:
-            about["gpu"], about["driver"], about["memory"] = (value.strip() for value in listed[0].split(","))
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+        if lines:
+            about["gpu"], about["driver"], about["memory"] = (value.strip() for value in lines[0].split(","))
     for name in PACKAGES:
         try:
             about[name] = metadata.version(name)
@@ -233,24 +236,24 @@ def machine(on_gpu: bool) -> dict[str, str]:
     return about
 
 
-def shown(value: float | None) -> str:
-    """A number with the digits that count."""
+def format_number(value: float | None) -> str:
+    """A number with its significant digits."""
     if value is None:
         return ""
-    size = abs(value)
-    if size >= 100 or (value == int(value) and size < 1e6):
+    magnitude = abs(value)
+    if magnitude >= 100 or (value == int(value) and magnitude < 1e6):
         return f"{value:,.0f}"
-    return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 else f"{value:.2g}"
+    return f"{value:.1f}" if magnitude >= 10 else f"{value:.2f}" if magnitude >= 0.1 else f"{value:.2g}"
 
 
-def page(about: dict[str, str], findings: Sequence[Finding]) -> str:
-    """What stands between the markers: machine, driver and versions, and a table a part."""
-    place = f"{about.get('gpu', 'no GPU')} ({about.get('memory', '?')}), driver {about.get('driver', '?')}"
+def render_page(about: dict[str, str], findings: Sequence[Finding]) -> str:
+    """The text between the markers: machine, driver and versions, and a table for each part."""
+    gpu = f"{about.get('gpu', 'no GPU')} ({about.get('memory', '?')}), driver {about.get('driver', '?')}"
     versions = ", ".join(f"{name} {about[name]}" for name in ("python", *PACKAGES) if name in about)
-    lines = [f"{place}; {versions}; {about['date']}.", ""]
+    lines = [f"{gpu}; {versions}; {about['date']}.", ""]
     for name, part in PARTS.items():
-        mine = [finding for finding in findings if finding.part == name]
-        if not mine:
+        rows = [finding for finding in findings if finding.part == name]
+        if not rows:
             continue
         lines += [
             f"### {part.title}",
@@ -258,22 +261,26 @@ def page(about: dict[str, str], findings: Sequence[Finding]) -> str:
             "| what | measured | beside it | goal | met | note |",
             "|---|--:|---|---|---|---|",
         ]
-        for it in mine:
-            value = f"{shown(it.value)} {it.unit}".strip() if it.value is not None else ""
-            beside = f"{shown(it.beside)} ({it.against})" if it.beside is not None else it.against
-            met = {True: "yes", False: "**no**", None: ""}[it.met]
-            cells = (it.what, value, beside, it.goal, met, it.note)
+        for finding in rows:
+            value = f"{format_number(finding.value)} {finding.unit}".strip() if finding.value is not None else ""
+            beside = (
+                f"{format_number(finding.beside)} ({finding.against})"
+                if finding.beside is not None
+                else finding.against
+            )
+            met = {True: "yes", False: "**no**", None: ""}[finding.met]
+            cells = (finding.what, value, beside, finding.goal, met, finding.note)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines).rstrip()
 
 
 def write_page(path: Path, text: str) -> None:
-    """Replace what stands between the markers; raises SystemExit when the page has none."""
-    whole = path.read_text(encoding="utf-8")
-    if BEGIN not in whole or END not in whole:
+    """Replace the text between the markers of a page; raises SystemExit if it has none."""
+    old = path.read_text(encoding="utf-8")
+    if BEGIN not in old or END not in old:
         raise SystemExit(f"{path} has no {BEGIN} and {END} to write between")
-    before, after = whole.partition(BEGIN)[0], whole.partition(END)[2]
+    before, after = old.partition(BEGIN)[0], old.partition(END)[2]
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
     partial.rename(path)
@@ -284,8 +291,8 @@ def write_page(path: Path, text: str) -> None:
 
 def parts_of(text: str) -> list[str]:
     chosen = [part.strip() for part in text.split(",") if part.strip()]
-    if wrong := [part for part in chosen if part not in PARTS]:
-        raise argparse.ArgumentTypeError(f"no part is called {', '.join(wrong)}; the parts: {', '.join(PARTS)}")
+    if unknown := [part for part in chosen if part not in PARTS]:
+        raise argparse.ArgumentTypeError(f"no part is called {', '.join(unknown)}; the parts: {', '.join(PARTS)}")
     return [part for part in PARTS if part in chosen]
 
 
@@ -293,7 +300,7 @@ def pattern_of(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text} is no regular expression: {error}") from None
+        raise argparse.ArgumentTypeError(f"{text} is not a regular expression: {error}") from None
     return text
 
 
@@ -302,10 +309,13 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", type=parts_of, default=list(PARTS), metavar="PARTS", help=f"these, with commas: {', '.join(PARTS)}"
     )
-    parser.add_argument("--match", type=pattern_of, default="", help="of these parts, what a regular expression finds")
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="for everything (%(default)g), shared out among the parts"
+        "--match",
+        type=pattern_of,
+        default="",
+        help="of these parts, only the measurements that match this regular expression",
     )
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time for all parts together (%(default)g)")
     parser.add_argument("--cpu-rehearsal", action="store_true", help="every part in miniature, on the CPU")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder to work in (%(default)s)")
     parser.add_argument(
@@ -334,11 +344,11 @@ def main() -> int:
         run_part(options.part, options)
         return 0
     if options.sources:
-        about, findings = merged([json.loads(path.read_text(encoding="utf-8")) for path in options.sources])
+        about, findings = merge_findings([json.loads(path.read_text(encoding="utf-8")) for path in options.sources])
     else:
         if not options.cpu_rehearsal and not shutil.which("nvidia-smi"):
             raise SystemExit(
-                "no NVIDIA GPU here (there is no nvidia-smi); type --cpu-rehearsal to try every part on the CPU"
+                "no NVIDIA GPU found (nvidia-smi is missing); type --cpu-rehearsal to try every part on the CPU"
             )
         shutil.rmtree(options.output, ignore_errors=True)
         for name in ("findings", "logs", "work"):
@@ -351,7 +361,7 @@ def main() -> int:
             json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8"
         )
         shutil.rmtree(options.output / "work", ignore_errors=True)
-    text = page(about, findings)
+    text = render_page(about, findings)
     print(text)
     if options.page:
         write_page(options.page, text)

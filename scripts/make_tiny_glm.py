@@ -218,7 +218,7 @@ def arithmetic(rng: random.Random, a: int, sign: str, b: int, result: int) -> tu
 
 
 def ask_purchase(rng: random.Random) -> tuple[str, str]:
-    """One-step word problems, in the shape of the sample datasets'."""
+    """One-step word problems, phrased like those of the sample datasets."""
     name = rng.choice(("小明", "小红", "小华", "小丽"))
     thing, measure = rng.choice((("苹果", "个"), ("书", "本"), ("铅笔", "支"), ("糖", "颗"), ("气球", "个")))
     a, b = sorted((rng.randint(1, 10), rng.randint(1, 10)), reverse=True)
@@ -280,7 +280,7 @@ def ask_english(rng: random.Random) -> tuple[str, str]:
 
 def ask_antonym(rng: random.Random) -> tuple[str, str]:
     left, right = rng.choice(pairs(ANTONYMS))
-    # A word with two opposites is only asked for in the direction that has one.
+    # A word with two opposites is asked for only in the direction with one answer.
     lefts, rights = zip(*pairs(ANTONYMS), strict=True)
     if (lefts + rights).count(right) == 1 and rng.random() < 0.5:
         left, right = right, left
@@ -320,7 +320,7 @@ def ask_kind(rng: random.Random) -> tuple[str, str]:
 
 
 def ask_members(rng: random.Random) -> tuple[str, str]:
-    """Always the list's first ones: a greedy decoder needs one right answer."""
+    """Always the first members of the list: greedy decoding needs a single right answer."""
     kind, count = rng.choice(tuple(KINDS)), rng.randint(2, 5)
     number = "两" if count == 2 else DIGIT_WORDS[count]
     question = rng.choice(("列出{}种{}", "说出{}种{}。", "请列举{}种{}。", "举{}个{}的例子"))
@@ -372,7 +372,7 @@ def sentence(rng: random.Random) -> str:
 
 
 def ask_echo(pieces: list[str]) -> Ask:
-    """Copying random pieces is also what trains the embeddings that no other text here uses."""
+    """Copying random pieces also trains the embeddings of tokens that no other text uses."""
 
     def ask(rng: random.Random) -> tuple[str, str]:
         text = sentence(rng) if rng.random() < 0.3 else "".join(rng.choices(pieces, k=rng.randint(1, 8)))
@@ -390,7 +390,7 @@ def ask_reversed(rng: random.Random) -> tuple[str, str]:
 
 
 def tasks(pieces: list[str]) -> dict[str, tuple[float, Ask]]:
-    """Each task's share of the pretraining text (relative weights) and how to draw from it."""
+    """Task -> its relative weight in the pretraining text, and a function that draws a question and its answer."""
     return {
         "sum": (10, ask_sum),
         "difference": (9, ask_difference),
@@ -442,7 +442,7 @@ def conversations(rng: random.Random, pieces: list[str]) -> Iterator[list[Turn]]
 
 
 def number_only(rng: random.Random) -> list[Turn]:
-    """A system turn that changes the answer's form, so that system turns are not mere decoration."""
+    """A chat whose system turn changes the form of the answer, so that system turns matter."""
     question, answer = rng.choice((ask_sum, ask_difference, ask_product))(rng)
     number = answer.replace("等于", "=").rstrip("。").split("=")[-1]
     return [("system", ONLY_NUMBER), ("user", question), ("assistant", number)]
@@ -477,7 +477,7 @@ def train_tokenizer(texts: list[str], vocabulary_size: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    # Digits stay apart: sums are learned digit by digit, and any number is a few known tokens.
+    # Every digit is a token: sums are learned digit by digit, and any number consists of known tokens.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -489,7 +489,7 @@ def train_tokenizer(texts: list[str], vocabulary_size: int) -> Any:
         max_token_length=12,  # in bytes: at most four Chinese characters, so that no template becomes one token
         show_progress=False,
     )
-    # Counting each character many times merges its bytes before any word does.
+    # Each character is counted many times, so that its bytes are merged before words are.
     alone = [character for character in characters_of(texts) + "，。！？、：；（）《》“”…—·℃×÷" for _ in range(1000)]
     tokenizer.train_from_iterator([*alone, *texts], trainer)
     return PreTrainedTokenizerFast(
@@ -506,7 +506,7 @@ def train_tokenizer(texts: list[str], vocabulary_size: int) -> Any:
 
 
 def vocabulary_pieces(tokenizer: Any) -> list[str]:
-    """Every token that is readable text of its own: characters, words, no control token and no part of a character."""
+    """Every token that is readable text by itself: characters and words, but no control token or part of a character."""
     texts = [tokenizer.decode([token_id]) for token_id in range(len(CONTROL_TOKENS), len(tokenizer))]
     return [text for text in texts if text.strip() and text.isprintable() and "\ufffd" not in text]
 
@@ -561,7 +561,7 @@ def build_model(tokenizer: Any) -> Any:
 
 
 def batches(tokenizer: Any, seed: int, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
-    """Endless (input ids, attention mask, answer mask), right-padded, chats of like length together."""
+    """Endless (input ids, attention mask, answer mask), right-padded, with chats of similar length together."""
     import torch
 
     rng = random.Random(seed)
@@ -606,11 +606,11 @@ def pretrain(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
     for step in range(options.steps):
         input_ids_BT, attention_BT, is_answer_BT = next(stream)
         logits_BTV = model(input_ids=input_ids_BT, attention_mask=attention_BT, use_cache=False).logits
-        # Smoothing keeps the model from betting everything on its few answers, which fine-tuning must then undo.
+        # Label smoothing prevents overconfidence in the few answers, which fine-tuning would have to undo.
         loss_BT = F.cross_entropy(
             logits_BTV[:, :-1].transpose(1, 2), input_ids_BT[:, 1:], reduction="none", label_smoothing=0.05
         )
-        # Questions count a little: predicting them shapes the embeddings, but the answers are what is asked for.
+        # Questions have a small weight: predicting them trains the embeddings, but the answers are the task.
         answers_BT = is_answer_BT[:, 1:].float()
         prompts_BT = attention_BT[:, 1:].float() - answers_BT
         mean_answer_loss = (loss_BT * answers_BT).sum() / answers_BT.sum()
@@ -641,7 +641,7 @@ def answer(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
 
 
 def accuracy(model: Any, tokenizer: Any, questions_per_task: int = 64) -> dict[str, float]:
-    """Share of greedy answers that are right to the letter, by task, on freshly drawn questions."""
+    """Task -> fraction of greedy answers that match exactly, on newly drawn questions."""
     scores = {}
     for name, (_, ask) in tasks(vocabulary_pieces(tokenizer)).items():
         rng = random.Random(name)
@@ -707,7 +707,7 @@ def save(model: Any, tokenizer: Any, card: str, folder: Path) -> None:
 
 
 def tokenizer_texts(rng: random.Random, chats: int) -> list[str]:
-    """The sample datasets, and each synthetic text once: repeats would turn templates into tokens."""
+    """The sample datasets, and each synthetic text once: repetitions would turn whole templates into tokens."""
     stream = conversations(rng, list(COMMON_CHARACTERS))
     synthetic = [text for _ in range(chats) for _, text in next(stream)]
     return [*sample_texts(), *dict.fromkeys([*known_words(), *synthetic])]

@@ -13,8 +13,8 @@ from typing import Any
 
 from glmtuner.config.objective import measured_as
 from glmtuner.errors import ConfigError, GlmtunerError
-from glmtuner.report.jobs import CHOSEN_BY, knobs_of, read_jobs
-from glmtuner.report.ranking import objective_of
+from glmtuner.report.jobs import PRESET_KEYS, read_jobs, varied_knobs
+from glmtuner.report.ranking import resolve_objective
 from glmtuner.run_folder.files import write_text
 
 WIDE = 50  # numbers that are so many times apart get a logarithmic axis
@@ -36,9 +36,9 @@ def read_sweep(folder: Path, objective: str | None) -> Sweep:
     jobs = [job for job in read_jobs(folder) if job.values]
     if not jobs:
         raise ConfigError(f"{folder} holds no jobs of a sweep; name a folder under outputs/sweeps, or a W&B group")
-    keys = [CHOSEN_BY.get(knob, knob) for knob in knobs_of(jobs)]  # W&B has the config's keys
+    keys = [PRESET_KEYS.get(knob, knob) for knob in varied_knobs(jobs)]  # W&B has the config's keys
     metrics = {name for job in jobs for name in job.metrics}
-    asked = measured_as(objective, metrics) or objective if objective else objective_of(jobs)[0]
+    asked = measured_as(objective, metrics) or objective if objective else resolve_objective(jobs)[0]
     places = [folder, *(job.folder.path for job in jobs)]
     return Sweep(
         group=jobs[0].values.get("tracker.group") or folder.name,

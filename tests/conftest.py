@@ -1,7 +1,9 @@
 """Fixtures of all tests: the reference values beside the checkout, a cache of their own, the command line in a child."""
 
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -10,11 +12,22 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from stand_ins import texts_in, write_upstream
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
-
 GOLDEN = ROOT / "tests/golden"
+
+# where a published tokenizer's file stands in ../shared, and where it comes from
+PUBLISHED = {
+    "ice_text.model": ("goldens/tokenizer_v1/ice_text.model", "https://huggingface.co/THUDM/chatglm-6b"),
+    "tokenizer.model": ("goldens/chatglm2_realvocab/tokenizer.model", "https://huggingface.co/THUDM/chatglm2-6b"),
+}
+RECORDS = {name: "https://github.com/hiyouga/LLaMA-Factory, data/" for name in (
+    "alpaca_zh_demo", "identity", "dpo_zh_demo", "kto_en_demo",
+)} | {name: "https://github.com/hiyouga/ChatGLM-Efficient-Tuning, data/" for name in (
+    "self_cognition", "oaast_sft_zh", "oaast_rm_zh",
+)}  # fmt: skip
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the default suite never asks for the network
 os.environ["WANDB_MODE"] = "offline"
@@ -26,12 +39,62 @@ def golden_folder() -> Path:
     return GOLDEN
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fresh-clone", action="store_true", help="leave ../shared (published tokenizers, real records) aside"
+    )
+
+
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The published tokenizers, what was trained with them, and real records; tests that need them are skipped without."""
-    if not (SHARED / "goldens").is_dir():
-        pytest.skip("needs ../shared (the published tokenizers and real records)")
-    return SHARED
+def shared(request: pytest.FixtureRequest) -> Path | None:
+    """The folder beside the checkout with the published tokenizers and real records, or None."""
+    return SHARED if SHARED.is_dir() and not request.config.getoption("--fresh-clone") else None
+
+
+@pytest.fixture(scope="session")
+def published_file(shared: Path | None) -> Callable[[str], Path]:
+    """The path of a published tokenizer's file, by its name; the test is skipped without it."""
+
+    def find(name: str) -> Path:
+        place, source = PUBLISHED[name]
+        if shared is None or not (shared / place).is_file():
+            pytest.skip(f"needs {name} of {source} as ../shared/{place}")
+        return shared / place
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def real_records(shared: Path | None) -> Callable[[str], Path]:
+    """The path of a set of real records, by its name; the test is skipped without it."""
+
+    def find(name: str) -> Path:
+        if shared is None or not (shared / f"data/{name}.json").is_file():
+            pytest.skip(f"needs {name}.json of {RECORDS[name]} in ../shared/data")
+        return shared / f"data/{name}.json"
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def upstream_files(shared: Path | None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files as the hub has them: the published ones, and stand-ins by the same names for those that are not there."""
+    if shared is not None and (shared / "goldens/chatglm2_realvocab/model.safetensors").is_file():
+        return shared / "goldens"
+    folder = tmp_path_factory.mktemp("upstream")
+    write_upstream(folder / "goldens", GOLDEN)
+    for place, _ in PUBLISHED.values():
+        if shared is not None and (shared / place).is_file():
+            shutil.copyfile(shared / place, folder / place)
+    return folder / "goldens"
+
+
+@pytest.fixture(scope="session")
+def record_texts(shared: Path | None) -> list[str]:
+    """Every text of the real records, or of the sample data that ships."""
+    folder = ROOT / "glmtuner/assets/data" if shared is None or not (shared / "data").is_dir() else shared / "data"
+    paths = sorted(path for path in folder.glob("*.json") if path.name != "dataset_info.json")
+    return [text for path in paths for text in texts_in(json.loads(path.read_text(encoding="utf-8")))]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -133,6 +133,7 @@ def make_workspace(folder: Path) -> None:
     samples = ROOT / "glmtuner/assets/data"
     shutil.copy(samples / "preference_sample.json", folder / "my_pairs.json")
     (folder / "data").mkdir()
+    shutil.copy(ROOT / "tests/own_plugin.py", folder / "my_plugin.py")
     question = {"question": "你好", "answer": "你好！"}
     (folder / "data/faq.json").write_text(json.dumps([question]), encoding="utf-8")
     for name, text in user_files():

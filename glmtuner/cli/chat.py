@@ -1,4 +1,4 @@
-"""`chat RUN`: talk with a run's model in the terminal."""
+"""`chat RUN`: chat with a run's model in the terminal."""
 
 import argparse
 import os
@@ -9,41 +9,41 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from glmtuner.inference.conversation import Conversation
 
-HELP = "talk with its model"
+HELP = "chat with its model"
 COMMANDS = {
-    "/clear": "forget what was said",
-    "/system": "TEXT  tell the model who it is (nothing: no more); forgets what was said",
+    "/clear": "start a new conversation",
+    "/system": "TEXT  set the system message (without TEXT: remove it) and start a new conversation",
     "/help": "this list",
     "/exit": "leave (Ctrl-D too); Ctrl-C stops an answer",
 }
-HISTORY = 1000  # questions that the up key finds again
+HISTORY = 1000  # questions kept for the up key
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="a run folder; generation.temperature=0.2 and its like may follow")
+    parser.add_argument("run", type=Path, help="a run folder; overrides such as generation.temperature=0.2 may follow")
 
 
-def run(given: argparse.Namespace, overrides: list[str]) -> int:
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from glmtuner.console import say
     from glmtuner.inference.conversation import Conversation
     from glmtuner.launch.build import finished_run
 
-    finished = finished_run([given.run], overrides)
+    finished = finished_run([arguments.run], overrides)
     conversation = Conversation(finished)
-    say(f"{finished.run.model.model_name_or_path} as in {given.run}; /help lists what can be typed besides questions")
+    say(f"{finished.run.model.model_name_or_path} as in {arguments.run}; /help lists the commands")
     history = history_file()
-    remember(history)
+    load_history(history)
     try:
         while (line := read_line()) is not None:
-            if line and not obey(conversation, line):
+            if line and not answer_line(conversation, line):
                 break
     finally:
-        keep(history)
+        save_history(history)
     return 0
 
 
-def obey(conversation: "Conversation", line: str) -> bool:
-    """Do what the line says, a command or a question; False when it is /exit."""
+def answer_line(conversation: "Conversation", line: str) -> bool:
+    """Run the line if it is a command, else print the model's answer to it; False for /exit."""
     from glmtuner.console import say
     from glmtuner.errors import ConfigError, did_you_mean
 
@@ -52,7 +52,7 @@ def obey(conversation: "Conversation", line: str) -> bool:
         return False
     if command == "/clear":
         conversation.turns = []
-        say("(nothing was said so far)")
+        say("(a new conversation)")
     elif command == "/system":
         conversation.system, conversation.turns = rest.strip(), []
         say(f"(system: {conversation.system or 'none'})")
@@ -69,12 +69,12 @@ def obey(conversation: "Conversation", line: str) -> bool:
             return True
         print(flush=True)
         if dropped:
-            say(f"({dropped // 2} of the oldest questions were left out: no room in generation.max_length)")
+            say(f"({dropped // 2} of the oldest questions were dropped to fit into generation.max_length)")
     return True
 
 
 def read_line() -> str | None:
-    """The next line typed; None at its end. Ctrl-C empties the line."""
+    """The next line of standard input; None at its end. Ctrl-C discards the current line."""
     while True:
         try:
             return input("> " if sys.stdin.isatty() else "").strip()
@@ -84,16 +84,16 @@ def read_line() -> str | None:
             print()
             return None
         except UnicodeDecodeError:
-            print("(that was no UTF-8 text)")
+            print("(the line is not valid UTF-8)")
 
 
 def history_file() -> Path:
-    """`$GLMTUNER_CACHE`/chat_history, or below ~/.cache/glmtuner."""
+    """`$GLMTUNER_CACHE`/chat_history, by default ~/.cache/glmtuner/chat_history."""
     return Path(os.environ.get("GLMTUNER_CACHE") or Path.home() / ".cache" / "glmtuner") / "chat_history"
 
 
-def remember(path: Path) -> None:
-    """Line editing, with the questions of earlier chats under the up key."""
+def load_history(path: Path) -> None:
+    """Turn on line editing, with the questions of earlier chats in its history."""
     if not sys.stdin.isatty():
         return
     try:
@@ -105,7 +105,8 @@ def remember(path: Path) -> None:
         pass  # no readline on this system, or no history yet
 
 
-def keep(path: Path) -> None:
+def save_history(path: Path) -> None:
+    """Write the questions of this chat and of earlier ones."""
     if not sys.stdin.isatty():
         return
     try:
@@ -114,4 +115,4 @@ def keep(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         readline.write_history_file(path)
     except (ImportError, OSError):
-        pass  # a history that cannot be kept is no reason to fail
+        pass  # a history that cannot be written is no reason to fail

@@ -1,4 +1,4 @@
-"""`export RUN --to DIR`: a run's model as a folder of its own, loaded again and compared before it is called done."""
+"""`export RUN --to DIR`: a run's model as a standalone folder, which is loaded and compared with the run before it is renamed to DIR."""
 
 import argparse
 import shutil
@@ -10,16 +10,16 @@ from glmtuner.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from glmtuner.inference.finished import Finished
 
-HELP = "its model as a folder of its own, merged and checked"
-RECEIPT = "export.json"  # written last: with it the export is whole
+HELP = "its model as a standalone folder, merged and checked"
+RECEIPT = "export.json"  # written last: its presence marks a complete export
 VALUE_HEAD_FILE = "value_head.safetensors"  # of a reward model
 PROMPT = "你好，请用一句话介绍你自己。Hello, who are you?"
 NEW_TOKENS = 16
-# The largest difference of a logit that rounding explains, as a share of the largest logit; float32's is absolute.
+# The largest difference of a logit that rounding explains, relative to the largest logit; absolute for float32.
 DRIFT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 
 
@@ -30,93 +30,94 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--layout", choices=("transformers", "published"), default="transformers",
         help="ChatGLM2, ChatGLM3 and GLM-4: transformers' own names, or those of their first release",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=tuple(DRIFT), help="of the written weights; the base's own by default")
+    parser.add_argument("--dtype", choices=tuple(DRIFT), help="of the written weights; by default that of the base")
     parser.add_argument("--shard", default="5GB", metavar="SIZE", help="the largest file")
-    parser.add_argument("--push-to", metavar="ORG/NAME", help="a repository of the hub to upload to")
+    parser.add_argument("--push-to", metavar="ORG/NAME", help="a Hugging Face repository to upload to")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model makes of the fixed prompt: logits [1, S, vocabulary] in float32, and greedy ids."""
+    """A model's response to the fixed prompt: logits [1, S, vocabulary] in float32, and the token ids of the greedy answer."""
 
     logits: "torch.Tensor"
     ids: list[int]
 
 
-def run(given: argparse.Namespace, overrides: list[str]) -> int:
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from glmtuner.console import say
     from glmtuner.finetuning.start import checkpoint_in
     from glmtuner.launch.build import finished_run, is_policy
     from glmtuner.run_folder.files import write_json
     from glmtuner.run_folder.provenance import version_of
 
-    if given.to.exists() and any(given.to.iterdir() if given.to.is_dir() else [given.to]):
-        raise ConfigError(f"--to {given.to}: it exists and is not empty; name a new folder, or remove that one")
-    typed = [word for word in overrides if word.startswith(("quant=", "model.dtype="))]
-    if typed:
+    to = arguments.to
+    if to.exists() and any(to.iterdir() if to.is_dir() else [to]):
+        raise ConfigError(f"--to {to}: it exists and is not empty; name a new folder, or remove that one")
+    illegal = [override for override in overrides if override.startswith(("quant=", "model.dtype="))]
+    if illegal:
         raise ConfigError(
-            f"{typed[0]}: an export is made on the unquantized base, in float32; --dtype says what is written"
+            f"{illegal[0]}: weights are merged in float32 on the unquantized base; leave it out, and type --dtype for the "
+            "dtype of the written weights"
         )
-    # merged in float32 on the unquantized base: what was trained on a quantized one is added to the weights it stands for
-    finished = finished_run(given.run, ["quant=none", "model.dtype=float32", *overrides], to_talk=False)
-    dtype = given.dtype or stored_dtype(finished)
-    wanted = answer(finished, finished.model)
-    partial = given.to.with_name(f".{given.to.name}.partial")
+    # merged in float32 on the unquantized base, also if the adapter was trained on a quantized one
+    finished = finished_run(arguments.run, ["quant=none", "model.dtype=float32", *overrides], generates=False)
+    dtype = arguments.dtype or stored_dtype(finished)
+    expected = answer(finished, finished.model)
+    partial = to.with_name(f".{to.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    prefix = finished.run.finetuning.finetuning_type == "p_tuning"
+    prefix = not finished.finetuning.mergeable
     if prefix:
-        write_prefix(finished, partial, given.layout)
+        write_prefix(finished, partial, arguments.layout)
     else:
-        write_model(finished, partial, given.layout, dtype, given.shard)
-    scores = not is_policy(given.run[-1])
-    if scores:
-        shutil.copyfile(checkpoint_in(str(given.run[-1])).folder / VALUE_HEAD_FILE, partial / VALUE_HEAD_FILE)
-    again = reloaded(finished, partial, prefix)
-    found = answer(finished, again)
-    drift = (found.logits - wanted.logits).abs().max().item()
+        write_model(finished, partial, arguments.layout, dtype, arguments.shard)
+    is_reward_model = not is_policy(arguments.run[-1])
+    if is_reward_model:
+        shutil.copyfile(checkpoint_in(str(arguments.run[-1])).folder / VALUE_HEAD_FILE, partial / VALUE_HEAD_FILE)
+    actual = answer(finished, reloaded(finished, partial, prefix))
+    drift = (actual.logits - expected.logits).abs().max().item()
     allowed = DRIFT["float32" if prefix else dtype]
     if dtype != "float32" and not prefix:
-        allowed *= wanted.logits.abs().max().item()
-    same = found.ids == wanted.ids
+        allowed *= expected.logits.abs().max().item()
+    same = actual.ids == expected.ids
     if not drift <= allowed or (dtype == "float32" and not same):
         raise CheckpointError(
-            f"the export in {partial} is not the run's model: a logit differs by {drift:.2g} (at most {allowed:.2g} is rounding), "
-            f"greedy answers are {'equal' if same else 'different'}; it was left there for a look and is not an export"
+            f"the export in {partial} differs from the run's model: a logit by {drift:.2g} (rounding explains {allowed:.2g} at "
+            f"most), and the greedy answers are {'equal' if same else 'different'}; the folder is kept for inspection, do not use it"
         )
     receipt = {
-        "runs": [str(path) for path in given.run], "base": finished.run.model.model_name_or_path, "layout": given.layout,
-        "dtype": dtype, "method": finished.run.finetuning.finetuning_type, "drift": drift, "same_greedy_answer": same,
+        "runs": [str(path) for path in arguments.run], "base": finished.run.model.model_name_or_path, "layout": arguments.layout,
+        "dtype": dtype, "method": finished.finetuning.finetuning_type, "drift": drift, "same_greedy_answer": same,
         "prompt": PROMPT, "template": finished.template.describe(), "glmtuner": version_of("glmtuner"),
-        "stage": "a reward model" if scores else "a model that answers",
+        "stage": "a reward model" if is_reward_model else "a model that answers",
     }  # fmt: skip
     write_json(partial / RECEIPT, receipt)
-    if given.to.exists():
-        given.to.rmdir()
-    partial.rename(given.to)
-    told = "the same" if same else "another"
-    say(f"{given.to}: {'prefix' if prefix else dtype}, logits within {drift:.2g} of the run's, {told} greedy answer")
-    if scores:
+    if to.exists():
+        to.rmdir()
+    partial.rename(to)
+    comparison = "the same greedy answer" if same else "another greedy answer"
+    say(f"{to}: {'prefix' if prefix else dtype}, logits within {drift:.2g} of the run's, {comparison}")
+    if is_reward_model:
         say(
-            f"a reward model, not one to talk to: an answer's score is weight x hidden state + bias of {VALUE_HEAD_FILE}, read at the "
-            "last hidden state of its last token"
+            "a reward model, which scores answers and generates none: a score is weight · h + bias with the weight and bias of "
+            f"{VALUE_HEAD_FILE} and h the last layer's hidden state of the answer's last token"
         )
-    if given.push_to:
-        push(given.to, given.push_to)
+    if arguments.push_to:
+        push(to, arguments.push_to)
     return 0
 
 
 def stored_dtype(finished: "Finished") -> str:
-    """The dtype in the base's config.json, float32 where it says none."""
+    """The dtype in the base's config.json; float32 where it names none, or one that is not a choice of --dtype."""
     from glmtuner.families.hub import read_config
 
     config = read_config(finished.run.model)
-    found = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return found if found in DRIFT else "float32"
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return dtype if dtype in DRIFT else "float32"
 
 
-def answer(finished: "Finished", model: "nn.Module") -> Answer:
-    """Logits of the fixed prompt, and the greedy answer to it."""
+def answer(finished: "Finished", model: "PreTrainedModel") -> Answer:
+    """The model's logits for the fixed prompt, and its greedy answer."""
     import torch
 
     from glmtuner.data.records import Message
@@ -134,7 +135,7 @@ def answer(finished: "Finished", model: "nn.Module") -> Answer:
 
 
 def write_model(finished: "Finished", folder: Path, layout: str, dtype: str, shard: str) -> None:
-    """Weights, config, tokenizer, chat template and generation values; the adapter merged."""
+    """Write weights with the adapter merged, config, tokenizer, chat template and generation config."""
     import torch
     from transformers import GenerationConfig
 
@@ -157,17 +158,17 @@ def write_model(finished: "Finished", folder: Path, layout: str, dtype: str, sha
 
 
 def write_prefix(finished: "Finished", folder: Path, layout: str) -> None:
-    """A prefix has no weights to merge: PEFT's files, and those of ChatGLM's own trainer in the published layout."""
+    """Write a prefix, which cannot be merged, as a PEFT adapter, in the published layout also as ChatGLM's own code reads it."""
     from glmtuner.finetuning.p_tuning import save_published_prefix
 
-    finished.run.finetuning.save(finished.model, folder)
+    finished.finetuning.save(finished.model, folder)
     if layout == "published":
         save_published_prefix(folder, folder)
     write_tokenizer(finished, folder, "published")
 
 
 def write_tokenizer(finished: "Finished", folder: Path, layout: str) -> None:
-    """The tokenizer with the run's template; in transformers' layout one that needs no glmtuner, where there is one."""
+    """Write the tokenizer with the run's template; in transformers' layout as a fast tokenizer that needs no code of glmtuner, where possible."""
     from glmtuner.models.tokenization_chatglm import ChatGLMTokenizer, as_fast
 
     tokenizer = finished.tokenizer
@@ -179,8 +180,8 @@ def write_tokenizer(finished: "Finished", folder: Path, layout: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def reloaded(finished: "Finished", folder: Path, prefix: bool) -> "nn.Module":
-    """What was written, read by transformers as a user would, in float32 on the run's device."""
+def reloaded(finished: "Finished", folder: Path, prefix: bool) -> "PreTrainedModel":
+    """The written model, loaded by transformers as a user would, in float32 on the run's device."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -189,16 +190,16 @@ def reloaded(finished: "Finished", folder: Path, prefix: bool) -> "nn.Module":
         from glmtuner.models.load import load_model
 
         device = device_of(finished.run)
-        base = load_model(finished.run.model, finished.family, finished.run.quant, device, torch.float32).to(device)
-        model = finished.run.finetuning.attach(base, finished.family)
-        finished.run.finetuning.restore(model, folder)
+        base = load_model(finished.run.model, finished.family, finished.run.quant, device, torch.float32).to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
+        model = finished.finetuning.attach(base, finished.family)
+        finished.finetuning.restore(model, folder)
         return model.eval()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-    return model.to(finished.model.device).eval()
+    return model.to(finished.model.device).eval()  # type: ignore[arg-type]
 
 
 def push(folder: Path, repository: str) -> None:
-    """Upload the folder to the hub, as a private repository where there is none yet."""
+    """Upload the folder to the Hugging Face hub; a new repository is private."""
     from huggingface_hub import HfApi
 
     from glmtuner.console import say
@@ -207,12 +208,10 @@ def push(folder: Path, repository: str) -> None:
     try:
         url = api.create_repo(repository, exist_ok=True, private=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"glmtuner export of {folder.name}")
-    except (
-        Exception
-    ) as error:  # no network, no token, no right to write, a wrong name: the export is whole all the same
+    except Exception as error:  # no network, no token, no write access, a wrong name: the export itself is complete
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"--push-to {repository}: the hub does not take it ({reason[:300]}); the export in {folder} is whole. Run `hf auth "
-            f"login` with a token that may write, then `hf upload {repository} {folder}`"
+            f"--push-to {repository}: the upload failed ({reason[:300]}); the export in {folder} is complete. Type `hf auth "
+            f"login` with a token that has write access, then `hf upload {repository} {folder}`"
         ) from None
     say(f"uploaded to {url}")

@@ -9,16 +9,16 @@ EXAMPLES = """\
 """
 MEANINGS = {
     "model": "which pretrained model",
-    "quant": "how its frozen weights are stored",
+    "quant": "in how many bits its frozen weights are stored",
     "data": "which records, and how they become tokens",
     "finetuning": "which weights are trained",
     "stage": "what is learned",
     "trainer": "train, evaluate or predict; every field of transformers' Seq2SeqTrainingArguments",
     "metric": "how answers are scored",
     "generation": "how chat decodes",
-    "tracker": "where the numbers go besides the run folder",
-    "kernels": "what computes a block besides torch's own kernels",
-    "parallel": "how many processes train one run, and what each holds",
+    "tracker": "where metrics are logged besides the run folder",
+    "kernels": "kernels that replace torch's own",
+    "parallel": "how many processes train one run, and what each of them stores",
     "experiment": "whole recipes",
 }
 
@@ -27,8 +27,8 @@ def help_text(config_dir: str | None = None) -> str:
     """The groups, what they mean, their presets, and five examples."""
     from glmtuner.config.compose import presets, searched_dirs
 
-    found = presets(searched_dirs(config_dir))
-    width = max(map(len, found))
+    names_by_group = presets(searched_dirs(config_dir))
+    width = max(map(len, names_by_group))
     lines = [
         "glmtuner fine-tunes ChatGLM, GLM and other causal language models from composed YAML.",
         "",
@@ -39,8 +39,8 @@ def help_text(config_dir: str | None = None) -> str:
         "Groups (the default preset comes first):",
     ]
     defaults = _default_presets()
-    for group in [*MEANINGS, *sorted(found.keys() - MEANINGS.keys())]:
-        names = found.get(group, [])
+    for group in [*MEANINGS, *sorted(names_by_group.keys() - MEANINGS.keys())]:
+        names = names_by_group.get(group, [])
         default = defaults.get(group)
         names = [default, *(name for name in names if name != default)] if default else names
         lines += [f"  {group:<{width}}  {MEANINGS.get(group, '')}", f"  {'':<{width}}  {', '.join(names)}"]
@@ -53,14 +53,14 @@ def help_text(config_dir: str | None = None) -> str:
         "Options:",
         "  --cfg job --resolve     show the composed run and stop      --package GROUP   only one part of it",
         "  --info defaults-tree    why each file was composed          --config-dir DIR  more presets, in DIR/<group>/",
-        "  --check                 what memory a training will take: no weights or data are loaded, nothing is written",
+        "  --check                 estimate the memory of a training: no weights or data are loaded, nothing is written",
         "  -m, --multirun          a sweep                             --version, --hydra-help",
     ]
     return "\n".join(lines)
 
 
 def _verbs() -> list[tuple[str, str]]:
-    """Every verb and what it does."""
+    """Every verb with its help line."""
     from importlib import import_module
 
     from glmtuner.cli.verbs import VERBS

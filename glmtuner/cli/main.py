@@ -1,4 +1,4 @@
-"""`python -m glmtuner …`: words in, exit code out; the only place that turns our errors into messages.
+"""`python -m glmtuner …`: arguments in, exit code out; the only place that turns GlmtunerErrors into messages.
 
 0 done; 2 the user's mistake; 1 a crash, or a sweep with failed jobs; 130 Ctrl-C; 140 and 143 a run that SIGUSR2 or SIGTERM
 stopped, with a checkpoint.
@@ -8,7 +8,6 @@ import argparse
 import errno
 import os
 import select
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +16,8 @@ from glmtuner.cli.options import hydra_flags, parse_options
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import Preempted
 from glmtuner.errors import GlmtunerError
+
+SIGPIPE = 13  # signal.SIGPIPE, which Windows does not have
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,50 +31,57 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"glmtuner: {error}", file=sys.stderr)
         return 2
     except ranks.RankFailed as failed:
-        if failed.code not in (1, 2):  # otherwise it has told why
-            print(f"glmtuner: {failed}; the same command with the same trainer.output_dir goes on", file=sys.stderr)
+        if failed.code not in (1, 2):  # otherwise the rank has reported its error
+            print(f"glmtuner: {failed}; the same command with the same trainer.output_dir resumes", file=sys.stderr)
         return 2 if failed.code == 2 else 1
     except BrokenPipeError:
         if not stdout_closed():
             raise
-        return 128 + signal.SIGPIPE
+        return 128 + SIGPIPE
     except Exception as error:
         if not out_of_space(error):
             raise
         print(f"glmtuner: the disk is full ({error}); free some space and type the same command again", file=sys.stderr)
         return 1
     except Preempted as stopped:
-        if ranks.is_main() and not ranks.is_child():
-            print(f"glmtuner: {stopped}; the same command with the same trainer.output_dir goes on", file=sys.stderr)
-        stopped.hand_on()
+        if ranks.is_main() and not ranks.is_started_by_glmtuner():
+            print(f"glmtuner: {stopped}; the same command with the same trainer.output_dir resumes", file=sys.stderr)
+        stopped.call_previous_handler()
         return stopped.exit_code
     except KeyboardInterrupt:
-        if ranks.is_main() and not ranks.is_child():
-            print("glmtuner: stopped; the same command with the same trainer.output_dir goes on", file=sys.stderr)
+        if ranks.is_main() and not ranks.is_started_by_glmtuner():
+            print("glmtuner: stopped; the same command with the same trainer.output_dir resumes", file=sys.stderr)
         return 130
 
 
 def stdout_closed() -> bool:
-    """Whether who reads standard output has gone, as `head` does; Python then closes it without a word."""
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
-    gone = any(events & select.POLLERR for _, events in output.poll(0))
-    if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return gone
+    """Whether the reader of standard output has closed the pipe, as `head` does; further output is then discarded."""
+    if hasattr(select, "poll"):
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        is_closed = any(events & select.POLLERR for _, events in output.poll(0))
+    else:  # Windows
+        try:
+            print(flush=True)
+            is_closed = False
+        except OSError:
+            is_closed = True
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
+    return is_closed
 
 
 def out_of_space(error: Exception) -> bool:
-    """Whether a write failed because the disk, or the user's share of it, is full."""
+    """Whether a write failed because the disk or the user's quota is full."""
     full = (errno.ENOSPC, errno.EDQUOT)
     if (isinstance(error, OSError) and error.errno in full) or os.strerror(errno.ENOSPC) in str(error):
         return True
-    # torch.save tells no errno: its writer finds the file shorter than what it wrote
+    # torch.save raises no errno: its writer only sees that the file is shorter than what it wrote
     return isinstance(error, RuntimeError) and ("unexpected pos" in str(error) or "PytorchStreamWriter" in str(error))
 
 
 def run_command(arguments: list[str]) -> int:
-    """What the arguments ask for: a verb, an option that shows something, a sweep or a run; returns the exit code."""
+    """Run a verb, an option that prints something, a sweep or a run; returns the exit code."""
     if arguments and not arguments[0].startswith(("-", "~", "+")) and "=" not in arguments[0]:
         from glmtuner.cli.verbs import run_verb
 
@@ -99,8 +107,8 @@ def run_command(arguments: list[str]) -> int:
     if multirun:
         from glmtuner.sweep.multirun import run_sweep
 
-        where = {"config_dir": options.config_dir, "config_name": options.config_name}
-        return run_sweep(rest, hydra_flags(options), **where, check=options.check)
+        source = {"config_dir": options.config_dir, "config_name": options.config_name}
+        return run_sweep(rest, hydra_flags(options), **source, check=options.check)
     from glmtuner.config.compose import compose
 
     composed = compose(rest, config_dir=options.config_dir, config_name=options.config_name)
@@ -117,7 +125,7 @@ def run_command(arguments: list[str]) -> int:
 
 
 def show_config(options: argparse.Namespace, overrides: list[str]) -> int:
-    """`--cfg job`: the composed run; with --resolve its interpolations filled in, with --package one part of it."""
+    """Print the composed run (`--cfg job`), with --resolve without interpolations, with --package one part of it."""
     from omegaconf import OmegaConf
 
     from glmtuner.config.compose import parse_and_check, searched_dirs
@@ -133,5 +141,5 @@ def show_config(options: argparse.Namespace, overrides: list[str]) -> int:
         part = OmegaConf.select(config, options.package) if options.package else config
         print(OmegaConf.to_yaml(part), end="")
         return 0
-    settled, _ = parse_and_check(overrides, searched_dirs(options.config_dir), multirun=False)
-    return hydra_main([*hydra_flags(options), *settled])
+    normalized, _ = parse_and_check(overrides, searched_dirs(options.config_dir), multirun=False)
+    return hydra_main([*hydra_flags(options), *normalized])

@@ -1,4 +1,4 @@
-"""Hydra's options that glmtuner knows, beside the overrides."""
+"""The options of the command line, which are Hydra's and a few of glmtuner's."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from glmtuner.errors import ConfigError, did_you_mean, nearest
 
 
 def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Hydra's options that glmtuner knows, and the remaining words."""
+    """The options, and the remaining arguments, which are overrides; raises ConfigError for a misspelt option."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--version", action="store_true")
@@ -26,14 +26,16 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         options, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}; `python -m glmtuner --help` lists the options") from None
-    for word in rest:
-        if word.startswith("-") and nearest(word.partition("=")[0], flags):
-            hint = did_you_mean(word.partition("=")[0], flags, "`python -m glmtuner --help` lists the options")
-            raise ConfigError(f"unknown option {word!r}{hint}")
+    for argument in rest:
+        name = argument.partition("=")[0]
+        if name.startswith("-") and nearest(name, flags):
+            hint = did_you_mean(name, flags, "`python -m glmtuner --help` lists the options")
+            raise ConfigError(f"unknown option {argument!r}{hint}")
     return options, rest
 
 
 def hydra_flags(options: argparse.Namespace) -> list[str]:
+    """The options that are passed on to Hydra's own command line."""
     flags = ["--cfg", options.cfg] if options.cfg else []
     flags += ["--resolve"] if options.resolve else []
     flags += ["--package", options.package] if options.package else []

@@ -1,23 +1,23 @@
-"""`report FOLDER`: what came out of a sweep, running or ended, or of one run; on the terminal and as a page."""
+"""`report FOLDER`: the results of a sweep, running or finished, or of one run; on the terminal and as a page."""
 
 import argparse
 from pathlib import Path
 
 from glmtuner.errors import ConfigError
 
-HELP = "a sweep (or a run) as tables, pictures and a page"
+HELP = "a sweep (or a run) as tables, plots and a page"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="a sweep under outputs/sweeps, or a run folder")
 
 
-def run(given: argparse.Namespace, overrides: list[str]) -> int:
-    from glmtuner.report import report
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from glmtuner.report import write_report
 
     if overrides:
         raise ConfigError(
-            f"report takes one folder, and {overrides[0]!r} stands behind it: type python -m glmtuner report {given.folder}"
+            f"{overrides[0]}: report takes one folder and no overrides; type python -m glmtuner report {arguments.folder}"
         )
-    report(given.folder)
+    write_report(arguments.folder)
     return 0

@@ -12,12 +12,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path)
 
 
-def run(given: argparse.Namespace, overrides: list[str]) -> int:
-    from glmtuner.report import show
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from glmtuner.report import show_run
 
     if overrides:
         raise ConfigError(
-            f"show takes one run folder, and {overrides[0]!r} stands behind it: type python -m glmtuner show {given.run}"
+            f"{overrides[0]}: show takes one run folder and no overrides; type python -m glmtuner show {arguments.run}"
         )
-    show(given.run)
+    show_run(arguments.run)
     return 0

@@ -1,11 +1,12 @@
-"""What is done with a finished run: `python -m glmtuner <verb> RUN …`, one file a verb.
+"""Verbs, which work on a finished run: `python -m glmtuner <verb> RUN …`, one file each.
 
-A verb's module has `HELP`, one line; `arguments(parser)`, its options; and `run(given, words)`, which does it and returns
-the exit code. `words` are the key=value words behind the run, such as generation.temperature=0.2.
+A verb's module has `HELP`, its help line; `arguments(parser)`, which adds its options; and `run(arguments, overrides)`, which
+executes it and returns the exit code. The overrides follow the run, such as generation.temperature=0.2.
 """
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
 from glmtuner.errors import ConfigError, did_you_mean
 from glmtuner.launch.register import register_presets
@@ -13,27 +14,27 @@ from glmtuner.launch.register import register_presets
 VERBS = ("chat", "export", "report", "serve", "show")
 
 
-def run_verb(overrides: list[str]) -> int:
-    """A verb, its run folders and options, and the key=value words that are composed over the run."""
+def run_verb(argv: list[str]) -> int:
+    """Run a verb, given with its run folders, its options and the overrides for the run; returns the exit code."""
     from importlib import import_module
 
-    verb, *rest = overrides
+    verb, *rest = argv
     if verb not in VERBS:
-        rule = f"a first word without '=' is a verb ({', '.join(VERBS)}), then a run folder; a run is started with key=value words"
+        rule = f"the verbs are {', '.join(VERBS)}, each before a run folder; a run is started with overrides, key=value"
         raise ConfigError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS, rule)}")
     module = import_module(f"glmtuner.cli.{verb}")
     parser = _VerbParser(prog=f"python -m glmtuner {verb}", description=module.__doc__, allow_abbrev=False)
     module.arguments(parser)
-    typed = [word for word in rest if not word.startswith("-") and "=" in word and not Path(word).exists()]
-    given = parser.parse_args([word for word in rest if word not in typed])
+    overrides = [item for item in rest if not item.startswith("-") and "=" in item and not Path(item).exists()]
+    arguments = parser.parse_args([item for item in rest if item not in overrides])
     register_presets()
-    return module.run(given, typed)
+    return module.run(arguments, overrides)
 
 
 class _VerbParser(argparse.ArgumentParser):
-    """argparse whose errors are ours."""
+    """An argument parser that raises ConfigError."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise ConfigError(
             f"{self.prog.rpartition(' ')[2]}: {message}; type {self.format_usage().removeprefix('usage: ').strip()}"
         )

@@ -1,4 +1,4 @@
-"""Words -> one validated `Run`, or one ConfigError; nothing is loaded or written here."""
+"""Overrides -> one validated `Run`, or one ConfigError; nothing is loaded or written here."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -19,12 +19,13 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from glmtuner.config.explain import explain
 from glmtuner.config.overrides import bracket_lists, check_overrides, parse, user_keys_of
 from glmtuner.config.paths import conf_dir
+from glmtuner.config.plugins import load_plugins, plugin_presets
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import WORDS
 from glmtuner.errors import CheckpointError, ConfigError
 
 MOST_SWEEP_JOBS_CHECKED = 64
-# What a checkpoint's own run decides, and the values in it that belong to the new run all the same.
+# Groups whose values come from a checkpoint's own run, and the keys in them that are the new run's all the same.
 FROM_CHECKPOINT = ("model", "quant", "finetuning", "generation")
 NOT_FROM_CHECKPOINT = {
     "model.checkpoint_dir",
@@ -40,60 +41,98 @@ NOT_FROM_CHECKPOINT = {
 
 @dataclass(frozen=True)
 class Composed:
-    """A validated run with what it was made from."""
+    """A validated run, and what it was composed from."""
 
     run: Run
     config: DictConfig  # the resolved config of the run, without Hydra's own part
     hydra: DictConfig
-    overrides: list[str]  # as typed, commas expanded
-    user_keys: set[str]  # the keys among them
-    flags: tuple[str, ...] = ()  # the options that the same words need in another process
+    overrides: list[str]  # the user's, normalized by `bracket_lists`
+    user_keys: set[str]  # the keys and groups that they set
+    flags: tuple[str, ...] = ()  # the options that another process needs to compose the same run
 
 
 def presets(searched: Sequence[Path]) -> dict[str, list[str]]:
-    """The names that each config group offers, from the YAML files of the searched folders."""
-    found: dict[str, set[str]] = {}
+    """The names that each config group offers, from the YAML files of the searched folders and from plugins."""
+    names_by_group: dict[str, set[str]] = {}
     for folder in searched:
         for group in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "dataset"):
             names = {str(path.relative_to(group).with_suffix("")) for path in group.rglob("*.yaml")}
-            found.setdefault(group.name, set()).update(names)
-    return {group: sorted(names) for group, names in found.items() if not group.startswith((".", "hydra", "_"))}
+            names_by_group.setdefault(group.name, set()).update(names)
+    for name, added in plugin_presets().items():
+        names_by_group.setdefault(name, set()).update(added)
+    return {
+        group: sorted(names) for group, names in names_by_group.items() if not group.startswith((".", "hydra", "_"))
+    }
 
 
 def searched_dirs(config_dir: str | None) -> list[Path]:
-    """conf/ of the package, then the user's `--config-dir`."""
+    """The folders that presets are looked up in: conf/ of the package, then the user's `--config-dir`.
+
+    Raises ConfigError where that is not a folder, or where Hydra would ignore a preset in it.
+    """
     if config_dir is None:
         return [conf_dir()]
     extra = Path(config_dir).expanduser().resolve()
     if not extra.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder; it holds presets such as finetuning/mine.yaml")
+    _check_not_shadowed(config_dir, extra)
     return [conf_dir(), extra]
+
+
+def _check_not_shadowed(config_dir: str, extra: Path) -> None:
+    """Raise for the presets in `extra` that have the group and name of a shipped one: Hydra takes the first that it finds.
+
+    dataset/ is not Hydra's: in the catalogue, the user's entries come first.
+    """
+    conf = conf_dir()
+    shipped = sorted(path.relative_to(conf).with_suffix("") for path in conf.glob("*/**/*.yaml"))
+    shadowed = [
+        preset.as_posix()
+        for preset in shipped
+        if preset.parts[0] != "dataset" and extra != conf and (extra / preset).with_suffix(".yaml").is_file()
+    ]
+    if shadowed:
+        group, _, name = shadowed[0].rpartition("/")
+        raise ConfigError(
+            f"--config-dir {config_dir}: {', '.join(f'{preset}.yaml' for preset in shadowed)} would be ignored, since the shipped "
+            f"preset of the same name is used instead; rename it to {group}/my_{name}.yaml, say, and type {group}=my_{name} (it may "
+            f"start from the shipped one, with defaults: [/{shadowed[0]}@_here_])"
+        )
 
 
 def parse_and_check(
     overrides: Sequence[str], searched: Sequence[Path], multirun: bool
 ) -> tuple[list[str], list[Override]]:
-    """The words with their commas settled, and Hydra's parse of them; raises on words that mean nothing."""
-    settled = bracket_lists(overrides, multirun)
-    parsed = parse(settled)
+    """The overrides, normalized by `bracket_lists`, and Hydra's parse of them; raises ConfigError for illegal ones."""
+    normalized = bracket_lists(overrides, multirun)
+    parsed = parse(normalized)
+    load_plugins([name for override in parsed if override.key_or_group == "plugins" for name in _plugins_in(override)])
     check_overrides(parsed, presets(searched), multirun)
-    return settled, parsed
+    return normalized, parsed
+
+
+def _plugins_in(override: Override) -> list[str]:
+    """The modules that a `plugins=` override names, in a sweep those of all its values."""
+    value = override.value()
+    values = value.list if isinstance(value, ChoiceSweep) else [value]
+    return [str(name) for part in values for name in (part if isinstance(part, list) else [part]) if part]
 
 
 def compose(overrides: Sequence[str], *, config_dir: str | None = None, config_name: str = "config") -> Composed:
-    """The run that these words mean."""
+    """The run that the overrides describe, validated; raises ConfigError or CheckpointError."""
     searched = searched_dirs(config_dir)
-    settled, parsed = parse_and_check(overrides, searched, multirun=False)
-    with _composer(searched) as composed:
-        config = composed(config_name, settled)
-        config = with_checkpoint(config, user_keys_of(parsed), lambda extra: composed(config_name, [*extra, *settled]))
-        flags = ("--config-dir", str(config_dir)) if config_dir else ()
+    normalized, parsed = parse_and_check(overrides, searched, multirun=False)
+    user_keys = user_keys_of(parsed)
+    with Composer(searched) as composer:
+        config = composer(config_name, normalized)
+        config = with_checkpoint(config, user_keys, lambda extra: composer(config_name, [*extra, *normalized]))
+        flags: tuple[str, ...] = ("--config-dir", str(config_dir)) if config_dir else ()
         flags += ("--config-name", config_name) if config_name != "config" else ()
-        return replace(validate(config, settled, user_keys_of(parsed)), flags=flags)
+        return replace(validate(config, normalized, user_keys), flags=flags)
 
 
 def validate(config: DictConfig, overrides: list[str], user_keys: set[str]) -> Composed:
-    """The composed config as a validated `Run`; `config` has Hydra's own part under `hydra`."""
+    """The composed config as a validated `Run`; Hydra's own part, `config.hydra`, is moved out of it."""
     HydraConfig.instance().set_config(config)
     hydra = config.hydra
     with read_write(config), open_dict(config):
@@ -108,20 +147,20 @@ def validate(config: DictConfig, overrides: list[str], user_keys: set[str]) -> C
     resolved = OmegaConf.create(config)
     OmegaConf.resolve(resolved)
     for name in WORDS:
-        resolved.trainer[name] = getattr(run.trainer, name)  # the word `no` where YAML read false
+        resolved.trainer[name] = getattr(run.trainer, name)  # "no" where YAML read false
     return Composed(run=run, config=resolved, hydra=hydra, overrides=overrides, user_keys=user_keys)
 
 
-class _composer:
-    """Hydra, initialised on the searched folders; calling it composes, with errors in our words.
+class Composer:
+    """A context in which Hydra is initialised on the searched folders; calling it composes, and raises ConfigErrors.
 
-    Hydra's globals are put back afterwards: inside a job of a sweep they belong to the sweep.
+    Hydra's globals are restored afterwards: inside a job of a sweep they belong to the sweep.
     """
 
     def __init__(self, searched: Sequence[Path]) -> None:
         self.conf, *self.extra = searched
 
-    def __enter__(self) -> "_composer":
+    def __enter__(self) -> "Composer":
         setup_globals()
         self.outer = (GlobalHydra.instance().hydra, HydraConfig.instance().cfg)
         GlobalHydra.instance().clear()
@@ -136,49 +175,54 @@ class _composer:
     def __call__(self, config_name: str, overrides: Sequence[str]) -> DictConfig:
         extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in self.extra)}]"] if self.extra else []
         try:
-            kept = [word for word in overrides if word != "experiment=null"]  # the default; Hydra takes no null typed
+            kept = [
+                item for item in overrides if item != "experiment=null"
+            ]  # the default; Hydra refuses it as an override
             return hydra_compose(config_name, overrides=[*extra, *kept], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
-            message, recipe = explain(error), next((word for word in overrides if word.startswith("experiment=")), None)
-            if (
-                recipe
-                and "unknown key" in message
-                and not any(word.partition("=")[0] in message for word in overrides if "." in word)
-            ):
-                message = f"{recipe} sets what does not fit the other overrides: {message}"
+            message = explain(error)
+            recipe = next((item for item in overrides if item.startswith("experiment=")), None)
+            dotted_keys = [item.partition("=")[0] for item in overrides if "." in item]
+            if recipe and "unknown key" in message and not any(key in message for key in dotted_keys):
+                message = f"{recipe} sets a value that does not fit the other overrides: {message}"
             raise ConfigError(message) from None
 
 
 def compose_every_job(
     overrides: Sequence[str], *, config_dir: str | None = None, config_name: str = "config"
 ) -> list[str]:
-    """The words of a sweep with their commas settled, after every combination (the first ones of many) was composed."""
+    """The normalized overrides of a sweep, after each job (the first 64 of many) was composed and validated."""
     searched = searched_dirs(config_dir)
-    settled, parsed = parse_and_check(overrides, searched, multirun=True)
-    with _composer(searched) as composed:
-        for job in islice(_jobs(settled, parsed, presets(searched)), MOST_SWEEP_JOBS_CHECKED):
-            user_keys = user_keys_of(parsed)
-            config = composed(config_name, job)
-            config = with_checkpoint(config, user_keys, lambda extra, job=job: composed(config_name, [*extra, *job]))
+    normalized, parsed = parse_and_check(overrides, searched, multirun=True)
+    user_keys = user_keys_of(parsed)
+    with Composer(searched) as composer:
+        for job in islice(_jobs(normalized, parsed, presets(searched)), MOST_SWEEP_JOBS_CHECKED):
+            config = composer(config_name, job)
+            config = with_checkpoint(config, user_keys, lambda extra, job=job: composer(config_name, [*extra, *job]))
             validate(config, job, user_keys)
-    return settled
+    return normalized
 
 
 def first_job(overrides: Sequence[str], *, config_dir: str | None = None, config_name: str = "config") -> Composed:
-    """The first run of a sweep whose words `check_sweep` has settled."""
+    """The first job of a sweep, from the overrides that `compose_every_job` returned."""
     searched = searched_dirs(config_dir)
     job = next(_jobs(overrides, parse(overrides), presets(searched)))
     return compose(job, config_dir=config_dir, config_name=config_name)
 
 
 def _jobs(overrides: Sequence[str], parsed: Sequence[Override], known: Mapping[str, list[str]]) -> Iterator[list[str]]:
-    """The words of each job of the basic sweeper's product; sweeps that only a sweeper can draw are left out."""
+    """The overrides of each job of the basic sweeper's product; keys that a search samples (`interval`) are left out."""
     choices: list[list[str]] = []
-    for word, override in zip(overrides, parsed, strict=True):
+    for text, override in zip(overrides, parsed, strict=True):
         if not override.is_sweep_override():
-            choices.append([word])
-        elif isinstance(override.value(), Glob):
-            names = override.value().filter(known.get(override.key_or_group, []))
+            choices.append([text])
+        elif isinstance(value := override.value(), Glob):
+            legal = known.get(override.key_or_group, [])
+            names = value.filter(legal)
+            if not names:
+                raise ConfigError(
+                    f"{text}: no {override.key_or_group} preset matches; legal: {', '.join(legal) or 'none'}"
+                )
             choices.append([f"{override.key_or_group}={name}" for name in names])
         elif override.is_discrete_sweep():
             choices.append([f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()])
@@ -187,7 +231,7 @@ def _jobs(overrides: Sequence[str], parsed: Sequence[Override], known: Mapping[s
 
 
 def run_folder_of(checkpoint: str) -> Path | None:
-    """The run folder that a checkpoint is, or lies in: the one with a config.yaml of ours."""
+    """The run folder that a checkpoint is, or is inside of: the one with config.yaml and provenance.json; None for others."""
     folder = Path(checkpoint).expanduser()
     for candidate in (folder, folder.parent, folder.parent.parent):
         if (candidate / "config.yaml").is_file() and (candidate / "provenance.json").is_file():
@@ -196,9 +240,10 @@ def run_folder_of(checkpoint: str) -> Path | None:
 
 
 def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> DictConfig:
-    """The config with the model, quantization, method and generation of the last checkpoint's run, typed words aside.
+    """The config with the model, quantization, method and generation of the last checkpoint's run, except for user keys.
 
-    `recompose(words)` composes again with more group choices in front of the typed ones.
+    `recompose(choices)` composes again with more group choices in front of the user's overrides. Raises CheckpointError where
+    a checkpoint is not found, or where its run was trained on another model than the user names.
     """
     checkpoints = OmegaConf.select(config, "model.checkpoint_dir") or []
     for checkpoint in checkpoints:
@@ -211,6 +256,8 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
     if source is None:
         return config
     saved = OmegaConf.load(source / "config.yaml")
+    assert isinstance(saved, DictConfig)
+    load_plugins(saved.get("plugins", []))
     bits = saved.quant.get("quantization_bit")
     chosen = {"finetuning": saved.finetuning.finetuning_type, "quant": f"int{bits}" if bits else "none"}
     config = recompose([f"{group}={name}" for group, name in chosen.items() if group not in user_keys])
@@ -223,10 +270,10 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
             key = f"{group}.{name}"
             if key not in user_keys and key not in NOT_FROM_CHECKPOINT and name in config[group]:
                 OmegaConf.update(config, key, value)
-    wanted, found = saved.model.model_name_or_path, config.model.model_name_or_path
-    if wanted != found and not Path(found).expanduser().is_dir():
+    trained_on, base = saved.model.model_name_or_path, config.model.model_name_or_path
+    if base != trained_on and not Path(base).expanduser().is_dir():
         raise CheckpointError(
-            f"model.model_name_or_path={found} does not fit model.checkpoint_dir={checkpoints[-1]}, which was trained on "
-            f"{wanted}; leave the model out, and the checkpoint's own is used"
+            f"model.model_name_or_path={base} does not fit model.checkpoint_dir={checkpoints[-1]}, which was trained on "
+            f"{trained_on}; leave the model out to use the checkpoint's own"
         )
     return config

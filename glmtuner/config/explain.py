@@ -1,7 +1,8 @@
-"""A composition error of Hydra's or OmegaConf's as one paragraph in our words."""
+"""Composition errors of Hydra and OmegaConf as one paragraph in the form of glmtuner's own."""
 
 import re
 import typing
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
 
@@ -13,7 +14,7 @@ from glmtuner.errors import GlmtunerError, did_you_mean
 
 
 def explain(error: BaseException) -> str:
-    """What is wrong, what is legal, what to type, from an error along the `__cause__` chain."""
+    """What is wrong, what is legal, what to type, from the first error along the `__cause__` chain that tells."""
     chain = list(_causes(error))
     for cause in chain:
         if isinstance(cause, GlmtunerError):
@@ -24,7 +25,7 @@ def explain(error: BaseException) -> str:
     return _first_paragraph(str(error))
 
 
-def _causes(error: BaseException | None):
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or (
@@ -42,21 +43,21 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
     if key in legal:
         hint = typing.get_type_hints(owner)[key]
         return f"{error.full_key}={_bad_value(error)}: {_expected(hint, error)}"
-    told = f"unknown key {error.full_key!r}"
+    message = f"unknown key {error.full_key!r}"
     group = str(error.full_key).partition(".")[0]
-    homes = [name for name, cls in SCHEMA_CLASSES.get(group, {}).items() if key in {f.name for f in fields(cls)}]
-    here = next((name for name, cls in SCHEMA_CLASSES.get(group, {}).items() if cls is owner), None)
-    if homes:
+    with_key = [name for name, cls in SCHEMA_CLASSES.get(group, {}).items() if key in {f.name for f in fields(cls)}]
+    current = next((name for name, cls in SCHEMA_CLASSES.get(group, {}).items() if cls is owner), None)
+    if with_key:
         return (
-            f"{told}: it belongs to {group}={' or '.join(homes)}, and this run has {group}={here}; "
-            f"type {group}={homes[0]}, or leave {key} out. {group}={here} knows: {', '.join(legal)}"
+            f"{message}: it belongs to {group}={' or '.join(with_key)}, and this run has {group}={current}; "
+            f"type {group}={with_key[0]}, or leave {key} out. The keys of {group}={current}: {', '.join(legal)}"
         )
-    return told + did_you_mean(key, legal, f"{group} knows: {', '.join(legal)}")
+    return message + did_you_mean(key, legal, f"the keys of {group}: {', '.join(legal)}")
 
 
 def _bad_value(error: OmegaConfBaseException) -> str:
-    found = re.search(r"[Vv]alue '(.*?)'", str(error))
-    return found.group(1) if found else "?"
+    match = re.search(r"[Vv]alue '(.*?)'", str(error))
+    return match.group(1) if match else "?"
 
 
 def _expected(hint: object, error: OmegaConfBaseException) -> str:
@@ -65,7 +66,7 @@ def _expected(hint: object, error: OmegaConfBaseException) -> str:
     kind = args[0] if args and typing.get_origin(hint) is not list else hint
     if isinstance(kind, type) and issubclass(kind, Enum):
         legal = [member.name for member in kind]
-        return "no such value" + did_you_mean(_bad_value(error), legal, f"legal: {', '.join(legal)}")
+        return "not a legal value" + did_you_mean(_bad_value(error), legal, f"legal: {', '.join(legal)}")
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     expected = names.get(kind) if isinstance(kind, type) else None
     if expected is None:
@@ -76,7 +77,7 @@ def _expected(hint: object, error: OmegaConfBaseException) -> str:
 
 
 def _first_paragraph(message: str) -> str:
-    """The message's sentences on one line, without OmegaConf's key and type trailer and Hydra's advice to append."""
+    """The message on one line, without OmegaConf's trailer of keys and types and without Hydra's advice to append with `+`."""
     lines = []
     for line in message.splitlines():
         if line.strip().startswith(

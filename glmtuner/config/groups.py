@@ -1,17 +1,18 @@
-"""The config groups: what every key is called, what type it has, what values are legal.
+"""The config groups: the names, types and legal values of all keys.
 
-A field without a default is one that a preset in `conf/` must choose. Strategy groups (finetuning, quant, stage, metric,
-tracker) have a base class, here or in schema.py; each choice is a subclass in a file of its own, registered with `@preset`.
+A field without a default must be set by a preset in `conf/`. Strategy groups (finetuning, quant, stage, metric,
+tracker) have a base class, in this module or in schema.py; each choice is a subclass in its own file, registered with `@preset`.
 """
 
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hydra.core.config_store import ConfigStore
 
+from glmtuner.config.ranges import range_errors
 from glmtuner.config.trainer_arguments import UNIONS, WORDS, TrainerArguments
 from glmtuner.errors import ConfigError, did_you_mean
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 T = typing.TypeVar("T")
@@ -34,6 +36,11 @@ def preset(group: str, name: str) -> Callable[[type[T]], type[T]]:
         return cls
 
     return register
+
+
+def preset_key(group: str) -> str:
+    """The key of a strategy group that holds the choice, such as finetuning_type."""
+    return {"finetuning": "finetuning_type", "quant": "quantization_bit"}.get(group, "name")
 
 
 class Dtype(str, Enum):
@@ -97,7 +104,7 @@ class Quant:
     quantization_type: QuantizationType = QuantizationType.nf4
     double_quantization: bool = True
 
-    bits: typing.ClassVar[int | None] = None  # what the preset stores
+    bits: typing.ClassVar[int | None] = None  # the preset's quantization_bit
 
     def __post_init__(self) -> None:
         if self.quantization_bit != self.bits:
@@ -107,11 +114,11 @@ class Quant:
             )
 
     def loading(self, device: Any, compute_dtype: Any) -> dict[str, Any]:
-        """What `from_pretrained` needs to be told, given the device and the torch dtype of the matrix products."""
+        """Keyword arguments for `from_pretrained`, given the device and the torch dtype of the matrix products."""
         return {}
 
     def prepare(self, model: "nn.Module") -> None:
-        """Called once on the loaded model."""
+        """Change the loaded model in place; called once."""
 
 
 @dataclass(kw_only=True)
@@ -136,35 +143,27 @@ class Data:
     packing: bool = False
     padding_free: bool = True
     max_bad_records: int = 0
+    tiktoken_engine: bool = True
 
     def __post_init__(self) -> None:
         wrong = [
-            f"data.{name}={value}: {legal}"
-            for name, value, fits, legal in (
-                ("dev_ratio", self.dev_ratio, 0 <= self.dev_ratio < 1, "a share of the data in [0, 1)"),
-                ("max_source_length", self.max_source_length, self.max_source_length >= 8, "at least 8 tokens"),
-                ("max_target_length", self.max_target_length, self.max_target_length >= 2, "at least 2 tokens"),
+            *range_errors(
+                "data",
+                self,
                 (
-                    "max_samples",
-                    self.max_samples,
-                    self.max_samples is None or self.max_samples > 0,
-                    "1 or more, or null",
-                ),
-                ("max_bad_records", self.max_bad_records, self.max_bad_records >= 0, "0 or more"),
-                (
-                    "eval_num_beams",
-                    self.eval_num_beams,
-                    (self.eval_num_beams or 1) > 0,
-                    "1 or more, or null for greedy",
-                ),
-                (
-                    "preprocessing_num_workers",
-                    self.preprocessing_num_workers,
-                    self.preprocessing_num_workers is None or self.preprocessing_num_workers > 0,
-                    "1 or more, or null",
+                    ("dev_ratio", 0 <= self.dev_ratio < 1, "a share of the data in [0, 1)"),
+                    ("max_source_length", self.max_source_length >= 8, "at least 8 tokens"),
+                    ("max_target_length", self.max_target_length >= 2, "at least 2 tokens"),
+                    ("max_samples", self.max_samples is None or self.max_samples > 0, "1 or more, or null"),
+                    ("max_bad_records", self.max_bad_records >= 0, "0 or more"),
+                    ("eval_num_beams", (self.eval_num_beams or 1) > 0, "1 or more, or null for greedy"),
+                    (
+                        "preprocessing_num_workers",
+                        self.preprocessing_num_workers is None or self.preprocessing_num_workers > 0,
+                        "1 or more, or null",
+                    ),
                 ),
             )
-            if not fits
         ]
         if not self.dataset:
             wrong.append("data.dataset=[]: name at least one dataset, such as data.dataset=alpaca_zh_sample")
@@ -172,49 +171,71 @@ class Data:
             shares = self.mix_probabilities
             if len(shares) != len(self.dataset):
                 wrong.append(
-                    f"data.mix_probabilities={_plain(shares)}: {len(shares)} shares for the {len(self.dataset)} datasets "
-                    f"{_plain(self.dataset)}; give one share a dataset"
+                    f"data.mix_probabilities={as_override(shares)}: {len(shares)} shares for the {len(self.dataset)} datasets "
+                    f"{as_override(self.dataset)}; give one share per dataset"
                 )
             elif min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
                 wrong.append(
-                    f"data.mix_probabilities={_plain(shares)}: shares are above 0 and sum to 1; these sum to {sum(shares):g}"
+                    f"data.mix_probabilities={as_override(shares)}: shares are above 0 and sum to 1; these sum to {sum(shares):g}"
                 )
         if wrong:
             raise ConfigError("; ".join(wrong))
 
     def lengths(self) -> dict[str, Any]:
-        """What an encoder needs to know of lengths and prefix."""
+        """An encoder's keyword arguments: the lengths in tokens and the prefix of the prompts."""
         names = ("max_source_length", "max_target_length", "source_prefix")
         return {name: getattr(self, name) for name in names}
 
 
+class ModelFamily(Protocol):
+    """The part of families/family.py's Family that fine-tuning methods use."""
+
+    @property
+    def attention_block(self) -> str: ...
+    @property
+    def mlp(self) -> str: ...
+    @property
+    def attention(self) -> tuple[str, ...]: ...
+    @property
+    def linears(self) -> tuple[str, ...]: ...
+    @property
+    def wide_prefix(self) -> bool: ...
+    def blocks(self, model: "nn.Module") -> "list[nn.Module]": ...
+
+
 @dataclass(kw_only=True)
 class Finetuning:
-    """Which weights are trained. `attach` prepares a loaded model; `save` and `restore` keep what was trained."""
+    """Which weights are trained. `attach` prepares a loaded model; `save` and `restore` store the trained parameters."""
 
     finetuning_type: str
 
     trains: typing.ClassVar[bool] = True
     on_quantized: typing.ClassVar[bool] = True  # can it train on frozen integer weights?
+    fp16_on_quantized: typing.ClassVar[bool] = True  # can it do so in float16 without overflowing gradients?
+    mergeable: typing.ClassVar[bool] = True  # can what it trains be merged into the base's weights?
     saved_as: typing.ClassVar[str] = "adapter"  # the run folder's subfolder: adapter/ or model/
 
-    def settle(self, family: Any, layers: int) -> None:
-        """Fill in what depends on the model's family and number of layers; raises ConfigError where it does not fit."""
+    def resolved(self, family: ModelFamily, layers: int) -> "typing.Self":
+        """The method with all settings that depend on the model's family and number of layers filled in.
 
-    def attach(self, model: "nn.Module", family: Any) -> "nn.Module":
-        """The model with everything frozen but what this method trains; trained parameters are float32."""
+        Raises ConfigError where a setting does not fit the model.
+        """
+        return self
+
+    def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
+        """The model with all parameters frozen except those that this method trains, which are float32."""
         raise NotImplementedError
 
-    def save(self, model: "nn.Module", folder: "Path") -> None:
-        """Write what was trained for others to use, in PEFT's or transformers' format."""
+    def save(self, model: "PreTrainedModel", folder: "Path") -> None:
+        """Export the trained parameters in PEFT's or transformers' format."""
         raise NotImplementedError
 
-    def save_trained(self, model: "nn.Module", folder: "Path") -> None:
-        """Write what a checkpoint needs of the model: the trained parameters, bit by bit."""
+    def save_trained(self, model: "PreTrainedModel", folder: "Path") -> None:
+        """Write the trained parameters into a checkpoint, bit-exact."""
         raise NotImplementedError
 
-    def restore(self, model: "nn.Module", folder: "Path") -> None:
-        """Put what `save_trained` or `save` wrote back into an attached model, bit by bit."""
+    def restore(self, model: "PreTrainedModel", folder: "Path") -> None:
+        """Load what `save_trained` or `save` wrote into an attached model, bit-exact."""
         raise NotImplementedError
 
 
@@ -225,26 +246,26 @@ class Metric:
     name: str
 
     def score(self, prediction: str, reference: str) -> dict[str, float]:
-        """The scores of one answer, by name; empty when nothing is measured."""
+        """The scores of one answer, by name; empty for metric=none."""
         raise NotImplementedError
 
     def scores(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        """The mean over all answers of each score; empty without answers, or when nothing is measured."""
+        """The mean over all answers of each score; empty without answers, and for metric=none."""
         return self.mean([self.score(*pair) for pair in zip(predictions, references, strict=True)])
 
     @staticmethod
-    def mean(found: list[dict[str, float]]) -> dict[str, float]:
+    def mean(scores: list[dict[str, float]]) -> dict[str, float]:
         """The mean of each score; empty without any."""
-        return {name: sum(each[name] for each in found) / len(found) for name in found[0]} if found else {}
+        return {name: sum(each[name] for each in scores) / len(scores) for name in scores[0]} if scores else {}
 
 
 @dataclass(kw_only=True)
 class Generation:
-    """How chat and serving decode: CET's values. Evaluation and prediction decode greedily, or with beams.
+    """How chat and serving decode, with the values of ChatGLM-Efficient-Tuning. Evaluation and prediction are greedy or use beams.
 
-    `engine` is what generates in trainer=predict; all else generates by the model that is loaded. `max_batch_size` is how many
-    answers evaluation and prediction generate at once: null is as many as memory has room for, 32 at most (128 on a GPU), or
-    trainer.per_device_eval_batch_size where that was given another value than its default.
+    `engine` generates the answers of trainer=predict; everything else generates with the loaded model. `max_batch_size` is the
+    number of answers that evaluation and prediction generate at once: null is as many as fit into memory, 32 at most (128 on a
+    GPU), or trainer.per_device_eval_batch_size if that is not at its default.
     """
 
     do_sample: bool
@@ -260,28 +281,20 @@ class Generation:
 
     def __post_init__(self) -> None:
         wrong = [
-            f"generation.{name}={value}: {legal}"
-            for name, value, fits, legal in (
-                ("temperature", self.temperature, self.temperature > 0, "above 0 (generation=greedy does not sample)"),
-                ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
-                ("top_k", self.top_k, self.top_k >= 0, "0 or more; 0 keeps every token"),
-                ("num_beams", self.num_beams, self.num_beams >= 1, "1 or more"),
-                ("max_length", self.max_length, self.max_length >= 2, "2 tokens or more"),
-                ("max_new_tokens", self.max_new_tokens, (self.max_new_tokens or 1) >= 1, "1 or more, or null"),
+            *range_errors(
+                "generation",
+                self,
                 (
-                    "max_batch_size",
-                    self.max_batch_size,
-                    (1 if self.max_batch_size is None else self.max_batch_size) >= 1,
-                    "1 or more, or null",
-                ),
-                (
-                    "repetition_penalty",
-                    self.repetition_penalty,
-                    self.repetition_penalty > 0,
-                    "above 0; 1 changes nothing",
+                    ("temperature", self.temperature > 0, "above 0 (generation=greedy does not sample)"),
+                    ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+                    ("top_k", self.top_k >= 0, "0 or more; 0 keeps every token"),
+                    ("num_beams", self.num_beams >= 1, "1 or more"),
+                    ("max_length", self.max_length >= 2, "2 tokens or more"),
+                    ("max_new_tokens", (self.max_new_tokens or 1) >= 1, "1 or more, or null"),
+                    ("max_batch_size", self.max_batch_size is None or self.max_batch_size >= 1, "1 or more, or null"),
+                    ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 changes nothing"),
                 ),
             )
-            if not fits
         ]
         if wrong:
             raise ConfigError("; ".join(wrong))
@@ -289,7 +302,7 @@ class Generation:
 
 @dataclass(kw_only=True)
 class Trainer(TrainerArguments):
-    """transformers' Seq2SeqTrainingArguments, and the words that transformers 5 dropped."""
+    """transformers' Seq2SeqTrainingArguments, and the arguments that transformers 5 dropped."""
 
     overwrite_output_dir: bool = False
     no_cuda: bool = False
@@ -299,7 +312,7 @@ class Trainer(TrainerArguments):
     logging_dir: str | None = None
 
     def __post_init__(self) -> None:
-        wrong = [*self._wrong_words(), *self._wrong_shapes(), *self._wrong_values()]
+        wrong = [*self._wrong_choices(), *self._wrong_types(), *self._wrong_values()]
         if wrong:
             raise ConfigError("; ".join(wrong))
         if self.no_cuda:
@@ -309,7 +322,7 @@ class Trainer(TrainerArguments):
         if self.warmup_ratio:
             self.warmup_steps = self.warmup_ratio  # transformers 5 reads a warmup_steps below 1 as a share
 
-    def _wrong_words(self) -> Iterator[str]:
+    def _wrong_choices(self) -> Iterator[str]:
         for name, legal in WORDS.items():
             value = getattr(self, name)
             if value is False and "no" in legal:  # YAML's `no`
@@ -318,27 +331,33 @@ class Trainer(TrainerArguments):
             if value not in legal:
                 yield f"trainer.{name}={value}{did_you_mean(str(value), legal, 'legal: ' + ', '.join(legal))}"
 
-    def _wrong_shapes(self) -> Iterator[str]:
-        for name, shapes in UNIONS.items():
+    def _wrong_types(self) -> Iterator[str]:
+        for name, legal_types in UNIONS.items():
             value = getattr(self, name)
-            shape = "null" if value is None else type(value).__name__
-            if shape not in shapes:
-                yield f"trainer.{name}={value}: expected {' or '.join(shapes) or 'null'}, not {shape}"
+            type_name = "null" if value is None else type(value).__name__
+            if type_name not in legal_types:
+                yield f"trainer.{name}={value}: expected {' or '.join(legal_types) or 'null'}, not {type_name}"
 
     def _wrong_values(self) -> Iterator[str]:
-        for name, fits, legal in (
-            ("learning_rate", self.learning_rate >= 0, "0 or more"),
-            ("num_train_epochs", self.num_train_epochs > 0, "above 0; a fraction trains part of the last epoch"),
-            ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "1 or more"),
-            ("per_device_eval_batch_size", self.per_device_eval_batch_size >= 1, "1 or more"),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "1 or more"),
-            ("warmup_ratio", self.warmup_ratio is None or 0 <= self.warmup_ratio < 1, "a share of the steps in [0, 1)"),
-            ("save_safetensors", self.save_safetensors, "always true: glmtuner writes nothing but safetensors"),
-            ("logging_dir", self.logging_dir is None, "the run folder holds the logs (tensorboard/); leave it out"),
-            ("seed", 0 <= self.seed < 2**32, "0 to 4294967295"),
-        ):
-            if not fits:
-                yield f"trainer.{name}={getattr(self, name)}: {legal}"
+        yield from range_errors(
+            "trainer",
+            self,
+            (
+                ("learning_rate", self.learning_rate >= 0, "0 or more"),
+                ("num_train_epochs", self.num_train_epochs > 0, "above 0; a fraction trains part of the last epoch"),
+                ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "1 or more"),
+                ("per_device_eval_batch_size", self.per_device_eval_batch_size >= 1, "1 or more"),
+                ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "1 or more"),
+                (
+                    "warmup_ratio",
+                    self.warmup_ratio is None or 0 <= self.warmup_ratio < 1,
+                    "a share of the steps in [0, 1)",
+                ),
+                ("save_safetensors", self.save_safetensors, "always true: glmtuner writes nothing but safetensors"),
+                ("logging_dir", self.logging_dir is None, "the run folder holds the logs (tensorboard/); leave it out"),
+                ("seed", 0 <= self.seed < 2**32, "0 to 4294967295"),
+            ),
+        )
         if self.fp16 and self.bf16:
             yield "trainer.fp16=true with trainer.bf16=true: choose one"
         if self.warmup_ratio and self.warmup_steps:
@@ -350,6 +369,6 @@ class Trainer(TrainerArguments):
             )
 
 
-def _plain(values: list) -> str:
-    """A list as it is typed: [a,b]."""
+def as_override(values: list[Any]) -> str:
+    """A list in the syntax of an override: [a,b]."""
     return f"[{','.join(str(value) for value in values)}]"

@@ -2,12 +2,17 @@
 
 import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from glmtuner.errors import ConfigError
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-def hydra_main(arguments: list[str], task: object = None) -> int:
-    """Hydra's own command line on these words; its errors become ConfigErrors."""
+
+def hydra_main(arguments: list[str], task: "Callable[[DictConfig], Any] | None" = None) -> int:
+    """Run Hydra's own command line with these arguments, and `task` on what it composes; its errors become ConfigErrors."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

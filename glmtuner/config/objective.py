@@ -11,6 +11,6 @@ def less_is_better(metric: str) -> bool:
 
 
 def measured_as(name: str, measured: Iterable[str]) -> str | None:
-    """The name among `measured` of the metric: as it is, or with predict_ or eval_ before it; None when there is none."""
+    """The key in `measured` of the metric: its name, with predict_ or eval_ in front or without; None if it was not measured."""
     known = set(measured)
     return next((key for key in (name, f"predict_{name}", f"eval_{name}") if key in known), None)

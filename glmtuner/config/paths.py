@@ -11,7 +11,7 @@ PACKAGE_MODEL = "package://"  # model.model_name_or_path=package://tiny_glm is g
 
 
 def conf_dir() -> Path:
-    """`conf/` of the wheel (`glmtuner/conf`), else of the checkout (beside the package)."""
+    """`conf/` of the wheel (`glmtuner/conf`) or of the checkout (beside the package)."""
     for candidate in (PACKAGE / "conf", PACKAGE.parent / "conf"):
         if (candidate / "config.yaml").is_file():
             return candidate

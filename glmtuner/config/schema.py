@@ -1,8 +1,8 @@
-"""The whole configuration of a run, and the groups whose methods take one."""
+"""The whole configuration of a run, and the base classes of the groups that depend on it."""
 
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
@@ -17,7 +17,7 @@ from glmtuner.config.groups import (
     Model,
     Quant,
     Trainer,
-    _plain,
+    as_override,
 )
 from glmtuner.errors import ConfigError
 
@@ -29,17 +29,21 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Stage:
-    """What is learned: the records it takes, how they become batches, the loss, what a prediction is."""
+    """What is learned: the configuration's part; records, batches, loss and predictions are in stages/stage.py."""
 
     name: str
 
-    policy: typing.ClassVar[bool] = True  # does what it trains answer? (a reward model scores)
+    policy: typing.ClassVar[bool] = True  # does it train a model that generates answers? (a reward model scores them)
     models_loss: typing.ClassVar[bool] = False  # is the loss the model's own, of one sample at a time?
-    packs: typing.ClassVar[bool] = False  # may several of its samples stand in one row?
-    supports_sharding: typing.ClassVar[bool] = True  # can ranks that hold a share of the weights or gradients train it?
+    packs: typing.ClassVar[bool] = False  # can several of its samples be packed into one row?
+    supports_sharding: typing.ClassVar[bool] = True  # can it be trained with sharded weights or gradients?
+    uses_reward_model: typing.ClassVar[bool] = False
+    memory_notice: typing.ClassVar[str | None] = (
+        None  # what a memory estimate leaves out; checkpointing is then not decided by it
+    )
 
     def impossible(self, run: "Run") -> "Iterator[str]":
-        """One sentence for each value of the run that cannot meet this stage."""
+        """One sentence for each value of the run that is incompatible with this stage."""
         if run.trainer.predict_with_generate:
             yield (
                 f"trainer.predict_with_generate=true with stage={self.name}: only stage=sft generates; "
@@ -47,96 +51,73 @@ class Stage:
             )
         if run.trainer.do_predict:
             yield (
-                f"trainer.do_predict=true with stage={self.name}: answers are predicted in a run of their own; "
+                f"trainer.do_predict=true with stage={self.name}: answers are predicted in a separate run; "
                 "type trainer=predict model.checkpoint_dir=<the folder of this run>"
             )
 
     def check(self, run: "Run") -> None:
-        """Raise when a file that the stage needs is not there or does not fit; called before anything is loaded."""
-
-    def datasets(self, run: "Run", specs: dict[str, Any], template: Any, tokenizer: Any) -> Any:
-        """The encoded records (`Datasets` of glmtuner/data/splits.py)."""
-        raise NotImplementedError
+        """Raise GlmtunerError where a file that the stage needs is missing or does not fit; called before anything is loaded."""
 
     def largest_batch(self, run: "Run") -> tuple[int, int]:
-        """Rows of a training batch, and the most tokens that one can have."""
+        """The rows of a training batch, and the largest length of a row in tokens."""
         return run.trainer.per_device_train_batch_size, run.data.max_source_length + run.data.max_target_length
-
-    def collator(self, **padding: Any) -> Any:
-        """Rows -> a batch; `padding` is what the collators of glmtuner/data take."""
-        raise NotImplementedError
-
-    def objective(self, run: "Run", model: "nn.Module", template: Any, tokenizer: Any) -> Any:
-        """The loss and what belongs to it besides the model (glmtuner/objectives); None is the model's own loss.
-
-        Called on the model as training will start, before a checkpoint is restored; heads are added to it here.
-        """
-        return None
-
-    def predict(
-        self, run: "Run", folder: Any, trainer: Any, tokenizer: Any, template: Any, data: Any
-    ) -> dict[str, float]:
-        """Write predictions.jsonl, one line an evaluation record; returns their scores, whose names begin with predict_."""
-        raise NotImplementedError
-
-    def derived(self, means: dict[str, float]) -> dict[str, float]:
-        """More metrics that follow from the means of what was measured, in training or in an evaluation."""
-        return {}
 
 
 @dataclass(kw_only=True)
 class Tracker:
-    """Where the numbers go besides the run folder."""
+    """Where metrics are logged besides the run folder."""
 
     name: str
 
     def start(self, run: "Run", folder: "Path") -> None:
-        """Open the tracker before training; the folder's config.yaml is written."""
+        """Open the tracker before training; config.yaml is in the folder already."""
 
     def log(self, line: dict[str, float]) -> None:
-        """One line of history.jsonl. A resumed run logs the lines it keeps again, from the first, before it goes on."""
+        """Log one line of history.jsonl. A resumed run logs the lines that it keeps again, from the first, before it continues."""
 
     def abandon(self, preempted: bool = False) -> None:
-        """The run ends early: by an error, or, when preempted, to be continued."""
+        """Close the tracker of a run that ends early: failed or, if `preempted`, to be resumed."""
 
     def finish(self, folder: "Path", metrics: dict[str, float]) -> str | None:
-        """Close the tracker with the content of metrics.json; returns a line on where its numbers are, if there is one."""
+        """Close the tracker with the content of metrics.json; returns a line to print on where to see the run, or None."""
         return None
 
     def publish(self, sweep: "Path") -> str | None:
-        """Take in the report of a finished sweep, from its folder; returns a line on where it is, if there is one."""
+        """Upload the report of a finished sweep from its folder; returns a line to print on where it is, or None."""
         return None
 
 
 @dataclass(kw_only=True)
 class Parallel:
-    """How many processes train one run, and what each of them holds."""
+    """How many processes train one run, and what each of them stores."""
 
     name: str
     processes: int | None = None
 
-    several: typing.ClassVar[bool] = True  # one process a GPU, where there are several
-    sharded: typing.ClassVar[bool] = False  # does a process hold only its share of every weight?
-    whole_modules: typing.ClassVar[bool] = True  # are a layer's weights whole outside of its own forward pass?
-    shares: typing.ClassVar[tuple[str, ...]] = ()  # the parts of an `Estimate` that a process holds its share of
+    several: typing.ClassVar[bool] = True  # one process per GPU, if there are several
+    sharded: typing.ClassVar[bool] = False  # does each process hold only a shard of every weight?
+    whole_modules: typing.ClassVar[bool] = True  # are a layer's weights unsharded outside of its own forward pass?
+    shares: typing.ClassVar[tuple[str, ...]] = ()  # the parts of an `Estimate` that are divided by the processes
 
     def __post_init__(self) -> None:
         if self.processes is not None and self.processes < 1:
-            raise ConfigError(f"parallel.processes={self.processes}: 1 or more, or null for one a GPU of this machine")
+            raise ConfigError(
+                f"parallel.processes={self.processes}: 1 or more, or null for one per GPU of this machine"
+            )
 
     def impossible(self, run: "Run") -> Iterator[str]:
-        """One sentence for each value of the run that cannot meet this."""
+        """One sentence for each value of the run that is incompatible with this strategy."""
         yield from ()
 
     def check_machine(self) -> None:
-        """Raises ConfigError where this machine lacks what it takes."""
+        """Raise ConfigError where this machine lacks a package or a device that the strategy needs."""
 
     def arguments(self) -> dict[str, Any]:
-        """What transformers' TrainingArguments are to be told."""
+        """Keyword arguments for transformers' TrainingArguments."""
         return {}
 
     def shard_model(self, model: "nn.Module", blocks: "list[nn.Module]") -> None:
-        """Called once on every process with the model whose training begins; `blocks` are its layers."""
+        """Shard the model in place before training; called once on every process, with the model's layers as `blocks`."""
 
 
 @dataclass(kw_only=True)
@@ -155,6 +136,7 @@ class Run:
     parallel: Parallel
     name: str | None = None
     objective: str | None = None
+    plugins: list[str] = field(default_factory=list)  # the user's own modules, see plugins.py
 
     def __post_init__(self) -> None:
         wrong = list(self.impossible())
@@ -162,16 +144,16 @@ class Run:
             raise ConfigError("; also: ".join(wrong))
 
     def impossible(self) -> Iterator[str]:
-        """One sentence for each pair of values that cannot meet; all that is wrong is told at once."""
+        """One sentence for each pair of incompatible values; all of them are reported at once."""
         trainer, method, bits = self.trainer, self.finetuning, self.quant.quantization_bit
         if bits is not None and trainer.do_train and not method.on_quantized:
             yield (
                 f"quant=int{bits} stores frozen integer weights and finetuning={method.finetuning_type} must update them; "
                 "type finetuning=lora, or quant=none"
             )
-        if bits is not None and trainer.fp16 and method.finetuning_type == "p_tuning" and trainer.do_train:
+        if bits is not None and trainer.fp16 and not method.fp16_on_quantized and trainer.do_train:
             yield (
-                f"trainer.fp16=true with quant=int{bits} and finetuning=p_tuning: the prefix's gradients overflow in half "
+                f"trainer.fp16=true with quant=int{bits} and finetuning={method.finetuning_type}: its gradients overflow in half "
                 "precision; type trainer.fp16=false"
             )
         if trainer.do_train and not method.trains:
@@ -185,23 +167,23 @@ class Run:
                 "type trainer=train, trainer=evaluate or trainer=predict"
             )
         yield from self.stage.impossible(self)
-        if not self.stage.supports_sharding and self.parallel.name not in ("none", "ddp"):
+        if self.parallel.shares and not self.stage.supports_sharding:
             yield (
-                f"parallel={self.parallel.name} with stage={self.stage.name}: its loss needs every rank to hold the whole model; "
+                f"parallel={self.parallel.name} with stage={self.stage.name}: its loss needs the whole model on every rank; "
                 "type parallel=ddp"
             )
-        if self.model.reward_model is not None and self.stage.name != "ppo":
+        if self.model.reward_model is not None and not self.stage.uses_reward_model:
             yield f"model.reward_model={self.model.reward_model} with stage={self.stage.name}: it is for stage=ppo; leave it out"
         evaluates = trainer.do_eval or trainer.do_predict or trainer.eval_strategy != "no" or trainer.eval_on_start
         if trainer.do_train and evaluates and not self.data.dev_ratio and not self.data.eval_dataset:
             yield (
                 "evaluation after training needs records that were not trained on: type data.dev_ratio=0.1, or "
-                "data.eval_dataset=<name>, or evaluate in a run of its own with trainer=evaluate"
+                "data.eval_dataset=<name>, or evaluate in a separate run with trainer=evaluate"
             )
         if self.data.dev_ratio and self.data.eval_dataset:
             yield (
-                f"data.dev_ratio={self.data.dev_ratio:g} with data.eval_dataset={_plain(self.data.eval_dataset)}: "
-                "choose one place to take the evaluation records from"
+                f"data.dev_ratio={self.data.dev_ratio:g} with data.eval_dataset={as_override(self.data.eval_dataset)}: "
+                "choose one source of evaluation records"
             )
         if trainer.load_best_model_at_end and (
             trainer.eval_strategy == "no" or trainer.eval_strategy != trainer.save_strategy
@@ -223,34 +205,38 @@ class Run:
 
     def _impossible_by_vllm(self) -> Iterator[str]:
         bits, beams = self.quant.quantization_bit, self.data.eval_num_beams
-        for wrong, knob, why in (
-            (self.trainer.do_train, "trainer.do_train=true", "it answers in a run of its own; type trainer=predict"),
+        for incompatible, knob, reason in (
+            (self.trainer.do_train, "trainer.do_train=true", "vLLM only predicts; type trainer=predict"),
             (
                 bits is not None,
                 f"quant=int{bits}",
-                "it is given weights with the adapters merged in, and integer weights take none in; type quant=none",
+                "adapters are merged into the weights for vLLM, which integer weights do not allow; type quant=none",
             ),
             (
-                self.finetuning.finetuning_type == "p_tuning",
-                "finetuning=p_tuning",
-                "vLLM does not know the prefix of P-Tuning v2; type finetuning=lora",
+                not self.finetuning.mergeable,
+                f"finetuning={self.finetuning.finetuning_type}",
+                "what it trains cannot be merged into the weights that vLLM loads; type finetuning=lora",
             ),
-            ((beams or 1) > 1, f"data.eval_num_beams={beams}", "it answers greedily; type data.eval_num_beams=1"),
-            (self.parallel.name != "none", f"parallel={self.parallel.name}", "one process asks it; type parallel=none"),
+            ((beams or 1) > 1, f"data.eval_num_beams={beams}", "vLLM decodes greedily; type data.eval_num_beams=1"),
+            (
+                self.parallel.several,
+                f"parallel={self.parallel.name}",
+                "vLLM is called by one process; type parallel=none",
+            ),
         ):
-            if wrong:
-                yield f"generation.engine=vllm with {knob}: {why}, or generation.engine=transformers"
+            if incompatible:
+                yield f"generation.engine=vllm with {knob}: {reason}, or generation.engine=transformers"
 
 
 ConfigStore.instance().store(group="schema", name="run", node=Run, package="_global_")
 
 
 def classes_of(group: str) -> dict[str, type]:
-    """The classes that can stand under a root key, by preset; single-type groups have one, named like the group."""
+    """The classes that a root key can have, by preset; single-type groups have one, named like the group."""
     hint = typing.get_type_hints(Run)[group]
     if group in SCHEMA_CLASSES:
         return SCHEMA_CLASSES[group]
-    return {group: hint} if is_dataclass(hint) else {}
+    return {group: hint} if isinstance(hint, type) and is_dataclass(hint) else {}
 
 
 def groups() -> list[str]:
@@ -259,7 +245,7 @@ def groups() -> list[str]:
 
 
 def legal_keys() -> dict[str, Any]:
-    """Every dotted key of every class with its type hint; a leaf only, no group names."""
+    """Every dotted key of every class with its type hint; leaves only, no group names."""
     keys: dict[str, Any] = {}
     for declared in fields(Run):
         owners = classes_of(declared.name)
@@ -272,7 +258,7 @@ def legal_keys() -> dict[str, Any]:
 
 
 def list_keys() -> set[str]:
-    """The dotted keys whose value is a list: the comma rule is for them."""
+    """The dotted keys whose value is a list, to which the comma rule applies."""
     return {
         key
         for key, hint in legal_keys().items()

@@ -1,4 +1,4 @@
-"""From a dataset's name to parsed conversations: `find` its entry, `load` its records, `refuse` too many broken."""
+"""From a dataset's name to its examples: `find` its entry, `load` its records, limit the number of broken ones."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from glmtuner.data.spec import DatasetSpec
 from glmtuner.errors import DataError
 
 __all__ = [
-    "BadLine",
     "BadRecord",
     "DatasetSpec",
     "Example",
     "Loaded",
     "Message",
+    "SkippedRecord",
     "check_bad_record_limit",
     "find",
     "load",
@@ -29,31 +29,34 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class BadLine:
-    """A record that was left out: where it is, and what is wrong with which of its fields ("" is the whole record)."""
+class SkippedRecord:
+    """A broken record that was left out: the file or hub dataset it is in, its number, and what is wrong with it.
+
+    `field` is the field that is wrong; "" is the whole record.
+    """
 
     dataset: str
-    where: str
+    source: str
     number: int
     field: str
     reason: str
 
     def __str__(self) -> str:
         field = f"field {self.field}: " if self.field else ""
-        return f"{self.where}: record {self.number}: {field}{self.reason}"
+        return f"{self.source}: record {self.number}: {field}{self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A dataset's examples, the records that were left out, a checksum or commit of each source, and the bytes of all.
+    """A dataset's examples, and what is known of its sources.
 
-    `examples` are read as they are asked for, and `bad` grows with them: no more of a dataset is in memory than is asked for.
+    `examples` is lazy, and `bad` grows as it is consumed, so that a dataset is never in memory as a whole.
     """
 
     examples: Iterator[Example]
-    bad: list[BadLine]
-    files: dict[str, str]
-    size: int
+    bad: list[SkippedRecord]
+    files: dict[str, str]  # file or hub id -> sha256 or commit
+    size: int  # bytes
 
 
 def load(
@@ -68,56 +71,57 @@ def load(
 ) -> Loaded:
     """The first `max_samples` (and at most the entry's `num_samples`) good records of a dataset, as examples.
 
-    Reading stops there, so that broken records further on are neither seen nor counted. All of them broken is an error.
+    Reading stops there: broken records further on are neither read nor counted. Raises DataError if all are broken.
     """
     source = read(
         spec, dataset_dir=dataset_dir, package_data=package_data, split=split, cache_dir=cache_dir, token=token
     )
-    most = min((limit for limit in (max_samples, spec.num_samples) if limit is not None), default=None)
-    bad: list[BadLine] = []
-    return Loaded(_examples(spec, source, most, bad), bad, source.fingerprint(), source.size())
+    max_examples = min((limit for limit in (max_samples, spec.num_samples) if limit is not None), default=None)
+    bad: list[SkippedRecord] = []
+    return Loaded(_examples(spec, source, max_examples, bad), bad, source.fingerprint(), source.size())
 
 
-def _examples(spec: DatasetSpec, source: Iterable[Row], most: int | None, bad: list[BadLine]) -> Iterator[Example]:
+def _examples(
+    spec: DatasetSpec, source: Iterable[Row], max_examples: int | None, bad: list[SkippedRecord]
+) -> Iterator[Example]:
     parse = parser(spec.formatting)
-    good = 0
-    for where, number, raw in source:
+    num_examples = 0
+    for label, number, raw in source:
         try:
             if isinstance(raw, BadRecord):
                 raise raw
             example = parse(raw, spec)
-        except BadRecord as trouble:
-            bad.append(BadLine(spec.name, where, number, trouble.field, trouble.reason))
+        except BadRecord as error:
+            bad.append(SkippedRecord(spec.name, label, number, error.field, error.reason))
             continue
         yield example
-        good += 1
-        if good == most:
+        num_examples += 1
+        if num_examples == max_examples:
             return
-    if not good:
+    if not num_examples:
         raise DataError(
-            f"dataset {spec.name!r}: {counted(bad)} and no good one: {first_of(bad)}; they are read as "
-            f"formatting={spec.formatting}; mend them, or formatting and columns in {spec.origin}"
+            f"dataset {spec.name!r}: {_count_text(bad)} and no good one: {_first_reasons(bad)}; they are read as "
+            f"formatting={spec.formatting}; fix them, or formatting and columns in {spec.origin}"
         )
 
 
-def check_bad_record_limit(bad: Sequence[BadLine], max_bad_records: int) -> None:
-    """Raise when more records are broken than the run allows, over all its datasets."""
+def check_bad_record_limit(bad: Sequence[SkippedRecord], max_bad_records: int) -> None:
+    """Raise DataError if more records are broken than `data.max_bad_records` allows, over all datasets given."""
     if len(bad) <= max_bad_records:
         return
-    names = list(dict.fromkeys(line.dataset for line in bad))
+    names = list(dict.fromkeys(record.dataset for record in bad))
     datasets = f"dataset{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
     raise DataError(
-        f"{datasets}: {counted(bad)} and data.max_bad_records={max_bad_records}: {first_of(bad)}; mend them, or type "
+        f"{datasets}: {_count_text(bad)} and data.max_bad_records={max_bad_records}: {_first_reasons(bad)}; fix them, or type "
         f"data.max_bad_records={len(bad)}"
     )
 
 
-def counted(bad: Sequence[BadLine]) -> str:
-    """How many records are broken, in words."""
+def _count_text(bad: Sequence[SkippedRecord]) -> str:
     return f"{len(bad)} broken record{'s' if len(bad) > 1 else ''}"
 
 
-def first_of(bad: Sequence[BadLine], most: int = 3) -> str:
-    """The first broken records, and how many more there are."""
-    more = f"; and {len(bad) - most} more" if len(bad) > most else ""
-    return "; ".join(map(str, bad[:most])) + more
+def _first_reasons(bad: Sequence[SkippedRecord], limit: int = 3) -> str:
+    """What is wrong with the first broken records, and how many more there are."""
+    more = f"; and {len(bad) - limit} more" if len(bad) > limit else ""
+    return "; ".join(map(str, bad[:limit])) + more

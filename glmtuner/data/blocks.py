@@ -12,33 +12,36 @@ from glmtuner.templates.base import IGNORE_INDEX
 
 @dataclass(frozen=True, kw_only=True)
 class BlockEncoder(Encoder):
-    """Documents one behind the other, each with the tokenizer's end of text, cut into rows of `block_length` tokens.
+    """Documents, each followed by the end-of-text token, concatenated and cut into rows of `block_length` tokens.
 
     Nothing is dropped: the last row of a batch of documents is shorter. Every row begins with the template's own prefix
-    ([gMASK]<sop> in the GLM family), which is not learned and without which these models were never trained.
+    ([gMASK]<sop> in the GLM family), which is not learned; these models were never trained without it.
     """
 
     block_length: int
 
-    batch: ClassVar[int] = 1000
+    batch_size: ClassVar[int] = 1000
     accepts: ClassVar[tuple[str, ...]] = ("plain text",)
     usage_hint: ClassVar[str] = (
-        "stage=pt learns plain text: one column, which columns.prompt of the dataset's entry names (text in a file "
+        "stage=pt learns plain text: one column, named by columns.prompt of the dataset's entry (`text` in a file "
         "without an entry), or the lines of a .txt file; name such a dataset, or type stage=sft"
     )
 
     def encode(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Counts]:
-        """Rows of `input_ids` and `labels`; records are documents here, not rows."""
+        """Rows of `input_ids` and `labels`; the counts' records are documents, not rows."""
         start, documents = self.template.documents(self.tokenizer, [str(example.text) for example in examples])
-        room = self.block_length - len(start)
-        if room < 2:
-            raise ConfigError(f"stage.block_length={self.block_length}: the template alone needs {len(start)} tokens")
+        text_length = self.block_length - len(start)
+        if text_length < 2:
+            raise ConfigError(
+                f"stage.block_length={self.block_length}: the template alone needs {len(start)} tokens; type at least "
+                f"stage.block_length={len(start) + 2}"
+            )
         tokens = [token for document in documents for token in document]
         counts = Counts(records=len(examples))
         rows = []
-        for place in range(0, len(tokens), room):
-            block = tokens[place : place + room]
+        for begin in range(0, len(tokens), text_length):
+            block = tokens[begin : begin + text_length]
             rows.append({"input_ids": [*start, *block], "labels": [*[IGNORE_INDEX] * len(start), *block]})
             counts.tokens += len(start) + len(block)
-            counts.learned_tokens += len(block) - (not start)  # nothing stands before the first token to tell it from
+            counts.learned_tokens += len(block) - (not start)  # the first token has nothing to be predicted from
         return rows, counts

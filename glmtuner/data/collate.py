@@ -1,4 +1,4 @@
-"""Rows -> padded batches."""
+"""Rows to padded batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ class Collator:
     ignore_pad_token_for_loss: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> "dict[str, torch.Tensor]":
-        """`input_ids`, `attention_mask` and `labels`, each [rows, longest]."""
+        """`input_ids`, `attention_mask` and `labels`, int64, each [rows, longest]."""
         import torch
 
         longest = max(len(row["input_ids"]) for row in rows)
         label_pad = IGNORE_INDEX if self.ignore_pad_token_for_loss else self.pad_id
-        filled: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        padded: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for row in rows:
-            missing = longest - len(row["input_ids"])
-            filled["input_ids"].append([*row["input_ids"], *[self.pad_id] * missing])
-            filled["attention_mask"].append([1] * len(row["input_ids"]) + [0] * missing)
-            filled["labels"].append([*row["labels"], *[label_pad] * missing])
-        return {name: torch.tensor(values, dtype=torch.long) for name, values in filled.items()}
+            padding = longest - len(row["input_ids"])
+            padded["input_ids"].append([*row["input_ids"], *[self.pad_id] * padding])
+            padded["attention_mask"].append([1] * len(row["input_ids"]) + [0] * padding)
+            padded["labels"].append([*row["labels"], *[label_pad] * padding])
+        return {name: torch.tensor(values, dtype=torch.long) for name, values in padded.items()}

@@ -1,21 +1,26 @@
-"""Conversations -> token ids and labels, within the lengths of the run, with a count of what was cut.
+"""Conversations to token ids and labels, within the lengths of the run, with a count of what was truncated.
 
-The template comes in as an argument: it alone knows how turns become tokens.
+The template is passed in: it alone defines how turns become tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.data.records import Example, Message
 from glmtuner.errors import ConfigError
+from glmtuner.templates.base import Encoded, Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(kw_only=True)
 class Counts:
-    """What became of a dataset's records; tokens of prompts and answers together unless said otherwise.
+    """What became of a dataset's records; tokens of prompts and answers together unless stated otherwise.
 
-    Where each answer is a row of its own, tokens and cuts are counted over all of a record's rows.
+    If each answer is a row of its own, tokens and truncations are counted over all rows of a record.
     """
 
     records: int = 0
@@ -28,34 +33,34 @@ class Counts:
     bad_records: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        mine, theirs = asdict(self), asdict(other)
-        return Counts(**{name: mine[name] + theirs[name] for name in mine})
+        left, right = asdict(self), asdict(other)
+        return Counts(**{name: left[name] + right[name] for name in left})
 
-    def told(self) -> str:
-        """The counts in words; cuts only when there were some."""
-        words = [f"{self.records:,} records, {self.tokens:,} tokens, {self.learned_tokens:,} of them learned"]
+    def summary(self) -> str:
+        """The counts in one line; truncations only if there were any."""
+        parts = [f"{self.records:,} records, {self.tokens:,} tokens, {self.learned_tokens:,} of them learned"]
         if self.prompts_cut:
             dropped = f" ({self.turns_dropped:,} old turns dropped)" if self.turns_dropped else ""
-            words.append(f"{self.prompts_cut:,} prompts shortened{dropped}")
+            parts.append(f"{self.prompts_cut:,} prompts shortened{dropped}")
         if self.answers_cut:
-            words.append(f"{self.answers_cut:,} answers shortened")
+            parts.append(f"{self.answers_cut:,} answers shortened")
         if self.tokens_cut:
-            words.append(f"{self.tokens_cut:,} tokens cut in all")
+            parts.append(f"{self.tokens_cut:,} tokens cut in all")
         if self.bad_records:
-            words.append(f"{self.bad_records:,} broken records skipped")
-        return "; ".join(words)
+            parts.append(f"{self.bad_records:,} broken records skipped")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
     """Encodes batches of examples with one template, tokenizer and set of lengths.
 
-    Subclasses encode other kinds of records than single answers; `takes` are those an encoder can use, `wanted` tells of
-    them where others come, and `columns` are what a batch is made of.
+    Subclasses encode other kinds of records than single answers: `accepts` are the kinds that an encoder supports,
+    `usage_hint` ends the error for any other kind, and `columns` are those that a batch is made of.
     """
 
-    template: Any
-    tokenizer: Any
+    template: Template
+    tokenizer: "PreTrainedTokenizerBase"
     max_source_length: int
     max_target_length: int
     every_answer: bool = True
@@ -64,70 +69,74 @@ class Encoder:
     accepts: ClassVar[tuple[str, ...]] = ("single answers", "feedback")
     usage_hint: ClassVar[str] = "stage=sft learns single answers; name a dataset of instructions or conversations"
     columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
-    batch: ClassVar[int] = 250  # examples encoded at a time
-    learns: ClassVar[bool] = True  # are tokens of the records learned? (their prompts alone are not)
+    batch_size: ClassVar[int] = 250  # examples encoded at a time
+    learns: ClassVar[bool] = True  # are tokens of the records learned? (False: only their prompts are read)
 
     def settings(self) -> dict[str, Any]:
-        """What changes the rows besides template and tokenizer."""
-        names = [declared.name for declared in fields(self) if declared.name not in ("template", "tokenizer")]
+        """Everything besides template and tokenizer that changes the rows."""
+        names = [field.name for field in fields(self) if field.name not in ("template", "tokenizer")]
         return {"encoder": type(self).__name__, **{name: getattr(self, name) for name in names}}
 
     def encode(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Counts]:
-        """One row an example: `input_ids` and `labels` of the whole, `prompt_ids`, `prompt` and `answer` of the last turn.
+        """A row for each example, and the counts.
 
-        Where the template can teach one answer a row, `earlier` holds the rows (`input_ids`, `labels`) of the answers before.
+        A row has `input_ids` and `labels` of the whole conversation, and `prompt_ids`, `prompt` and `answer` of its last
+        turn. If the template teaches one answer a row, `earlier` holds the rows (`input_ids`, `labels`) of the answers
+        before.
         """
         counts = Counts(records=len(examples))
-        conversations, encoded = self._fitted([example.messages for example in examples], counts)
+        conversations, encoded = self._encode_fitting([example.messages for example in examples], counts)
         prompts = self.template.prompts(self.tokenizer, [self._prefixed(turns) for turns in conversations], encoded)
         rows = [
             {
-                **self._learned(found, counts),
+                **self._row(conversation, counts),
                 "prompt_ids": prompt,
-                "prompt": shown(self._prefixed(messages[:-1])),
+                "prompt": prompt_text(self._prefixed(messages[:-1])),
                 "answer": messages[-1].content,
             }
-            for messages, found, prompt in zip(conversations, encoded, prompts, strict=True)
+            for messages, conversation, prompt in zip(conversations, encoded, prompts, strict=True)
         ]
         if self.every_answer and self.template.one_answer_a_row:
             self._add_earlier(rows, examples, counts)
         return rows, counts
 
     def _add_earlier(self, rows: list[dict[str, Any]], examples: Sequence[Example], counts: Counts) -> None:
-        """Give each row the rows of its conversation's earlier answers."""
+        """Add the rows of its conversation's earlier answers to each row."""
         owners, parts = [], []
-        for place, example in enumerate(examples):
-            rows[place]["earlier"] = []
+        for index, example in enumerate(examples):
+            rows[index]["earlier"] = []
             for end, message in enumerate(example.messages[:-1], 1):
                 if message.role == "assistant":
-                    owners.append(place)
+                    owners.append(index)
                     parts.append(example.messages[:end])
-        _, encoded = self._fitted(parts, counts)
-        for place, found in zip(owners, encoded, strict=True):
-            rows[place]["earlier"].append(self._learned(found, counts))
+        _, encoded = self._encode_fitting(parts, counts)
+        for index, conversation in zip(owners, encoded, strict=True):
+            rows[index]["earlier"].append(self._row(conversation, counts))
 
-    def _learned(self, found: Any, counts: Counts) -> dict[str, Any]:
-        """`input_ids` and `labels`, the last answer cut to its length."""
-        cut = found.cut_answer(self.max_target_length)
-        counts.answers_cut += cut > 0
-        counts.tokens_cut += cut
-        labels = found.labels(self.every_answer)
-        counts.tokens += len(found.input_ids)
-        counts.learned_tokens += sum(end + 1 - start for start, end in found.learned(self.every_answer))
-        return {"input_ids": found.input_ids, "labels": labels}
+    def _row(self, conversation: Encoded, counts: Counts) -> dict[str, Any]:
+        """`input_ids` and `labels`, the last answer truncated to `max_target_length`."""
+        num_removed = conversation.cut_answer(self.max_target_length)
+        counts.answers_cut += num_removed > 0
+        counts.tokens_cut += num_removed
+        labels = conversation.labels(self.every_answer)
+        counts.tokens += len(conversation.input_ids)
+        counts.learned_tokens += sum(end + 1 - start for start, end in conversation.learned(self.every_answer))
+        return {"input_ids": conversation.input_ids, "labels": labels}
 
-    def _fitted(self, conversations: list[list[Message]], counts: Counts) -> tuple[list[list[Message]], list[Any]]:
-        """The conversations with prompts no longer than they may be, and their tokens."""
-        encoded = self._encoded(conversations)
+    def _encode_fitting(
+        self, conversations: list[list[Message]], counts: Counts
+    ) -> tuple[list[list[Message]], list[Encoded]]:
+        """The conversations with prompts shortened to `max_source_length`, and their tokens."""
+        encoded = self._encode(conversations)
         conversations = list(conversations)
-        for place, found in enumerate(encoded):
-            if found.source_length > self.max_source_length:
-                shorter, dropped = self._shortened(conversations[place])
-                again = self._encoded([shorter])[0]
+        for index, conversation in enumerate(encoded):
+            if conversation.source_length > self.max_source_length:
+                shorter, num_dropped = self._shortened(conversations[index])
+                again = self._encode([shorter])[0]
                 counts.prompts_cut += 1
-                counts.turns_dropped += dropped
-                counts.tokens_cut += len(found.input_ids) - len(again.input_ids)
-                conversations[place], encoded[place] = shorter, again
+                counts.turns_dropped += num_dropped
+                counts.tokens_cut += len(conversation.input_ids) - len(again.input_ids)
+                conversations[index], encoded[index] = shorter, again
         return conversations, encoded
 
     def _prefixed(self, messages: Sequence[Message]) -> Sequence[Message]:
@@ -135,54 +144,55 @@ class Encoder:
         if not self.source_prefix:
             return messages
         turns = list(messages)
-        first = next(place for place, message in enumerate(turns) if message.role == "user")
+        first = next(index for index, message in enumerate(turns) if message.role == "user")
         turns[first] = Message("user", self.source_prefix + turns[first].content)
         return turns
 
     def _source_length(self, messages: Sequence[Message]) -> int:
-        return self._encoded([messages])[0].source_length
+        return self._encode([messages])[0].source_length
 
-    def _encoded(self, conversations: Sequence[Sequence[Message]]) -> list[Any]:
+    def _encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
         return self.template.encode(self.tokenizer, [self._prefixed(messages) for messages in conversations])
 
     def _fits(self, messages: Sequence[Message]) -> bool:
         return self._source_length(messages) <= self.max_source_length
 
-    def _shortened(self, messages: list[Message]) -> tuple[list[Message], int]:
-        """The turns with a prompt that fits, and how many old question-answer pairs that cost.
+    def _fits_without_end(self, turns: list[Message], index: int, count: int) -> bool:
+        return self._fits(without_end(turns, index, count))
 
-        The oldest pairs go first; then the end of the last question is cut, and if that is not enough the end of the
-        system turn. What the template writes, its closing marker above all, is never cut.
+    def _shortened(self, messages: list[Message]) -> tuple[list[Message], int]:
+        """The turns with a prompt that fits, and how many old question-answer pairs were dropped.
+
+        The oldest pairs are dropped first; then the end of the last question is cut, and if that is not enough, the end of
+        the system turn. What the template adds, its closing marker above all, is never cut.
         """
         head = 1 if messages[0].role == "system" else 0
-        pairs = (len(messages) - head - 2) // 2
-        dropped = bisect_min(pairs, lambda count: self._fits(messages[:head] + messages[head + 2 * count :]))
-        turns = messages[:head] + messages[head + 2 * dropped :]
-        for place in (head, 0):
+        num_pairs = (len(messages) - head - 2) // 2
+        num_dropped = bisect_min(num_pairs, lambda count: self._fits(messages[:head] + messages[head + 2 * count :]))
+        turns = messages[:head] + messages[head + 2 * num_dropped :]
+        for index in (head, 0):
             if self._fits(turns):
-                return turns, dropped
-            length = len(turns[place].content)
-            cut = bisect_min(
-                length, lambda count, turns=turns, place=place: self._fits(strip_end_token(turns, place, count))
-            )
-            turns = strip_end_token(turns, place, cut)
+                return turns, num_dropped
+            num_cut = bisect_min(len(turns[index].content), partial(self._fits_without_end, turns, index))
+            turns = without_end(turns, index, num_cut)
         if self._fits(turns):
-            return turns, dropped
+            return turns, num_dropped
+        needed = self._source_length(turns)
         raise ConfigError(
-            f"data.max_source_length={self.max_source_length}: the template alone needs {self._source_length(turns)} tokens; "
-            "type a larger data.max_source_length"
+            f"data.max_source_length={self.max_source_length}: the template alone needs {needed} tokens; type at least "
+            f"data.max_source_length={needed}"
         )
 
 
-def strip_end_token(turns: list[Message], place: int, count: int) -> list[Message]:
-    """The turns with the last `count` characters of one of them left out."""
-    text = turns[place].content
-    return [*turns[:place], Message(turns[place].role, text[: len(text) - count]), *turns[place + 1 :]]
+def without_end(turns: list[Message], index: int, count: int) -> list[Message]:
+    """The turns without the last `count` characters of one of them."""
+    text = turns[index].content
+    return [*turns[:index], Message(turns[index].role, text[: len(text) - count]), *turns[index + 1 :]]
 
 
-def bisect_min(most: int, holds: Any) -> int:
-    """The smallest count in [0, most] for which `holds`, which stays true once it is; `most` when none does."""
-    low, high = 0, most
+def bisect_min(limit: int, holds: Callable[[int], bool]) -> int:
+    """The smallest count in [0, limit] for which the monotonic predicate `holds`; `limit` if there is none."""
+    low, high = 0, limit
     while low < high:
         middle = (low + high) // 2
         if holds(middle):
@@ -192,8 +202,8 @@ def bisect_min(most: int, holds: Any) -> int:
     return low
 
 
-def shown(messages: Sequence[Message]) -> str:
-    """The turns of a prompt as people read them."""
+def prompt_text(messages: Sequence[Message]) -> str:
+    """The turns of a prompt as readable text."""
     if len(messages) == 1:
         return messages[0].content
     return "\n".join(f"{message.role}: {message.content}" for message in messages)

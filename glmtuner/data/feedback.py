@@ -1,4 +1,4 @@
-"""Single answers that were judged good or bad, as rows and as batches."""
+"""Single answers marked good or bad, as rows and as batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FeedbackEncoder(Encoder):
-    """One row an answer, as for stage=sft, with `is_desirable`."""
+    """A row for each answer, as for stage=sft, with `is_desirable`."""
 
     accepts: ClassVar[tuple[str, ...]] = ("feedback",)
     usage_hint: ClassVar[str] = (
@@ -33,9 +33,9 @@ class FeedbackEncoder(Encoder):
 
 
 def with_other_answers(rows: "Dataset") -> "Dataset":
-    """The rows with `other_ids`: the answer to the next row's question, the first one's behind the last.
+    """The rows with `other_ids`: the answer of the next row, and for the last row that of the first.
 
-    KTO measures how far the policy has moved on answers that do not belong to their prompts.
+    KTO estimates its KL term on prompts with answers of other prompts (Ethayarajh et al. 2024, arXiv:2402.01306).
     """
     from datasets import Features, List, Value, concatenate_datasets
 
@@ -48,24 +48,24 @@ def with_other_answers(rows: "Dataset") -> "Dataset":
 
 
 def answer_start(labels: Sequence[int]) -> int:
-    """The place of the first label that is learned."""
-    return next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)
+    """The index of the first label that is learned."""
+    return next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeedbackCollator(Collator):
-    """A batch of answers in its first half; the same prompts with answers that belong to others in its second."""
+    """A batch of answers in its first half; the same prompts with answers of other prompts in its second."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> "dict[str, torch.Tensor]":
-        """`input_ids`, `attention_mask` and `labels`, each [2 rows, longest], and `is_desirable`, [rows]."""
+        """`input_ids`, `attention_mask` and `labels`, int64, each [2 rows, longest], and `is_desirable`, bool, [rows]."""
         import torch
 
-        crossed = []
+        mismatched = []
         for row in rows:
             start = answer_start(row["labels"])
             ids = [*row["input_ids"][:start], *row["other_ids"]]
-            crossed.append({"input_ids": ids, "labels": [IGNORE_INDEX] * start + list(row["other_ids"])})
+            mismatched.append({"input_ids": ids, "labels": [IGNORE_INDEX] * start + list(row["other_ids"])})
         return {
-            **super().__call__([*rows, *crossed]),
+            **super().__call__([*rows, *mismatched]),
             "is_desirable": torch.tensor([row["is_desirable"] for row in rows], dtype=torch.bool),
         }

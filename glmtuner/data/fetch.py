@@ -1,4 +1,4 @@
-"""Files behind a URL, fetched once and checked."""
+"""Files of a URL, downloaded once and verified."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def digest(path: Path, algorithm: str) -> str:
 
 
 def download(spec: DatasetSpec, cache_dir: str | Path | None) -> Path:
-    """The file behind the entry's url, fetched once; it gets its name only when its sha256 is right."""
-    from http.client import HTTPException  # imported here, since few runs fetch and a typo is not to wait for it
+    """The file of the entry's url, downloaded once; it gets its final name only if its sha256 is right. Raises DataError."""
+    from http.client import (
+        HTTPException,
+    )  # imported here, since few runs download and an error of the user is reported sooner
     from urllib.parse import unquote, urlsplit
     from urllib.request import urlopen
 
@@ -35,23 +37,23 @@ def download(spec: DatasetSpec, cache_dir: str | Path | None) -> Path:
     if path.is_file() and digest(path, "sha256") == sha256:
         return path
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    found = hashlib.sha256()
+    downloaded = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as response, part.open("wb") as file:
             while block := response.read(1 << 20):
-                found.update(block)
+                downloaded.update(block)
                 file.write(block)
-        if found.hexdigest() != sha256:
+        if downloaded.hexdigest() != sha256:
             raise DataError(
-                f"dataset {spec.name!r} ({spec.origin}): {url} has sha256 {found.hexdigest()} in place of {sha256}; "
-                "the file has changed or was cut short; try again, or mend sha256 if the change is meant"
+                f"dataset {spec.name!r} ({spec.origin}): {url} has sha256 {downloaded.hexdigest()} instead of {sha256}: "
+                "the file has changed, or the download is incomplete; try again, or update sha256 if the change is intended"
             )
         part.replace(path)
     except (OSError, HTTPException, ValueError) as error:
         raise DataError(
-            f"dataset {spec.name!r} ({spec.origin}): {url} could not be fetched to {path.parent} ({reason_of(error)}); "
-            "check the network, or fetch it elsewhere and type its path in place of the name"
+            f"dataset {spec.name!r} ({spec.origin}): {url} could not be downloaded to {path.parent} ({reason_of(error)}); "
+            "check the network, or download it elsewhere and type its path instead of the name"
         ) from error
     finally:
         part.unlink(missing_ok=True)

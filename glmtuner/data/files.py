@@ -1,4 +1,4 @@
-"""The files of a dataset: where they lie, which split they are of, whether they are the right ones."""
+"""The files of a dataset: where they are, which split they belong to, whether their checksums are right."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from glmtuner.data.spec import DatasetSpec
 
 
-# The words by which a file of a folder says what split it is of.
+# Words in the name of a file that tell its split.
 SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -29,27 +29,27 @@ NOT_RECORDS = {"dataset_info.json", "dataset_infos.json"}  # they describe the d
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """The records of files, one file after the other; `paths` says where the files that errors name lie."""
+    """The records of files, one file after the other; `paths` are the files by the labels that errors use."""
 
     name: str
     paths: dict[str, Path]
 
     def __iter__(self) -> Iterator[Row]:
-        found = False
+        is_empty = True
         for label, path in self.paths.items():
             try:
                 if not path.stat().st_size:
                     raise Unreadable("is empty")
                 for number, raw in READERS[path.suffix.lower()](path):
-                    found = True
+                    is_empty = False
                     yield Row(label, number, raw)
             except (Unreadable, OSError) as error:
                 raise DataError(f"dataset {self.name!r}: {label} {error}") from error
-        if not found:
+        if is_empty:
             raise DataError(f"dataset {self.name!r}: no records in {', '.join(self.paths)}")
 
     def size(self) -> int:
-        """Bytes of the files."""
+        """The size of the files in bytes."""
         return sum(path.stat().st_size for path in self.paths.values())
 
     def fingerprint(self) -> dict[str, str]:
@@ -58,7 +58,7 @@ class LocalFiles:
 
 
 def local_path(spec: DatasetSpec, dataset_dir: Path, package_data: Path) -> Path | None:
-    """The entry's file or folder if it is on this machine; what ships with the package is for the catalogue only."""
+    """The entry's local file or folder, None if it does not exist; only catalogue entries look in the package."""
     if not spec.file_name:
         return None
     folders = [package_data, dataset_dir] if spec.kind == "catalogue" else [dataset_dir]
@@ -67,25 +67,25 @@ def local_path(spec: DatasetSpec, dataset_dir: Path, package_data: Path) -> Path
 
 
 def local_files(spec: DatasetSpec, path: Path, split: str) -> dict[str, Path]:
-    """The files to read, by the names that errors and the run's provenance give them."""
+    """The files to read, by the labels that errors and provenance.json use."""
     label = spec.name if spec.kind == "path" else spec.file_name or path.name
     if path.is_dir():
         root = path / spec.folder if spec.folder else path
         label = f"{label}/{spec.folder}" if spec.folder else label
         return {f"{label}/{name}": root / name for name in of_split(spec, data_files(root), split)}
     if path.suffix.lower() not in READERS:
-        raise DataError(f"dataset {spec.name!r}: {label} is no {', '.join(READERS)} file; convert it to one of them")
+        raise DataError(f"dataset {spec.name!r}: {label} is not a {', '.join(READERS)} file; convert it to one of them")
     if split != "train" and not spec.split:
         raise DataError(
             f"dataset {spec.name!r}: {label} is one file and has no split {split!r}; type data.split=train, "
-            "or give the dataset an entry with a split of its own"
+            "or give the dataset an entry with its own split"
         )
-    check_sums(spec, path, label)
+    verify_checksums(spec, path, label)
     return {label: path}
 
 
 def data_files(folder: Path) -> list[str]:
-    """The data files in a folder and the folders in it, hidden ones left out; a text file there is no data."""
+    """The data files in a folder and its subfolders, without hidden ones and text files."""
     return [
         str(file.relative_to(folder))
         for file in sorted(folder.rglob("*"))
@@ -98,44 +98,42 @@ def data_files(folder: Path) -> list[str]:
 def of_split(spec: DatasetSpec, files: list[str], split: str) -> list[str]:
     """The files of a folder that belong to a split, by the words in their names.
 
-    When none is said to be for training, those that name no split are.
+    If no name says that its file is for training, the files whose names tell no split are.
     """
-    wanted = spec.split or split
+    split = spec.split or split
     words = {file: set(re.split(r"[^a-z]+", file.lower())) for file in files}
-    own = [file for file in files if words[file] & SPLIT_WORDS.get(wanted, {wanted})]
-    if not own and wanted == "train":
+    own = [file for file in files if words[file] & SPLIT_WORDS.get(split, {split})]
+    if not own and split == "train":
         own = [file for file in files if not words[file] & set().union(*SPLIT_WORDS.values())]
     if not own:
         raise DataError(
-            f"dataset {spec.name!r}: no file of its folder is of the split {wanted!r}; "
+            f"dataset {spec.name!r}: no file of its folder belongs to the split {split!r}; "
             f"it holds {listed(files) or 'no ' + ', '.join(READERS)}"
         )
     if len(own) < len(files):
         left_out = [file for file in files if file not in own]
-        say(f"dataset {spec.name!r}: the split {wanted} leaves out {listed(left_out)}")
+        say(f"dataset {spec.name!r}: the split {split} leaves out {listed(left_out)}")
     return own
 
 
 def missing_file(spec: DatasetSpec, dataset_dir: Path) -> DataError:
-    """The error for an entry whose file is not there."""
+    """The error for an entry whose file does not exist."""
     path = dataset_dir / str(spec.file_name)
     folder = path.parent
-    known = sorted(file.name for file in folder.iterdir() if file.suffix in READERS) if folder.is_dir() else []
-    held = f"{folder} holds {listed(known) or 'no data file'}" if folder.is_dir() else f"there is no folder {folder}"
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in READERS) if folder.is_dir() else []
+    content = f"{folder} holds {listed(names) or 'no data file'}" if folder.is_dir() else f"there is no folder {folder}"
     return DataError(
-        f"dataset {spec.name!r} ({spec.origin}): no file {path}{did_you_mean(path.name, known, then=held)}; put the "
-        f"file there, mend file_name in {spec.origin}, or type data.dataset_dir=<the folder it is in>"
+        f"dataset {spec.name!r} ({spec.origin}): no file {path}{did_you_mean(path.name, names, then=content)}; put the "
+        f"file there, fix file_name in {spec.origin}, or type data.dataset_dir=<the folder it is in>"
     )
 
 
-def check_sums(spec: DatasetSpec, path: Path, label: str) -> None:
-    """Compare a file with its entry: a sha256 must agree, a sha1 is only warned about, as it always was."""
-    if spec.sha256 and (found := digest(path, "sha256")) != spec.sha256.lower():
+def verify_checksums(spec: DatasetSpec, path: Path, label: str) -> None:
+    """Compare a file with its entry: another sha256 is a DataError, another file_sha1 (of LLaMA-Factory's format) a warning."""
+    if spec.sha256 and (sha256 := digest(path, "sha256")) != spec.sha256.lower():
         raise DataError(
-            f"dataset {spec.name!r}: {label} has sha256 {found} where {spec.origin} says {spec.sha256}; fetch it "
-            "again, or remove sha256 from the entry if the change is meant"
+            f"dataset {spec.name!r}: {label} has sha256 {sha256}, {spec.origin} says {spec.sha256}; download "
+            "it again, or remove sha256 from the entry if the change is intended"
         )
-    if spec.file_sha1 and (found := digest(path, "sha1")) != spec.file_sha1.lower():
-        say(
-            f"dataset {spec.name!r}: {label} has sha1 {found} where {spec.origin} says {spec.file_sha1}; it is used as it is"
-        )
+    if spec.file_sha1 and (sha1 := digest(path, "sha1")) != spec.file_sha1.lower():
+        say(f"dataset {spec.name!r}: {label} has sha1 {sha1}, {spec.origin} says {spec.file_sha1}; it is used as it is")

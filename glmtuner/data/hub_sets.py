@@ -22,10 +22,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class HubSet:
-    """The records of one split of a hub dataset."""
+    """The records of a split of a hub dataset."""
 
     name: str
-    label: str  # the hub's id, with the subset
+    label: str  # the hub id, with the subset
     dataset: Dataset
     commit: str | None
 
@@ -36,16 +36,17 @@ class HubSet:
             yield Row(self.label, number, raw)
 
     def size(self) -> int:
-        """Bytes in memory, were all of them read."""
-        return self.dataset.data.nbytes
+        """The size of all records in bytes, as Arrow stores them."""
+        num_bytes: int = self.dataset.data.nbytes
+        return num_bytes
 
     def fingerprint(self) -> dict[str, str]:
-        """The commit that the records come from, or the fingerprint that datasets gave them."""
+        """The commit of the records, or the fingerprint that datasets computed (it has no public name for it)."""
         return {self.label: f"commit {self.commit}" if self.commit else f"fingerprint {self.dataset._fingerprint}"}
 
 
 def hub_set(spec: DatasetSpec, split: str, cache_dir: str | Path | None, token: bool) -> HubSet:
-    """One split of a hub dataset, downloaded into the hub's cache; no code of the dataset's is run."""
+    """A split of a hub dataset, downloaded to the hub's cache; dataset scripts are never run. Raises DataError."""
     import datasets
 
     label = f"{spec.hf_hub_url}/{spec.subset}" if spec.subset else str(spec.hf_hub_url)
@@ -67,28 +68,28 @@ def hub_set(spec: DatasetSpec, split: str, cache_dir: str | Path | None, token: 
             if copy is None:
                 raise
             dataset, commit = datasets.load_dataset(str(copy), **options), copy.name
-    except Exception as error:  # a network, a hub and other people's files: there is no shorter list
-        raise DataError(f"dataset {spec.name!r} ({spec.origin}): {hub_trouble(spec, split, error)}") from error
+    except Exception as error:  # the network, the hub and third-party files can raise anything
+        raise DataError(f"dataset {spec.name!r} ({spec.origin}): {failure_message(spec, split, error)}") from error
     commit = commit or commit_of(dataset)
     if commit and COMMIT.fullmatch(spec.revision or "") and commit != spec.revision:
         raise DataError(
             f"dataset {spec.name!r} ({spec.origin}): revision {spec.revision} of {label} could not be reached, and the "
-            f"cache holds {commit}; check the network, or mend revision in the entry"
+            f"cache holds {commit}; check the network, or fix revision in the entry"
         )
     return HubSet(spec.name, label, dataset, commit)
 
 
 def commit_of(dataset: Dataset) -> str | None:
-    """The hub's commit, after which datasets names the folder of its cache; None when it names it otherwise."""
+    """The hub's commit, by which datasets names the folder of its cache; None if the folder has another name."""
     folders = [Path(file["filename"]).parent.name for file in dataset.cache_files]
     return next((folder for folder in folders if COMMIT.fullmatch(folder)), None)
 
 
 def downloaded_copy(spec: DatasetSpec, cache_dir: str | Path | None) -> Path | None:
-    """The folder of the hub's cache with a dataset's files, when all of them are there; it is named after the commit.
+    """The folder of the hub's cache with the dataset's files, named by the commit; None if it may be incomplete.
 
-    Without a network datasets finds what it prepared only when neither a revision nor files are named. All are there
-    when the entry names each file, or when datasets has once prepared this commit.
+    Offline, datasets finds what it has prepared only if neither a revision nor files are given. The copy is complete if the
+    entry names each file, or if datasets has prepared this commit before.
     """
     import datasets
     from huggingface_hub import snapshot_download
@@ -107,20 +108,20 @@ def downloaded_copy(spec: DatasetSpec, cache_dir: str | Path | None) -> Path | N
     return folder if any(prepared.glob(f"*/{spec.subset or 'default'}*/*/{folder.name}")) else None
 
 
-def hub_trouble(spec: DatasetSpec, split: str, error: Exception) -> str:
-    """What kept a hub dataset from loading, and what to type about it."""
+def failure_message(spec: DatasetSpec, split: str, error: Exception) -> str:
+    """Why a hub dataset could not be loaded, and what to do about it."""
     from datasets.exceptions import DatasetNotFoundError
 
     reason = reason_of(error)
-    advice = "check the network, or fetch it elsewhere and type its path in place of the name"
+    advice = "check the network, or download it elsewhere and type its path instead of the name"
     if isinstance(error, DatasetNotFoundError):
         advice = "check the id; for a gated or private set run `hf auth login` and type model.use_auth_token=true"
     elif "scripts are no longer supported" in reason:
-        advice = "it is kept as code, which is not run; fetch the data itself and type its path"
-    elif "Couldn't find cache" in reason:  # datasets looks there when the hub has no such file, and tells of that alone
+        advice = "the dataset is a script, which is not run; download the data itself and type its path"
+    elif "Couldn't find cache" in reason:  # all that datasets reports if the hub has no such file
         advice = "check subset, folder and data_files of the entry, and the network"
     elif "Unknown split" in reason:
-        advice = "mend split in the entry" if spec.split else f"mend data.split={split}, or add split to the entry"
+        advice = "fix split in the entry" if spec.split else f"fix data.split={split}, or add split to the entry"
     elif "BuilderConfig" in reason or "Config name" in reason:
         advice = "name one of them as subset in the entry"
-    return f"the hub set {spec.hf_hub_url} could not be loaded: {reason}; {advice}"
+    return f"the hub dataset {spec.hf_hub_url} could not be loaded: {reason}; {advice}"

@@ -1,4 +1,4 @@
-"""The records of a JSON array, parsed one by one without reading the file whole."""
+"""The records of a JSON array, parsed one by one without reading the whole file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glmtuner.data.raw import Numbered, Unreadable, as_record, message_of, not_u
 
 
 def array_records(file: BinaryIO) -> Numbered:
-    """The objects of the array that a file holds, parsed one by one of a piece of its text at a time."""
+    """The objects of the array in a file, parsed one by one while the file is read in chunks; raises Unreadable."""
     decoder = json.JSONDecoder()
     text = JsonWindow(file)
     text.skip_space()
@@ -20,12 +20,12 @@ def array_records(file: BinaryIO) -> Numbered:
     number, ended = 0, text.skip_space() == "]"
     while not ended:
         number += 1
-        yield number, as_record(text.parsed(decoder, number))
+        yield number, as_record(text.parse(decoder, number))
         if text.skip_comma():
             continue
-        found = text.skip_space()
-        ended = found == "]"
-        if found != "," and not ended:
+        character = text.skip_space()
+        ended = character == "]"
+        if character != "," and not ended:
             raise text.broken(json.JSONDecodeError("Expecting ',' delimiter", text.text, text.position), number)
         if not ended:
             text.advance(1)
@@ -36,40 +36,40 @@ def array_records(file: BinaryIO) -> Numbered:
 
 
 class JsonWindow:
-    """The part of a UTF-8 file's text around a position, which moves on; what lies behind is forgotten."""
+    """A sliding window of a UTF-8 file's text: text before `position` is discarded when more is read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.decoder = getincrementaldecoder("utf-8-sig")()
         self.text, self.position = "", 0
-        self.lines, self.columns = 0, 0  # whole lines before the text, and characters of the last one
-        self.whole = False  # is the end of the file in it?
+        self.lines, self.columns = 0, 0  # whole lines before the window, and characters of the line it begins in
+        self.at_end = False  # has the file been read to its end?
 
-    def more(self) -> bool:
-        """Forget what lies behind and read on, twice as far as the text is long; false at the end of the file."""
-        if self.whole:
+    def read_more(self) -> bool:
+        """Discard the text before `position` and read at least twice the remaining length; False at the end of the file."""
+        if self.at_end:
             return False
-        behind = self.text[: self.position]
-        self.lines += behind.count("\n")
-        self.columns = len(behind) - 1 - behind.rfind("\n") + (0 if "\n" in behind else self.columns)
-        data = self.file.read(max(PIECE, 2 * (len(self.text) - self.position)))
-        before = self.file.tell() - len(data) - len(self.decoder.getstate()[0])
+        parsed = self.text[: self.position]
+        self.lines += parsed.count("\n")
+        self.columns = len(parsed) - 1 - parsed.rfind("\n") + (0 if "\n" in parsed else self.columns)
+        data = self.file.read(max(CHUNK_BYTES, 2 * (len(self.text) - self.position)))
+        offset = self.file.tell() - len(data) - len(self.decoder.getstate()[0])
         try:
             self.text = self.text[self.position :] + self.decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise not_utf8(error, f" at offset {before + error.start}") from None
-        self.position, self.whole = 0, not data
+            raise not_utf8(error, f" at offset {offset + error.start}") from None
+        self.position, self.at_end = 0, not data
         return True
 
     def skip_space(self) -> str:
-        """Go to the next character that is no white space of JSON's; it comes back, empty at the end of the file."""
+        """Move to the next character that is not JSON white space, and return it; "" at the end of the file."""
         while True:
             self.position = after_space(self.text, self.position)
-            if self.position < len(self.text) or not self.more():
+            if self.position < len(self.text) or not self.read_more():
                 return self.text[self.position : self.position + 1]
 
     def skip_comma(self) -> bool:
-        """Go behind a comma and the white space around it, if there is one and what follows has been read already."""
+        """Move past a comma and the white space around it; False if there is none, or the next character is not read yet."""
         match = COMMA.match(self.text, self.position)
         if match is None or match.end() == len(self.text):
             return False
@@ -77,49 +77,50 @@ class JsonWindow:
         return True
 
     def advance(self, count: int) -> None:
+        """Move on by `count` characters."""
         self.position += count
 
-    def parsed(self, decoder: json.JSONDecoder, number: int) -> Any:
-        """The JSON value here, record `number`; goes behind it."""
+    def parse(self, decoder: json.JSONDecoder, number: int) -> Any:
+        """Parse the JSON value at `position`, record `number`, and move past it."""
         while True:
             try:
                 value, end = decoder.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
-                # more text can only help where the text breaks off: inside a string, or in its last few characters
-                breaks_off = error.msg.startswith("Unterminated") or error.pos > len(self.text) - LONGEST_ESCAPE
-                if breaks_off and self.more():
+                # more text can only help if the error is at the window's end: inside a string, or in the last characters
+                is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - LONGEST_ESCAPE
+                if is_cut and self.read_more():
                     continue
                 raise self.broken(error, number) from None
-            if end > len(self.text) - LONGEST_ESCAPE and self.more():  # a number may go on, such as 12 as 12.5e+10
+            if end > len(self.text) - LONGEST_ESCAPE and self.read_more():  # a number may continue: 12 as 12.5e+10
                 continue
             self.position = end
             return value
 
     def broken(self, error: json.JSONDecodeError, number: int) -> Unreadable:
-        """The error, placed in the file."""
+        """The error with its line and column in the file."""
         error.colno += self.columns if error.lineno == 1 else 0
         error.lineno += self.lines
         end = self.text
-        if not self.whole:
+        if not self.at_end:
             self.file.seek(-min(os.fstat(self.file.fileno()).st_size, 4096), os.SEEK_END)
             end = self.file.read().decode(errors="replace")
         return Unreadable(f"is {broken(error, end, number)}")
 
 
 def after_space(text: str, position: int) -> int:
-    """The next position that is no white space of JSON's."""
+    """The next position that is not JSON white space."""
     match = SPACE.match(text, position)
     return match.end() if match else position
 
 
 SPACE = re.compile(r"[ \t\r\n]*")
 COMMA = re.compile(r"[ \t\r\n]*,[ \t\r\n]*")
-PIECE = 1 << 20  # bytes of an array's file read at a time
-LONGEST_ESCAPE = 12  # characters: two halves of a surrogate pair
+CHUNK_BYTES = 1 << 20  # read at a time
+LONGEST_ESCAPE = 12  # in characters: both halves of a surrogate pair
 
 
 def broken(error: json.JSONDecodeError, text: str, number: int = 0) -> str:
-    """Where JSON breaks off, by line, column and record; `text` ends as the file does."""
+    """The line, column and record of a JSON error; `text` is the end of the file."""
     record = f", record {number}" if number else ""
-    cut = "" if text.rstrip().endswith(("]", "}")) else "; the file is cut short, fetch it again"
+    cut = "" if text.rstrip().endswith(("]", "}")) else "; the file is truncated, download it again"
     return f"not JSON at line {error.lineno}, column {error.colno}{record}: {message_of(error)}{cut}"

@@ -11,7 +11,7 @@ import os
 import shutil
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -23,23 +23,29 @@ from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.groups import Data
 from glmtuner.config.paths import PACKAGE, PACKAGE_DATA
-from glmtuner.data import BadLine, DatasetSpec, Loaded, check_bad_record_limit, load
+from glmtuner.data import DatasetSpec, Loaded, SkippedRecord, check_bad_record_limit, load
 from glmtuner.data.encode import Counts, Encoder
+from glmtuner.data.formats import format_source
 from glmtuner.data.records import Example
 from glmtuner.distributed import ranks
 from glmtuner.errors import DataError
 from glmtuner.templates.tiktoken_engine import leave_engine, use_engine
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from concurrent.futures import Executor, Future
 
     import pyarrow
     from datasets import Dataset
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
-THREADS = min(4, os.cpu_count() or 1)  # more only wait for each other: Python does its part of the work one at a time
-WORTH_AN_ENGINE = 50  # bytes of data for each token; a faster encoder has to read and to prove the vocabulary first
+    Batch = tuple[pyarrow.RecordBatch, Counts]
+    EncodeBatch = Callable[[list[Example]], Batch]
+
+THREADS = min(4, os.cpu_count() or 1)  # more would only wait for the GIL
+ENGINE_BYTES_PER_TOKEN = 50  # of data per token of the vocabulary; an engine must first read and prove the vocabulary
 ROWS, COUNTS = "rows.arrow", "counts.json"
-CODE = ("data/**/*.py", "templates/*.py", "models/tokenization_chatglm.py")  # what decides the tokens of a record
+CODE = ("data/**/*.py", "templates/*.py", "models/tokenization_chatglm.py")  # code that determines a record's tokens
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,12 @@ class Prepared:
     rows: "Dataset"
     counts: Counts
     files: dict[str, str]  # file or hub id -> sha256 or commit
-    bad: list[BadLine]
+    bad: list[SkippedRecord]
 
     def about(self) -> dict[str, Any]:
-        """What provenance.json keeps."""
-        broken = [str(line) for line in self.bad]
-        return {"origin": self.spec.origin, "sha256": self.files, **asdict(self.counts), "skipped": broken}
+        """The dataset's entry in provenance.json."""
+        skipped = [str(record) for record in self.bad]
+        return {"origin": self.spec.origin, "sha256": self.files, **asdict(self.counts), "skipped": skipped}
 
 
 def cache_root() -> Path:
@@ -64,7 +70,7 @@ def cache_root() -> Path:
 
 
 def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str | None, token: bool) -> Prepared:
-    """The dataset's rows, from the cache when it has them; they lie in its files, of which memory holds what is read."""
+    """The dataset's rows, from the cache if it has them; they are memory-mapped from the cache's files."""
     from datasets import Dataset
     from filelock import FileLock
 
@@ -72,152 +78,160 @@ def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str |
         spec, dataset_dir=data.dataset_dir, package_data=PACKAGE_DATA, split=data.split, max_samples=data.max_samples,
         cache_dir=hub_cache, token=token,
     )  # fmt: skip
-    description = description_of(encoder.tokenizer)
-    folder = cache_root() / "tokenized" / key_of(spec, loaded.files, data, encoder, description)
+    tokenizer_json = serialized(encoder.tokenizer)
+    folder = cache_root() / "tokenized" / key_of(spec, loaded.files, data, encoder, tokenizer_json)
     if data.overwrite_cache and ranks.is_main():
         shutil.rmtree(folder, ignore_errors=True)
     locks = cache_root() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / f"{folder.name}.lock"):  # one process encodes; ranks and other jobs wait for it
         if not (folder / COUNTS).is_file():
-            _encode_into(folder, loaded, encoder, data, spec, description)
-    kept = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
-    bad = [BadLine(**line) for line in kept["bad"]]
+            _encode_into(folder, loaded, encoder, data, spec, tokenizer_json)
+    cached = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+    bad = [SkippedRecord(**record) for record in cached["bad"]]
     check_bad_record_limit(bad, data.max_bad_records)
-    return Prepared(spec, Dataset.from_file(str(folder / ROWS)), Counts(**kept["counts"]), loaded.files, bad)
+    return Prepared(spec, Dataset.from_file(str(folder / ROWS)), Counts(**cached["counts"]), loaded.files, bad)
 
 
 def _encode_into(
-    folder: Path, loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec, description: bytes
+    folder: Path, loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec, tokenizer_json: bytes
 ) -> None:
-    """Encode the examples as they are read and write their rows as they come, to a temporary name first."""
+    """Encode the examples as they are read and stream their rows to a temporary folder, which is renamed at the end."""
     from pyarrow import ipc
 
-    # whoever holds the lock is alone, so what lies there is of a process that was killed
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(left, ignore_errors=True)
+    # only the holder of the lock writes, so partial folders were left by processes that were killed
+    for stale in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(stale, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         counts = Counts()
         with ExitStack() as files:
-            if gc.isenabled():  # rows make no circles, and there are many of them to look through again and again
+            if gc.isenabled():  # rows form no reference cycles, and traversing so many of them again and again is slow
                 gc.disable()
                 files.callback(gc.enable)
             batches = _batches(loaded, encoder, data, spec)
-            much = description if loaded.size > WORTH_AN_ENGINE * len(encoder.tokenizer) else None
-            encoded = files.enter_context(closing(_encoded(batches, encoder, data.preprocessing_num_workers, much)))
+            large = loaded.size > ENGINE_BYTES_PER_TOKEN * len(encoder.tokenizer)
+            engine_json = tokenizer_json if large and data.tiktoken_engine else None
+            workers = data.preprocessing_num_workers
+            encoded = files.enter_context(closing(_encoded(batches, encoder, workers, engine_json)))
             writer = None
-            for rows, found in encoded:
+            for rows, batch_counts in encoded:
                 if writer is None:
                     file = files.enter_context((partial / ROWS).open("wb"))
                     writer = files.enter_context(ipc.new_stream(file, rows.schema))
                 writer.write_batch(rows)
-                counts += found
+                counts += batch_counts
         check_bad_record_limit(loaded.bad, data.max_bad_records)
         counts.bad_records = len(loaded.bad)
-        about = {"counts": asdict(counts), "bad": [asdict(line) for line in loaded.bad]}
-        (partial / COUNTS).write_text(json.dumps(about), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # what a removal that was cut short has left
+        cached = {"counts": asdict(counts), "bad": [asdict(record) for record in loaded.bad]}
+        (partial / COUNTS).write_text(json.dumps(cached), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # the remains of an interrupted removal
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _batches(loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec) -> Iterator[list[Example]]:
-    """The examples a batch at a time; after one broken record too many they are only counted."""
-    while examples := list(islice(loaded.examples, encoder.batch)):
+    """The examples in batches; once there are too many broken records, the rest is only read to count them all."""
+    while examples := list(islice(loaded.examples, encoder.batch_size)):
         if len(loaded.bad) > data.max_bad_records:
             continue
-        unfit = next((example.kind for example in examples if example.kind not in encoder.accepts), None)
-        if unfit is not None:
-            raise DataError(f"data.dataset={spec.name} holds {unfit}, and {encoder.usage_hint}")
+        unsupported = next((example.kind for example in examples if example.kind not in encoder.accepts), None)
+        if unsupported is not None:
+            raise DataError(f"data.dataset={spec.name} holds {unsupported}, and {encoder.usage_hint}")
         yield examples
 
 
 def _encoded(
-    batches: Iterator[list[Example]], encoder: Encoder, workers: int | None, much: bytes | None
-) -> "Iterator[tuple[pyarrow.RecordBatch, Counts]]":
-    """Each batch's rows and counts, in order, while those behind it are encoded; a few batches are in memory at a time.
+    batches: Iterator[list[Example]], encoder: Encoder, workers: int | None, engine_json: bytes | None
+) -> "Generator[Batch, None, None]":
+    """Each batch's rows and counts, in order, while later batches are encoded; a few batches are in memory at a time.
 
-    On threads, since tokenizers work without Python's lock and most of the time is theirs. More processes help where there
-    are many cores: they take seconds to start. `much`: the tokenizer's description, where there is enough for an engine.
+    By default on threads: tokenizers release the GIL, and most of the time is theirs. More processes help where there are
+    many cores, but take seconds to start. `engine_json` is the tokenizer's tokenizer.json where an engine is to be used.
     """
     first = list(islice(batches, 2))
     if len(first) < 2:  # not worth a second tokenizer
         yield from (_encode(encoder, examples) for examples in first)
         return
-    # the batches are the parallelism: texts of one batch on several threads cost a fifth more
+    # batches are encoded in parallel; encoding the texts of one batch on several threads costs a fifth more
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    pool: Executor
     if workers and workers > 1:
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
 
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_keep, initargs=(encoder, much))
-        work = _encode_kept
+        pool = ProcessPoolExecutor(
+            workers, get_context("spawn"), initializer=_init_worker, initargs=(encoder, engine_json)
+        )
     else:
         from concurrent.futures import ThreadPoolExecutor
 
-        workers, work = THREADS, None
-        pool = ThreadPoolExecutor(workers)
-    under_way: deque[Future] = deque()
+        workers = None
+        pool = ThreadPoolExecutor(THREADS)
+    pending: deque[Future[Batch]] = deque()
     try:
-        work = work or _on_threads(pool, encoder, much, first, batches)
+        encode = _encode_in_worker if workers else _thread_encoder(pool, encoder, engine_json, first, batches)
         for examples in chain(first, batches):
-            under_way.append(pool.submit(work, examples))
-            if len(under_way) > 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            pending.append(pool.submit(encode, examples))
+            if len(pending) > 2 * (workers or THREADS):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
         leave_engine(encoder.tokenizer)
 
 
-def _on_threads(
-    pool: "ThreadPoolExecutor", encoder: Encoder, much: bytes | None, first: list[Any], batches: Iterator[list[Example]]
-) -> "Callable[[list[Example]], tuple[pyarrow.RecordBatch, Counts]]":
-    """What a thread does with a batch; where an engine is prepared, more batches are read to `first` meanwhile."""
-    shared = None
-    if much and not encoder.template.asks_tokenizer:  # threads would change its options under each other's hands
-        engine = pool.submit(use_engine, encoder.tokenizer, much)
+def _thread_encoder(
+    pool: "Executor",
+    encoder: Encoder,
+    engine_json: bytes | None,
+    first: list[list[Example]],
+    batches: Iterator[list[Example]],
+) -> "EncodeBatch":
+    """The function that threads encode batches by; while it prepares an engine, more batches are read to `first`."""
+    engine = None
+    if engine_json and not encoder.template.calls_tokenizer:  # threads would change the options of one tokenizer
+        preparing = pool.submit(use_engine, encoder.tokenizer, engine_json)
         first += islice(batches, THREADS)
-        shared = engine.result()
-    encoders = SimpleQueue()
-    for place in range(THREADS):  # a tokenizer each, since asking one sets its options; an engine is asked by all
-        encoders.put(encoder if shared or not place else replace(encoder, tokenizer=deepcopy(encoder.tokenizer)))
+        engine = preparing.result()
+    encoders: SimpleQueue[Encoder] = SimpleQueue()
+    for index in range(THREADS):  # a tokenizer each, since encoding sets its options; an engine is shared by all
+        encoders.put(encoder if engine or not index else replace(encoder, tokenizer=deepcopy(encoder.tokenizer)))
 
-    def work(examples: list[Example]) -> "tuple[pyarrow.RecordBatch, Counts]":
-        mine = encoders.get()
+    def encode(examples: list[Example]) -> "Batch":
+        own = encoders.get()
         try:
-            return _encode(mine, examples)
+            return _encode(own, examples)
         finally:
-            encoders.put(mine)
+            encoders.put(own)
 
-    return work
-
-
-_kept: Encoder  # a process's own, sent once and not with each batch
+    return encode
 
 
-def _keep(encoder: Encoder, much: bytes | None) -> None:
-    global _kept
-    _kept = encoder
-    if much:
-        use_engine(encoder.tokenizer, much)
+_worker_encoder: Encoder  # of a process, sent once instead of with each batch
 
 
-def _encode_kept(examples: list[Example]) -> "tuple[pyarrow.RecordBatch, Counts]":
-    return _encode(_kept, examples)
+def _init_worker(encoder: Encoder, engine_json: bytes | None) -> None:
+    global _worker_encoder
+    _worker_encoder = encoder
+    if engine_json:
+        use_engine(encoder.tokenizer, engine_json)
 
 
-def _encode(encoder: Encoder, examples: list[Example]) -> "tuple[pyarrow.RecordBatch, Counts]":
+def _encode_in_worker(examples: list[Example]) -> "Batch":
+    return _encode(_worker_encoder, examples)
+
+
+def _encode(encoder: Encoder, examples: list[Example]) -> "Batch":
     rows, counts = encoder.encode(examples)
     return as_arrow(rows), counts
 
 
 def as_arrow(rows: Sequence[dict[str, Any]]) -> "pyarrow.RecordBatch":
-    """The rows as Arrow keeps them."""
+    """The rows as an Arrow record batch; all of them have the first one's columns."""
     import pyarrow
 
     schema = _schema(tuple(rows[0]))
@@ -226,7 +240,7 @@ def as_arrow(rows: Sequence[dict[str, Any]]) -> "pyarrow.RecordBatch":
 
 
 def _column(values: Sequence[Any], kind: "pyarrow.DataType") -> "pyarrow.Array":
-    """An Arrow array of a column's values; numbers go through one buffer, ten times faster than one by one."""
+    """An Arrow array of a column's values; integers are copied through one buffer, ten times faster than one by one."""
     import numpy
     import pyarrow
 
@@ -235,7 +249,7 @@ def _column(values: Sequence[Any], kind: "pyarrow.DataType") -> "pyarrow.Array":
             [_column([value[field.name] for value in values], field.type) for field in kind], fields=list(kind)
         )
     if not pyarrow.types.is_list(kind):
-        # Arrow's own allocator (mimalloc) takes ten times as long as all else here when threads take turns at it
+        # with several threads Arrow's default allocator (mimalloc) takes ten times as long as everything else here
         return pyarrow.array(values, kind, memory_pool=pyarrow.system_memory_pool())
     ends = numpy.fromiter(accumulate(map(len, values), initial=0), numpy.int32, len(values) + 1)
     if all(isinstance(value, array) for value in values):
@@ -249,7 +263,7 @@ def _column(values: Sequence[Any], kind: "pyarrow.DataType") -> "pyarrow.Array":
 
 @cache
 def _schema(names: tuple[str, ...]) -> "pyarrow.Schema":
-    """The types of a row's columns, stated, since a batch of empty lists would have none."""
+    """The types of a row's columns, given explicitly, since they cannot be inferred from a batch of empty lists."""
     import pyarrow
 
     ids = pyarrow.list_(pyarrow.int32())
@@ -261,28 +275,32 @@ def _schema(names: tuple[str, ...]) -> "pyarrow.Schema":
     return pyarrow.schema([(name, types.get(name, ids)) for name in names])
 
 
-def key_of(spec: DatasetSpec, files: dict[str, str], data: Data, encoder: Encoder, description: bytes) -> str:
-    """A name for the encoded rows that changes with anything that changes them."""
-    about = {
+def key_of(spec: DatasetSpec, files: dict[str, str], data: Data, encoder: Encoder, tokenizer_json: bytes) -> str:
+    """The cache key of the encoded rows, which changes with everything that changes them."""
+    code = [path for pattern in CODE for path in sorted(PACKAGE.glob(pattern))]
+    if plugin := format_source(spec.formatting):
+        code.append(Path(plugin))
+    determinants = {
         "files": files,
         "spec": {name: value for name, value in asdict(spec).items() if name not in ("origin", "description", "kind")},
         "split": data.split,
         "max_samples": data.max_samples,
         "encoder": encoder.settings(),
         "template": encoder.template.describe(),
-        "tokenizer": digest(description),
-        "code": [digest(path.read_bytes()) for part in CODE for path in sorted(PACKAGE.glob(part))],
+        "tokenizer": digest(tokenizer_json),
+        "code": [digest(path.read_bytes()) for path in code],
     }
-    return digest(json.dumps(about, sort_keys=True, ensure_ascii=False).encode())[:32]
+    return digest(json.dumps(determinants, sort_keys=True, ensure_ascii=False).encode())[:32]
 
 
 def digest(content: bytes) -> str:
+    """The SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
-def description_of(tokenizer: Any) -> bytes:
-    """All that the tokenizer does: its backend's own description, its file, or its vocabulary."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+def serialized(tokenizer: "PreTrainedTokenizerBase") -> bytes:
+    """Everything that determines the tokenizer's ids: its tokenizer.json, its vocabulary file, or its vocabulary."""
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return backend.to_str().encode()
     file = getattr(tokenizer, "vocab_file", None)
@@ -292,10 +310,10 @@ def description_of(tokenizer: Any) -> bytes:
 
 
 def held_out(rows: "Dataset", dev_ratio: float, seed: int) -> tuple["Dataset", "Dataset"]:
-    """Rows to train on, and a `dev_ratio` of them (at least one) to evaluate on: the same for the same seed."""
+    """Rows to train on, and a share of `dev_ratio` (at least one row) to evaluate on: the same for the same seed."""
     if len(rows) < 2:
         raise DataError(
-            f"data.dev_ratio={dev_ratio:g} of {len(rows)} record leaves nothing to train on; name more data"
+            f"data.dev_ratio={dev_ratio:g} of {len(rows)} record leaves nothing to train on; add records to data.dataset, or type data.dev_ratio=0"
         )
     count = min(max(round(len(rows) * dev_ratio), 1), len(rows) - 1)
     parts = rows.train_test_split(test_size=count, seed=seed)
@@ -303,14 +321,14 @@ def held_out(rows: "Dataset", dev_ratio: float, seed: int) -> tuple["Dataset", "
 
 
 def with_earlier_answers(rows: "Dataset") -> "Dataset":
-    """`input_ids` and `labels` to train on: each row behind those of its conversation's earlier answers."""
+    """`input_ids` and `labels` to train on: each row preceded by those of its conversation's earlier answers."""
     learned = rows.select_columns(["input_ids", "labels"])
     if not _has_earlier_answers(rows):
         return learned
-    spread = rows.with_format("arrow").map(
-        _spread, batched=True, remove_columns=rows.column_names, features=learned.features
+    flattened = rows.with_format("arrow").map(
+        _flatten_earlier, batched=True, remove_columns=rows.column_names, features=learned.features
     )
-    return spread.with_format(None)
+    return flattened.with_format(None)
 
 
 def _has_earlier_answers(rows: "Dataset") -> bool:
@@ -319,27 +337,27 @@ def _has_earlier_answers(rows: "Dataset") -> bool:
     return any(len(chunk.flatten()) for chunk in rows.data["earlier"].chunks)
 
 
-def _spread(table: "pyarrow.Table") -> "pyarrow.Table":
-    """The rows of `earlier`, each conversation's in front of its own; in Arrow, since lists of numbers are ten times slower."""
+def _flatten_earlier(table: "pyarrow.Table") -> "pyarrow.Table":
+    """The rows of `earlier`, each followed by its conversation's own; in Arrow, ten times faster than as Python lists."""
     import pyarrow
 
     earlier = table["earlier"].combine_chunks()
-    parts, order, taken = earlier.flatten(), [], 0
-    for place, count in enumerate(earlier.value_lengths().to_pylist()):
-        order += [*range(taken, taken + count), len(parts) + place]
-        taken += count
+    earlier_rows, order, start = earlier.flatten(), [], 0
+    for index, count in enumerate(earlier.value_lengths().to_pylist()):
+        order += [*range(start, start + count), len(earlier_rows) + index]
+        start += count
     columns = {
-        name: pyarrow.concat_arrays([parts.field(name), table[name].combine_chunks()]).take(pyarrow.array(order))
+        name: pyarrow.concat_arrays([earlier_rows.field(name), table[name].combine_chunks()]).take(pyarrow.array(order))
         for name in ("input_ids", "labels")
     }
     return pyarrow.table(columns)
 
 
-def mixed(parts: Sequence["Dataset"], probabilities: Sequence[float], seed: int) -> tuple["Dataset", list[float]]:
-    """The datasets as one, and the share of each that was reached.
+def mixed(parts: "Sequence[Dataset]", probabilities: Sequence[float], seed: int) -> tuple["Dataset", list[float]]:
+    """The datasets in one, and the share of its records that comes from each.
 
-    Without probabilities all records, one dataset behind the other (the Trainer shuffles them). With them, records are
-    drawn in these shares until one dataset is used up: none is seen twice.
+    Without probabilities all records, the datasets one after the other (the Trainer shuffles them). With them, records are
+    drawn with these probabilities until one dataset is exhausted; none is drawn twice.
     """
     from datasets import Dataset, concatenate_datasets, interleave_datasets
 
@@ -347,12 +365,12 @@ def mixed(parts: Sequence["Dataset"], probabilities: Sequence[float], seed: int)
         whole = concatenate_datasets(list(parts)) if len(parts) > 1 else parts[0]
         return whole, [len(part) / max(len(whole), 1) for part in parts]
 
-    def drawn_from(sources: "list[Dataset]") -> "Dataset":
+    def draw_from(sources: "list[Dataset]") -> "Dataset":
         return interleave_datasets(
             sources, probabilities=list(probabilities), seed=seed, stopping_strategy="first_exhausted"
         )
 
-    # The same draw of bare numbers tells the shares: a column added to the rows would copy all of them.
-    numbers = [Dataset.from_dict({"number": [place] * len(part)}) for place, part in enumerate(parts)]
-    origins = list(drawn_from(numbers)["number"])
-    return drawn_from(list(parts)), [origins.count(place) / max(len(origins), 1) for place in range(len(parts))]
+    # the same draw from datasets of their index alone gives the shares; a column added to the rows would copy them all
+    indices = [Dataset.from_dict({"dataset": [index] * len(part)}) for index, part in enumerate(parts)]
+    drawn = list(draw_from(indices)["dataset"])
+    return draw_from(list(parts)), [drawn.count(index) / max(len(drawn), 1) for index in range(len(parts))]

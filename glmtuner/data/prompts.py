@@ -1,11 +1,11 @@
-"""Prompts alone, for a stage that answers them itself."""
+"""Prompts without answers, for a stage that generates the answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.data.collate import Collator
-from glmtuner.data.encode import Counts, Encoder, shown
+from glmtuner.data.encode import Counts, Encoder, prompt_text
 from glmtuner.data.records import Example, Message
 
 if TYPE_CHECKING:
@@ -14,27 +14,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptEncoder(Encoder):
-    """One row a question; answers that the records hold are left aside."""
+    """A row for each question; the answers in the records are not used."""
 
     accepts: ClassVar[tuple[str, ...]] = ("single answers", "feedback", "ranked pairs")
     usage_hint: ClassVar[str] = (
-        "stage=ppo answers prompts; name a dataset of instructions or conversations (their answers are not read)"
+        "stage=ppo answers prompts; name a dataset of instructions or conversations (their answers are not used)"
     )
     columns: ClassVar[tuple[str, ...]] = ("input_ids",)
     learns: ClassVar[bool] = False
 
     def encode(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Counts]:
-        """`input_ids` up to where the answer begins, and the `prompt` as people read it."""
+        """Rows of `input_ids`, which end where the answer begins, and the readable `prompt`."""
         counts = Counts(records=len(examples))
-        asked = [
+        answered = [
             [*(messages if messages[-1].role == "user" else messages[:-1]), Message("assistant", "a")]
             for messages in (example.messages for example in examples)
         ]
-        conversations, encoded = self._fitted(asked, counts)
+        conversations, encoded = self._encode_fitting(answered, counts)
         prompts = self.template.prompts(self.tokenizer, [self._prefixed(turns) for turns in conversations], encoded)
         counts.tokens = sum(map(len, prompts))
         rows = [
-            {"input_ids": ids, "prompt": shown(self._prefixed(messages[:-1]))}
+            {"input_ids": ids, "prompt": prompt_text(self._prefixed(messages[:-1]))}
             for ids, messages in zip(prompts, conversations, strict=True)
         ]
         return rows, counts
@@ -42,10 +42,10 @@ class PromptEncoder(Encoder):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptCollator(Collator):
-    """A batch of prompts, padded on the right as all batches are; whoever answers them pads on the left."""
+    """A batch of prompts, padded on the right like every batch; generation pads on the left itself."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> "dict[str, torch.Tensor]":
-        """`input_ids` and `attention_mask`, each [rows, longest]."""
+        """`input_ids` and `attention_mask`, int64, each [rows, longest]."""
         batch = super().__call__([{**row, "labels": row["input_ids"]} for row in rows])
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 

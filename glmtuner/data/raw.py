@@ -1,4 +1,4 @@
-"""Raw records, and what can be wrong with the file that they are read from."""
+"""Raw records, and errors of the files that they are read from."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ Numbered = Iterator[tuple[int, Raw]]
 
 
 class Row(NamedTuple):
-    """One record: the file it is in, its number there (from 1; of a jsonl file the line), and what was read."""
+    """One record: its file or hub dataset, its number in it (from 1; in a jsonl file the line), and its content."""
 
-    where: str
+    source: str
     number: int
     raw: Raw
 
 
 class Unreadable(Exception):
-    """What is wrong with a whole file; whoever reads it adds its name."""
+    """What is wrong with a whole file; the caller adds the file's name."""
 
 
 def as_record(value: Any) -> Raw:
-    """The value when it is an object, else what is wrong with it."""
+    """The value if it is an object, else what is wrong with it."""
     return value if isinstance(value, dict) else BadRecord("", f"an object is expected, got {shown(value)}")
 
 
 def decoded(data: bytes, of_line: str = "") -> str:
-    """The text of UTF-8 bytes, without a byte order mark."""
+    """The text of UTF-8 bytes, without a byte order mark; raises Unreadable."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise not_utf8(error, f" at offset {error.start}{of_line}") from None
 
 
-def not_utf8(error: UnicodeDecodeError, where: str = "") -> Unreadable:
-    """The error for a file in another encoding."""
+def not_utf8(error: UnicodeDecodeError, place: str = "") -> Unreadable:
+    """The error for a file in another encoding; `place` is where the byte is."""
     byte = error.object[error.start]
-    return Unreadable(f"is not UTF-8: byte 0x{byte:02x}{where}; convert it, such as by `iconv -f GB18030 -t UTF-8`")
+    return Unreadable(f"is not UTF-8: byte 0x{byte:02x}{place}; convert it, such as by `iconv -f GB18030 -t UTF-8`")
 
 
 def message_of(error: json.JSONDecodeError) -> str:
-    """What json found, without the "at" that some of its messages end in."""
+    """The error's message without the "at" in which some of them end."""
     return error.msg.removesuffix(" at")
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in one line of bearable length."""
+    """An error in one line of at most 300 characters."""
     line = " ".join(str(error).split())
     return f"{type(error).__name__}: {line if len(line) <= 300 else line[:297] + '...'}"
 
 
-def listed(names: list[str], most: int = 10) -> str:
-    """Names with commas, long lists cut."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
+def listed(names: list[str], limit: int = 10) -> str:
+    """The names separated by commas; of a long list the first `limit`."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}"

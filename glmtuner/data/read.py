@@ -1,6 +1,6 @@
-"""From a dataset's entry to its raw records, whatever they are kept in, and a checksum of what was read.
+"""From a dataset's entry to its raw records, in files or on the hub, and a checksum of what was read.
 
-A file that exists here wins over a download, and a download with a checksum wins over the hub.
+A local file takes precedence over `url`, and `url` over the hub.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ def read(
     cache_dir: str | Path | None = None,
     token: bool = False,
 ) -> LocalFiles | HubSet:
-    """The records of a dataset, to iterate over, with a `fingerprint()` of where they come from.
+    """The records of a dataset, to iterate over, with the `fingerprint()` of their sources.
 
-    `package_data` is the folder of the files that ship with the package. The entry's own split wins over `split`.
+    `package_data` is the folder of the files that ship with the package. The entry's own split takes precedence over
+    `split`. Raises DataError if the source is missing or cannot be read.
     """
     path = local_path(spec, Path(dataset_dir), Path(package_data))
     if path is None and spec.url:

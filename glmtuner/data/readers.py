@@ -1,4 +1,4 @@
-"""Readers, one a file type; each yields (number, record)."""
+"""Readers, one for each file type; each yields (number, record)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from glmtuner.data.records import BadRecord, shown
 
 
 def json_records(path: Path) -> Numbered:
-    """An array of objects, alone or as `data` of one object; objects on lines of their own, named .json, work too.
+    """The objects of an array, by itself or as `data` of an object; a .json file with an object on each line works, too.
 
-    The array alone is read as far as its records are asked for; one inside an object is read whole.
+    An array by itself is read lazily; one inside an object is read as a whole.
     """
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -38,14 +38,14 @@ def json_records(path: Path) -> Numbered:
         document = document.get("data", document)
     if not isinstance(document, list):
         raise Unreadable(
-            f"holds {kind_of(json.loads(text))} where an array of objects is expected; put it in [ ], or name the file "
-            ".jsonl when each line is a record"
+            f"holds {kind_of(json.loads(text))} where an array of objects is expected; put it in [ ], or rename the file "
+            "to .jsonl if each line is a record"
         )
     yield from ((number, as_record(value)) for number, value in enumerate(document, start=1))
 
 
 def jsonl_records(path: Path) -> Numbered:
-    """One object a line; a line that is no object is one bad record, and blank lines are skipped."""
+    """The object on each line; a line that is not an object is a bad record, and blank lines are skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             text = decoded(line, f" of line {number}").strip()
@@ -58,7 +58,7 @@ def jsonl_records(path: Path) -> Numbered:
 
 
 def csv_records(path: Path) -> Numbered:
-    """The rows under a header line; strict quoting, since a stray quote would swallow the rows after it."""
+    """The rows under a header line; quoting is strict, since a stray quote would swallow the rows after it."""
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, strict=True)
@@ -67,10 +67,13 @@ def csv_records(path: Path) -> Numbered:
             if len(set(header)) < len(header):
                 raise Unreadable(f"names a column twice in its header: {', '.join(header)}")
             for number, row in enumerate(rows, start=1):
-                whole = None not in row and None not in row.values()
-                yield number, row if whole else BadRecord("", f"the row has not the {len(header)} cells of the header")
+                complete = None not in row and None not in row.values()
+                yield (
+                    number,
+                    row if complete else BadRecord("", f"the row does not have the {len(header)} cells of the header"),
+                )
         except csv.Error as error:
-            raise Unreadable(f"is no CSV at line {rows.reader.line_num}: {error}") from None
+            raise Unreadable(f"is not CSV at line {rows.reader.line_num}: {error}") from None
         except UnicodeDecodeError as error:
             raise not_utf8(error) from None
 
@@ -88,11 +91,11 @@ def parquet_records(path: Path) -> Numbered:
                     number += 1
                     yield number, row
     except pyarrow.ArrowException as error:
-        raise Unreadable(f"is no readable parquet file: {reason_of(error)}") from None
+        raise Unreadable(f"is not a readable parquet file: {reason_of(error)}") from None
 
 
 def text_records(path: Path) -> Numbered:
-    """The lines of a plain text file as records of one column, `text`; blank lines are skipped."""
+    """The lines of a plain text file as records with one column, `text`; blank lines are skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             text = decoded(line, f" of line {number}").rstrip("\n")
@@ -118,5 +121,5 @@ def is_object(line: bytes) -> bool:
 
 
 def kind_of(document: Any) -> str:
-    """A JSON document's kind, in JSON's words."""
+    """What a JSON document is, for an error."""
     return f"one object ({listed(list(document))})" if isinstance(document, dict) else shown(document)

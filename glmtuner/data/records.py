@@ -1,4 +1,4 @@
-"""What a dataset's records become, the reason one of them cannot, and the checks that all record shapes share."""
+"""Examples, the error of a record that cannot become one, and the checks that all formats share."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class BadRecord(Exception):
-    """A record that cannot become an example: the field that is wrong (may be "") and what is wrong with it."""
+    """A record that cannot become an example: the field that is wrong ("" for the whole record), and why."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(field, reason)
@@ -25,14 +25,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One record, ready for a chat template; which fields are set says what it can teach.
+    """One record, ready for a chat template; the fields that are set determine its kind.
 
     Turns alternate between user and assistant after at most one system turn.
 
     single answer   messages end with the assistant's answer
     ranked pair     messages end with the user's turn; `chosen` and `rejected` are the two answers to it
-    feedback        messages end with the assistant's answer; `desirable` says whether it was a good one
-    plain text      no messages; `text` is what to learn
+    feedback        messages end with the assistant's answer; `desirable` is whether it is a good one
+    plain text      no messages; `text` is learned
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Example:
 
     @property
     def kind(self) -> str:
-        """What it can teach, in words."""
+        """Its kind: plain text, ranked pairs, single answers or feedback."""
         if self.text is not None:
             return "plain text"
         if self.chosen is not None:
@@ -56,14 +56,14 @@ Turn = tuple[str, Message]  # the place of a turn in its record, such as convers
 
 
 def value_of(raw: Mapping[str, Any], column: str) -> Any:
-    """The record's value in a column that it must have."""
+    """The record's value in a required column; raises BadRecord."""
     if raw.get(column) is None:
         raise BadRecord(column, f"missing; the record has {', '.join(map(str, raw)) or 'nothing'}")
     return raw[column]
 
 
 def text_of(value: Any, place: str, what: str) -> str:
-    """`value` when it is text with something in it; `what` names it in the error, such as answer."""
+    """`value` if it is text that is not blank, else raises BadRecord; `what` names it in the error, such as answer."""
     if value is None:
         raise BadRecord(place, f"missing {what}")
     if not isinstance(value, str):
@@ -71,12 +71,12 @@ def text_of(value: Any, place: str, what: str) -> str:
     if not value.strip():
         raise BadRecord(place, f"empty {what}")
     if SURROGATE.search(value):
-        raise BadRecord(place, "half of a surrogate pair, which is no character and cannot be tokenized")
+        raise BadRecord(place, "half of a surrogate pair, which is not a character and cannot be tokenized")
     return value
 
 
 def optional_text(raw: Mapping[str, Any], column: str | None, what: str) -> str:
-    """The text in a column that may be unnamed, absent, null or blank; blank text comes back as ""."""
+    """The text in a column that may be unnamed, missing, null or blank, in which cases it is ""."""
     value = raw.get(column) if column else None
     if value is None or (isinstance(value, str) and not value.strip()):
         return ""
@@ -84,20 +84,20 @@ def optional_text(raw: Mapping[str, Any], column: str | None, what: str) -> str:
 
 
 def list_of(value: Any, place: str, what: str) -> list[Any]:
-    """`value` when it is a list; `what` says of what, for the error."""
+    """`value` if it is a list, else raises BadRecord; `what` names its items in the error."""
     if not isinstance(value, list | tuple):
         raise BadRecord(place, f"a list of {what} is expected, got {shown(value)}")
     return list(value)
 
 
 def system_turn(raw: Mapping[str, Any], column: str | None) -> list[Turn]:
-    """The system turn of a record that keeps it in a column of its own; nothing when it has none."""
+    """The system turn of a record that has it in a column of its own, as a list; an empty list if there is none."""
     content = optional_text(raw, column, "system prompt")
     return [(str(column), Message("system", content))] if content else []
 
 
 def feedback_of(raw: Mapping[str, Any], column: str | None) -> bool | None:
-    """Whether the answer was a good one; None when the dataset has no such column. CSV writes it as text."""
+    """Whether the answer is marked as a good one; None if the dataset has no such column. In CSV it is text."""
     if not column:
         return None
     value = value_of(raw, column)
@@ -109,40 +109,40 @@ def feedback_of(raw: Mapping[str, Any], column: str | None) -> bool | None:
 
 
 def answered(turns: Iterable[Turn], desirable: bool | None = None) -> Example:
-    """The example of a conversation whose last turn is the answer."""
-    places, messages = in_order(turns)
+    """The example of a conversation whose last turn is the answer; raises BadRecord."""
+    places, messages = checked_turns(turns)
     if messages[-1].role == "user":
         raise BadRecord(places[-1], "the last user turn has no answer")
     return Example(messages, desirable=desirable)
 
 
 def ranked(turns: Iterable[Turn], chosen: str, rejected: str) -> Example:
-    """The example of a conversation whose last turn is answered twice."""
-    places, messages = in_order(turns)
+    """The example of a conversation with two answers to its last turn; raises BadRecord."""
+    places, messages = checked_turns(turns)
     if messages[-1].role != "user":
         raise BadRecord(
-            places[-1], "the conversation ends with an answer; of a ranked pair it ends with the user's turn"
+            places[-1], "the conversation ends with an answer; in a ranked pair it ends with the user's turn"
         )
     return Example(messages, chosen=chosen, rejected=rejected)
 
 
-def in_order(turns: Iterable[Turn]) -> tuple[list[str], list[Message]]:
-    """Places and messages, after a check that user and assistant take turns and the user begins.
+def checked_turns(turns: Iterable[Turn]) -> tuple[list[str], list[Message]]:
+    """Places and messages of turns in which user and assistant alternate and the user begins; raises BadRecord.
 
-    Several system turns at the start become one, joined by a line break.
+    Several system turns at the start are joined by a line break.
     """
     places: list[str] = []
     messages: list[Message] = []
     for place, message in turns:
-        before = messages[-1].role if messages else ""
-        if message.role == "system" and before == "system":
+        previous = messages[-1].role if messages else ""
+        if message.role == "system" and previous == "system":
             messages[-1] = Message("system", f"{messages[-1].content}\n{message.content}")
             continue
-        if message.role == "system" and before:
+        if message.role == "system" and previous:
             raise BadRecord(place, "a system turn after the conversation has begun")
-        if message.role == "assistant" and before in ("", "system"):
+        if message.role == "assistant" and previous in ("", "system"):
             raise BadRecord(place, "the conversation starts with an assistant turn; the user's comes first")
-        if message.role == before:
+        if message.role == previous:
             raise BadRecord(place, f"two {message.role} turns in a row")
         places.append(place)
         messages.append(message)
@@ -152,6 +152,6 @@ def in_order(turns: Iterable[Turn]) -> tuple[list[str], list[Message]]:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: cut to one short line, with its type."""
-    written = repr(value)
-    return f"{written if len(written) <= 40 else written[:37] + '...'} ({type(value).__name__})"
+    """A value as errors show it: at most 40 characters of it, and its type."""
+    text = repr(value)
+    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"

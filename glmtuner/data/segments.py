@@ -1,7 +1,9 @@
 """Batches without padding, and samples packed into rows of a fixed length.
 
-A batch without padding is one row in which the samples stand one behind the other, as segments. A pack is a list of
-samples that together fill such a row as far as possible; to the rest of the program it is one sample.
+A batch without padding is one row in which the samples are concatenated, as segments. A pack is a list of samples that
+together fill such a row as far as possible; the rest of the program treats it as one sample.
+
+Shapes: T is the number of tokens of the row or sample.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +18,15 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
 
-    Places = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
+    Positions = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the samples of a batch lie in its one row.
+    """The samples of a batch without padding, in the order of its row.
 
-    `contexts` are the numbers of tokens at each segment's start that see each other in both directions, 0 where attention
-    is causal throughout; `taught` are the lengths of the samples that teach something.
+    `contexts` are the numbers of tokens at each segment's start that attend to each other in both directions, 0 if attention
+    is causal throughout; `taught` are the lengths of the samples that have a label.
     """
 
     lengths: tuple[int, ...]
@@ -32,40 +34,42 @@ class Segments:
     taught: tuple[int, ...]
 
     @cached_property
-    def _known(self) -> dict[Any, Any]:
-        """What all layers of a forward pass share, made by the first that asks."""
+    def _cache(self) -> dict[Any, Any]:
+        """What all layers of a forward pass share, computed by the first one."""
         return {}
 
     def masks(self, device: "torch.device | str") -> "list[torch.Tensor | None]":
-        """What each segment's tokens see, [1, 1, length, length] with True = seen; None is plain causal attention."""
-        if ("masks", device) not in self._known:
-            made = map(prefix_mask, self.lengths, self.contexts)
-            self._known["masks", device] = [mask if mask is None else mask.to(device) for mask in made]
-        return self._known["masks", device]
+        """Each segment's attention mask, [1, 1, length, length] with True = attended to; None is plain causal attention."""
+        if ("masks", device) not in self._cache:
+            masks = map(prefix_mask, self.lengths, self.contexts)
+            self._cache["masks", device] = [mask if mask is None else mask.to(device) for mask in masks]
+        cached: list[torch.Tensor | None] = self._cache["masks", device]
+        return cached
 
     def bounds(self, device: "torch.device | str") -> "torch.Tensor":
-        """The segments' ends with a 0 in front, int32, as kernels for sequences of different lengths take them."""
+        """Cumulative lengths of the segments with a leading 0, int32, [segments + 1]: `cu_seqlens` of variable-length kernels."""
         import torch
 
-        if ("bounds", device) not in self._known:
+        if ("bounds", device) not in self._cache:
             ends = [0, *accumulate(self.lengths)]
-            self._known["bounds", device] = torch.tensor(ends, dtype=torch.int32, device=device)
-        return self._known["bounds", device]
+            self._cache["bounds", device] = torch.tensor(ends, dtype=torch.int32, device=device)
+        cached: torch.Tensor = self._cache["bounds", device]
+        return cached
 
 
 def prefix_mask(length: int, context: int) -> "torch.Tensor | None":
-    """Causal attention but for the first `context` tokens, which see each other; None without such."""
+    """A causal mask whose first `context` tokens attend to each other, [1, 1, length, length]; None if `context` is 0."""
     import torch
 
     if not context:
         return None
-    seen = torch.ones(length, length, dtype=torch.bool).tril()
-    seen[:context, :context] = True
-    return seen[None, None]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask[:context, :context] = True
+    return mask[None, None]
 
 
-def places_from_0(ids_T: "torch.Tensor") -> "tuple[torch.Tensor, int]":
-    """The positions of a causal sample's tokens, [T], and how many of them see each other both ways: none."""
+def causal_positions(ids_T: "torch.Tensor") -> "tuple[torch.Tensor, int]":
+    """The position ids of a causal sample, [T], and its number of bidirectional context tokens, 0."""
     import torch
 
     return torch.arange(len(ids_T)), 0
@@ -73,34 +77,34 @@ def places_from_0(ids_T: "torch.Tensor") -> "tuple[torch.Tensor, int]":
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentCollator:
-    """Samples, or packs of them, -> a batch of one row; `places` gives a sample's positions [..., T] and its context."""
+    """One row of samples or packs; `positions_of` returns a sample's position ids, [..., T], and number of context tokens."""
 
-    places: "Places" = places_from_0
+    positions_of: "Positions" = causal_positions
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """`input_ids` and `labels`, [1, T], `position_ids`, [1, ..., T], and `segments`.
 
-        `attention_mask` is ready made, [1, 1, 1, 1]: nothing is hidden but by the bounds of the segments. A segment's first
-        label is none, since the token in front of it is another segment's.
+        `attention_mask` is all True, [1, 1, 1, 1]: only the bounds of the segments mask anything. A segment's first label is
+        IGNORE_INDEX, since the token before it belongs to another segment.
         """
         import torch
 
         samples = flat(rows)
         ids = [torch.tensor(sample["input_ids"], dtype=torch.long) for sample in samples]
         labels = [torch.tensor([IGNORE_INDEX, *sample["labels"][1:]], dtype=torch.long) for sample in samples]
-        placed = [self.places(sample) for sample in ids]
+        positions = [self.positions_of(sample) for sample in ids]
         taught = [len(sample) for sample, label in zip(ids, labels, strict=True) if bool((label != IGNORE_INDEX).any())]
         return {
             "input_ids": torch.cat(ids)[None],
             "labels": torch.cat(labels)[None],
-            "position_ids": torch.cat([positions for positions, _ in placed], dim=-1)[None],
+            "position_ids": torch.cat([position_ids for position_ids, _ in positions], dim=-1)[None],
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
-            "segments": Segments(tuple(map(len, ids)), tuple(context for _, context in placed), tuple(taught)),
+            "segments": Segments(tuple(map(len, ids)), tuple(context for _, context in positions), tuple(taught)),
         }
 
 
 def flat(rows: Sequence[Any]) -> list[dict[str, Any]]:
-    """The samples of rows, some of which may be packs."""
+    """The samples of rows, each of which is a sample or a pack."""
     return [sample for row in rows for sample in (row if isinstance(row, list) else [row])]
 
 
@@ -108,52 +112,52 @@ def flat(rows: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 class Packs:
-    """The rows of a dataset in packs of at most `capacity` tokens; each row is in one of them."""
+    """The rows of a dataset in packs of at most `capacity` tokens; each row is in exactly one pack."""
 
     def __init__(self, rows: "Dataset", capacity: int) -> None:
         self.rows = rows
         self.lengths = lengths_of(rows)
         self.capacity = max(capacity, *self.lengths)
-        self.places = packed(self.lengths, self.capacity)
+        self.indices = packed(self.lengths, self.capacity)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def __getitem__(self, pack: int) -> list[dict[str, Any]]:
         return self.__getitems__([pack])[0]
 
     def __getitems__(self, packs: Sequence[int]) -> list[list[dict[str, Any]]]:
-        found = iter(self.rows.__getitems__([place for pack in packs for place in self.places[pack]]))
-        return [[next(found) for _ in self.places[pack]] for pack in packs]
+        rows = iter(self.rows.__getitems__([index for pack in packs for index in self.indices[pack]]))
+        return [[next(rows) for _ in self.indices[pack]] for pack in packs]
 
 
 def lengths_of(rows: "Dataset") -> list[int]:
-    """The number of tokens of every row; read column by column, since rows as lists of numbers are ten times slower."""
+    """The number of tokens of every row; computed in Arrow, ten times faster than from Python lists."""
     batches = rows.select_columns(["input_ids"]).with_format("arrow").iter(1000)
     return [length for batch in batches for length in batch["input_ids"].combine_chunks().value_lengths().to_pylist()]
 
 
 def packed(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """The places of `lengths` in as few packs as best-fit decreasing finds, none fuller than `capacity`.
+    """The indices of `lengths` in packs of at most `capacity`, by best-fit decreasing (Johnson 1974).
 
-    A bit set of the rooms that open packs still have finds the tightest one without a search (Johnson 1974).
+    The free spaces of open packs are kept as a bit set, whose lowest fitting bit is the tightest fit, without a search.
     """
     packs: list[list[int]] = []
-    open_packs: dict[int, list[int]] = {}  # room -> the packs that have just that much left
-    rooms = 0  # bit r is set where open_packs[r] has any
-    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
-        length = lengths[place]
-        fitting = rooms >> length
+    open_packs: dict[int, list[int]] = {}  # free tokens -> the packs with exactly that many
+    free_bits = 0  # bit n is set if open_packs[n] is not empty
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
+        fitting = free_bits >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            pack = open_packs[room].pop()
-            if not open_packs[room]:
-                rooms ^= 1 << room
+            free = length + (fitting & -fitting).bit_length() - 1
+            pack = open_packs[free].pop()
+            if not open_packs[free]:
+                free_bits ^= 1 << free
         else:
-            room, pack = capacity, len(packs)
+            free, pack = capacity, len(packs)
             packs.append([])
-        packs[pack].append(place)
-        left = room - length
-        open_packs.setdefault(left, []).append(pack)
-        rooms |= 1 << left
+        packs[pack].append(index)
+        remaining = free - length
+        open_packs.setdefault(remaining, []).append(pack)
+        free_bits |= 1 << remaining
     return packs

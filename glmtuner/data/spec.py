@@ -7,27 +7,27 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """One dataset's entry, with every default filled in."""
+    """A dataset's entry, with every default filled in."""
 
     name: str
     file_name: str | None = None  # a file or folder; in dataset_dir, or shipped with the package
     file_sha1: str | None = None
-    url: str | None = None  # of a file, fetched when it is not here
+    url: str | None = None  # of a file, downloaded if file_name does not exist
     sha256: str | None = None
     hf_hub_url: str | None = None  # the id of a Hugging Face dataset
     revision: str | None = None
-    data_files: str | list[str] | None = None  # of the hub's, when not all
+    data_files: str | list[str] | None = None  # some of the hub dataset's files instead of all
     subset: str | None = None
-    split: str | None = None  # wins over data.split
-    folder: str | None = None  # inside the hub's, or inside file_name's
+    split: str | None = None  # takes precedence over data.split
+    folder: str | None = None  # inside the hub dataset, or inside file_name
     num_samples: int | None = None  # the first records only
     formatting: str = "alpaca"
     ranking: bool = False
-    columns: dict[str, str] = field(default_factory=dict)  # only those that records are read by
-    tags: dict[str, str] = field(default_factory=dict)  # only those named; a shape knows its own
+    columns: dict[str, str] = field(default_factory=dict)  # those that records are read by, and no others
+    tags: dict[str, str] = field(default_factory=dict)  # those named in the entry; each format has defaults
     license: str | None = None
     gated: bool = False
     description: str | None = None
     num_records: int | None = None
-    kind: str = "path"  # where the entry was found: dataset_info, catalogue or path
-    origin: str = ""  # the same for people: the file the entry is in
+    kind: str = "path"  # the source of the entry: dataset_info, catalogue or path
+    origin: str = ""  # for messages: the file the entry is in

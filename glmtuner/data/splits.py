@@ -1,4 +1,4 @@
-"""From the datasets that a run names to what it trains on and what it is evaluated on."""
+"""From the datasets that a run names to its training and evaluation data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,47 +14,49 @@ from glmtuner.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TOKENS = ("input_ids", "rejected_ids", "other_ids")  # the columns that hold a row of a batch
+TOKEN_COLUMNS = ("input_ids", "rejected_ids", "other_ids")  # each becomes rows of a batch
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a run trains on and is evaluated on; None where it does not."""
+    """The training and evaluation data of a run; None if it does not train or evaluate."""
 
     train: "Dataset | None"
     evaluation: "Dataset | None"
-    prepared: "list[Prepared]"
-    shares: dict[str, float]  # of the training records, reached by mixing
-    columns: tuple[str, ...]  # of the evaluation records, those that a batch is made of
+    prepared: list[Prepared]
+    shares: dict[str, float]  # of each dataset in the training records, after mixing
+    columns: tuple[str, ...]  # of the evaluation records: those that a batch is made of
 
     def about(self) -> dict[str, Any]:
-        """What provenance.json keeps."""
-        found = {part.spec.name: part.about() for part in self.prepared}
+        """The datasets' entries in provenance.json, by name."""
+        entries = {part.spec.name: part.about() for part in self.prepared}
         return {
-            name: {**kept, "share": round(self.shares[name], 6)} if name in self.shares else kept
-            for name, kept in found.items()
+            name: {**entry, "share": round(self.shares[name], 6)} if name in self.shares else entry
+            for name, entry in entries.items()
         }
 
 
 def dataset_entries(run: Run, catalogue: Sequence[Path]) -> dict[str, DatasetSpec]:
-    """The entries of all datasets that the run names; raises for an unknown name before anything is loaded."""
+    """The entries of all datasets that the run names; raises UnknownName and DataError before anything is loaded."""
     return {name: find(name, run.data.dataset_dir, catalogue) for name in (*run.data.dataset, *run.data.eval_dataset)}
 
 
 def datasets_of(run: Run, specs: dict[str, DatasetSpec], encoder: Encoder) -> Datasets:
-    """The encoded records, split, mixed and checked: a dataset without a token to learn is refused."""
+    """The encoded records, split and mixed. Raises DataError for a dataset in which no token would be learned."""
     from datasets import concatenate_datasets
 
     data, trainer = run.data, run.trainer
-    hub = {"hub_cache": run.model.cache_dir, "token": run.model.use_auth_token}
     evaluates = trainer.do_eval or trainer.do_predict or trainer.eval_strategy != "no" or trainer.eval_on_start
-    wanted = [*data.dataset] if trainer.do_train or not data.eval_dataset else []
-    wanted += data.eval_dataset if evaluates else []
-    prepared = {name: prepare(specs[name], data, encoder, **hub) for name in dict.fromkeys(wanted)}
+    names = [*data.dataset] if trainer.do_train or not data.eval_dataset else []
+    names += data.eval_dataset if evaluates else []
+    prepared = {
+        name: prepare(specs[name], data, encoder, hub_cache=run.model.cache_dir, token=run.model.use_auth_token)
+        for name in dict.fromkeys(names)
+    }
     for part in prepared.values():
         if encoder.learns and part.counts.learned_tokens == 0:
             raise DataError(
-                f"data.dataset={part.spec.name}: not one token would be learned of its {part.counts.records} records; "
+                f"data.dataset={part.spec.name}: no token of its {part.counts.records} records would be learned; "
                 f"its entry ({part.spec.origin}) names the wrong columns, or data.max_target_length={data.max_target_length} "
                 "leaves nothing of the answers"
             )
@@ -64,20 +66,21 @@ def datasets_of(run: Run, specs: dict[str, DatasetSpec], encoder: Encoder) -> Da
         evaluation = concatenate_datasets([prepared[name].rows for name in data.eval_dataset])
     parts = [prepared[name].rows for name in data.dataset if name in prepared]
     if data.dev_ratio:
-        halves = [held_out(rows, data.dev_ratio, seed) for rows in parts]
-        parts = [kept for kept, _ in halves]
-        evaluation = concatenate_datasets([held for _, held in halves]) if evaluates else None
+        split_parts = [held_out(rows, data.dev_ratio, seed) for rows in parts]
+        parts = [train_rows for train_rows, _ in split_parts]
+        evaluation = concatenate_datasets([held for _, held in split_parts]) if evaluates else None
     elif evaluates and not data.eval_dataset:
         evaluation = concatenate_datasets(parts)
     if trainer.do_train:
-        train, reached = mixed(parts, data.mix_probabilities, seed)
-        shares = dict(zip(data.dataset, reached, strict=True))
+        train, part_shares = mixed(parts, data.mix_probabilities, seed)
+        shares = dict(zip(data.dataset, part_shares, strict=True))
     return Datasets(train, evaluation, list(prepared.values()), shares, encoder.columns)
 
 
 def longest_row(rows: "Dataset") -> int:
-    """The most tokens that a row of the table has, answers that were not chosen among them."""
+    """The number of tokens of the longest row of a batch, rejected and mismatched answers included."""
     import pyarrow.compute as pc
 
-    found = [name for name in TOKENS if name in rows.column_names]
-    return max(pc.max(pc.list_value_length(rows.data.column(name))).as_py() for name in found)
+    names = [name for name in TOKEN_COLUMNS if name in rows.column_names]
+    longest: int = max(pc.max(pc.list_value_length(rows.data.column(name))).as_py() for name in names)
+    return longest

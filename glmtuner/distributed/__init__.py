@@ -1,1 +1,1 @@
-"""Several processes of one run, and being told to stop."""
+"""The ranks of a run, and its preemption by a signal."""

@@ -1,4 +1,4 @@
-"""A run that is told to go (SIGTERM, or SIGUSR2 of SLURM's --signal) saves a checkpoint first, and is continued later."""
+"""Preemption: a run that receives SIGTERM, or the SIGUSR2 of SLURM's --signal, saves a checkpoint, stops and can be resumed."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -7,60 +7,73 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+Handler = Callable[[int, FrameType | None], Any]
+
+# SIGTERM and SIGUSR2, or those of them that the platform has: Windows has no SIGUSR2.
+SIGNALS: tuple[signal.Signals, ...] = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)
+)
 
 
 class Preempted(BaseException):
-    """The run was told to go and left a checkpoint. No Exception: a sweep must not take it for a failed job and go on."""
+    """The run was stopped by a signal and has saved a checkpoint.
 
-    def __init__(self, signum: int, step: int, before: Callable[[int, FrameType | None], Any] | None) -> None:
+    It is not an Exception: a sweep must not treat it as a failed job and start the next one.
+    """
+
+    def __init__(self, signum: int, step: int, previous_handler: Handler | None) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
-        self.signum, self.before = signum, before
+        self.signum, self.previous_handler = signum, previous_handler
 
     @classmethod
     def by(cls, signum: int, step: int) -> "Preempted":
-        """With whoever handles the signal now as the one to hand it on to."""
-        before = signal.getsignal(signum)
-        return cls(signum, step, before if callable(before) else None)
+        """Preempted by this signal, with its current handler as the previous one."""
+        handler = signal.getsignal(signum)
+        return cls(signum, step, handler if callable(handler) else None)
 
-    def hand_on(self) -> None:
-        """Call who handled the signal before: submitit puts its job back into SLURM's queue, and exits."""
-        if self.before is not None:
-            self.before(self.signum, None)
+    def call_previous_handler(self) -> None:
+        """Call the handler that the capture had replaced: submitit's requeues the SLURM job and exits."""
+        if self.previous_handler is not None:
+            self.previous_handler(self.signum, None)
 
     @property
     def exit_code(self) -> int:
-        """The shell's: 128 and the signal."""
+        """128 + the signal's number, as in a shell."""
         return 128 + self.signum
 
 
 @dataclass
 class SignalCapture:
-    """Which signal came, if any, and who handled it before."""
+    """The last captured signal, None if there was none, and the handlers that the capture replaced."""
 
     signum: int | None = None
-    before: dict[int, Any] = field(default_factory=dict)
+    previous_handlers: dict[int, Handler | int | None] = field(default_factory=dict)
 
-    def note(self, signum: int, frame: FrameType | None) -> None:
+    def record(self, signum: int, frame: FrameType | None) -> None:
+        """A signal handler that only stores the signal."""
         self.signum = signum
 
     def preempted(self, step: int) -> Preempted:
+        """The exception for the captured signal."""
         assert self.signum is not None
-        before = self.before.get(self.signum)
-        return Preempted(self.signum, step, before if callable(before) else None)
+        handler = self.previous_handlers.get(self.signum)
+        return Preempted(self.signum, step, handler if callable(handler) else None)
 
 
 @contextmanager
 def capture_signals() -> Iterator[SignalCapture]:
-    """While this lasts the signals are only noted; outside the main thread, where Python has no say, nothing changes."""
-    asked = SignalCapture()
+    """Record SIGNALS in the yielded capture instead of handling them, and restore their handlers at the end.
+
+    Outside of the main thread, where Python cannot set handlers, nothing is captured.
+    """
+    capture = SignalCapture()
     try:
         for signum in SIGNALS:
-            asked.before[signum] = signal.signal(signum, asked.note)
+            capture.previous_handlers[signum] = signal.signal(signum, capture.record)
     except ValueError:
         pass
     try:
-        yield asked
+        yield capture
     finally:
-        for signum, before in asked.before.items():
-            signal.signal(signum, before if before is not None else signal.SIG_DFL)
+        for number, handler in capture.previous_handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

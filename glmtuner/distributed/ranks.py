@@ -1,7 +1,7 @@
-"""The processes that train one run together, its ranks: who this one is, how they are started, and what they agree on.
+"""The ranks of a run, that is its processes: their environment, how they are started, and their collectives.
 
-torchrun, `accelerate launch`, srun and glmtuner itself (parallel=ddp and others) start them; each is told who it is by the
-environment, and only rank 0 writes and speaks. torch is imported once ranks meet, not before.
+torchrun, `accelerate launch`, srun or glmtuner itself (parallel=ddp and others) starts them and sets their environment
+variables. Only rank 0 writes files and prints. torch is imported by the first collective, not before.
 """
 
 import ctypes
@@ -29,14 +29,17 @@ if TYPE_CHECKING:
     from glmtuner.config.schema import Parallel
 
 T = TypeVar("T")
-GRACE = 60.0  # seconds that the other ranks have to save and end once one was told to go
-KILLED = [-signum for signum in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)]  # never what another rank's end causes
-PARENT = "GLMTUNER_PARENT"  # the process that started this rank: a rank does not outlive it
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+GRACE_SECONDS = 60.0  # in which the other ranks may save and exit after one was preempted
+# Exit codes of a rank that was killed. A rank never ends with one of them because another rank failed.
+KILLED_CODES = [
+    -getattr(signal, name) for name in ("SIGKILL", "SIGSEGV", "SIGBUS") if hasattr(signal, name)
+]  # Windows has SIGSEGV only
+PARENT = "GLMTUNER_PARENT"  # the process id of the process that started this rank: a rank must not outlive it
+PR_SET_PDEATHSIG = 1  # an option of prctl(2)
 
 
 def adopt_slurm_env() -> None:
-    """Name this process's rank in the words of torch (RANK, WORLD_SIZE, …) where srun named it in SLURM's."""
+    """Set torch's environment variables (RANK, WORLD_SIZE, …) from SLURM's in a task of an srun with several tasks."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in os.environ or not tasks.isdecimal() or int(tasks) < 2:
         return
@@ -52,67 +55,69 @@ def adopt_slurm_env() -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first of SLURM's `node[3-5,9]`."""
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return listed.stdout.split()[0]
+    """The first host of a SLURM node list such as `node[3-5,9]`."""
+    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return hosts.stdout.split()[0]
 
 
 def rank() -> int:
+    """The rank of this process; 0 in a run of one process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """The number of ranks of the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this process is rank 0, which writes files and prints."""
     return rank() == 0
 
 
-# -- starting them -------------------------------------------------------------------------------------------------------
+# -- starting the ranks -------------------------------------------------------------------------------------------------------
 
 
 def processes_to_start(parallel: "Parallel") -> int:
-    """How many processes this one is to start for the run; 1 when it trains by itself, or was started as a rank."""
+    """The number of ranks to start; 1 if this process trains by itself, or is a rank already."""
     if "WORLD_SIZE" in os.environ:
         if parallel.processes is not None and parallel.processes != world_size():
             raise ConfigError(
-                f"parallel.processes={parallel.processes}: whoever started this run started {world_size()} processes; leave "
+                f"parallel.processes={parallel.processes}: this run was started as {world_size()} processes; leave "
                 "parallel.processes out, or start the run without torchrun, accelerate or srun"
             )
         return 1
-    return parallel.processes or (max(len(gpus()), 1) if parallel.several else 1)
+    return parallel.processes or (max(len(visible_gpus()), 1) if parallel.several else 1)
 
 
-def gpus() -> list[str]:
-    """The GPUs that a child would see, as CUDA_VISIBLE_DEVICES names them; torch is not asked."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name for name in chosen.split(",") if name.strip()]
+def visible_gpus() -> list[str]:
+    """The GPUs that a child process would see, as in CUDA_VISIBLE_DEVICES; torch is not imported."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip()]
     if not shutil.which("nvidia-smi"):
         return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-    return [str(number) for number, line in enumerate(listed.splitlines()) if line.startswith("GPU ")]
+    listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
+    return [str(number) for number, line in enumerate(listing.splitlines()) if line.startswith("GPU ")]
 
 
 class RankFailed(Exception):
-    """A rank did not end well; it has told why itself, unless it was killed."""
+    """A rank has failed; it has reported its error itself, unless it was killed."""
 
-    def __init__(self, failed: int, count: int, code: int) -> None:
-        self.killed = code in KILLED  # so that it could tell nothing itself
+    def __init__(self, failed_rank: int, count: int, code: int) -> None:
+        self.was_killed = code in KILLED_CODES
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        super().__init__(f"rank {failed} of {count} {how}")
+        super().__init__(f"rank {failed_rank} of {count} {how}")
         self.code = code
 
     @property
-    def stopped_by(self) -> int | None:
-        """The signal that a checkpoint was saved for; None when the rank failed."""
+    def preempted_by(self) -> int | None:
+        """The signal that preempted the rank, which has saved a checkpoint; None if it failed."""
         return next((signum for signum in SIGNALS if self.code == 128 + signum), None)
 
 
 def run_ranks(command: Sequence[str], count: int) -> None:
-    """Run `count` processes of the command as the ranks of one run, and wait; raises RankFailed for the first that fails."""
+    """Run `count` processes of the command as the ranks of one run until all have ended; raises RankFailed if one fails."""
     threads = max((os.cpu_count() or 1) // count, 1)
     shared = {
         "WORLD_SIZE": str(count),
@@ -122,68 +127,72 @@ def run_ranks(command: Sequence[str], count: int) -> None:
         PARENT: str(os.getpid()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
-    places = [{"RANK": str(place), "LOCAL_RANK": str(place)} for place in range(count)]
-    wait_for([subprocess.Popen(command, env={**os.environ, **shared, **place}) for place in places])
+    envs = [{**os.environ, **shared, "RANK": str(number), "LOCAL_RANK": str(number)} for number in range(count)]
+    wait_for_all([subprocess.Popen(command, env=env) for env in envs])
 
 
-def wait_for(children: Sequence["subprocess.Popen[Any]"]) -> None:
-    """Until all have ended. What this process is told to do is handed on to them; when one fails the others are ended.
+def wait_for_all(processes: Sequence["subprocess.Popen[Any]"]) -> None:
+    """Wait until all processes have ended; SIGNALS that this process receives meanwhile are forwarded to them.
 
-    Raises RankFailed for the first that fails: the collectives of the others would wait for it for ever.
+    If one fails, the others, whose collectives would wait for it forever, are terminated, and RankFailed is raised.
     """
-    before: dict[int, Any] = {}
-    told: list[int] = []
+    previous_handlers: dict[int, Any] = {}
+    forwarded: list[int] = []
 
-    def hand_on(signum: int, frame: FrameType | None) -> None:
-        told.append(signum)
-        for child in children:
-            child.send_signal(signum)
+    def forward(signum: int, frame: FrameType | None) -> None:
+        forwarded.append(signum)
+        for process in processes:
+            process.send_signal(signum)
 
     with suppress(ValueError):  # not in the main thread
-        before = {signum: signal.signal(signum, hand_on) for signum in SIGNALS}
+        previous_handlers = {signum: signal.signal(signum, forward) for signum in SIGNALS}
     try:
         while True:
-            codes = [child.poll() for child in children]
-            ended = [place for place, code in enumerate(codes) if code]
-            if ended:
-                failed = min(ended, key=lambda place: codes[place] not in KILLED)  # what the others fail for
-                terminate(children)
-                code = children[failed].returncode
-                raise RankFailed(failed, len(children), 128 - code if -code in told else code)
+            codes = [process.poll() for process in processes]
+            failed = [number for number, code in enumerate(codes) if code]
+            if failed:
+                first = min(failed, key=lambda number: codes[number] not in KILLED_CODES)  # a killed one is the cause
+                terminate(processes)
+                code = processes[first].returncode
+                raise RankFailed(first, len(processes), 128 - code if -code in forwarded else code)
             if None not in codes:
                 return
             time.sleep(0.05)
     finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-        for signum, handler in before.items():
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+        for signum, handler in previous_handlers.items():
             signal.signal(signum, handler)
 
 
-def terminate(children: Sequence["subprocess.Popen[Any]"]) -> None:
-    """Ask those that still run to go, and make them after a while: a rank that waits in a collective hears nothing."""
-    stopped = any(child.returncode in [128 + signum for signum in SIGNALS] for child in children)
-    until = time.monotonic() + (GRACE if stopped else 5.0)
-    if not stopped:
-        for child in children:
-            if child.poll() is None:
-                child.terminate()
-    while time.monotonic() < until and any(child.poll() is None for child in children):
+def terminate(processes: Sequence["subprocess.Popen[Any]"]) -> None:
+    """Terminate the processes that still run, and wait a while for them: one that waits in a collective does not react.
+
+    After a preemption they are given GRACE_SECONDS to save their part of the checkpoint instead.
+    """
+    preempted = any(process.returncode in [128 + signum for signum in SIGNALS] for process in processes)
+    deadline = time.monotonic() + (GRACE_SECONDS if preempted else 5.0)
+    if not preempted:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(0.05)
 
 
 def free_port() -> int:
+    """A TCP port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
-# -- being one of them ---------------------------------------------------------------------------------------------------
+# -- in a rank ---------------------------------------------------------------------------------------------------
 
 
 def init_process_group(trainer: "Trainer") -> None:
-    """Meet the other ranks; nothing happens in a run of one process."""
+    """Join the process group of the ranks; does nothing in a run of one process."""
     if "WORLD_SIZE" not in os.environ or world_size() == 1:
         return
     import torch
@@ -200,7 +209,7 @@ def init_process_group(trainer: "Trainer") -> None:
 
 
 def die_with_parent() -> None:
-    """A rank ends when the process that started it is gone, even by kill -9 (Linux)."""
+    """Let the kernel kill this rank when the process that started it ends, even by SIGKILL (Linux only)."""
     if PARENT not in os.environ or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -209,7 +218,7 @@ def die_with_parent() -> None:
 
 
 def destroy_process_group() -> None:
-    """Wait until all are here, and part."""
+    """Leave the process group, after a barrier."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -217,69 +226,70 @@ def destroy_process_group() -> None:
 
 
 def barrier() -> None:
-    """Wait until all are here."""
+    """Wait until every rank has called this."""
     if world_size() > 1:
         import torch
 
         torch.distributed.barrier()
 
 
-def is_child() -> bool:
-    """Whether glmtuner itself started this rank, and tells what became of the run."""
+def is_started_by_glmtuner() -> bool:
+    """Whether glmtuner itself started this rank, so that the parent process reports how the run ended."""
     return PARENT in os.environ
 
 
 def should_report(error: GlmtunerError) -> bool:
-    """Whether this process is to tell of the mistake: rank 0, or another rank that alone has found it."""
+    """Whether this process is to print the error: rank 0, or another rank if only that one has it."""
     if is_main():
         return True
     torch = sys.modules.get("torch")
-    met = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    if isinstance(error, ReportedByRank0) or not met:
+    is_joined = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    if isinstance(error, ReportedByRank0) or not is_joined:
         return False
-    time.sleep(3.0)  # what rank 0 finds too, it tells, and its end is the end of this process
+    time.sleep(3.0)  # if rank 0 has the same error, it reports it, and its end terminates this process
     return True
 
 
 class ReportedByRank0(GlmtunerError):
-    """What rank 0 has found and tells; the other ranks end without a word."""
+    """An error that rank 0 reports; the other ranks exit silently."""
 
 
-def broadcast_from_rank0(decide: Callable[[], T]) -> T:
-    """What rank 0 decides, on every rank; what it raises is raised by all."""
+def broadcast_from_rank0(compute: Callable[[], T]) -> T:
+    """The result of `compute` on rank 0, on every rank; a GlmtunerError there is raised on every rank."""
     if world_size() == 1:
-        return decide()
+        return compute()
     import torch
 
-    answer: list[Any] = [None, None]
+    result: list[Any] = [None, None]  # value, error message
     error: GlmtunerError | None = None
     if is_main():
         try:
-            answer = [decide(), None]
-        except GlmtunerError as found:
-            error = found
-            answer = [None, str(found)]
-    torch.distributed.broadcast_object_list(answer, src=0)
+            result = [compute(), None]
+        except GlmtunerError as raised:
+            error = raised
+            result = [None, str(raised)]
+    torch.distributed.broadcast_object_list(result, src=0)
     if error is not None:
         raise error
-    if answer[1] is not None:
-        raise ReportedByRank0(answer[1])
-    return answer[0]
+    if result[1] is not None:
+        raise ReportedByRank0(result[1])
+    value: T = result[0]
+    return value
 
 
 def all_gather(value: T) -> list[T]:
-    """The value of every rank, in their order, on every rank."""
+    """The values of all ranks, by rank, on every rank."""
     if world_size() == 1:
         return [value]
     import torch
 
-    found: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_mean(value: "torch.Tensor") -> "torch.Tensor":
-    """The mean of every rank's value, on every rank."""
+    """The mean over the ranks' values, on every rank; `value` is reduced in place."""
     if world_size() > 1:
         import torch
 
@@ -288,6 +298,6 @@ def all_reduce_mean(value: "torch.Tensor") -> "torch.Tensor":
 
 
 def command_of(flags: Sequence[str], overrides: Sequence[str], folder: Path) -> list[str]:
-    """The command line of one rank of the run, or of one job of a sweep, in that folder."""
-    kept = [word for word in overrides if not word.startswith("trainer.output_dir=")]
+    """The command line of a rank of the run in this folder, or of a sweep job."""
+    kept = [override for override in overrides if not override.startswith("trainer.output_dir=")]
     return [sys.executable, "-m", "glmtuner", *flags, *kept, f"trainer.output_dir='{folder}'"]

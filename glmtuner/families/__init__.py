@@ -1,4 +1,4 @@
-"""Model families, one file each; importing this package makes them known. Nothing heavy is imported here."""
+"""Model families, one file each; importing this package registers them. Nothing heavy is imported here."""
 
 import importlib
 import pkgutil
@@ -12,7 +12,7 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def _attention_projections(name: str) -> list[str]:
-    """`${attention_projections:<family>}` of conf/finetuning/lora.yaml; empty for `auto`, known once the model is."""
+    """`${attention_projections:<family>}` of conf/finetuning/lora.yaml; [] for `auto`, which is resolved once the model is loaded."""
     return [] if name == "auto" else list(family_named(name).attention)
 
 

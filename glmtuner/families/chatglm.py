@@ -1,6 +1,6 @@
 """ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B in the layout of their first release (`model_type` chatglm).
 
-ChatGLM2 and ChatGLM3 cannot be told apart by config.json: they compute the same and are prompted differently.
+ChatGLM2 and ChatGLM3 have the same config.json and compute the same; they differ in their prompts.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from glmtuner.families.family import Family, register
 
 OTHER_LINEARS = ("dense", "dense_h_to_4h", "dense_4h_to_h")
-CHATGLM2_VOCABULARY = 65024  # tokens, the most that ChatGLM2 and ChatGLM3 have; GLM-4 has 151552
+CHATGLM2_VOCABULARY = 65024  # tokens: the padded_vocab_size of ChatGLM2 and ChatGLM3; GLM-4 has 151552
 
 
 def _first_generation(config: Mapping[str, Any]) -> bool:
@@ -17,11 +17,11 @@ def _first_generation(config: Mapping[str, Any]) -> bool:
 
 
 def _second_generation(config: Mapping[str, Any]) -> bool:
-    return config.get("padded_vocab_size", CHATGLM2_VOCABULARY + 1) <= CHATGLM2_VOCABULARY
+    return bool(config.get("padded_vocab_size", CHATGLM2_VOCABULARY + 1) <= CHATGLM2_VOCABULARY)
 
 
 def _glm4(config: Mapping[str, Any]) -> bool:
-    return config.get("padded_vocab_size", 0) > CHATGLM2_VOCABULARY
+    return bool(config.get("padded_vocab_size", 0) > CHATGLM2_VOCABULARY)
 
 
 CHATGLM = register(

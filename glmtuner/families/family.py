@@ -1,4 +1,4 @@
-"""What a model family is: where its layers are, what its linear layers are called, how it is prompted, when it stops."""
+"""What a model family is: the paths of its layers, the names of its linear layers, its template and stop tokens."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,85 +8,95 @@ from glmtuner.errors import ConfigError, UnknownName
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family; `layers`, `mlp` and `attention_block` are module paths, the rest are names of linear layers."""
+    """One family; `layers`, `mlp` and `attention_block` are module paths, `attention` and `other_linears` names of linear layers."""
 
     name: str
-    model_types: tuple[str, ...]  # of config.json
+    model_types: tuple[str, ...]  # model_type in config.json
     layers: str  # the list of blocks, from the causal LM down
     attention_block: str  # inside a block
-    mlp: str  # inside a block; empty where it has no module of its own
+    mlp: str  # inside a block; "" if it has no module of its own
     attention: tuple[str, ...]  # the query, key and value projections: LoRA's default targets
     other_linears: tuple[str, ...]  # the block's remaining linear layers
     template: str
     stop_tokens: tuple[str, ...] = ()
     fits: Callable[[Mapping[str, Any]], bool] = lambda config: (
         True
-    )  # among families of one model type: what config.json has
-    interpolates: bool = False  # does rope_ratio divide positions, where others multiply the rotary base by it?
-    wide_prefix: bool = False  # does P-tuning's projection start from as many numbers as it ends in? (ChatGLM2 does)
+    )  # which config.json, among families of one model type
+    interpolates: bool = False  # does rope_ratio divide the positions? (others multiply the rotary base by it)
+    wide_prefix: bool = False  # is P-tuning's embedding as wide as the output of its projection? (in ChatGLM2 it is)
 
     @property
     def linears(self) -> tuple[str, ...]:
+        """The names of all linear layers in a block."""
         return (*self.attention, *self.other_linears)
 
     def blocks(self, model: "nn.Module") -> "list[nn.Module]":
         """The model's blocks, first to last."""
-        return list(model.get_submodule(self.layers))
+        return list(_block_list(model, self.layers))
+
+
+def _block_list(model: "nn.Module", path: str) -> "nn.ModuleList":
+    from torch import nn
+
+    blocks = model.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
 
 
 FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> Family:
-    """Make a family known under its name."""
+    """Add a family under its name."""
     FAMILIES[family.name] = family
     return family
 
 
 def family_named(name: str) -> Family:
-    """The family of that name; raises UnknownName."""
+    """The family with this name; raises UnknownName."""
     if name not in FAMILIES:
         raise UnknownName("model family", name, [*FAMILIES, "auto"], add_one="glmtuner/families/<family>.py")
     return FAMILIES[name]
 
 
 def families_that_fit(model_config: Mapping[str, Any]) -> list[Family]:
-    """The families that config.json may mean."""
+    """The families that this config.json fits."""
     model_type = model_config.get("model_type", "")
     return [family for family in FAMILIES.values() if model_type in family.model_types and family.fits(model_config)]
 
 
 def family_of(model_config: Mapping[str, Any], declared: str) -> Family | None:
-    """The family that config.json tells; the declared one where several would fit; None for an unknown type.
+    """The family of a config.json: the declared one if several fit, None for an unknown model type.
 
-    Never told by a token id or a name: a folder called chatglm may hold anything. Raises ConfigError where families that
-    fit would compute differently.
+    It is never inferred from a token id or a name: a folder named chatglm may hold anything. Raises ConfigError if families
+    that fit would compute differently.
     """
     fitting = families_that_fit(model_config)
     if declared in {family.name for family in fitting}:
         return FAMILIES[declared]
-    stretched = model_config.get("rope_ratio", 1) != 1 and "rope_interpolation" not in model_config
-    if stretched and len({family.interpolates for family in fitting}) > 1:
+    is_scaled = model_config.get("rope_ratio", 1) != 1 and "rope_interpolation" not in model_config
+    if is_scaled and len({family.interpolates for family in fitting}) > 1:
         names = " or ".join(family.name for family in fitting)
         raise ConfigError(
-            f"model.family={declared}: config.json has rope_ratio={model_config['rope_ratio']}, which {names} read "
+            f"model.family={declared}: config.json has rope_ratio={model_config['rope_ratio']}, which {names} use "
             f"differently; type model.family={names}"
         )
     return fitting[0] if fitting else None
 
 
-# What attention and MLP blocks, and their projections, are called across transformers.
+# The names of attention and MLP modules, and of their projections, in transformers.
 _ATTENTION_BLOCKS = ("self_attn", "self_attention", "attention", "attn")
 _MLPS = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", "Wqkv", "query", "key", "value")
 
 
-def family_from_structure(model: "nn.Module") -> Family:
-    """The family of a model that no file here knows, read off its modules; raises ConfigError where it cannot be."""
+def family_from_structure(model: "PreTrainedModel") -> Family:
+    """A family for a model without one, inferred from its modules; raises ConfigError if that is not possible."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -101,7 +111,7 @@ def family_from_structure(model: "nn.Module") -> Family:
             f"model.family=auto: no list of {count} blocks in {type(model).__name__}; "
             "declare the family in glmtuner/families/<family>.py and name it with model.family="
         )
-    block = model.get_submodule(lists[0])[0]
+    block = _block_list(model, lists[0])[0]
     linear = {
         path: path.rpartition(".")[2]
         for path, module in block.named_modules()
@@ -113,7 +123,7 @@ def family_from_structure(model: "nn.Module") -> Family:
     attention = [name for name in dict.fromkeys(linear.values()) if name in _ATTENTION]
     if not (attention_block and attention):
         raise ConfigError(
-            f"model.family=auto: cannot tell the attention of {type(model).__name__}'s blocks "
+            f"model.family=auto: no attention module recognised in {type(model).__name__}'s blocks "
             f"({', '.join(children)}); declare the family in glmtuner/families/<family>.py and name it with model.family="
         )
     return Family(

@@ -1,26 +1,33 @@
-"""A model's config.json and other files, from a folder or a hub, without importing torch."""
+"""A model's config.json and other files, from a folder or the hub, without importing torch."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 from glmtuner.config.groups import Model
 from glmtuner.config.paths import model_source
+from glmtuner.console import say
 from glmtuner.errors import CheckpointError
 
-# in what torch, sentencepiece and transformers say of a file that is cut short, or of shapes that differ
+T = TypeVar("T")
+RETRY_WAITS_S = (1.0, 2.0, 4.0)  # before each further attempt after a transient network error
+RETRY_WITHIN_S = 20.0  # of the first attempt; one that fails later has been retried by huggingface_hub itself
+# Parts of the errors of torch, sentencepiece and transformers for a truncated file, or for shapes that differ
 DAMAGE = ("PytorchStreamReader", "ModelProto", "mismatched", "size mismatch")
+TRANSIENT_HTTP_ERRORS = {"TimeoutException", "NetworkError", "RemoteProtocolError"}  # of httpx and httpx2
+TRANSIENT_STATUS_CODES = {408, 429}  # request timeout, rate limit; and all of the server's own errors, from 500
 
 
 def hub_options(model: Model) -> dict[str, Any]:
-    """Where transformers looks for files: revision, cache and token."""
+    """The options by which transformers looks up files: revision, cache and token."""
     return {"revision": model.model_revision, "cache_dir": model.cache_dir, "token": model.use_auth_token or None}
 
 
 def read_config(model: Model) -> dict[str, Any]:
-    """The model's config.json, without importing torch. Raises CheckpointError where there is none."""
+    """The model's config.json, without importing torch. Raises CheckpointError if there is none or it cannot be read."""
     source = model_source(model.config_name or model.model_name_or_path)
     if Path(source).is_dir():
         path = Path(source) / "config.json"
@@ -34,13 +41,14 @@ def read_config(model: Model) -> dict[str, Any]:
 
         path = Path(from_hub(model, lambda: hf_hub_download(source, "config.json", **hub_options(model))))
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no JSON file ({error}); download the model again") from None
+        raise CheckpointError(f"{path} is not a JSON file ({error}); download the model again") from None
+    return config
 
 
-def from_hub(model: Model, fetch: Callable[[], Any]) -> Any:
-    """What `fetch` returns; its failures as one paragraph."""
+def from_hub(model: Model, fetch: Callable[[], T]) -> T:
+    """What `fetch` returns; a transient network error is retried, any other failure becomes a CheckpointError."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -51,8 +59,9 @@ def from_hub(model: Model, fetch: Callable[[], Any]) -> Any:
     from safetensors import SafetensorError
 
     name = f"model.model_name_or_path={model.model_name_or_path}"
+    load_errors: tuple[type[BaseException], ...] = (*http_errors(HfHubHTTPError), OSError, ValueError)
     try:
-        return fetch()
+        return _with_retries(name, fetch)
     except GatedRepoError:
         raise CheckpointError(
             f"{name}: the hub asks you to accept the model's terms; accept them on its page, run `hf auth login`, "
@@ -63,31 +72,71 @@ def from_hub(model: Model, fetch: Callable[[], Any]) -> Any:
             f"{name}: no such folder here and no such model on the hub; type the folder's path, the hub id "
             "(organisation/name), or model=tiny_glm, which ships with glmtuner"
         ) from None
-    except LocalEntryNotFoundError as error:  # a FileNotFoundError, and nothing is damaged
+    except LocalEntryNotFoundError as error:  # a FileNotFoundError, but no file is damaged
         raise _not_loaded(model, error) from None
     except (SafetensorError, UnpicklingError, EOFError, FileNotFoundError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not any(mark in reason for mark in DAMAGE):
+        if isinstance(error, RuntimeError) and not any(part in reason for part in DAMAGE):
             raise
         if isinstance(error, UnpicklingError):
-            reason = "a .bin file holds something else than tensors, and nothing else is unpickled"
+            reason = "a .bin file holds something other than tensors, and nothing else is unpickled"
         raise CheckpointError(
-            f"{name}: its files are damaged, not all there, or do not belong together ({reason[:300]}); download them again, "
+            f"{name}: its files are damaged, incomplete, or do not belong together ({reason[:300]}); download them again, "
             "or run `git lfs pull` in a folder that git cloned"
         ) from None
-    except (HfHubHTTPError, *http_errors(HfHubHTTPError), OSError, ValueError) as error:
+    except load_errors as error:
         raise _not_loaded(model, error) from None
 
 
-def http_errors(of_the_hub: type[Exception]) -> tuple[type[BaseException], ...]:
-    """What the HTTP client of this huggingface_hub raises (httpx2's HTTPError, httpx's before): its own errors derive from it.
+def _with_retries(name: str, fetch: Callable[[], T]) -> T:
+    """What `fetch` returns, called again after each of `RETRY_WAITS_S` while it fails with a transient network error.
 
-    A connection that breaks or stalls in the middle of a download raises one that is none of huggingface_hub's.
+    huggingface_hub retries most requests itself, for about half a minute, but not all of them. After that there is no
+    further attempt, so that an unreachable hub is reported as soon as without these retries.
     """
-    return tuple(base for base in of_the_hub.__mro__ if base.__name__ == "HTTPError")
+    start = time.monotonic()
+    for wait_s in RETRY_WAITS_S:
+        try:
+            return fetch()
+        except Exception as error:
+            if not is_transient(error) or time.monotonic() - start > RETRY_WITHIN_S:
+                raise
+            reason = " ".join(str(error).split())
+            say(f"{name}: {type(error).__name__}: {reason[:200]}; trying again in {wait_s:g} s")
+        time.sleep(wait_s)
+    return fetch()
 
 
-def _not_loaded(model: Model, error: Exception) -> CheckpointError:
+def is_transient(error: BaseException) -> bool:
+    """Whether another attempt may succeed: the connection failed or timed out, or the server has a problem.
+
+    transformers and huggingface_hub wrap the client's error in errors of their own, so its chain of causes is followed.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OfflineModeIsEnabled):  # a ConnectionError
+            return False
+        if isinstance(cause, HfHubHTTPError):
+            return cause.response.status_code >= 500 or cause.response.status_code in TRANSIENT_STATUS_CODES
+        if isinstance(cause, ConnectionError | TimeoutError):
+            return True
+        if not TRANSIENT_HTTP_ERRORS.isdisjoint(base.__name__ for base in type(cause).__mro__):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def http_errors(hub_error: type[Exception]) -> tuple[type[BaseException], ...]:
+    """The base class of the errors of huggingface_hub's HTTP client (httpx2, before httpx), from which its own derive.
+
+    A connection that breaks or stalls during a download raises an error of the client, not of huggingface_hub.
+    """
+    return tuple(base for base in hub_error.__mro__ if base.__name__ == "HTTPError")
+
+
+def _not_loaded(model: Model, error: BaseException) -> CheckpointError:
     reason = " ".join(str(error).split())
     return CheckpointError(
         f"model.model_name_or_path={model.model_name_or_path} (revision {model.model_revision}) cannot be loaded: "

@@ -1,4 +1,4 @@
-"""Fine-tuning methods, one file each, named like the preset. Importing this package makes them known."""
+"""Fine-tuning methods, one file each, named like the preset. Importing this package registers them."""
 
 import importlib
 import pkgutil

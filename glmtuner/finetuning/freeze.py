@@ -1,17 +1,16 @@
-"""Freeze tuning: a few whole layers are trained, the rest is not."""
+"""Freeze tuning: only parts of a few layers are trained."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from glmtuner.config.groups import LayerPart, preset
+from glmtuner.config.groups import LayerPart, ModelFamily, preset
 from glmtuner.errors import ConfigError
 from glmtuner.finetuning.full import Full
 from glmtuner.finetuning.trained import freeze_all, make_trainable
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from glmtuner.families.family import Family
+    from transformers import PreTrainedModel
 
 
 def trainable_layer_ids(num_layer_trainable: int, total_layers: int) -> range:
@@ -42,11 +41,12 @@ class Freeze(Full):
                 "finetuning.num_layer_trainable=0 trains nothing; type 3 for the last three layers, -3 for the first three"
             )
 
-    def settle(self, family: "Family", layers: int) -> None:
-        """Raise when the model has fewer layers."""
+    def resolved(self, family: ModelFamily, layers: int) -> Self:
+        """The method unchanged; raises ConfigError where the model has fewer layers."""
         trainable_layer_ids(self.num_layer_trainable, layers)
+        return self
 
-    def attach(self, model: "nn.Module", family: "Family") -> "nn.Module":
+    def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
         freeze_all(model)
         blocks = family.blocks(model)
         for layer_id in trainable_layer_ids(self.num_layer_trainable, len(blocks)):
@@ -55,12 +55,12 @@ class Freeze(Full):
                     make_trainable(parameter)
         return model
 
-    def _parts(self, block: "nn.Module", family: "Family") -> "list[nn.Module]":
+    def _parts(self, block: "nn.Module", family: ModelFamily) -> "list[nn.Module]":
         if self.name_module_trainable is LayerPart.mlp:
             if not family.mlp:
                 raise ConfigError(
                     f"finetuning.name_module_trainable=mlp: the blocks of this model ({type(block).__name__}) have no MLP "
-                    "module of their own; type finetuning.name_module_trainable=qkv"
+                    "as one module; type finetuning.name_module_trainable=qkv"
                 )
             return [block.get_submodule(family.mlp)]
         attention = block.get_submodule(family.attention_block)

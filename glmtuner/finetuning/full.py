@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from glmtuner.config.groups import Finetuning, preset
+from glmtuner.config.groups import Finetuning, ModelFamily, preset
 from glmtuner.finetuning.trained import (
     TRAINED,
     VALUE_HEAD,
@@ -15,9 +15,7 @@ from glmtuner.finetuning.trained import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from glmtuner.families.family import Family
+    from transformers import PreTrainedModel
 
 
 @preset("finetuning", "full")
@@ -28,23 +26,23 @@ class Full(Finetuning):
     on_quantized: ClassVar[bool] = False
     saved_as: ClassVar[str] = "model"
 
-    def attach(self, model: "nn.Module", family: "Family") -> "nn.Module":
+    def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
         for parameter in model.parameters():
             make_trainable(parameter)
         return model
 
-    def save(self, model: "nn.Module", folder: Path) -> None:
-        head = model._modules.pop(VALUE_HEAD, None)  # the stage's, which writes it beside
+    def save(self, model: "PreTrainedModel", folder: Path) -> None:
+        head = model._modules.pop(VALUE_HEAD, None)  # written to its own file by the stage
         try:
             model.save_pretrained(folder)
         finally:
             if head is not None:
                 model.add_module(VALUE_HEAD, head)
 
-    def save_trained(self, model: "nn.Module", folder: Path) -> None:
+    def save_trained(self, model: "PreTrainedModel", folder: Path) -> None:
         save_trained(model, folder)
 
-    def restore(self, model: "nn.Module", folder: Path) -> None:
+    def restore(self, model: "PreTrainedModel", folder: Path) -> None:
         if (folder / TRAINED).is_file():
             restore_trained(model, folder)
         else:

@@ -1,17 +1,17 @@
 """LoRA, by PEFT."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
-from glmtuner.config.groups import Finetuning, preset
+from glmtuner.config.groups import Finetuning, ModelFamily, preset
+from glmtuner.config.ranges import range_errors
 from glmtuner.errors import ConfigError, did_you_mean
 from glmtuner.finetuning.trained import assign, load_tensors, trained_parameters
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
-    from glmtuner.families.family import Family
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -28,58 +28,61 @@ class Lora(Finetuning):
 
     def __post_init__(self) -> None:
         wrong = [
-            f"finetuning.{name}={value}: {legal}"
-            for name, value, fits, legal in (
-                ("lora_rank", self.lora_rank, self.lora_rank >= 1, "a rank is at least 1"),
-                ("lora_alpha", self.lora_alpha, self.lora_alpha > 0, "above 0; the update is scaled by alpha / rank"),
-                ("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "a share in [0, 1)"),
+            *range_errors(
+                "finetuning",
+                self,
+                (
+                    ("lora_rank", self.lora_rank >= 1, "a rank is at least 1"),
+                    ("lora_alpha", self.lora_alpha > 0, "above 0; the update is scaled by alpha / rank"),
+                    ("lora_dropout", 0 <= self.lora_dropout < 1, "a share in [0, 1)"),
+                ),
             )
-            if not fits
         ]
         if wrong:
             raise ConfigError("; ".join(wrong))
 
-    def settle(self, family: "Family", layers: int) -> None:
-        """Name the targets where the configuration left them to the family; raises on names it does not have."""
+    def resolved(self, family: ModelFamily, layers: int) -> Self:
+        """The method with the family's targets for an empty list, all linear layers for [all]; raises ConfigError on unknown names."""
         if not self.lora_target:
-            self.lora_target = list(family.attention)
-        elif self.lora_target == ["all"]:
-            self.lora_target = list(family.linears)
-        else:
-            self._check(family.linears)
+            return replace(self, lora_target=list(family.attention))
+        if self.lora_target == ["all"]:
+            return replace(self, lora_target=list(family.linears))
+        self._check(family.linears)
+        return self
 
     def _check(self, linears: "tuple[str, ...]") -> None:
         unknown = [name for name in self.lora_target if name.rpartition(".")[2] not in linears]
         if unknown:
-            known = f"this model's blocks have {', '.join(linears)}; all means every one of them"
+            known = f"this model's blocks have {', '.join(linears)}; `all` selects all of them"
             raise ConfigError(
-                f"finetuning.lora_target=[{','.join(self.lora_target)}]: no linear layer is called "
+                f"finetuning.lora_target=[{','.join(self.lora_target)}]: no linear layer is named "
                 f"{' or '.join(map(repr, unknown))}{did_you_mean(unknown[0], linears, known)}"
             )
 
-    def attach(self, model: "nn.Module", family: "Family") -> "nn.Module":
+    def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
         from peft import LoraConfig, TaskType, get_peft_model
 
         config = LoraConfig(
             r=self.lora_rank,
-            lora_alpha=self.lora_alpha,
+            lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # PEFT accepts fractions, too
             lora_dropout=self.lora_dropout,
             target_modules=list(self.lora_target),
             task_type=TaskType.CAUSAL_LM,
         )
-        return get_peft_model(model, config)  # PEFT keeps adapters in float32 on a half-precision base
+        adapted: Any = get_peft_model(model, config)  # PEFT keeps adapters in float32 on a half-precision base
+        return adapted
 
-    def save(self, model: "nn.Module", folder: Path) -> None:
+    def save(self, model: "PreTrainedModel", folder: Path) -> None:
         from peft import get_peft_model_state_dict
 
         if not get_peft_model_state_dict(model):
             raise AssertionError("an adapter without tensors")
         model.save_pretrained(folder)
 
-    def save_trained(self, model: "nn.Module", folder: Path) -> None:
+    def save_trained(self, model: "PreTrainedModel", folder: Path) -> None:
         self.save(model, folder)
 
-    def restore(self, model: "nn.Module", folder: Path) -> None:
+    def restore(self, model: "PreTrainedModel", folder: Path) -> None:
         saved = load_tensors(folder / ADAPTER)
         parameters = {name.replace(".default.", "."): value for name, value in trained_parameters(model).items()}
         assign(parameters, saved, folder)

@@ -1,15 +1,13 @@
-"""No fine-tuning: the model, or a checkpoint, as it is."""
+"""No fine-tuning: the model, or a checkpoint, unchanged."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from glmtuner.config.groups import Finetuning, preset
+from glmtuner.config.groups import Finetuning, ModelFamily, preset
 from glmtuner.finetuning.trained import freeze_all
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from glmtuner.families.family import Family
+    from transformers import PreTrainedModel
 
 
 @preset("finetuning", "none")
@@ -19,6 +17,6 @@ class NoTuning(Finetuning):
 
     trains: ClassVar[bool] = False
 
-    def attach(self, model: "nn.Module", family: "Family") -> "nn.Module":
+    def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
         freeze_all(model)
         return model

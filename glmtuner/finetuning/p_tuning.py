@@ -1,51 +1,53 @@
 """P-Tuning v2: a learned prefix of keys and values in every layer.
 
-The prefix is added inside the attention call, behind the cache: tokens keep their positions (the first one is 0), every
-token sees the whole prefix, and neither the kind of cache nor gradient checkpointing has to know of it. PEFT's prefix lives
-in the cache instead, which shifts positions and cannot be checkpointed (peft#869, peft#2821).
+The prefix is added inside the attention call, after the cache: tokens keep their positions (the first one is 0), every token
+attends to the whole prefix, and neither cache classes nor gradient checkpointing are involved. PEFT's prefix is stored in the
+cache instead, which shifts positions and cannot be checkpointed (peft#869, peft#2821).
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.config.groups import Finetuning, preset
+from glmtuner.config.groups import Finetuning, ModelFamily, preset
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.finetuning.trained import assign, freeze_all, load_folder, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from transformers import PreTrainedModel
 
-    from glmtuner.families.family import Family
 
 ADAPTER = "adapter_model.safetensors"
-RAW = "prefix_encoder.safetensors"  # what is trained, before projection; PEFT's file holds what comes out of it
-PUBLISHED_PREFIX = "transformer.prefix_encoder."  # in front of the names, in the checkpoints of ChatGLM's own trainer
-DROPOUT = 0.1  # of the published ChatGLM code, in training only
+RAW = "prefix_encoder.safetensors"  # the trained parameters, before projection; PEFT's file holds the projected prefix
+PUBLISHED_PREFIX = "transformer.prefix_encoder."  # of the parameter names in checkpoints of ChatGLM's own trainer
+DROPOUT = 0.1  # as in the published ChatGLM code; in training only
 
 
 @preset("finetuning", "p_tuning")
 @dataclass(kw_only=True)
 class PTuning(Finetuning):
-    """A prefix of `pre_seq_len` learned keys and values a layer (Liu et al. 2021, arXiv:2110.07602)."""
+    """A prefix of `pre_seq_len` learned keys and values per layer (Liu et al. 2021, arXiv:2110.07602)."""
 
     pre_seq_len: int
     prefix_projection: bool = False
+
+    fp16_on_quantized: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.pre_seq_len < 1:
             raise ConfigError(f"finetuning.pre_seq_len={self.pre_seq_len}: a prefix has at least 1 token")
 
-    def attach(self, model: "nn.Module", family: "Family") -> "nn.Module":
+    def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
         from glmtuner.models.prefix import add_prefix
 
         freeze_all(model)
         add_prefix(model, family, tokens=self.pre_seq_len, projection=self.prefix_projection, dropout=DROPOUT)
         return model
 
-    def save(self, model: "nn.Module", folder: Path) -> None:
+    def save(self, model: "PreTrainedModel", folder: Path) -> None:
         from peft import PrefixTuningConfig, TaskType
 
         encoder: Any = model.get_submodule("prefix_encoder")
@@ -60,12 +62,12 @@ class PTuning(Finetuning):
             token_dim=encoder.heads * encoder.head_dim,
             num_transformer_submodules=1,
             inference_mode=True,
-        ).save_pretrained(folder)
+        ).save_pretrained(str(folder))
 
-    def save_trained(self, model: "nn.Module", folder: Path) -> None:
+    def save_trained(self, model: "PreTrainedModel", folder: Path) -> None:
         self.save(model, folder)
 
-    def restore(self, model: "nn.Module", folder: Path) -> None:
+    def restore(self, model: "PreTrainedModel", folder: Path) -> None:
         encoder = model.get_submodule("prefix_encoder")
         if (folder / RAW).is_file():
             assign(dict(encoder.named_parameters()), load_tensors(folder / RAW), folder)
@@ -73,7 +75,7 @@ class PTuning(Finetuning):
             assign(dict(encoder.named_parameters()), published_prefix(folder), folder)
         elif self.prefix_projection and (folder / ADAPTER).is_file():
             raise CheckpointError(
-                f"{folder} holds a prefix without its projection, so finetuning.prefix_projection=true cannot go on with it; "
+                f"{folder} holds a prefix without its projection, so it cannot be trained with finetuning.prefix_projection=true; "
                 "type finetuning.prefix_projection=false"
             )
         else:
@@ -82,7 +84,7 @@ class PTuning(Finetuning):
 
 
 def prefix_settings(folder: Path) -> dict[str, Any]:
-    """`pre_seq_len` and `prefix_projection` of a saved prefix, from its own files."""
+    """The settings `pre_seq_len` and `prefix_projection` of a saved prefix, read from its files."""
     if not (folder / "adapter_config.json").is_file():
         saved = published_prefix(folder)
         return {"pre_seq_len": len(saved["embedding.weight"]), "prefix_projection": "trans.0.weight" in saved}
@@ -92,7 +94,7 @@ def prefix_settings(folder: Path) -> dict[str, Any]:
 
 
 def published_prefix(folder: Path) -> "dict[str, torch.Tensor]":
-    """The prefix in a checkpoint of ChatGLM's own P-tuning trainer, by PrefixEncoder's names."""
+    """The prefix in a checkpoint of ChatGLM's own P-tuning trainer, with the parameter names of PrefixEncoder."""
     saved = load_folder(folder)
     return {
         name.removeprefix(PUBLISHED_PREFIX): value for name, value in saved.items() if name.startswith(PUBLISHED_PREFIX)
@@ -100,7 +102,7 @@ def published_prefix(folder: Path) -> "dict[str, torch.Tensor]":
 
 
 def save_published_prefix(adapter: Path, folder: Path) -> Path:
-    """Write a run's prefix as ChatGLM's own P-tuning code reads it, `pytorch_model.bin`; returns the file."""
+    """Write a run's prefix as `pytorch_model.bin`, as ChatGLM's own P-tuning code reads it; returns the file's path."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,49 +1,86 @@
-"""What a run starts from: the base model with the checkpoints of `model.checkpoint_dir` applied, in order."""
+"""The model that a run starts from: the base with the checkpoints of `model.checkpoint_dir` applied in order."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from glmtuner.config.compose import run_folder_of
-from glmtuner.config.groups import Finetuning, Model
+from glmtuner.config.groups import Finetuning, Model, ModelFamily
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.finetuning.p_tuning import PUBLISHED_PREFIX, prefix_settings
 from glmtuner.finetuning.trained import TRAINED, assign, load_folder, load_tensors
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
-    from glmtuner.families.family import Family
 
-LORA, PREFIX, WEIGHTS, CHANGED = "lora", "prefix", "weights", "changed"
+@dataclass(frozen=True)
+class CheckpointKind:
+    """A kind of trained weights, and how a run can start from them.
+
+    `method` is the fine-tuning method that can continue to train them, with the settings that `settings` reads from the folder;
+    None if there is no such method. An `is_whole_model` replaces the base; `is_mergeable` weights can be merged into the base.
+    """
+
+    name: str
+    method: str | None = None
+    settings: Callable[[Path], dict[str, Any]] = lambda folder: {}
+    is_whole_model: bool = False
+    is_mergeable: bool = True
+
+
+def lora_settings(folder: Path) -> dict[str, Any]:
+    """Rank, alpha, dropout and targets of a saved adapter."""
+    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    targets = saved["target_modules"]
+    if isinstance(targets, str):
+        raise CheckpointError(
+            f"{folder} names its targets by the pattern {targets!r}; only adapters with a list of names can be loaded"
+        )
+    return {
+        "lora_rank": saved["r"],
+        "lora_alpha": float(saved["lora_alpha"]),
+        "lora_dropout": float(saved["lora_dropout"]),
+        "lora_target": sorted(targets),
+    }
+
+
+LORA = CheckpointKind("lora", method="lora", settings=lora_settings)  # a PEFT adapter
+PREFIX = CheckpointKind(
+    "prefix", method="p_tuning", settings=prefix_settings, is_mergeable=False
+)  # PEFT's or ChatGLM's own
+WEIGHTS = CheckpointKind("weights", is_whole_model=True)
+CHANGED = CheckpointKind("changed")  # only the parameters that were trained
+PEFT_KINDS = {"LORA": LORA, "PREFIX_TUNING": PREFIX}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of trained weights and what kind they are.
+    """A folder of trained weights, and their kind."""
 
-    lora: a PEFT adapter; prefix: a prefix, PEFT's or the published ChatGLM code's; weights: a whole model; changed: only
-    the parameters that were trained.
-    """
-
-    kind: str
+    kind: CheckpointKind
     folder: Path
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the method that it was trained with, by configuration key."""
+        return self.kind.settings(self.folder)
 
 
 def checkpoint_in(path: str) -> Checkpoint:
-    """The weights in a run folder or checkpoint folder; raises CheckpointError where there are none."""
+    """The weights in a run folder or checkpoint folder; raises CheckpointError if there are none, or of an unknown kind."""
     folder = Path(path).expanduser()
     for candidate in (folder, folder / "adapter", folder / "model"):
         if (candidate / "adapter_config.json").is_file():
             settings = json.loads((candidate / "adapter_config.json").read_text(encoding="utf-8"))
-            kind = {"LORA": LORA, "PREFIX_TUNING": PREFIX}.get(settings.get("peft_type"))
+            kind = PEFT_KINDS.get(settings.get("peft_type"))
             if kind is None:
                 raise CheckpointError(
-                    f"model.checkpoint_dir={path} holds a {settings.get('peft_type')} adapter; LoRA adapters and prefixes are read"
+                    f"model.checkpoint_dir={path} holds a {settings.get('peft_type')} adapter; only LoRA adapters and prefixes can be loaded"
                 )
             return Checkpoint(kind, candidate)
         if (candidate / TRAINED).is_file():
@@ -56,8 +93,8 @@ def checkpoint_in(path: str) -> Checkpoint:
     )
 
 
-def _kind_by_names(names: Iterable[str]) -> str:
-    """What a folder of weights without a word about them holds: the trainers of ChatGLM wrote what they had trained only."""
+def _kind_by_names(names: Iterable[str]) -> CheckpointKind:
+    """The kind of weights without an adapter_config.json; ChatGLM's own trainers save only the trained parameters."""
     if any(PUBLISHED_PREFIX in name for name in names):
         return PREFIX
     return WEIGHTS if any("embed" in name for name in names) else CHANGED
@@ -65,85 +102,86 @@ def _kind_by_names(names: Iterable[str]) -> str:
 
 def checkpoints_of(model: Model) -> list[Checkpoint]:
     """All checkpoints to apply to the base model, oldest first."""
-    found: list[Checkpoint] = []
+    checkpoints: list[Checkpoint] = []
     for path in model.checkpoint_dir:
-        applied = {
-            checkpoint.folder.resolve() for checkpoint in found
-        }  # a,b may name a run and one that started from it
-        found += [checkpoint for checkpoint in lineage(path) if checkpoint.folder.resolve() not in applied]
-    last_whole = max((place for place, checkpoint in enumerate(found) if checkpoint.kind == WEIGHTS), default=0)
-    return found[last_whole:]
+        # a,b may name a run and another one that started from it
+        known = {checkpoint.folder.resolve() for checkpoint in checkpoints}
+        checkpoints += [checkpoint for checkpoint in lineage(path) if checkpoint.folder.resolve() not in known]
+    first = max((index for index, checkpoint in enumerate(checkpoints) if checkpoint.kind.is_whole_model), default=0)
+    return checkpoints[first:]
 
 
 def lineage(path: str) -> list[Checkpoint]:
-    """A checkpoint with those that its own run started from in front of it.
+    """A checkpoint, preceded by those that its run started from.
 
-    The adapter or prefix that the run went on training stands in its checkpoint already and is left out.
+    The adapter or prefix that its run continued to train is left out: the checkpoint contains it.
     """
-    mine, source = checkpoint_in(path), run_folder_of(path)
-    if source is None or mine.kind == WEIGHTS:
-        return [mine]
+    last, source = checkpoint_in(path), run_folder_of(path)
+    if source is None or last.kind.is_whole_model:
+        return [last]
     saved = OmegaConf.load(source / "config.yaml").model
-    below = [checkpoint for earlier in saved.checkpoint_dir for checkpoint in lineage(earlier)]
-    if (
-        below
-        and below[-1].kind == mine.kind
-        and (mine.kind == PREFIX or (mine.kind == LORA and saved.resume_lora_training))
-    ):
-        below.pop()
-    return [*below, mine]
+    earlier = [checkpoint for start in saved.checkpoint_dir for checkpoint in lineage(start)]
+    continued = last.kind.method is not None and (saved.resume_lora_training or not last.kind.is_mergeable)
+    if earlier and earlier[-1].kind == last.kind and continued:
+        earlier.pop()
+    return [*earlier, last]
 
 
 def base_folder(checkpoints: list[Checkpoint]) -> Path | None:
-    """The folder to load the base weights from when a checkpoint is a whole model."""
-    return checkpoints[0].folder if checkpoints and checkpoints[0].kind == WEIGHTS else None
+    """The folder to load the base weights from, if the first checkpoint is a whole model."""
+    return checkpoints[0].folder if checkpoints and checkpoints[0].kind.is_whole_model else None
 
 
 def build_trainable_model(
-    model: "nn.Module",
+    model: "PreTrainedModel",
     finetuning: Finetuning,
-    family: "Family",
+    family: ModelFamily,
     checkpoints: list[Checkpoint],
     *,
     resume_lora: bool,
     trains: bool,
     user_keys: set[str],
-) -> "nn.Module":
-    """The model with its checkpoints applied and the method attached: the last LoRA or prefix goes on, others are merged."""
-    rest = [checkpoint for checkpoint in checkpoints if checkpoint.kind != WEIGHTS]
-    last = rest[-1] if rest else None
+) -> "tuple[PreTrainedModel, Finetuning]":
+    """The model with checkpoints applied and the method attached, and the method with the settings in use.
+
+    The last adapter or prefix is resumed with its own settings if `adapter_to_resume` says so; all others are merged. Raises
+    CheckpointError for a prefix that would have to be merged, ConfigError for user keys that differ from resumed settings.
+    """
+    applied = [checkpoint for checkpoint in checkpoints if not checkpoint.kind.is_whole_model]
+    last = applied[-1] if applied else None
     method = finetuning.finetuning_type
-    prefixes = [checkpoint for checkpoint in rest if checkpoint.kind == PREFIX]
-    if prefixes and (prefixes != [last] or method != "p_tuning"):
+    unmergeable = [checkpoint for checkpoint in applied if not checkpoint.kind.is_mergeable]
+    if unmergeable and (unmergeable != [last] or method != unmergeable[0].kind.method):
         raise CheckpointError(
-            f"finetuning={method} cannot build on the prefix in {prefixes[0].folder}: a prefix has no weights to merge; "
+            f"finetuning={method} cannot start from the prefix in {unmergeable[0].folder}: a prefix cannot be merged; "
             "type finetuning=p_tuning, with that checkpoint last"
         )
-    goes_on = adapter_to_resume(checkpoints, finetuning, resume_lora, trains)
-    for checkpoint in rest:
-        if checkpoint is not goes_on:
+    resumed = adapter_to_resume(checkpoints, finetuning, resume_lora, trains)
+    for checkpoint in applied:
+        if checkpoint is not resumed:
             model = _merged(model, checkpoint)
-    if goes_on is None:
+    if resumed is None:
         model = finetuning.attach(model, family)
         if not trains and finetuning.saved_as == "model":
             match_base(model)
-        return model
-    for name, value in settings_of(goes_on).items():
-        mine = getattr(finetuning, name)
-        same = sorted(mine) == sorted(value) if isinstance(value, list) else mine == value
+        return model, finetuning
+    settings = resumed.settings()
+    for name, value in settings.items():
+        current = getattr(finetuning, name)
+        same = sorted(current) == sorted(value) if isinstance(value, list) else current == value
         if not same and f"finetuning.{name}" in user_keys:
             raise ConfigError(
-                f"finetuning.{name}={mine} does not fit {goes_on.folder}, which has {value}; leave it out to go on with that "
-                "checkpoint, or type model.resume_lora_training=false to merge it and start a new adapter"
+                f"finetuning.{name}={current} does not fit {resumed.folder}, which has {value}; leave it out to resume that "
+                "adapter, or type model.resume_lora_training=false to merge it and start a new adapter"
             )
-        setattr(finetuning, name, value)
+    finetuning = replace(finetuning, **settings)
     model = finetuning.attach(model, family)
-    finetuning.restore(model, goes_on.folder)
-    return model
+    finetuning.restore(model, resumed.folder)
+    return model, finetuning
 
 
 def match_base(model: "nn.Module") -> None:
-    """Where nothing is trained, float32 weights between half-precision ones become such, too: products take one precision."""
+    """Cast a method's float32 weights to the half precision of the frozen ones, which products without autocast require."""
     import torch
 
     frozen = {value.dtype for value in model.parameters() if not value.requires_grad}
@@ -156,35 +194,15 @@ def match_base(model: "nn.Module") -> None:
 def adapter_to_resume(
     checkpoints: list[Checkpoint], finetuning: Finetuning, resume_lora: bool, trains: bool
 ) -> Checkpoint | None:
-    """The checkpoint whose adapter or prefix the method goes on with; all others are merged."""
+    """The checkpoint with the adapter or prefix that the method resumes, if any; all others are merged."""
     last = checkpoints[-1] if checkpoints else None
-    adapts = last is not None and last.kind == LORA and finetuning.finetuning_type == "lora"
-    return last if last is not None and (last.kind == PREFIX or (adapts and (resume_lora or not trains))) else None
+    if last is None or last.kind.method != finetuning.finetuning_type:
+        return None
+    return last if resume_lora or not trains or not last.kind.is_mergeable else None
 
 
-def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The method's settings that an adapter or a prefix was trained with."""
-    return prefix_settings(checkpoint.folder) if checkpoint.kind == PREFIX else lora_settings(checkpoint.folder)
-
-
-def lora_settings(folder: Path) -> dict[str, Any]:
-    """Rank, alpha, dropout and targets of a saved adapter."""
-    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    targets = saved["target_modules"]
-    if isinstance(targets, str):
-        raise CheckpointError(
-            f"{folder} names its targets by the pattern {targets!r}; adapters with a list of names are read"
-        )
-    return {
-        "lora_rank": saved["r"],
-        "lora_alpha": float(saved["lora_alpha"]),
-        "lora_dropout": float(saved["lora_dropout"]),
-        "lora_target": sorted(targets),
-    }
-
-
-def _merged(model: "nn.Module", checkpoint: Checkpoint) -> "nn.Module":
-    if checkpoint.kind == CHANGED:
+def _merged(model: "PreTrainedModel", checkpoint: Checkpoint) -> "PreTrainedModel":
+    if checkpoint.kind is CHANGED:
         trained = checkpoint.folder / TRAINED
         saved = load_tensors(trained) if trained.is_file() else load_folder(checkpoint.folder)
         parameters = dict(model.named_parameters())

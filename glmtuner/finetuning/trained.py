@@ -1,8 +1,8 @@
-"""Trained parameters in and out of files, for every method: by name, bit by bit, never by pickle."""
+"""Trained parameters in files, for every method: by name, bit-exact, and never as pickles."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,32 +14,33 @@ if TYPE_CHECKING:
     from torch import nn
 
 TRAINED = "trained.safetensors"
-VALUE_HEAD = "value_head"  # a module that a stage adds to the model, and keeps itself
+VALUE_HEAD = "value_head"  # a module that an objective adds to the model, and saves itself
 
 
 def freeze_all(model: "nn.Module") -> None:
-    """No parameter of the model is trained afterwards."""
+    """Make no parameter of the model trainable."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
 
 def make_trainable(parameter: "nn.Parameter") -> None:
-    """Train this parameter, in float32 so that small steps are not rounded away."""
+    """Make this parameter trainable, in float32 so that small steps are not rounded away."""
     parameter.data = parameter.data.float()
     parameter.requires_grad_(True)
 
 
 def trained_parameters(model: "nn.Module") -> "dict[str, torch.Tensor]":
-    """Name -> parameter, for those that are trained; tied ones once."""
+    """Name -> parameter, for those that are trained; tied parameters once."""
     return {name: parameter for name, parameter in own_parameters(model).items() if parameter.requires_grad}
 
 
 def own_parameters(model: "nn.Module") -> "dict[str, nn.Parameter]":
-    """Name -> parameter, without the value head's."""
+    """Name -> parameter, without those of the value head."""
     return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(f"{VALUE_HEAD}.")}
 
 
-def save_tensors(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
+def save_tensors(tensors: "Mapping[str, torch.Tensor]", path: Path) -> None:
+    """Write a safetensors file; missing folders are created."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,10 +50,9 @@ def save_tensors(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
 
 
 def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
-    """The tensors of a safetensors file, or of a .bin file, of which nothing but tensors is unpickled.
+    """The tensors of a safetensors file, on the CPU, or of the .bin file of the same stem if it does not exist.
 
-    Where there is no safetensors file, the .bin file of the same stem is read. Raises CheckpointError when there is
-    neither, or when it is cut short.
+    Of a .bin file only tensors are unpickled. Raises CheckpointError if neither file exists, or if it is truncated.
     """
     import pickle
 
@@ -65,11 +65,12 @@ def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
         path = old
     try:
         if path.suffix == ".bin":
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return tensors
         return load_file(path)
     except FileNotFoundError:
         raise CheckpointError(
-            f"no {path.name} in {path.parent}; the checkpoint is not whole, use another one"
+            f"no {path.name} in {path.parent}; the checkpoint is incomplete, use another one"
         ) from None
     except pickle.UnpicklingError:
         raise CheckpointError(
@@ -80,7 +81,7 @@ def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
 
 
 def load_folder(folder: Path) -> "dict[str, torch.Tensor]":
-    """All tensors of a model folder, in one file or in shards; raises CheckpointError."""
+    """All tensors of a model folder, from one file or from its shards; raises CheckpointError."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
             shards = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
@@ -98,12 +99,12 @@ def save_trained(model: "nn.Module", folder: Path) -> None:
 
 
 def restore_trained(model: "nn.Module", folder: Path) -> None:
-    """Copy `trained.safetensors` into the model's trained parameters; raises CheckpointError where names differ."""
+    """Copy `trained.safetensors` into the model's trained parameters; raises CheckpointError if names or shapes differ."""
     assign(trained_parameters(model), load_tensors(folder / TRAINED), folder)
 
 
-def assign(parameters: "dict[str, torch.Tensor]", saved: "dict[str, torch.Tensor]", folder: Path) -> None:
-    """Copy saved values into parameters of the same names and shapes; anything else is a CheckpointError."""
+def assign(parameters: "Mapping[str, torch.Tensor]", saved: "Mapping[str, torch.Tensor]", folder: Path) -> None:
+    """Copy saved values into parameters; raises CheckpointError unless names and shapes are the same."""
     import torch
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -111,28 +112,28 @@ def assign(parameters: "dict[str, torch.Tensor]", saved: "dict[str, torch.Tensor
     with torch.no_grad():
         for name, parameter in parameters.items():
             value = saved[name]
-            if isinstance(parameter, DTensor):  # this process's share of it; every process has read the file
+            if isinstance(parameter, DTensor):  # this rank keeps its shard; every rank has read the file
                 mesh = parameter.device_mesh
                 value = distribute_tensor(value.to(parameter), mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(value)
 
 
-def check_fit(parameters: "dict[str, torch.Tensor]", saved: "dict[str, torch.Tensor]", folder: Path) -> None:
-    """Raise CheckpointError where the saved values have not the parameters' names and shapes."""
-    missing, foreign = sorted(parameters.keys() - saved.keys()), sorted(saved.keys() - parameters.keys())
-    shapes = [name for name in parameters.keys() & saved.keys() if parameters[name].shape != saved[name].shape]
-    if missing or foreign or shapes:
-        told = [
-            f"{len(names)} {what} (such as {names[0]})"
-            for what, names in (
+def check_fit(parameters: "Mapping[str, torch.Tensor]", saved: "Mapping[str, torch.Tensor]", folder: Path) -> None:
+    """Raise CheckpointError unless the saved values have the parameters' names and shapes; all differences are reported."""
+    missing, unexpected = sorted(parameters.keys() - saved.keys()), sorted(saved.keys() - parameters.keys())
+    reshaped = [name for name in parameters.keys() & saved.keys() if parameters[name].shape != saved[name].shape]
+    if missing or unexpected or reshaped:
+        differences = [
+            f"{len(names)} {difference} (such as {names[0]})"
+            for difference, names in (
                 ("are missing", missing),
-                ("belong to another model", foreign),
-                ("have another shape", shapes),
+                ("belong to another model", unexpected),
+                ("have another shape", reshaped),
             )
             if names
         ]
         raise CheckpointError(
-            f"{folder} does not fit this model: of its parameters {', '.join(told)}; use another checkpoint"
+            f"{folder} does not fit this model: of its parameters {', '.join(differences)}; use another checkpoint"
         )
 
 
@@ -142,59 +143,61 @@ def load_model_folder(model: "nn.Module", folder: Path) -> None:
     assign(parameters, weights_in(folder, parameters), folder)
 
 
-def weights_in(folder: Path, parameters: "dict[str, nn.Parameter]") -> "dict[str, torch.Tensor]":
-    """What a transformers folder has for these parameters."""
+def weights_in(folder: Path, parameters: "Mapping[str, nn.Parameter]") -> "dict[str, torch.Tensor]":
+    """The tensors of a transformers folder that have the names of these parameters."""
     return {name: value for name, value in load_folder(folder).items() if name in parameters}
 
 
 @contextmanager
 def gathered(model: "nn.Module", everything: bool) -> Iterator[None]:
-    """While this lasts, rank 0 has parameters that are shared out over the ranks whole, on the CPU, and can save them.
+    """While this lasts, rank 0 has full parameters on the CPU in place of its shards, and can save them.
 
-    The trained ones, or all of them. Every rank must come here; a model that is not shared out is left as it is.
+    The trained ones, or all if `everything`. A collective: every rank must enter it. A model that is not sharded stays as it
+    is.
     """
     from torch import nn
+
+    full = {
+        shard: nn.Parameter(value, shard.requires_grad) for shard, value in full_parameters(model, everything).items()
+    }
+    replaced = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)  # tied ones stay tied
+        if parameter in full
+    ]
+    for module, name, shard in replaced:
+        module.register_parameter(name, full[shard])
+    try:
+        yield
+    finally:
+        for module, name, shard in replaced:
+            module.register_parameter(name, shard)
+
+
+def full_parameters(model: "nn.Module", everything: bool) -> "dict[nn.Parameter, torch.Tensor]":
+    """Shard -> the full parameter on the CPU, for the trained parameters of a sharded model, or all; on rank 0 only.
+
+    A collective: every rank must call it.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import FSDPModule
 
     from glmtuner.distributed import ranks
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-    whole: dict[int, nn.Parameter] = {}  # tied parameters stay tied
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or not is_share(parameter) or not (everything or parameter.requires_grad):
-                continue
-            if id(parameter) not in whole:
-                value = whole_tensor(parameter)
-                whole[id(parameter)] = nn.Parameter(value, parameter.requires_grad) if ranks.is_main() else parameter
-            replaced.append((module, name, parameter))
-    for module, name, parameter in replaced:
-        module._parameters[name] = whole[id(parameter)]
-    try:
-        yield
-    finally:
-        for module, name, parameter in replaced:
-            module._parameters[name] = parameter
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not everything)
+        state: dict[str, Any] = get_model_state_dict(model, options=options)  # empty except on rank 0
+        return {parameter: state[name] for name, parameter in model.named_parameters() if name in state}
+    full: dict[nn.Parameter, torch.Tensor] = {}
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id") and (everything or parameter.requires_grad):  # a shard of ZeRO stage 3
+            import deepspeed
 
-
-def is_share(parameter: "torch.Tensor") -> bool:
-    """Whether this rank has only its share of the parameter, by FSDP2 or by ZeRO stage 3."""
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
-
-
-def whole_tensor(parameter: "torch.Tensor") -> "torch.Tensor":
-    """The shares of all ranks together, on the CPU; every rank must ask."""
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().cpu().clone()
-    return parameter.full_tensor().detach().cpu()
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if ranks.is_main():
+                    full[parameter] = parameter.detach().cpu().clone()
+    return full
 
 
 def digest_of(model: "nn.Module") -> str:

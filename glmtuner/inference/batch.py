@@ -1,4 +1,4 @@
-"""Answers in progress: their tokens, masks and cached keys and values, rows joining and leaving between two steps."""
+"""A batch of sequences that are being generated: tokens, masks and the key-value cache; rows join and leave between steps."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -6,32 +6,33 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-SPARE = 64  # columns that a buffer has at least to spare when it is made
+SPARE_COLUMNS = 64  # free columns that a new buffer has at least
 
 
 class RecordedStep(Protocol):
-    """A generation step that was recorded on a batch's buffers (replay.py)."""
+    """A decoding step that was recorded on a batch's buffers (replay.py)."""
 
     def step(self, batch: "Batch") -> torch.Tensor:
-        """The logits behind each row's last token, [B, V]."""
+        """The logits after each row's last token, [B, V]."""
 
 
-class SpareLayer(DynamicLayer):
-    """One layer's keys and values [B, G, W, D], views of buffers [R, G, C, D] whose window the batch moves."""
+class BufferedLayer(DynamicLayer):
+    """One layer's keys and values, [B, G, W, D]: views of preallocated buffers [R, G, C, D]; the batch moves the window."""
 
-    def __init__(self, filled: Any, batch: "Batch") -> None:
+    def __init__(self, layer: DynamicLayer, batch: "Batch") -> None:
         super().__init__()
-        self.lazy_initialization(filled.keys, filled.values)
-        self.batch, self.end = batch, filled.keys.shape[2]
-        self.buffers = [filled.keys, filled.values]
+        assert layer.keys is not None and layer.values is not None
+        self.lazy_initialization(layer.keys, layer.values)
+        self.batch, self.end = batch, layer.keys.shape[2]
+        self.buffers = [layer.keys, layer.values]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new columns; returns all columns so far, or in a step that is replayed all that there are."""
-        if self.batch.column is not None:
+        """Write the new columns and return keys and values: of the columns in use, or of whole buffers in a replayed step."""
+        if self.batch.write_column is not None:
             for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-                buffer.index_copy_(2, self.batch.column, states)
+                buffer.index_copy_(2, self.batch.write_column, states)
             return self.buffers[0], self.buffers[1]
         first, self.end = self.end, self.end + key_states.shape[2]
         rows, start = len(self.batch.rows), self.batch.start
@@ -42,13 +43,14 @@ class SpareLayer(DynamicLayer):
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
+        """How many columns are in use, padding included."""
         return self.end - self.batch.start
 
 
 class Batch:
-    """Rows with their tokens, and the cache of all but the last one of each.
+    """Rows with their tokens, and the cache of all tokens but the last of each row.
 
-    `rows` are the caller's own objects, one a row; None stands for a row that is done and could not leave.
+    `rows` are the caller's own objects, one per sequence; None marks a row that has finished and cannot be removed.
     """
 
     def __init__(
@@ -56,21 +58,21 @@ class Batch:
     ) -> None:
         self.rows, self.lengths = list(rows), [len(prompt) for prompt in prompts]  # tokens without padding
         self.start, self.end = 0, max(self.lengths)
-        self.padding = [pad_id, 0]
-        # the last column is for the tokens that come first
+        self.padding = [pad_id, 0]  # of ids and of mask
+        # the last column is for the first generated tokens
         ids = [[pad_id] * (self.end - len(prompt)) + [*prompt, pad_id] for prompt in prompts]
         mask = [[0] * (self.end - length) + [1] * length + [0] for length in self.lengths]
         # ids and mask are [R, 1, C], so that columns are the third dimension of every buffer
         self.buffers = [torch.tensor(values, device=device)[:, None] for values in (ids, mask)]
         self.cache: Any = None
         self.joinable = False
-        self.column: torch.Tensor | None = None  # that a replayed step writes, [1]
+        self.write_column: torch.Tensor | None = None  # index of the column that a replayed step writes, [1]
         self.replay: RecordedStep | None = None  # of a step on these buffers
-        self.steps = 0  # on these buffers
+        self.steps = 0  # since the buffers were allocated
 
     @property
     def ids(self) -> torch.Tensor:
-        """[B, W]"""
+        """Token ids, left-padded, [B, W]."""
         return self.buffers[0][: len(self.rows), 0, self.start : self.end]
 
     @property
@@ -79,62 +81,66 @@ class Batch:
         return self.buffers[1][: len(self.rows), 0, self.start : self.end]
 
     @property
-    def live(self) -> int:
+    def num_active(self) -> int:
+        """How many rows have not finished."""
         return sum(row is not None for row in self.rows)
 
-    def keep(self, cache: Cache) -> None:
-        """Take over what the model made of the prompts."""
+    def adopt_cache(self, cache: Cache) -> None:
+        """Take over the cache that the model made of the prompts; plain caches become buffers, so that rows can join."""
         self.joinable = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
         if self.joinable:
-            cache.layers = [SpareLayer(layer, self) for layer in cache.layers]
+            cache.layers = [BufferedLayer(layer, self) for layer in cache.layers if isinstance(layer, DynamicLayer)]
         self.cache = cache
 
-    def widen(self, tokens_B: torch.Tensor) -> None:
-        """Give each row its next token."""
-        for buffer, value in zip(self.buffers, (tokens_B, 1), strict=True):
-            buffer[: len(self.rows), 0, self.end] = value
+    def append(self, tokens_B: torch.Tensor) -> None:
+        """Add each row's next token, in a new column."""
+        self.buffers[0][: len(self.rows), 0, self.end] = tokens_B
+        self.buffers[1][: len(self.rows), 0, self.end] = 1
         self.end += 1
         self.lengths = [length + 1 for length in self.lengths]
 
-    def make_room(self) -> None:
-        """See to it that the cache can take the last token, and the rows one more."""
-        if self.end + 1 > self.columns:
-            self._rebuild(len(self.rows), self.end - self.start)
+    def ensure_capacity(self) -> None:
+        """Make room for the last token in the cache and for one more token in every row."""
+        if self.end + 1 > self.num_columns:
+            self._resize(len(self.rows), self.end - self.start)
 
     @property
-    def columns(self) -> int:
+    def num_columns(self) -> int:
         """How many columns every buffer has."""
         return min(buffer.shape[2] for buffer in self._all_buffers())
 
     def join(self, other: "Batch") -> None:
-        """Take in the rows of another batch."""
+        """Add the rows of another batch; both must be `joinable`."""
         count, total = len(self.rows), len(self.rows) + len(other.rows)
         width = other.end - other.start
         if total > self.buffers[0].shape[0] or width > self.end:
-            self._rebuild(total, max(width, self.end - self.start))
-        for mine, theirs in zip(self._all_buffers(), other._all_buffers(), strict=True):
-            columns = slice(other.start, min(other.end, theirs.shape[2]))
+            self._resize(total, max(width, self.end - self.start))
+        for target, source in zip(self._all_buffers(), other._all_buffers(), strict=True):
+            columns = slice(other.start, min(other.end, source.shape[2]))
             first = self.end - width
-            mine[count:total, :, first : first + columns.stop - columns.start] = theirs[: len(other.rows), :, columns]
+            target[count:total, :, first : first + columns.stop - columns.start] = source[: len(other.rows), :, columns]
         for buffer, padding in zip(self.buffers, self.padding, strict=True):
-            buffer[count:total, :, : self.end - width] = padding  # where a row stood that has left
+            buffer[count:total, :, : self.end - width] = padding  # over what rows that have left wrote there
         self.rows += other.rows
         self.lengths += other.lengths
         self._trim()
 
-    def leave(self, done: Iterable[int]) -> None:
-        """Let go of these rows, and of columns that are padding for all others; the last rows take their places."""
-        places = sorted(done, reverse=True)
+    def remove(self, finished: Iterable[int]) -> None:
+        """Remove the rows with these indices, and columns that are padding in all others; last rows take their places.
+
+        Rows of a batch that is not `joinable` become None.
+        """
+        indices = sorted(finished, reverse=True)
         if not self.joinable:
-            for place in places:
-                self.rows[place] = None
+            for index in indices:
+                self.rows[index] = None
             return
-        for place in places:
+        for index in indices:
             last = len(self.rows) - 1
-            if place != last:
+            if index != last:
                 for buffer in self._all_buffers():
-                    buffer[place, :, : self.end] = buffer[last, :, : self.end]
-                self.rows[place], self.lengths[place] = self.rows[last], self.lengths[last]
+                    buffer[index, :, : self.end] = buffer[last, :, : self.end]
+                self.rows[index], self.lengths[index] = self.rows[last], self.lengths[last]
             del self.rows[last], self.lengths[last]
         self._trim()
 
@@ -145,37 +151,39 @@ class Batch:
         caches = [buffer for layer in self.cache.layers for buffer in layer.buffers] if self.joinable else []
         return [*self.buffers, *caches]
 
-    def _rebuild(self, rows: int, width: int) -> None:
-        """Move what is in use so that it ends in column `width`, with room for so many rows and for more columns.
+    def _resize(self, rows: int, width: int) -> None:
+        """Move the columns in use so that they end at column `width`, with room for `rows` rows and for more columns.
 
-        It stays in its buffers where they are large enough, else it moves to new ones.
+        They stay in their buffers where these are large enough, else they are copied to new ones.
         """
         capacity, first = self.buffers[0].shape[0], width - (self.end - self.start)
-        if rows <= capacity and width + SPARE <= self.columns:
+        if rows <= capacity and width + SPARE_COLUMNS <= self.num_columns:
             for buffer in self._all_buffers():
                 used = buffer[: len(self.rows), :, self.start : self.end].clone()
                 buffer[: len(self.rows), :, first : first + used.shape[2]] = used
             for buffer, padding in zip(self.buffers, self.padding, strict=True):
-                buffer[:, :, :first] = buffer[:, :, width:] = padding  # where they stood
-            self._moved(first, width)
+                buffer[:, :, :first] = buffer[:, :, width:] = padding  # where the columns were before
+            self._set_window(first, width)
             return
         rows = capacity if rows <= capacity else max(rows, 2 * capacity)
-        columns = -(-(width + max(SPARE, width // 2)) // 8) * 8  # by eights, as attention's kernels read masks
+        columns = (
+            -(-(width + max(SPARE_COLUMNS, width // 2)) // 8) * 8
+        )  # a multiple of 8, as attention kernels read masks
 
-        def rebuilt(old: torch.Tensor, padding: int = 0) -> torch.Tensor:
-            # what is masked must be a number, too
+        def reallocated(old: torch.Tensor, padding: int = 0) -> torch.Tensor:
+            # filled, not empty: masked values must be finite, too
             new = old.new_full((rows, old.shape[1], columns, *old.shape[3:]), padding)
             used = old[: len(self.rows), :, self.start : self.end]
             new[: len(self.rows), :, first : first + used.shape[2]] = used
             return new
 
-        self.buffers = [rebuilt(*pair) for pair in zip(self.buffers, self.padding, strict=True)]
+        self.buffers = [reallocated(*pair) for pair in zip(self.buffers, self.padding, strict=True)]
         for layer in self.cache.layers if self.joinable else ():
-            layer.buffers = [rebuilt(buffer) for buffer in layer.buffers]
+            layer.buffers = [reallocated(buffer) for buffer in layer.buffers]
         self.replay, self.steps = None, 0
-        self._moved(first, width)
+        self._set_window(first, width)
 
-    def _moved(self, first: int, width: int) -> None:
+    def _set_window(self, start: int, end: int) -> None:
         for layer in self.cache.layers if self.joinable else ():
-            layer.end += width - self.end
-        self.start, self.end = first, width
+            layer.end += end - self.end
+        self.start, self.end = start, end

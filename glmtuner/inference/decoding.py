@@ -1,14 +1,13 @@
-"""The next tokens of many prompts at once, as rows of one batch that join and leave it between two tokens.
+"""Continuous batching (Yu et al., Orca, OSDI 2022): finished sequences are replaced by the next prompts between two steps.
 
-This is continuous batching (Yu et al., Orca, OSDI 2022). Each row ends in the last column (left padding), so all rows get
-their next token in one column. Keys and values stand in buffers with room for more columns: a token is written into them,
-where transformers' cache copies itself for every token.
-Caches that are more than keys and values of every token (sliding windows, linear attention) cannot be joined row by row;
-such rows start together, and a row that is done stays in the batch until all are.
+Rows are left-padded, so all get their next token in the same column. Keys and values are kept in preallocated buffers with
+spare columns and written in place, whereas transformers' DynamicCache copies itself for every token.
+Rows of caches that hold more than the keys and values of every token (sliding windows, linear attention) cannot join one
+by one; such rows start together, and a finished row stays in the batch until all have finished.
 
-A step of a large model is a thousand small kernels and more, and starting them one by one from Python takes longer than a GPU
-takes to run them. So where a batch's buffers stay the same, a step is recorded as a CUDA graph and replayed
-(glmtuner/inference/replay.py).
+A decoding step of a large model launches more than a thousand small kernels, and launching them from Python takes longer
+than a GPU takes to run them. While a batch's buffers stay the same, a step is therefore captured as a CUDA graph and
+replayed (glmtuner/inference/replay.py).
 
 Shape letters: B rows, W columns in use, R rows and C columns of a buffer, G key-value heads, D head dimension, V vocabulary.
 """
@@ -32,146 +31,154 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-PREFILL = 8192  # prompt tokens, padding counted, that are read in one step: it bounds memory, and how long others wait
-PADDED = 0.05  # the largest difference that padding may make, as a share of the largest logit: rounding makes less
-FIRST_RECORDED = 3  # step on the same buffers that is recorded: many batches end sooner
+PREFILL_TOKENS = 8192  # prompt tokens of one prefill, padding included: bounds memory, and how long other rows wait
+PADDING_TOLERANCE = 0.05  # largest difference that padding may make, relative to the largest logit: rounding makes less
+RECORDED_STEP = 3  # which step on the same buffers is recorded: many batches end earlier
 
 
-class NoCache(ConfigError):
-    """The model gives no transformers Cache for its next step."""
+class NoCacheError(ConfigError):
+    """The model returns no transformers Cache for its next step."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"{name} gives no transformers Cache for its next step, so it cannot be served; chat can")
+        super().__init__(
+            f"{name} returns no transformers Cache for its next step, so it cannot be served; use chat instead"
+        )
 
 
 class Decoder:
-    """A model that reads prompts and gives the logits behind them, and behind every further token of a batch.
+    """Computes logits for a batch: after the prompts (`prefill`), then after every further token (`step`).
 
-    `replays` says whether steps are recorded and replayed; where nothing is said, they are on a GPU.
+    `replays` says whether steps are captured as CUDA graphs and replayed; None means on a GPU only.
     """
 
     def __init__(self, model: "PreTrainedModel", pad_id: int, replays: bool | None = None) -> None:
-        # an adapter's layers stand in the base model itself; PEFT's wrapper adds nothing to its forward pass
+        # adapters are layers of the base model itself; PEFT's wrapper adds nothing to its forward pass
         self.model: Any = unwrapped(model)
-        # weights shared out by torch are gathered by the module that was given to it
+        # FSDP gathers weights in the forward pass of the module that it wrapped
         self.forward: Any = model if isinstance(model, FSDPModule) else self.model
         self.accepted = inspect.signature(self.model.forward).parameters
         self.pad_id = pad_id
-        wanted = self.device.type == "cuda" if replays is None else replays
-        self.recorder = Recorder(self.model, self.accepted) if wanted and can_replay(model, self.model) else None
+        if replays is None:
+            replays = self.device.type == "cuda"
+        self.recorder = Recorder(self.model, self.accepted) if replays and can_replay(model, self.model) else None
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where the model computes."""
+        device: torch.device = self.model.device
+        return device
 
     def padding_invariant(self, short: Sequence[int], long: Sequence[int]) -> bool:
-        """Whether the model answers the shorter prompt alike beside the longer one (transformers' Bloom gives NaN).
+        """Whether the logits of the shorter prompt stay the same when it is padded (transformers' Bloom gives NaN).
 
-        Raises ConfigError for a model that keeps no cache between steps.
+        Raises NoCacheError, a ConfigError, for a model that returns no cache.
         """
-        alone, beside = self.prefill([0], [short])[1][0], self.prefill([0, 1], [short, long])[1][0]
-        return bool((alone - beside).abs().max() <= PADDED * alone.abs().max())
+        unpadded, padded = self.prefill([0], [short])[1][0], self.prefill([0, 1], [short, long])[1][0]
+        return bool((unpadded - padded).abs().max() <= PADDING_TOLERANCE * unpadded.abs().max())
 
     def prefill(self, rows: Sequence[Any], prompts: Sequence[Sequence[int]]) -> tuple[Batch, torch.Tensor]:
-        """A batch of these rows, and the logits behind their prompts, [B, V]."""
+        """A batch of these rows, and the logits after their prompts, [B, V], float32."""
         batch = Batch(rows, prompts, self.pad_id, self.device)
-        return batch, self._forward(batch, new=None)
+        return batch, self._forward(batch, new_tokens=None)
 
     def step(self, batch: Batch) -> torch.Tensor:
-        """The logits behind each row's last token, [B, V]."""
-        batch.make_room()
+        """The logits after each row's last token, [B, V], float32; valid until the next step."""
+        batch.ensure_capacity()
         batch.steps += 1
         if batch.replay is not None:
             return batch.replay.step(batch)
-        logits_BV = self._forward(batch, new=1)
-        if self.recorder is not None and batch.joinable and batch.steps == FIRST_RECORDED:
-            batch.replay = self.recorder.recorded(batch, logits_BV)
+        logits_BV = self._forward(batch, new_tokens=1)
+        if self.recorder is not None and batch.joinable and batch.steps == RECORDED_STEP:
+            batch.replay = self.recorder.record(batch, logits_BV)
             if batch.replay is None:
-                say(f"steps of generation are not replayed as CUDA graphs: {self.recorder.refused}")
+                say(f"decoding steps are not replayed as CUDA graphs: {self.recorder.failure}")
                 self.recorder = None
         return logits_BV
 
     @torch.no_grad()
-    def _forward(self, batch: Batch, new: int | None) -> torch.Tensor:
-        """The last `new` tokens are read, all of them when None."""
+    def _forward(self, batch: Batch, new_tokens: int | None) -> torch.Tensor:
+        """Feed the last `new_tokens` columns, or all of them if None, to the model; returns the last column's logits, [B, V]."""
         mask = batch.mask
         options: dict[str, Any] = {}
         if "position_ids" in self.accepted:
-            counted = mask.sum(-1, keepdim=True) if new else mask.cumsum(-1).clamp(min=1)
-            options["position_ids"] = counted - 1
+            counts = mask.sum(-1, keepdim=True) if new_tokens else mask.cumsum(-1).clamp(min=1)
+            options["position_ids"] = counts - 1
         inputs = self.model.prepare_inputs_for_generation(
-            batch.ids, next_sequence_length=new, past_key_values=batch.cache, attention_mask=mask,
-            is_first_iteration=new is None, use_cache=True, **options,
+            batch.ids, next_sequence_length=new_tokens, past_key_values=batch.cache, attention_mask=mask,
+            is_first_iteration=new_tokens is None, use_cache=True, **options,
         )  # fmt: skip
         if "logits_to_keep" in self.accepted:
             inputs["logits_to_keep"] = 1
         out = self.forward(**inputs)
         cache = getattr(out, "past_key_values", None)
         if not isinstance(cache, Cache):
-            raise NoCache(type(self.model).__name__)
+            raise NoCacheError(type(self.model).__name__)
         if cache is not batch.cache:
-            batch.keep(cache)
-        return out.logits[:, -1].float()
+            batch.adopt_cache(cache)
+        logits_BV: torch.Tensor = out.logits[:, -1].float()
+        return logits_BV
 
 
 def greedy(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
-    rows: int,
-    room: int,
-    stops: Sequence[int],
+    max_rows: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
     repetition_penalty: float,
 ) -> Iterator[tuple[int, list[int]]]:
-    """(place in `prompts`, the likeliest tokens behind it up to and with the first of `stops`), as they are done.
+    """(index in `prompts`, its greedy continuation up to and including the first stop token), in the order they finish.
 
-    At most `rows` prompts are answered at once and `room` tokens generated for each; they start in their order.
+    At most `max_rows` prompts are in the batch at once, and they start in their order.
     """
     processor = RepetitionPenaltyLogitsProcessor(repetition_penalty) if repetition_penalty != 1 else None
     batch: Batch | None = None
-    begun = 0
+    started = 0
 
-    def chosen(group: Batch, logits_BV: torch.Tensor) -> list[tuple[int, list[int]]]:
+    def advance(rows: Batch, logits_BV: torch.Tensor) -> list[tuple[int, list[int]]]:
+        """Append each row's most likely token; removes and returns the rows that this finishes."""
         if processor:
-            # a row's padding counts as its last token, so that nothing but its own tokens is penalized
-            logits_BV = processor(group.ids.where(group.mask.bool(), group.ids[:, -1:]), logits_BV)
+            # padding is replaced by the row's last token, so that only its own tokens are penalized
+            context_BW = rows.ids.where(rows.mask.bool(), rows.ids[:, -1:])
+            logits_BV = processor(context_BW, logits_BV)
         tokens_B = logits_BV.argmax(-1)
-        done: list[int] = []
-        for place, (row, token) in enumerate(zip(group.rows, tokens_B.tolist(), strict=True)):
+        finished: list[int] = []
+        for row_id, (row, token) in enumerate(zip(rows.rows, tokens_B.tolist(), strict=True)):
             if row is not None:
                 row[1].append(token)
-                if token in stops or len(row[1]) == room:
-                    done.append(place)
-        group.widen(tokens_B)
-        ended = [group.rows[place] for place in done]
-        group.leave(done)
-        return ended
+                if token in stop_ids or len(row[1]) == max_new_tokens:
+                    finished.append(row_id)
+        rows.append(tokens_B)
+        continuations = [rows.rows[row_id] for row_id in finished]
+        rows.remove(finished)
+        return continuations
 
-    while begun < len(prompts) or batch:
-        free = rows - batch.live if batch else rows
-        # prompts are read an eighth of the rows at a time: one by one, each would cost what a step of all rows does
-        waits = free < min(max(rows // 8, 1), len(prompts) - begun)
-        if begun < len(prompts) and (batch is None or (batch.joinable and not waits)):
-            count = prefill_count(prompts[begun : begun + free])
-            group = [(place, []) for place in range(begun, begun + count)]
-            begun += count
-            read, logits_BV = decoder.prefill(group, prompts[group[0][0] : begun])
-            yield from chosen(read, logits_BV)
+    while started < len(prompts) or batch:
+        free = max_rows - batch.num_active if batch else max_rows
+        # prompts are read an eighth of the rows at a time: reading one costs about as much as a step of all rows
+        wait = free < min(max(max_rows // 8, 1), len(prompts) - started)
+        if batch is None or (started < len(prompts) and batch.joinable and not wait):
+            count = prefill_count(prompts[started : started + free])
+            new_rows: list[tuple[int, list[int]]] = [(index, []) for index in range(started, started + count)]
+            new_batch, logits_BV = decoder.prefill(new_rows, prompts[started : started + count])
+            started += count
+            yield from advance(new_batch, logits_BV)
             if batch is None:
-                batch = read
-            elif read.rows:
-                batch.join(read)
+                batch = new_batch
+            elif new_batch.rows:
+                batch.join(new_batch)
         else:
-            yield from chosen(batch, decoder.step(batch))
-        if not batch.live:
+            yield from advance(batch, decoder.step(batch))
+        if not batch.num_active:
             batch = None
 
 
 def prefill_count(prompts: Sequence[Sequence[int]]) -> int:
-    """How many of these prompts, at least one, are read together."""
+    """How many of the first prompts, at least one, fit into one prefill of PREFILL_TOKENS."""
     longest = 0
     for count, prompt in enumerate(prompts):
         longest = max(longest, len(prompt))
-        if count and longest * (count + 1) > PREFILL:
+        if count and longest * (count + 1) > PREFILL_TOKENS:
             return count
     return len(prompts)

@@ -1,23 +1,28 @@
-"""A finished run, ready to answer."""
+"""A finished run, loaded for inference."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from glmtuner.config.groups import Finetuning
 from glmtuner.config.schema import Run
 from glmtuner.families.family import Family
+from glmtuner.templates.base import Template
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A finished run, ready to answer: what its folder alone tells, and what was typed over it."""
+    """A finished run, loaded for inference, with the user's overrides applied.
+
+    `finetuning` has the settings in use; `stops` are the ids of the tokens that end an answer.
+    """
 
     run: Run
-    model: "nn.Module"
+    model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
-    template: Any
+    template: Template
     family: Family
+    finetuning: Finetuning
     stops: tuple[int, ...]

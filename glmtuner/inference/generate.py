@@ -1,16 +1,17 @@
-"""Answers to many prompts, several at once; and the text of an answer as its tokens come."""
+"""Answers to many prompts in batches, and the text of an answer while its tokens are generated."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How evaluation and prediction decode: never by sampling, so that scores repeat."""
+    """How evaluation and prediction decode: never by sampling, so that scores are reproducible."""
 
     max_new_tokens: int
     num_beams: int
@@ -19,64 +20,71 @@ class Decoding:
     pad_id: int
 
 
-# Rows generated at once where nothing is said: with more the first answers come later. Two CPU cores gain little from more
-# than 32; a GPU answered 3.5 times as fast with 128 as with 32 (docs/performance.md).
-MOST_ROWS, MOST_ROWS_GPU = 32, 128
+# Default limits of rows per batch: with more rows the first answers come later. Two CPU cores gain little from more than 32;
+# a GPU answered 3.5 times as fast with 128 as with 32 (docs/performance.md).
+MAX_ROWS_CPU, MAX_ROWS_GPU = 32, 128
 
 
-def rows_that_fit(model: "PreTrainedModel", tokens: int, most: int | None = None) -> int:
-    """How many rows of so many tokens have room for their keys and values in half of the free memory.
+def rows_that_fit(model: "PreTrainedModel", tokens: int, max_rows: int | None = None) -> int:
+    """How many rows of `tokens` tokens have room for their keys and values in half of the free memory.
 
-    At least 1, and at most `most`: MOST_ROWS, or MOST_ROWS_GPU on a GPU, where nothing is given.
+    At least 1 and at most `max_rows`, by default MAX_ROWS_GPU on a GPU and MAX_ROWS_CPU elsewhere.
     """
     import torch
 
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    a_row = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * tokens
+    row_bytes: int = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * tokens
     if model.device.type == "cuda":
-        # what torch holds and does not use is free, too
-        idle = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-        free, usual = torch.cuda.mem_get_info(model.device)[0] + idle, MOST_ROWS_GPU
+        # memory that torch has reserved and does not use is free, too
+        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        free_bytes, default = torch.cuda.mem_get_info(model.device)[0] + unused, MAX_ROWS_GPU
     else:
         import psutil
 
-        free, usual = psutil.virtual_memory().available, MOST_ROWS
-    return min(max(free // 2 // a_row, 1), usual if most is None else most)
+        free_bytes, default = psutil.virtual_memory().available, MAX_ROWS_CPU
+    return min(max(free_bytes // 2 // row_bytes, 1), default if max_rows is None else max_rows)
 
 
 def answers(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """(place in `prompts`, token ids of the answer without its stop token), as the answers are done.
+    """(index in `prompts`, token ids of its answer without the stop token), in the order in which answers finish.
 
-    Greedy answers begin in the order of their prompts, each as soon as one before it is done. Beams, and models that keep
-    no transformers Cache, go through `generate`, the longest prompts first.
+    Greedy answers use continuous batching and start in the order of their prompts. Beam search, and models that return no
+    transformers Cache, go through `generate`, the longest prompts first.
     """
     from torch.distributed.fsdp import FSDPModule
 
-    from glmtuner.inference.decoding import NoCache
+    from glmtuner.inference.decoding import NoCacheError
 
     was_training = model.training
     model.eval()
     try:
+        sequences: Iterator[tuple[int, list[int]]]
         try:
-            found = _decoded(model, prompts, decoding, batch_size) if decoding.num_beams == 1 else None
-        except NoCache:
-            found = None
-        for place, tokens in found or _generated(model, prompts, decoding, batch_size):
-            yield place, until_stop(tokens, decoding.stop_ids)
+            if decoding.num_beams > 1:
+                sequences = _generated(model, prompts, decoding, batch_size)
+            else:
+                sequences = _continuously_batched(model, prompts, decoding, batch_size)
+        except NoCacheError:
+            sequences = _generated(model, prompts, decoding, batch_size)
+        for index, tokens in sequences:
+            yield index, until_stop(tokens, decoding.stop_ids)
     finally:
         model.train(was_training)
         if isinstance(model, FSDPModule):
-            model.reshard()  # a forward pass without a backward one leaves the outermost weights whole
+            model.reshard()  # without a backward pass FSDP leaves the root module's weights gathered
 
 
-def _decoded(
+def _continuously_batched(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Greedy answers by continuous batching; one at a time where padding changes what a model answers."""
+    """Greedy answers by continuous batching; one at a time where padding changes the model's logits.
+
+    Raises NoCacheError before the first answer.
+    """
     from glmtuner.inference.decoding import Decoder, greedy
 
     decoder = Decoder(model, decoding.pad_id)
@@ -87,9 +95,9 @@ def _decoded(
     return greedy(
         decoder,
         prompts,
-        rows=batch_size,
-        room=decoding.max_new_tokens,
-        stops=decoding.stop_ids,
+        max_rows=batch_size,
+        max_new_tokens=decoding.max_new_tokens,
+        stop_ids=decoding.stop_ids,
         repetition_penalty=decoding.repetition_penalty,
     )
 
@@ -97,13 +105,13 @@ def _decoded(
 def _generated(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """By `generate`, batch by batch; padding on the right would be generated behind (LLaMA-Factory#10611)."""
-    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
+    """Answers by `generate`, batch by batch; left-padded, since tokens would follow right padding (LLaMA-Factory#10611)."""
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        found = continuations(
+        indices = order[start : start + batch_size]
+        batch = continuations(
             model,
-            [prompts[place] for place in places],
+            [prompts[index] for index in indices],
             max_new_tokens=decoding.max_new_tokens,
             stop_ids=decoding.stop_ids,
             pad_id=decoding.pad_id,
@@ -111,7 +119,7 @@ def _generated(
             repetition_penalty=decoding.repetition_penalty,
             do_sample=False,
         )
-        yield from zip(places, found, strict=True)
+        yield from zip(indices, batch, strict=True)
 
 
 def continuations(
@@ -123,9 +131,10 @@ def continuations(
     pad_id: int,
     **decoding: Any,
 ) -> list[list[int]]:
-    """What the model writes behind each prompt of one batch, up to and with the first stop token.
+    """The token ids that the model generates after each prompt of one batch, up to and including the first stop token.
 
-    `decoding` are transformers' own values. A sample is drawn from all tokens, with torch's random numbers.
+    `decoding` holds fields of transformers' GenerationConfig. Samples are drawn from the whole vocabulary, with torch's
+    global random state.
     """
     import torch
     from transformers import GenerationConfig
@@ -146,81 +155,95 @@ def continuations(
     model.eval()
     try:
         with torch.no_grad():
-            out = model.generate(
+            sequences = generator_of(model).generate(
                 input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
             )
     finally:
         model.train(was_training)
-    rows = []
-    for tokens in out[:, width:].tolist():
-        answer = until_stop(tokens, stop_ids)
-        rows.append(tokens[: len(answer) + 1])
+    rows: list[list[int]] = []
+    for tokens in sequences[:, width:].tolist():
+        rows.append(tokens[: len(until_stop(tokens, stop_ids)) + 1])
     return rows
+
+
+class GeneratingModel(Protocol):
+    """A model with transformers' `generate`."""
+
+    def generate(self, **options: Any) -> "torch.Tensor":
+        """Prompts and their continuations, [B, W], padded on the right."""
+
+
+def generator_of(model: "PreTrainedModel") -> GeneratingModel:
+    """The model, typed as one that generates, which transformers' base class is not: its causal LMs are."""
+    return cast(GeneratingModel, model)
 
 
 def until_stop(tokens: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
     """The tokens before the first stop token."""
-    ends = [place for place, token in enumerate(tokens) if token in stop_ids]
-    return list(tokens[: ends[0]] if ends else tokens)
+    end = next((index for index, token in enumerate(tokens) if token in stop_ids), len(tokens))
+    return list(tokens[:end])
 
 
 class AnswerText:
-    """The text of an answer whose tokens come one at a time, in pieces that are never taken back.
+    """Incremental detokenization: the text of an answer in pieces that are never taken back.
 
-    All pieces together are what `decode` gives for all tokens, without white space at either end. Held back until more
-    is known: half a character, white space that may be the answer's end, and what may be the beginning of one of
-    `stops`; the answer ends before the first of those.
+    All pieces together are the decoded tokens, stripped of white space at both ends. Held back until the next tokens decide:
+    an incomplete character, white space that may be the answer's end, and what may be the beginning of one of the stop
+    texts `stops`; the answer ends before the first of these.
     """
 
-    LONGEST = 8  # tokens that one character may be spread over; behind them, bytes that are no text are shown as such
+    MAX_CHARACTER_TOKENS = (
+        8  # tokens that one character may take; later, bytes that are not valid text are shown as such
+    )
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
         self.tokens: list[int] = []
-        # A tokenizer may join a token to the ones before it, so the new text is the difference of two decoded windows.
-        self.window, self.read, self.known = 0, 0, ""
-        self.held = ""
-        self.begun = False
+        # A tokenizer may join a token to the ones before it, so new text is the difference of two decoded windows:
+        # tokens[prefix_start:] against tokens[prefix_start:read_end], whose text is `prefix_text`.
+        self.prefix_start, self.read_end, self.prefix_text = 0, 0, ""
+        self.pending = ""  # decoded and not yet shown
+        self.started = False
         self.stopped = False
 
     def put(self, token: int) -> str:
-        """The text that can be shown now; `stopped` tells whether a stop text was reached."""
+        """Add a token; returns the text that can be shown now. `stopped` becomes True when a stop text is reached."""
         self.tokens.append(token)
-        return self._take(final=False)
+        return self._advance(final=False)
 
     def finish(self) -> str:
-        """The rest, nothing being held back any more."""
-        return self._take(final=True)
+        """The remaining text; nothing is held back any more."""
+        return self._advance(final=True)
 
-    def _take(self, final: bool) -> str:
-        text = self._decoded(self.window)
-        if not final and text.endswith("\ufffd") and len(self.tokens) - self.read < self.LONGEST:
+    def _advance(self, final: bool) -> str:
+        text = self._decode(self.prefix_start)
+        unread = len(self.tokens) - self.read_end
+        if not final and text.endswith("\ufffd") and unread < self.MAX_CHARACTER_TOKENS:
             return ""
-        self.held += text[len(self.known) :]
-        self.window, self.read = self.read, len(self.tokens)
-        self.known = self._decoded(self.window)
+        self.pending += text[len(self.prefix_text) :]
+        self.prefix_start, self.read_end = self.read_end, len(self.tokens)
+        self.prefix_text = self._decode(self.prefix_start)
         if self.stopped:
             return ""
-        if not self.begun:
-            self.held = self.held.lstrip()
-            self.begun = bool(self.held)
-        ends = [place for place in map(self.held.find, self.stops) if place >= 0]
-        if ends:
+        if not self.started:
+            self.pending = self.pending.lstrip()
+            self.started = bool(self.pending)
+        stop_starts = [start for start in map(self.pending.find, self.stops) if start >= 0]
+        if stop_starts:
             self.stopped = True
-            shown = self.held[: min(ends)].rstrip()
+            shown = self.pending[: min(stop_starts)]
         else:
-            shown = self.held if final else self.held[: len(self.held) - self._may_begin_a_stop()]
-            shown = shown.rstrip()
-        self.held = self.held[len(shown) :]
+            shown = self.pending if final else self.pending[: len(self.pending) - self._possible_stop_length()]
+        shown = shown.rstrip()
+        self.pending = self.pending[len(shown) :]
         return shown
 
-    def _may_begin_a_stop(self) -> int:
-        """How many of the last characters held are the beginning of a stop text."""
-        lengths = range(1, max(map(len, self.stops), default=0))
-        fits = [
-            n for n in lengths if any(stop.startswith(self.held[-n:]) for stop in self.stops) and n <= len(self.held)
-        ]
-        return max(fits, default=0)
+    def _possible_stop_length(self) -> int:
+        """How many of the last pending characters are the beginning of a stop text."""
+        lengths = range(1, min(max(map(len, self.stops), default=0), len(self.pending) + 1))
+        return max((n for n in lengths if any(stop.startswith(self.pending[-n:]) for stop in self.stops)), default=0)
 
-    def _decoded(self, start: int) -> str:
-        return self.tokenizer.decode(self.tokens[start:], skip_special_tokens=True)
+    def _decode(self, start: int) -> str:
+        text = self.tokenizer.decode(self.tokens[start:], skip_special_tokens=True)
+        assert isinstance(text, str)  # one sequence, not a batch of them
+        return text

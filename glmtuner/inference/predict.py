@@ -1,4 +1,4 @@
-"""Answers to the evaluation records of a run, and their scores."""
+"""Generates and scores the answers to a run's evaluation records."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,115 +11,103 @@ from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.distributed import ranks
 from glmtuner.families.stop_tokens import stop_ids
+from glmtuner.inference.context import RunContext
 from glmtuner.inference.scoring import Scorer
 from glmtuner.run_folder.files import read_lines, write_text
-from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import EVALUATIONS, PREDICTIONS
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from glmtuner.data.splits import Datasets
+    from transformers import PreTrainedModel
 
 
-def predict(
-    run: Run,
-    folder: RunFolder,
-    model: "nn.Module",
-    tokenizer: "PreTrainedTokenizerBase",
-    template: Any,
-    data: "Datasets",
-) -> dict[str, float]:
-    """Answers to all evaluation records in predictions.jsonl, and their scores."""
-    found = answer_all(run, folder, model, tokenizer, template, data, folder / PREDICTIONS, bar=True)
-    return {f"predict_{name}": value for name, value in found.items()}
+def predict(context: RunContext) -> dict[str, float]:
+    """Write the answers to all evaluation records to predictions.jsonl; returns their scores."""
+    scores = answer_all(context, context.folder / PREDICTIONS, is_prediction=True)
+    return {f"predict_{name}": value for name, value in scores.items()}
 
 
-def answer_all(
-    run: Run,
-    folder: RunFolder,
-    model: "nn.Module",
-    tokenizer: "PreTrainedTokenizerBase",
-    template: Any,
-    data: "Datasets",
-    path: Path,
-    bar: bool = False,
-) -> dict[str, float]:
-    """Write each answer as it comes, in order, those of an interrupted prediction kept; returns their scores.
+def answer_all(context: RunContext, path: Path, is_prediction: bool = False) -> dict[str, float]:
+    """Write the answers to `path` in order, each as soon as possible; returns their scores.
 
-    Several ranks share the records, each with a file of its own, and only rank 0's stand in `path` until all are done.
-    Ranks that hold a share of the weights each answer every record together, since each needs the others for every token.
+    The answers of an interrupted prediction are reused. Records are divided among the ranks, and each rank writes its own
+    file, which are merged into `path` at the end; ranks with sharded weights generate every answer together. A prediction, in
+    contrast to an evaluation during training, shows its progress and may use another engine.
     """
     from tqdm import tqdm
 
     from glmtuner.inference.generate import Decoding, answers
 
-    assert data.evaluation is not None
-    rows = data.evaluation
+    run, model, folder = context.run, context.model, context.folder
+    assert context.data.evaluation is not None
+    rows = context.data.evaluation
     decoding = Decoding(
         max_new_tokens=run.generation.max_new_tokens or run.data.max_target_length,
         num_beams=run.data.eval_num_beams or 1,
         repetition_penalty=run.generation.repetition_penalty,
-        stop_ids=stop_ids(template, tokenizer, run.model.family),
-        pad_id=tokenizer.pad_token_id,
+        stop_ids=stop_ids(context.template, context.tokenizer, context.family.name),
+        pad_id=context.tokenizer.pad_token_id,
     )
     early = folder / EVALUATIONS / f"{path.stem}.early.jsonl"
     others = [folder / EVALUATIONS / f"{path.stem}.rank{rank}.jsonl" for rank in range(1, ranks.world_size())]
-    done = ranks.broadcast_from_rank0(lambda: earlier(path, early, others, path.name == PREDICTIONS))
-    left = [index for index in range(len(rows)) if index not in done]
-    together = run.parallel.sharded and ranks.world_size() > 1
-    mine = left if together else left[ranks.rank() :: ranks.world_size()]
-    prompts = [rows[index]["prompt_ids"] for index in mine]
-    if bar and run.generation.engine is Engine.vllm:
+    done = ranks.broadcast_from_rank0(lambda: recover_answers(path, early, others, path.name == PREDICTIONS))
+    remaining = [index for index in range(len(rows)) if index not in done]
+    is_sharded = run.parallel.sharded and ranks.world_size() > 1
+    indices = remaining if is_sharded else remaining[ranks.rank() :: ranks.world_size()]
+    prompts = [rows[index]["prompt_ids"] for index in indices]
+    if is_prediction and run.generation.engine is Engine.vllm:
         from glmtuner.inference.vllm import vllm_answers
 
         produced = vllm_answers(model, prompts, decoding, run.trainer.seed)
     else:
         produced = answers(model, prompts, decoding, batch_size_of(run, model, prompts, decoding.max_new_tokens))
     scorer = Scorer(run.metric, len(rows) if ranks.is_main() else 0)
-    written = InOrder(path, early, sorted([*done, *mine])) if ranks.is_main() else Appended(others[ranks.rank() - 1])
-    with written as file:
-        shown = bar and ranks.is_main() and not run.trainer.disable_tqdm
+    output = (
+        OrderedFile(path, early, sorted([*done, *indices])) if ranks.is_main() else LineFile(others[ranks.rank() - 1])
+    )
+    with output as file:
+        shows_progress = is_prediction and ranks.is_main() and not run.trainer.disable_tqdm
         lines = (
-            line_of(rows[mine[place]], mine[place], tokenizer.decode(tokens, skip_special_tokens=True))
-            for place, tokens in tqdm(produced, total=len(mine), desc="predict", disable=not shown)
+            line_of(
+                rows[indices[place]], indices[place], str(context.tokenizer.decode(tokens, skip_special_tokens=True))
+            )
+            for place, tokens in tqdm(produced, total=len(indices), desc="predict", disable=not shows_progress)
         )
         for line in chain(done.values() if ranks.is_main() else (), lines):
             file.put(line)
             scorer.put(line["index"], *pair_of(line))
     ranks.barrier()
-    return ranks.broadcast_from_rank0(lambda: scored(scorer, path, [early, *others]))
+    return ranks.broadcast_from_rank0(lambda: merge_and_score(scorer, path, [early, *others]))
 
 
-def batch_size_of(run: Run, model: "nn.Module", prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
-    """How many answers are generated at once; see `Generation`. Beams multiply what one takes, so they keep to what was given."""
+def batch_size_of(run: Run, model: "PreTrainedModel", prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
+    """How many answers are generated at once; see `Generation`. With beams, per_device_eval_batch_size: they multiply the memory."""
     from glmtuner.inference.generate import rows_that_fit
 
-    given = run.trainer.per_device_eval_batch_size
+    configured = run.trainer.per_device_eval_batch_size
     if run.generation.max_batch_size is not None:
         return run.generation.max_batch_size
-    if given != TrainerArguments.per_device_eval_batch_size or (run.data.eval_num_beams or 1) > 1 or not prompts:
-        return given
+    if configured != TrainerArguments.per_device_eval_batch_size or (run.data.eval_num_beams or 1) > 1 or not prompts:
+        return configured
     return ranks.broadcast_from_rank0(lambda: rows_that_fit(model, max(map(len, prompts)) + new_tokens))
 
 
 def line_of(row: Mapping[str, Any], index: int, text: str) -> dict[str, Any]:
-    """The record's line; ChatGLM3 begins an answer with a line break."""
+    """The record's line in predictions.jsonl; the answer is stripped, since ChatGLM3 begins it with a line break."""
     return {"index": index, "prompt": row["prompt"], "label": row["answer"], "predict": text.strip()}
 
 
 def pair_of(line: Mapping[str, Any]) -> tuple[str, str]:
-    """What is scored: the answer and the label."""
+    """The answer and the label, as they are scored."""
     return line["predict"].strip(), line["label"].strip()
 
 
 def text_of(lines: Iterable[Mapping[str, Any]]) -> str:
+    """The lines in JSON Lines format."""
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-class Appended:
-    """A file to which each line is added as it comes."""
+class LineFile:
+    """A JSON Lines file that lines are appended to; each is flushed at once."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("a", encoding="utf-8")
@@ -135,15 +123,15 @@ class Appended:
         self.file.flush()
 
 
-class InOrder(Appended):
-    """A file whose lines stand in the order of `indices` at any time; a line that comes early waits in a file of its own."""
+class OrderedFile(LineFile):
+    """A file with its lines in the order of `indices` at any time; lines that are ahead of their turn are buffered in `early`."""
 
     def __init__(self, path: Path, early: Path, indices: Iterable[int]) -> None:
         super().__init__(path)
-        self.early = Appended(early)
+        self.early = LineFile(early)
         self.waiting: dict[int, dict[str, Any]] = {}
-        self.next = iter(indices)
-        self.wanted = next(self.next, None)
+        self.following = iter(indices)
+        self.next_index = next(self.following, None)
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
@@ -151,33 +139,33 @@ class InOrder(Appended):
 
     def put(self, line: dict[str, Any]) -> None:
         self.waiting[line["index"]] = line
-        if line["index"] != self.wanted:
+        if line["index"] != self.next_index:
             self.early.put(line)
-        while self.wanted in self.waiting:
-            super().put(self.waiting.pop(self.wanted))
-            self.wanted = next(self.next, None)
+        while self.next_index in self.waiting:
+            super().put(self.waiting.pop(self.next_index))
+            self.next_index = next(self.following, None)
 
 
-def earlier(path: Path, early: Path, others: list[Path], kept: bool) -> dict[int, dict[str, Any]]:
-    """The answers of an interrupted prediction by index, in order, when they are to be kept.
+def recover_answers(path: Path, early: Path, others: list[Path], kept: bool) -> dict[int, dict[str, Any]]:
+    """The answers of an interrupted prediction by index, in order; none unless `kept`.
 
-    They stand in `early` from now on, and the other files are empty or gone.
+    They are moved to `early`, and the other files are removed.
     """
     folder = early.parent
     folder.mkdir(parents=True, exist_ok=True)
-    # it may have had more ranks than this one
-    before = [path, early, *others, *folder.glob(f"{path.stem}.rank*.jsonl")]
-    found = {line["index"]: line for part in before for line in read_lines(part)} if kept else {}
-    done = {index: found[index] for index in sorted(found)}
+    # the interrupted prediction may have had more ranks
+    parts = [path, early, *others, *folder.glob(f"{path.stem}.rank*.jsonl")]
+    lines = {line["index"]: line for part in parts for line in read_lines(part)} if kept else {}
+    done = {index: lines[index] for index in sorted(lines)}
     write_text(early, text_of(done.values()))
-    for part in before:
+    for part in parts:
         if part != early:
             part.unlink(missing_ok=True)
     return done
 
 
-def scored(scorer: Scorer, path: Path, others: list[Path]) -> dict[str, float]:
-    """The scores of all ranks' answers, which stand in order in `path` alone from now on."""
+def merge_and_score(scorer: Scorer, path: Path, others: list[Path]) -> dict[str, float]:
+    """Merge the answers of all ranks into `path`, in order, and remove the other files; returns the scores."""
     done = {line["index"]: line for part in (path, *others) for line in read_lines(part)}
     ordered = [done[index] for index in sorted(done)]
     write_text(path, text_of(ordered))

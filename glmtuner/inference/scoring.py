@@ -1,66 +1,62 @@
-"""Scores of many answers, worked out by other processes while more answers come."""
+"""Scores of many answers, computed by worker processes while the model generates the next ones."""
 
 import os
 import signal
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from typing import Any
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing import get_context, parent_process
+from threading import Thread
 
 from glmtuner.config.groups import Metric
 
-MANY = (
-    500  # answers that a process of their own pays for: it takes two seconds to start, and two milliseconds an answer
-)
-MOST_PROCESSES = 4
+# Answers for which one worker pays: it takes two seconds to start, and an answer takes one or two milliseconds.
+ANSWERS_PER_WORKER = 500
+MAX_WORKERS = 4
 
 
 class Scorer:
     """`put` each answer with its label, then ask for the `scores` of all."""
 
     def __init__(self, metric: Metric, expected: int) -> None:
-        self.metric, self.sent = metric, 0
-        self.sender = ThreadPoolExecutor(1)  # a pipe may be full, and the model is not to wait for it
-        self.workers: list[tuple[Any, Connection]] = []
-        spawn = get_context("spawn")
-        for _ in range(min(MOST_PROCESSES, (os.cpu_count() or 1) - 1, expected // MANY)):
-            here, there = spawn.Pipe()
-            worker = spawn.Process(target=score_all, args=(metric, there), daemon=True)
-            worker.start()
-            there.close()  # so that either end is told when the other is gone
-            self.workers.append((worker, here))
+        self.metric = metric
+        self.futures: dict[int, Future[dict[str, float]]] = {}
+        workers = min(MAX_WORKERS, (os.cpu_count() or 1) - 1, expected // ANSWERS_PER_WORKER)
+        self.pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker) if workers > 0 else None
 
     def put(self, key: int, prediction: str, reference: str) -> None:
-        """Have the answer scored in the background, where there is one."""
-        if self.workers:
-            self.sent += 1
-            self.sender.submit(self.workers[self.sent % len(self.workers)][1].send, (key, prediction, reference))
+        """Submit the answer for scoring in the background, if there are workers."""
+        if self.pool is not None:
+            with suppress(BrokenProcessPool):  # `scores` computes what the pool does not
+                self.futures[key] = self.pool.submit(self.metric.score, prediction, reference)
 
     def scores(self, pairs: Mapping[int, tuple[str, str]]) -> dict[str, float]:
-        """The mean of each score over all pairs of (prediction, reference), in their order; what was put is not scored again."""
-        found: dict[int, dict[str, float]] = {}
-        self.sender.shutdown()
-        for worker, connection in self.workers:
-            try:
-                connection.send(None)
-                found |= connection.recv()
-            except (OSError, EOFError):  # that process was killed, or could not start
-                continue
-            worker.join()
-        return self.metric.mean([found.get(key) or self.metric.score(*pair) for key, pair in pairs.items()])
+        """The mean of each score over all pairs of (prediction, reference), in their order.
+
+        Scores that the workers computed are used; all others, those of a worker that was killed among them, are computed
+        in this process.
+        """
+        by_key: dict[int, dict[str, float]] = {}
+        for key, future in self.futures.items():
+            with suppress(BrokenProcessPool):
+                by_key[key] = future.result()
+        if self.pool is not None:
+            self.pool.shutdown()
+        return self.metric.mean([by_key.get(key) or self.metric.score(*pair) for key, pair in pairs.items()])
 
 
-def score_all(metric: Metric, connection: Connection) -> None:
-    """Score what comes until None comes, and send all scores back; the end of the other process ends this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the end of the other process is what counts
+def start_worker() -> None:
+    """Initializer of a worker: it ignores Ctrl-C, runs at low priority, and exits with the process that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the whole process group
     if hasattr(os, "nice"):
-        os.nice(10)  # the model goes first
-    found: dict[int, dict[str, float]] = {}
-    try:
-        while (given := connection.recv()) is not None:
-            key, *pair = given
-            found[key] = metric.score(*pair)
-        connection.send(found)
-    except (EOFError, OSError):
-        pass
+        os.nice(10)  # the model has priority
+    Thread(target=exit_with_parent, daemon=True).start()
+
+
+def exit_with_parent() -> None:
+    """Wait for the parent process to end, then exit: a pool's worker would wait for ever for work of a killed parent."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(0)

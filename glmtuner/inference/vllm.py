@@ -1,4 +1,4 @@
-"""Greedy answers by vLLM (the optional extra `vllm`), which loads what the run's model is when its adapters are merged."""
+"""Greedy answers by vLLM (the optional extra `vllm`), which loads the run's model with its adapters merged."""
 
 import copy
 import importlib.util
@@ -12,40 +12,43 @@ from glmtuner.inference.generate import Decoding, until_stop
 from glmtuner.models.unwrap import unwrapped
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
-AT_ONCE = 1024  # prompts that vLLM is given together: enough to keep it busy, and the most answers that a kill can lose
-INSTEAD = "type generation.engine=transformers"
+PROMPTS_PER_CALL = 1024  # enough to keep vLLM busy, and the largest number of answers that a killed process loses
+USE_TRANSFORMERS = "type generation.engine=transformers"
 
 
 def check_installed() -> None:
-    """Raises ConfigError where vLLM is not installed."""
+    """Raises ConfigError if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            f"generation.engine=vllm: vLLM is not installed here; type pip install 'glmtuner[vllm]', or {INSTEAD}"
+            f"generation.engine=vllm: vLLM is not installed; type pip install 'glmtuner[vllm]', or {USE_TRANSFORMERS}"
         )
 
 
 def vllm_answers(
-    model: "nn.Module", prompts: Sequence[Sequence[int]], decoding: Decoding, seed: int
+    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], decoding: Decoding, seed: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """(place in `prompts`, token ids of the answer), in the order of the prompts.
+    """(index in `prompts`, token ids of its answer without the stop token), in the order of the prompts.
 
-    Raises ConfigError for a model that vLLM does not know. The model waits on the CPU, so that vLLM has the GPU.
+    Raises ConfigError for a model that vLLM does not support. The model is kept on the CPU meanwhile: vLLM needs the GPU.
     """
-    base: Any = unwrapped(model)
+    base = unwrapped(model)
     if hasattr(base, "prefix_encoder"):
-        raise ConfigError(f"generation.engine=vllm: it does not know the prefix of P-Tuning v2; {INSTEAD}")
+        raise ConfigError(f"generation.engine=vllm: vLLM does not know the prefix of P-Tuning v2; {USE_TRANSFORMERS}")
     if type(base).__name__ == "ChatGLMForConditionalGeneration":
-        raise ConfigError(f"generation.engine=vllm: it does not know the first ChatGLM-6B; {INSTEAD}")
+        raise ConfigError(f"generation.engine=vllm: vLLM does not know the first ChatGLM-6B; {USE_TRANSFORMERS}")
     if not prompts:
         return
+    import torch
+
     device = base.device
     with TemporaryDirectory(prefix="glmtuner-vllm-") as folder:
-        write_merged(model.to("cpu"), Path(folder))
+        move(model, torch.device("cpu"))
+        save_merged(model, Path(folder))
         if device.type == "cuda":
-            import torch
-
             torch.cuda.empty_cache()
         from vllm import LLM, SamplingParams
 
@@ -59,22 +62,28 @@ def vllm_answers(
             temperature=0.0,
             max_tokens=decoding.max_new_tokens,
             stop_token_ids=list(decoding.stop_ids),
-            ignore_eos=True,  # the stop ids are the whole of it
+            ignore_eos=True,  # the stop ids are all that ends an answer
             repetition_penalty=decoding.repetition_penalty,
             detokenize=False,
         )
-        for start in range(0, len(prompts), AT_ONCE):
-            given = [{"prompt_token_ids": list(prompt)} for prompt in prompts[start : start + AT_ONCE]]
-            for place, found in enumerate(engine.generate(given, sampling, use_tqdm=False), start):
-                yield place, until_stop(found.outputs[0].token_ids, decoding.stop_ids)
+        for start in range(0, len(prompts), PROMPTS_PER_CALL):
+            token_prompts = [{"prompt_token_ids": list(prompt)} for prompt in prompts[start : start + PROMPTS_PER_CALL]]
+            outputs = engine.generate(token_prompts, sampling, use_tqdm=False)
+            for index, output in enumerate(outputs, start):
+                yield index, until_stop(output.outputs[0].token_ids, decoding.stop_ids)
+    move(model, device)
+
+
+def move(model: "nn.Module", device: "torch.device") -> None:
+    """Move the model; a function of its own since transformers' decorator hides the signature of `PreTrainedModel.to`."""
     model.to(device)
 
 
-def write_merged(model: "nn.Module", folder: Path) -> None:
-    """The model with its adapters merged, in transformers' own layout; the model itself stays as it is."""
+def save_merged(model: "PreTrainedModel", folder: Path) -> None:
+    """Save the model with its adapters merged, in transformers' own layout; the model itself is not changed."""
     from glmtuner.models.save import save_model
 
     merged: Any = model
     if hasattr(model, "merge_and_unload"):
-        merged = copy.deepcopy(model).merge_and_unload()
+        merged = copy.deepcopy(merged).merge_and_unload()
     save_model(merged, folder, "transformers")

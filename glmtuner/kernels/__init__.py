@@ -1,1 +1,1 @@
-"""Faster ways to the same numbers, and which of them a run takes."""
+"""Faster computations of the same loss and gradients, and the choice of those that a run uses."""

@@ -1,11 +1,12 @@
-"""Which of the faster ways to compute a step give this model the loss of the plain one.
+"""Chooses the optimizations that keep a model's loss.
 
-A way is taken only where it was seen to do so on a few samples: what a model's code does besides is not known here, such as
-a scale on the logits, a loss on its router, or attention of its own.
+Each is enabled only after it gave the loss of the unoptimized model on a few samples: what else a model's code computes is
+not known here, such as a scale on the logits, an auxiliary loss of its router, or its own attention.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,17 @@ from glmtuner.templates.base import IGNORE_INDEX
 if TYPE_CHECKING:
     from torch import nn
 
-LOOKED_AT = 50  # rows, in search for short ones
-LEARNED = 64  # tokens of a sample's answer, half as many of the second one's, so that it has padding
+SEARCHED_ROWS = 50  # rows among which the shortest are taken as samples
+ANSWER_TOKENS = 64  # of the first sample's answer; the second has half as many, so that its row is padded
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Optimizations:
-    """The collator to use, and whether the model's loss is computed in chunks and its LoRA layers in one operation each.
+    """The collator to use, whether the model's loss is computed in chunks, and whether its LoRA layers are fused.
 
-    `refused` says of each way that was tried and left out why.
+    `refused` has a line for each optimization that was tried and disabled again: its name and the reason.
     """
 
     collate: Collate
@@ -39,15 +41,15 @@ def choose_optimizations(
     rows: Sequence[Any],
     padded: Collate,
     *,
-    autocast: Callable[[], Any] = contextlib.nullcontext,
+    autocast: Autocast = contextlib.nullcontext,
     without_padding: bool = True,
     on_weights: bool = True,
     own_loss: bool = True,
 ) -> Optimizations:
-    """Prepares the model for what is taken, given a few samples and the plain collator.
+    """Enable in the model the optimizations that keep the loss of the samples `rows`; returns which these are.
 
-    `without_padding` says whether batches of segments may be tried, `on_weights` whether what uses weights outside of their
-    own layer's forward pass may, and `own_loss` whether the loss in chunks, one of these, may take the place of the model's.
+    `padded` is the ordinary collator. `without_padding` allows batches of segments, `on_weights` optimizations that use
+    weights outside their own layer's forward pass, and `own_loss` one of these, the loss in chunks, in place of the model's.
     """
     from glmtuner.data.segments import SegmentCollator
     from glmtuner.kernels.chunked_loss import disable_chunked_loss, enable_chunked_loss, supports_chunked_loss
@@ -60,12 +62,12 @@ def choose_optimizations(
     )
 
     base = unwrapped(model)
-    collate, chunks, fuses = padded, False, False
+    collate, chunks_loss, fuses_lora = padded, False, False
     refused: list[str] = []
 
-    def keeps(what: str, wanted: float, collate: Collate) -> bool:
+    def keeps_loss(name: str, expected: float, collate: Collate) -> bool:
         try:
-            found = loss_of(model, collate(rows), autocast)
+            loss = loss_of(model, collate(rows), autocast)
         except (
             AttributeError,
             IndexError,
@@ -75,49 +77,49 @@ def choose_optimizations(
             TypeError,
             ValueError,
         ) as error:
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            refused.append(f"{what}: the model's code has no room for it ({told[:200]})")
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            refused.append(f"{name}: the model's code does not support it ({reason[:200]})")
             return False
-        if is_same(model, wanted, found, autocast):
+        if is_same_loss(model, expected, loss, autocast):
             return True
-        refused.append(f"{what}: the loss of two samples would be {found:.6g} and is {wanted:.6g}")
+        refused.append(f"{name}: the loss of two samples would be {loss:.6g} instead of {expected:.6g}")
         return False
 
     with evaluating(model):
-        wanted = loss_of(model, padded(rows), autocast) if without_padding or on_weights else 0.0
+        expected = loss_of(model, padded(rows), autocast) if without_padding or on_weights else 0.0
         if without_padding and supports_segment_attention(base):
             enable_segment_attention(base)
-            candidate = SegmentCollator(places=position_function(base))
-            if keeps("batches without padding", wanted, candidate):
-                collate = candidate
+            segmented = SegmentCollator(positions_of=position_function(base))
+            if keeps_loss("batches without padding", expected, segmented):
+                collate = segmented
             else:
                 disable_segment_attention(base)
         if on_weights and own_loss and supports_chunked_loss(base):
             enable_chunked_loss(base)
-            chunks = keeps("the loss in chunks", wanted, collate)
-            if not chunks:
+            chunks_loss = keeps_loss("the loss in chunks", expected, collate)
+            if not chunks_loss:
                 disable_chunked_loss(base)
         if on_weights and fuse_lora(model):
-            fuses = keeps("LoRA layers in one operation", wanted, collate)
-            if not fuses:
+            fuses_lora = keeps_loss("fused LoRA layers", expected, collate)
+            if not fuses_lora:
                 unfuse_lora(model)
-    return Optimizations(collate, chunks, fuses, tuple(refused))
+    return Optimizations(collate, chunks_loss, fuses_lora, tuple(refused))
 
 
 def short_samples(rows: Sequence[Any], count: int = 2) -> list[Any]:
-    """The shortest beginnings of some of the first rows that hold learned tokens, of different lengths.
+    """The `count` shortest beginnings of the first rows that have labelled tokens, of different lengths.
 
-    Short, since the plain way to compute their loss makes logits of all their tokens, which of whole rows might not fit.
+    They are short because the unoptimized model computes logits of all their tokens, for which whole rows may be too long.
     """
-    cut = []
-    for place in range(min(len(rows), LOOKED_AT)):
-        row = rows[place]
+    candidates = []
+    for index in range(min(len(rows), SEARCHED_ROWS)):
+        row = rows[index]
         ids, labels = row["input_ids"], row["labels"]
-        first = next((at for at, label in enumerate(labels) if label != IGNORE_INDEX), None)
+        first = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), None)
         if first is not None:
-            cut.append((first, place, ids, labels))
-    shortest = sorted(cut)[:count]
-    ends = [first + LEARNED // (1 + rank) for rank, (first, *_) in enumerate(shortest)]
+            candidates.append((first, index, ids, labels))
+    shortest = sorted(candidates)[:count]
+    ends = [first + ANSWER_TOKENS // (1 + rank) for rank, (first, *_) in enumerate(shortest)]
     return [
         {"input_ids": ids[:end], "labels": labels[:end]}
         for end, (_, _, ids, labels) in zip(ends, shortest, strict=True)
@@ -129,32 +131,32 @@ def apply_liger(
     chosen: Mapping[str, bool],
     rows: Sequence[Any],
     collate: Collate,
-    autocast: Callable[[], Any] = contextlib.nullcontext,
+    autocast: Autocast = contextlib.nullcontext,
 ) -> None:
-    """Put Liger's kernels into the model; raises ConfigError where the loss of the samples is then another one.
+    """Put Liger's kernels into the model; raises ConfigError if they fail or change the loss of the samples `rows`.
 
-    Without samples, as for objectives that are not the model's own loss, nothing is compared.
+    Without samples, as for objectives other than the model's own loss, nothing is compared.
     """
     from glmtuner.kernels.liger import enable_liger
 
-    asked = "trainer.use_liger_kernel=true"
+    knob = "trainer.use_liger_kernel=true"
     with evaluating(model):
-        wanted = loss_of(model, collate(rows), autocast) if rows else 0.0
+        expected = loss_of(model, collate(rows), autocast) if rows else 0.0
         try:
             enable_liger(unwrapped(model), chosen)
-            found = loss_of(model, collate(rows), autocast) if rows else 0.0
-        except Exception as error:  # a compiler's, a driver's
-            told = " ".join(str(error).split())
-            raise ConfigError(f"{asked}: {type(error).__name__}: {told[:300]}; leave it out") from error
-    if not is_same(model, wanted, found, autocast):
+            loss = loss_of(model, collate(rows), autocast) if rows else 0.0
+        except Exception as error:  # from a compiler or a driver, too
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{knob}: {type(error).__name__}: {reason[:300]}; leave it out") from error
+    if not is_same_loss(model, expected, loss, autocast):
         raise ConfigError(
-            f"{asked}: the loss of two samples is {found:.6g} with Liger's kernels and {wanted:.6g} without; leave it out"
+            f"{knob}: the loss of two samples is {loss:.6g} with Liger's kernels and {expected:.6g} without; leave it out"
         )
 
 
 @contextlib.contextmanager
 def evaluating(model: "nn.Module") -> Iterator[None]:
-    """Without dropout, for a while."""
+    """The model in evaluation mode, without dropout, within this context."""
     was_training = model.training
     model.eval()
     try:
@@ -163,21 +165,21 @@ def evaluating(model: "nn.Module") -> Iterator[None]:
         model.train(was_training)
 
 
-def loss_of(model: "nn.Module", batch: Mapping[str, Any], autocast: Callable[[], Any]) -> float:
-    """The model's loss of a batch, as the trainer would compute it."""
+def loss_of(model: "nn.Module", batch: Mapping[str, Any], autocast: Autocast) -> float:
+    """The model's loss of a batch, in nats per labelled token, as the trainer computes it."""
     import torch
 
     device = next(model.parameters()).device
-    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    on_device = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     with torch.no_grad(), autocast():
-        return float(model(**moved).loss)
+        return float(model(**on_device).loss)
 
 
-def is_same(model: "nn.Module", wanted: float, found: float, autocast: Callable[[], Any]) -> bool:
-    """Whether two ways to compute a loss differ by no more than the rounding of what they are computed in."""
+def is_same_loss(model: "nn.Module", expected: float, loss: float, autocast: Autocast) -> bool:
+    """Whether two losses differ by no more than the rounding of the dtype that the model computes in."""
     import torch
 
     with autocast():
         half = torch.is_autocast_enabled(next(model.parameters()).device.type)
     exact = unwrapped(model).dtype == torch.float32 and not half
-    return abs(found - wanted) <= (1e-4 if exact else 2e-2) * max(abs(wanted), 1.0)
+    return abs(loss - expected) <= (1e-4 if exact else 2e-2) * max(abs(expected), 1.0)

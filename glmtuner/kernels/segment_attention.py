@@ -1,64 +1,75 @@
-"""Attention within the segments of a batch without padding, each by itself.
+"""Attention within each segment of a batch without padding.
 
-What a token sees and where it stands is what it would be in a row of its own, so losses and gradients are those of padded
-batches; only the padding is not computed (Krell et al. 2021, arXiv:2107.02027, section 3.2).
+A token attends to the tokens, and has the position, that it would have in a row of its own. Losses and gradients are thus
+those of padded batches, without computing the padding (Krell et al. 2021, arXiv:2107.02027, section 3.2).
 
-Shape letters: T tokens of all segments together, H query heads, G key-value heads, D head dimension.
+Shape letters: T tokens of all segments together, L tokens of one segment, H query heads, G key-value heads, D head dimension.
 """
 
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from glmtuner.data.segments import Segments, places_from_0
+from glmtuner.data.segments import Segments, causal_positions
 
-SEGMENTED = "segments|"  # segments|sdpa is sdpa that takes each segment by itself
-LAYERS = {
-    "full_attention",
-    "sliding_attention",
-}  # kinds of layers, as config.json names them, that segments are right for
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SEGMENTED = "segments|"  # segments|sdpa is sdpa within each segment
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}  # values of `layer_types` in config.json
 
 
-def supports_segment_attention(model: nn.Module) -> bool:
-    """Whether every layer computes attention through transformers' interface, all of it or a window."""
+def supports_segment_attention(model: "PreTrainedModel") -> bool:
+    """Whether every layer computes full or sliding-window attention through transformers' AttentionInterface."""
     config = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
         return False
     base = (model.config._attn_implementation or "eager").removeprefix(SEGMENTED)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return base in ALL_MASK_ATTENTION_FUNCTIONS and base in ALL_ATTENTION_FUNCTIONS and kinds <= LAYERS
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return base in ALL_MASK_ATTENTION_FUNCTIONS and base in ALL_ATTENTION_FUNCTIONS and layer_types <= SUPPORTED_LAYERS
 
 
-def enable_segment_attention(model: nn.Module) -> None:
-    """Let the model's attention take `segments`; without them it computes what it did before."""
+def enable_segment_attention(model: "PreTrainedModel") -> None:
+    """Let the model's forward pass take `segments`, the Segments of a batch; without them it computes as before."""
     base = model.config._attn_implementation
+    assert base is not None
     if base.startswith(SEGMENTED):
         return
     name = f"{SEGMENTED}{base}"
     AttentionInterface.register(name, _segmented(ALL_ATTENTION_FUNCTIONS[base]))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    # not set_attn_implementation, which looks up a name with "flash" in it as a kernel on the hub
     model.config._attn_implementation = name
 
 
-def disable_segment_attention(model: nn.Module) -> None:
-    """Undo `use_segments`."""
-    model.config._attn_implementation = model.config._attn_implementation.removeprefix(SEGMENTED)
+def disable_segment_attention(model: "PreTrainedModel") -> None:
+    """Undo `enable_segment_attention`."""
+    name = model.config._attn_implementation
+    assert name is not None
+    model.config._attn_implementation = name.removeprefix(SEGMENTED)
 
 
 def position_function(model: nn.Module) -> Callable[[torch.Tensor], tuple[torch.Tensor, int]]:
-    """How the model's family counts the positions of a sample: its own `places`, or 0, 1, 2, ..."""
-    return getattr(model, "places", places_from_0)
+    """A function from a sample's token ids, [L], to its position ids, [..., L], and the length of its bidirectional context.
+
+    The model's own `places` if it has one (ChatGLM-6B), else positions 0, 1, 2, ... and no bidirectional context.
+    """
+    places: Callable[[torch.Tensor], tuple[torch.Tensor, int]] = getattr(model, "places", causal_positions)
+    return places
 
 
-def _segmented(attend: Callable[..., Any]) -> Callable[..., Any]:
-    @torch.compiler.disable  # the lengths of segments are other ones in every batch; the rest of a block compiles once
-    def attend_segments(
+def _segmented(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """The attention function, applied to each segment if `segments` are given: outputs [1, T, H, D], no weights."""
+
+    # segments have other lengths in every batch, so this is not traced; the rest of a block compiles once
+    @torch.compiler.disable
+    def segment_attention(
         module: nn.Module,
         query_1HTD: torch.Tensor,
         key_1GTD: torch.Tensor,
@@ -68,13 +79,15 @@ def _segmented(attend: Callable[..., Any]) -> Callable[..., Any]:
         **options: Any,
     ) -> Any:
         if segments is None:
-            return attend(module, query_1HTD, key_1GTD, value_1GTD, attention_mask, **options)
+            return attention(module, query_1HTD, key_1GTD, value_1GTD, attention_mask, **options)
         window = options.get("sliding_window")
-        if _has_kernel(module, query_1HTD, segments, options):
-            return _by_kernel(query_1HTD, key_1GTD, value_1GTD, segments, window, options.get("scaling")), None
+        if _uses_varlen(module, query_1HTD, segments, options):
+            return _varlen_attention(query_1HTD, key_1GTD, value_1GTD, segments, window, options.get("scaling")), None
         lengths = segments.lengths
         attended = [
-            attend(module, query, key, value, _windowed(mask, query.shape[2], window, query.device), **options)[0]
+            attention(
+                module, query, key, value, _sliding_window(mask, query.shape[2], window, query.device), **options
+            )[0]
             for query, key, value, mask in zip(
                 query_1HTD.split(lengths, dim=2),
                 key_1GTD.split(lengths, dim=2),
@@ -85,22 +98,22 @@ def _segmented(attend: Callable[..., Any]) -> Callable[..., Any]:
         ]
         return torch.cat(attended, dim=1), None
 
-    return attend_segments
+    return segment_attention
 
 
-def _windowed(
+def _sliding_window(
     mask: torch.Tensor | None, length: int, window: int | None, device: torch.device
-) -> "torch.Tensor | None":
-    """A segment's mask where a token sees no more than the last `window` tokens, itself among them."""
+) -> torch.Tensor | None:
+    """A segment's mask, [1, 1, L, L], if a token attends to the last `window` tokens only, itself included; else `mask`."""
     if window is not None and length > window:
         mask = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)[None, None].to(device)
     return mask
 
 
-def _has_kernel(module: nn.Module, query: torch.Tensor, segments: Segments, options: dict[str, Any]) -> bool:
-    """Whether torch's own flash attention for rows of different lengths computes the same: one call for all segments."""
+def _uses_varlen(module: nn.Module, query: torch.Tensor, segments: Segments, options: dict[str, Any]) -> bool:
+    """Whether torch's variable-length flash attention computes the same, in one call for all segments."""
     return (
-        _kernel_runs(query)
+        _varlen_runs(query)
         and query.shape[-1] <= 256
         and not any(segments.contexts)
         and not options.get("dropout")
@@ -108,8 +121,8 @@ def _has_kernel(module: nn.Module, query: torch.Tensor, segments: Segments, opti
     )
 
 
-def _kernel_runs(query: torch.Tensor) -> bool:
-    """Whether the device and the precision have the kernel."""
+def _varlen_runs(query: torch.Tensor) -> bool:
+    """Whether the kernel exists for this device and dtype."""
     return (
         query.device.type == "cuda"
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -118,13 +131,14 @@ def _kernel_runs(query: torch.Tensor) -> bool:
 
 
 @cache
-def _asks_for_grouping() -> bool:
+def _has_enable_gqa() -> bool:
+    """Whether grouped queries must be requested: torch 2.11 groups heads without it, later versions have the parameter."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _by_kernel(
+def _varlen_attention(
     query_1HTD: torch.Tensor,
     key_1GTD: torch.Tensor,
     value_1GTD: torch.Tensor,
@@ -132,12 +146,11 @@ def _by_kernel(
     window: int | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """Attention over all segments, [1, T, H, D]."""
+    """Attention within all segments, [1, T, H, D], by torch's variable-length flash attention."""
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = segments.bounds(query_1HTD.device), max(segments.lengths)
-    # torch 2.11 groups heads without being told; a later one wants to be
-    grouped = {"enable_gqa": query_1HTD.shape[1] != key_1GTD.shape[1]} if _asks_for_grouping() else {}
+    grouped: dict[str, Any] = {"enable_gqa": query_1HTD.shape[1] != key_1GTD.shape[1]} if _has_enable_gqa() else {}
     query, key, value = (states[0].transpose(0, 1) for states in (query_1HTD, key_1GTD, value_1GTD))
     attended = varlen_attn(
         query,

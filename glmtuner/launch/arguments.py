@@ -13,12 +13,22 @@ from glmtuner.run_folder.folder import RunFolder
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import Seq2SeqTrainingArguments
 
 
-def training_arguments(run: Run, folder: RunFolder, model: "nn.Module", device: "torch.device") -> Any:
-    """transformers' arguments: what differs from its defaults, and the precision that trained parts of a half base need.
+def training_arguments(
+    run: Run,
+    folder: RunFolder,
+    model: "nn.Module",
+    device: "torch.device",
+    *,
+    checkpointing: bool | None = None,
+    for_estimate: bool = False,
+) -> "Seq2SeqTrainingArguments":
+    """transformers' arguments: the run's values that differ from the defaults, and the precision for a half-precision base.
 
-    `device` is where the run trains, which need not be in this machine.
+    `checkpointing` turns gradient checkpointing on or off, whatever the configuration says. With `for_estimate` they are those
+    of a single process on `device`, which this machine need not have.
     """
     import torch
     from transformers import Seq2SeqTrainingArguments
@@ -27,14 +37,17 @@ def training_arguments(run: Run, folder: RunFolder, model: "nn.Module", device: 
     chosen: dict[str, Any] = {}
     for field in dataclasses.fields(TrainerArguments):
         value = getattr(run.trainer, field.name)
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if value != default and field.name in known:
             chosen[field.name] = value.value if isinstance(value, Enum) else value
-    if "activation_checkpointing" in known and "gradient_checkpointing" in chosen:  # its name from transformers 5.23 on
+    if "activation_checkpointing" in known and "gradient_checkpointing" in chosen:  # renamed in transformers 5.23
         chosen["activation_checkpointing"] = chosen.pop("gradient_checkpointing")
         if "gradient_checkpointing_kwargs" in chosen:
             chosen["activation_checkpointing_kwargs"] = chosen.pop("gradient_checkpointing_kwargs")
-    # `speed_up` compiles blocks one by one, since the whole model breaks at every attention, and asks Liger for more models
+    if checkpointing is not None:
+        chosen["activation_checkpointing"] = checkpointing
+    # optimizations.py compiles block by block, since the whole model has a graph break at every attention, and applies Liger's
+    # kernels to more models
     for name in (
         "torch_compile",
         "torch_compile_backend",
@@ -44,7 +57,7 @@ def training_arguments(run: Run, folder: RunFolder, model: "nn.Module", device: 
     ):
         chosen.pop(name, None)
     chosen |= {"output_dir": str(folder.path), "report_to": "none", "run_name": run.name or folder.path.name}
-    if ranks.world_size() > 1:
+    if ranks.world_size() > 1 and not for_estimate:  # DeepSpeed's configuration changes how models are built
         chosen |= run.parallel.arguments()
     half = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} & {
         torch.float16,
@@ -54,10 +67,12 @@ def training_arguments(run: Run, folder: RunFolder, model: "nn.Module", device: 
         if run.finetuning.saved_as == "model":
             chosen["bf16" if torch.bfloat16 in half else "fp16"] = True  # float32 weights between half-precision ones
         elif torch.bfloat16 in half and has_bfloat16(device):
-            chosen["bf16"] = True  # products with float32 adapters take bfloat16's tensor cores, too
+            chosen["bf16"] = True  # so that products with float32 adapters use bfloat16's tensor cores, too
     if not torch.cuda.is_available():
-        chosen["dataloader_pin_memory"] = False  # transformers warns where there is nothing to pin for
+        chosen["dataloader_pin_memory"] = False  # transformers warns about pinned memory without a GPU
         if ranks.world_size() > 1:
-            chosen["use_cpu"] = True  # accelerate meets no ranks on a CPU that it was not told of
+            chosen["use_cpu"] = True  # accelerate does not detect CPU ranks by itself
+    if for_estimate:
+        chosen["use_cpu"] = not torch.cuda.is_available()  # transformers refuses bf16 without a GPU that has it
     chosen["eval_on_start"] = run.trainer.eval_on_start and run.trainer.do_train
     return Seq2SeqTrainingArguments(**{name: value for name, value in chosen.items() if value is not None})

@@ -1,4 +1,4 @@
-"""What of a run is refused once config.json is read, before anything heavy is loaded."""
+"""Checks of a run against config.json, before anything heavy is loaded."""
 
 import importlib.util
 import os
@@ -17,61 +17,63 @@ if TYPE_CHECKING:
     import torch
 
 
-LIGER = "liger-kernel>=0.8.5"  # from here on it has a SwiGLU of one tensor, which is how GLM computes it
-# what a checkpoint's base must share, in all the words that config.json files have for it
+LIGER = "liger-kernel>=0.8.5"  # the first version with a SwiGLU of one fused tensor, as GLM computes it
+# keys of config.json in which a checkpoint's base and the run's must agree, by all the names that models have for them
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_layers", "vocab_size", "padded_vocab_size")
 
 
-def check_base(model: Model, found: Mapping[str, Any]) -> None:
-    """Raise when a checkpoint's run was trained on a base of another shape."""
+def check_base(model: Model, model_config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a checkpoint's run was trained on a base of another shape."""
     for path in model.checkpoint_dir:
         source = run_folder_of(path)
-        wanted = RunFolder(source).provenance().get("base", {}) if source else {}
+        trained_on = RunFolder(source).provenance().get("base", {}) if source else {}
         different = [
-            f"{key} {wanted[key]} there, {found.get(key)} here" for key in wanted if wanted[key] != found.get(key)
+            f"{key} is {value} in the checkpoint's base, {model_config.get(key)} in this one"
+            for key, value in trained_on.items()
+            if value != model_config.get(key)
         ]
         if different:
             raise CheckpointError(
                 f"model.model_name_or_path={model.model_name_or_path} does not fit model.checkpoint_dir={path} "
-                f"({', '.join(different)}); leave the model out, and the checkpoint's own is used"
+                f"({', '.join(different)}); leave the model out to use the checkpoint's own"
             )
 
 
-def check_liger(run: Run, found: Mapping[str, Any]) -> None:
-    """Raise where Liger's kernels are asked for and are not there: without a word, transformers would go on without them."""
-    if (left := sys.modules.get("glmtuner.kernels.liger")) is not None:
-        left.restore_modules()  # by an earlier job of this process
+def check_liger(run: Run, model_config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where Liger's kernels are turned on and cannot be used; transformers would silently train without them."""
+    if (liger := sys.modules.get("glmtuner.kernels.liger")) is not None:
+        liger.restore_modules()  # which an earlier job of this process may have patched
     if not run.trainer.use_liger_kernel:
         return
-    asked = "trainer.use_liger_kernel=true"
+    setting = "trainer.use_liger_kernel=true"
     if importlib.util.find_spec("liger_kernel") is None:
-        raise ConfigError(f"{asked}: liger-kernel is not installed here; type pip install '{LIGER}', or leave it out")
+        raise ConfigError(f"{setting}: liger-kernel is not installed; type pip install '{LIGER}', or leave it out")
     from packaging.requirements import Requirement
 
     version = importlib.metadata.version("liger-kernel")
     if not Requirement(LIGER).specifier.contains(version, prereleases=True):
-        raise ConfigError(f"{asked}: liger-kernel {version} is too old; type pip install '{LIGER}', or leave it out")
+        raise ConfigError(f"{setting}: liger-kernel {version} is too old; type pip install '{LIGER}', or leave it out")
     quieten_libraries()
     from glmtuner.kernels.liger import KNOWN, kernels_for
 
-    kind = found.get("model_type")
-    if kind not in KNOWN:
+    model_type = str(model_config.get("model_type"))
+    if model_type not in KNOWN:
         raise ConfigError(
-            f"{asked} with model_type={kind}: liger-kernel {version} has no kernels for it; leave it out (there are kernels "
-            f"for {', '.join(sorted(KNOWN))})"
+            f"{setting} with model_type={model_type}: liger-kernel {version} has no kernels for it; leave it out (models with "
+            f"kernels: {', '.join(sorted(KNOWN))})"
         )
     for name, value in (run.trainer.liger_kernel_config or {}).items():
-        if name not in (known := kernels_for(kind)) or not isinstance(value, bool):
+        if name not in (known := kernels_for(model_type)) or not isinstance(value, bool):
             raise ConfigError(
-                f"trainer.liger_kernel_config={{{name}: {str(value).lower()}}}: the kernels for model_type={kind} are "
+                f"trainer.liger_kernel_config={{{name}: {str(value).lower()}}}: the kernels for model_type={model_type} are "
                 f"{', '.join(known)}, each true or false; type 'trainer.liger_kernel_config={{{known[0]}: true}}'"
             )
 
 
 def check_liger_runs(run: Run, device: "torch.device") -> None:
-    """Raise where Liger's kernels are asked for on a device that Triton does not compile for."""
+    """Raise ConfigError where Liger's kernels are turned on for a device that Triton does not compile for."""
     if run.trainer.use_liger_kernel and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
-            f"trainer.use_liger_kernel=true: Liger's kernels run on GPUs that Triton compiles for, and this run is on the "
+            f"trainer.use_liger_kernel=true: Liger's kernels need a GPU that Triton compiles for, and this run is on "
             f"{device.type}; leave it out"
         )

@@ -1,13 +1,15 @@
-"""Where a run computes, and in what precision."""
+"""The device of a run, and the precision that it computes in."""
 
 import os
 from typing import TYPE_CHECKING
 
 from glmtuner.config.groups import Dtype
 from glmtuner.config.schema import Run
+from glmtuner.distributed import ranks
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 def device_of(run: Run) -> "torch.device":
@@ -22,14 +24,14 @@ def device_of(run: Run) -> "torch.device":
 
 
 def has_bfloat16(device: "torch.device") -> bool:
-    """Whether it is a GPU with bfloat16; of one that is not in this machine that is supposed."""
+    """Whether the device is a GPU with bfloat16; a GPU that this machine does not have is assumed to have it."""
     import torch
 
     return device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
 
 
 def compute_dtype(run: Run, device: "torch.device") -> "torch.dtype":
-    """What quantized layers multiply in: the run's precision, else bf16 where the GPU has it, else float32."""
+    """The dtype of quantized layers' matrix products: the run's precision, else bf16 where the GPU has it, else float32."""
     import torch
 
     if run.trainer.bf16 or run.trainer.fp16:
@@ -37,3 +39,9 @@ def compute_dtype(run: Run, device: "torch.device") -> "torch.dtype":
     if run.model.dtype is not Dtype.auto:
         return getattr(torch, run.model.dtype.value)
     return torch.bfloat16 if has_bfloat16(device) else torch.float32
+
+
+def place_model(run: Run, model: "nn.Module", device: "torch.device") -> None:
+    """Move the model to its device for training; a quantized or sharded model is placed already."""
+    if not (run.quant.bits or (run.parallel.sharded and ranks.world_size() > 1)):
+        model.to(device)

@@ -1,4 +1,4 @@
-"""torch, transformers and PEFT, imported silently and at once."""
+"""Imports torch, transformers and PEFT, silently and together."""
 
 import gc
 import logging
@@ -8,20 +8,19 @@ import warnings
 
 
 def load_libraries(*, compiles: bool, trains: bool) -> None:
-    """Import what a run needs of torch, transformers and PEFT, silently and at once.
+    """Import the parts of torch, transformers and PEFT that a run needs, silently and together.
 
-    What makes these imports slow is switched off while they last: the garbage collector, which would look again and again
-    through all that was imported and finds nothing to free; and, where nothing `compiles`, torch.compile. bitsandbytes,
-    which PEFT imports wherever it is installed, calls it for the kernels that it writes in plain torch, and TorchInductor
-    is loaded for them.
+    Two things that slow down these imports are switched off meanwhile: the garbage collector, which would traverse all imported
+    objects again and again without freeing any, and torch.compile, unless the run `compiles`: bitsandbytes, which PEFT imports
+    if it is installed, calls it for the kernels that it has in plain torch, which loads TorchInductor.
     """
     quieten_libraries()
-    # rows of ever other lengths leave holes in a GPU's memory; segments that grow have none
+    # batches of varying length fragment a GPU's memory; expandable segments avoid that
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    compiling = os.environ.get("TORCHDYNAMO_DISABLE")
-    first = "torch" not in sys.modules  # later, in the next job of a sweep, a frozen object might be a model
-    if first:
+    user_setting = os.environ.get("TORCHDYNAMO_DISABLE")
+    is_first_import = "torch" not in sys.modules  # in a later job of a sweep, gc.freeze might keep a model alive
+    if is_first_import:
         gc.disable()
     if not compiles:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -34,22 +33,22 @@ def load_libraries(*, compiles: bool, trains: bool) -> None:
         if trains:
             from transformers import Trainer  # noqa: F401
     finally:
-        if compiling is None:
+        if user_setting is None:
             os.environ.pop("TORCHDYNAMO_DISABLE", None)
         else:
-            os.environ["TORCHDYNAMO_DISABLE"] = compiling
-        if first:
-            gc.freeze()  # modules stay to the end: no later collection looks through them
+            os.environ["TORCHDYNAMO_DISABLE"] = user_setting
+        if is_first_import:
+            gc.freeze()  # modules live as long as the process: later collections skip them
             gc.enable()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
 def quieten_libraries() -> None:
-    """Progress and our own lines only; the libraries' chatter about what works as intended is left out."""
+    """Silence the libraries' messages about normal operation, so that progress and glmtuner's own lines remain."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels it can do without
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports missing kernels that it does not need
     # PEFT still uses names that transformers renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")

@@ -1,13 +1,12 @@
 """The memory check of a run, before anything is loaded."""
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.compose import Composed
-from glmtuner.config.schema import Parallel
+from glmtuner.config.groups import Finetuning
 from glmtuner.console import say, table
 from glmtuner.data.splits import dataset_entries, longest_row
 from glmtuner.distributed import ranks
@@ -40,19 +39,19 @@ if TYPE_CHECKING:
 
 
 def report_memory(composed: Composed) -> None:
-    """Say what the training of this run holds at its peak, without weights or data; nothing is written.
+    """Print the estimated peak memory of the run's training; no weights or data are loaded, nothing is written.
 
-    Raises ConfigError where it surely does not fit into this machine's device, or cannot be told.
+    Raises ConfigError where it certainly does not fit into the memory of this machine's device, or cannot be estimated.
     """
     run = composed.run
     device = device_of(run)
     available = device_memory(device)
     needed, line = estimate_run(composed, device, available)
-    table("", ("", ""), needed.told(), show_header=False)
+    table("", ("", ""), needed.table_rows(), show_header=False)
     if line is not None:
         say(line)
-    if run.stage.name == "ppo":
-        say("stage=ppo also generates answers and holds a value head and a reward model, which are not counted")
+    if run.stage.memory_notice:
+        say(run.stage.memory_notice)
     if available is None:
         return
     if needed.peak > available * (1 + MARGIN):
@@ -62,7 +61,7 @@ def report_memory(composed: Composed) -> None:
 
 
 def report_remote_memory(composed: Composed) -> None:
-    """Say in one line what a GPU must have for this run, which starts on another machine; never refuses."""
+    """Print in one line the GPU memory that this run needs on another machine; a ConfigError becomes the line."""
     import torch
 
     run = composed.run
@@ -77,77 +76,79 @@ def report_remote_memory(composed: Composed) -> None:
         say(f"memory: {error}")
         return
     say(
-        f"memory: the first job needs about {gib(needed.peak)} of a {needed.device}'s at its peak, with {needed.rows} rows of "
-        f"{needed.longest:,} tokens (python -m glmtuner --check … tells more)"
+        f"memory: the first job needs about {gib(needed.peak)} of {needed.device} memory at its peak, with {needed.rows} rows of "
+        f"{needed.longest:,} tokens (details: python -m glmtuner --check …)"
     )
 
 
 def estimate_run(composed: Composed, device: "torch.device", available: int | None) -> tuple[Estimate, str | None]:
-    """The estimate of the run's largest batch, and the line of gradient checkpointing that is turned on for it."""
+    """The estimate for the run's largest batch, and a notice where gradient checkpointing is turned on for it."""
     run = composed.run
     dataset_entries(run, catalogue_dirs(composed))
     run.stage.check(run)
     run.parallel.check_machine()
     if not run.trainer.do_train:
-        raise ConfigError("--check states the memory of a training, and trainer.do_train=false; type trainer=train")
+        raise ConfigError("--check estimates the memory of a training, and trainer.do_train=false; type trainer=train")
     model_config = read_config(run.model)
     check_base(run.model, model_config)
     check_liger(run, model_config)
-    family = resolve_family(run, model_config)
-    load_libraries(compiles=needs_compiler(run), trains=True)  # what a run would, since they count
+    family, finetuning = resolve_family(run, model_config)
+    load_libraries(compiles=needs_compiler(run), trains=True)  # the same as in a run, since their memory counts
     rows, longest = run.stage.largest_batch(run)
-    estimated = estimator(composed, family, device, rows, longest, ranks.processes_to_start(run.parallel))
-    line = checkpointing_notice(composed, estimated, available)
-    return estimated(run.trainer.gradient_checkpointing or line is not None), line
+    estimate_of = estimator(composed, finetuning, family, device, rows, longest, ranks.processes_to_start(run.parallel))
+    notice = checkpointing_notice(composed, estimate_of, available)
+    return estimate_of(run.trainer.gradient_checkpointing or notice is not None), notice
 
 
 def estimator(
-    composed: Composed, family: Family | None, device: "torch.device", rows: int, longest: int, processes: int
+    composed: Composed,
+    finetuning: Finetuning,
+    family: Family | None,
+    device: "torch.device",
+    rows: int,
+    longest: int,
+    processes: int,
 ) -> Callable[[bool], Estimate]:
-    """What says the peak of the run on batches of that size, given whether gradient checkpointing is on."""
-    import torch
-
+    """A function that estimates the run's peak on batches of that size, given whether gradient checkpointing is on."""
     run = composed.run
     baseline = process_baseline_bytes(device, run.tracker.name)
 
-    @cache  # told more than once of one run, and a large model takes seconds
-    def estimated(checkpointing: bool) -> Estimate:
-        model = build_meta_model(run, family, device, compute_dtype(run, device))
-        there = copy.copy(run)
-        there.trainer = copy.copy(run.trainer)
-        there.parallel = Parallel(name="none")  # DeepSpeed's configuration would change how models are built
-        there.trainer.use_cpu = not torch.cuda.is_available()  # transformers refuses bf16 for a GPU that is not here
-        arguments = training_arguments(there, RunFolder(Path("outputs")), model, device)
-        arguments.activation_checkpointing = checkpointing
-        found = estimate(
-            model, arguments, device, rows=rows, longest=longest, baseline=baseline, scores=not run.stage.policy,
+    @cache  # called more than once per run, and a large model takes seconds
+    def estimate_of(checkpointing: bool) -> Estimate:
+        model = build_meta_model(run, finetuning, family, device, compute_dtype(run, device))
+        folder = RunFolder(Path("outputs"))
+        arguments = training_arguments(run, folder, model, device, checkpointing=checkpointing, for_estimate=True)
+        estimated = estimate(
+            model, arguments, device, rows=rows, longest=longest, baseline=baseline, without_logits=not run.stage.policy,
             **allowed_optimizations(run),
         )  # fmt: skip
-        return found.shared(run.parallel.shares, processes)
+        return estimated.per_process(run.parallel.shares, processes)
 
-    return estimated
+    return estimate_of
 
 
-def checkpoint_where_needed(
+def needs_checkpointing(
     composed: Composed,
     model_config: Mapping[str, Any],
+    finetuning: Finetuning,
     family: Family | None,
     data: "Datasets",
     device: "torch.device",
-) -> None:
-    """Turn gradient checkpointing on where the longest batch of these data would not fit without it."""
+) -> bool:
+    """Whether gradient checkpointing is on: as configured, or because the longest batch of the data would not fit without it."""
     run = composed.run
-    if data.train is None or run.stage.name == "ppo":
-        return
+    if run.trainer.gradient_checkpointing or data.train is None or run.stage.memory_notice:
+        return bool(run.trainer.gradient_checkpointing)
     rows, longest = run.stage.largest_batch(run)[0], longest_row(data.train)
 
     def decide() -> str | None:
         available = device_memory(device)
         if available is None or upper_bound_fits(model_config, run, rows, longest, available):
             return None
-        estimated = estimator(composed, family, device, rows, longest, ranks.world_size())
-        return checkpointing_notice(composed, estimated, available)
+        estimate_of = estimator(composed, finetuning, family, device, rows, longest, ranks.world_size())
+        return checkpointing_notice(composed, estimate_of, available)
 
-    if line := ranks.broadcast_from_rank0(decide):
-        run.trainer.gradient_checkpointing = True
-        say(line)
+    notice = ranks.broadcast_from_rank0(decide)
+    if notice:
+        say(notice)
+    return notice is not None

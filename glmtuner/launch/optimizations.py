@@ -1,15 +1,29 @@
-"""Which faster ways to the same loss a run takes."""
+"""Optimizations that keep the loss: which a run allows, and their application to its model and batches."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.schema import Run
 from glmtuner.console import say
+from glmtuner.inference.context import RunContext
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
+    from transformers import TrainingArguments
 
-    from glmtuner.data.splits import Datasets
-    from glmtuner.training.trainer import GlmTrainer
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatches:
+    """The batches of training: rows, collator, sampling strategy, and whether the loss is computed in chunks."""
+
+    rows: Any
+    collator: Callable[[Any], dict[str, Any]]
+    sampling: str
+    chunks_loss: bool = False
 
 
 def needs_compiler(run: Run) -> bool:
@@ -18,7 +32,7 @@ def needs_compiler(run: Run) -> bool:
 
 
 def allowed_optimizations(run: Run) -> dict[str, bool]:
-    """What of `fast_paths` the run allows."""
+    """The optimizations that the configuration allows, as keyword arguments of `choose_optimizations` and `estimate`."""
     plain = run.stage.models_loss
     return {
         "without_padding": plain and run.data.padding_free and run.data.ignore_pad_token_for_loss,
@@ -26,39 +40,60 @@ def allowed_optimizations(run: Run) -> dict[str, bool]:
     }
 
 
-def apply_optimizations(run: Run, trainer: "GlmTrainer", data: "Datasets", blocks: "list[nn.Module]") -> None:
-    """Batches without padding, packs and a loss in chunks, where the model's loss stays what it is; kernels, compiled blocks."""
+def autocast_of(arguments: "TrainingArguments", device: "torch.device") -> Callable[[], AbstractContextManager[Any]]:
+    """The autocast context that the Trainer runs the model in; none with DeepSpeed, which casts by itself."""
+    import torch
+
+    if arguments.deepspeed or not (arguments.bf16 or arguments.fp16):
+        return nullcontext
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16 if arguments.bf16 else torch.float16)
+
+
+def apply_optimizations(
+    context: RunContext,
+    arguments: "TrainingArguments",
+    collator: Callable[[Any], dict[str, Any]],
+    blocks: "list[nn.Module]",
+    device: "torch.device",
+) -> TrainingBatches:
+    """Prepare the model for the optimizations that keep its loss, and return the batches to train on.
+
+    These are batches without padding, packing, a loss in chunks, fused LoRA, Liger's kernels and compiled blocks. Before
+    step 1, optimizations are checked on a few samples; one that changes the loss is disabled, with a line that says why.
+    """
     from glmtuner.data.segments import Packs
     from glmtuner.kernels.choose import apply_liger, choose_optimizations, short_samples
 
+    run, model, data = context.run, context.model, context.data
     rows = data.train if data.train is not None else data.evaluation
-    plain, autocast = trainer.data_collator, trainer.accelerator.autocast
+    autocast = autocast_of(arguments, device)
+    plain = TrainingBatches(rows=data.train, collator=collator, sampling=arguments.train_sampling_strategy)
     samples = short_samples(rows) if rows is not None and run.stage.models_loss else []
     kernels = (run.trainer.liger_kernel_config or {}) if run.trainer.use_liger_kernel else {}
     if run.trainer.use_liger_kernel:
-        apply_liger(trainer.model, kernels, samples, plain, autocast)
+        apply_liger(model, kernels, samples, collator, autocast)
     if run.trainer.torch_compile:
         options = {"backend": run.trainer.torch_compile_backend, "mode": run.trainer.torch_compile_mode}
         for block in blocks:
             block.compile(dynamic=True, **{name: value for name, value in options.items() if value})
     if not samples:
-        return
-    own_loss = not kernels.get("fused_linear_cross_entropy")  # Liger's, where it was chosen
-    taken = choose_optimizations(
-        trainer.model, samples, plain, autocast=autocast, own_loss=own_loss, **allowed_optimizations(run)
+        return plain
+    own_loss = not kernels.get("fused_linear_cross_entropy")  # otherwise Liger's kernel computes the loss
+    chosen = choose_optimizations(
+        model, samples, collator, autocast=autocast, own_loss=own_loss, **allowed_optimizations(run)
     )
-    trainer.data_collator, trainer.chunks_loss = taken.collate, taken.chunks_loss
-    for reason in taken.refused:
+    for reason in chosen.refused:
         say(f"computed the plain way, {reason}")
+    batches = replace(plain, collator=chosen.collate, chunks_loss=chosen.chunks_loss)
     if not run.data.packing or data.train is None:
-        return
-    if taken.collate is plain:
+        return batches
+    if chosen.collate is collator:
         say(
-            "data.packing=true: this model's samples see each other in one row; batches of similar length "
-            "(trainer.train_sampling_strategy=group_by_length) are used in its place"
+            "data.packing=true: this model's attention cannot keep the samples of one row apart; batches of similar length "
+            "(trainer.train_sampling_strategy=group_by_length) are used instead"
         )
-        trainer.args.train_sampling_strategy = "group_by_length"
-        return
-    trainer.train_dataset = Packs(data.train, run.data.max_source_length + run.data.max_target_length)
-    if trainer.args.train_sampling_strategy == "group_by_length":
-        trainer.args.train_sampling_strategy = "random"  # packs are all but equally long
+        return replace(batches, sampling="group_by_length")
+    packs = Packs(data.train, run.data.max_source_length + run.data.max_target_length)
+    # packed rows have nearly equal lengths
+    sampling = "random" if batches.sampling == "group_by_length" else batches.sampling
+    return replace(batches, rows=packs, sampling=sampling)

@@ -1,4 +1,4 @@
-"""Where a run finds its datasets and lives."""
+"""The folders of a run: its dataset catalogues and its run folder."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from glmtuner.run_folder.acquire import default_folder
 
 
 def catalogue_dirs(composed: Composed) -> list[Path]:
-    """The dataset catalogues: of the user's config folders, then the package's."""
+    """The folders of dataset entries: the user's first, then the package's."""
     searched = [str(path).removeprefix("file://") for path in composed.hydra.searchpath or []]
     return [*(Path(path) / "dataset" for path in searched if not path.startswith("pkg:")), conf_dir() / "dataset"]
 
 
 def output_folder(composed: Composed) -> Path:
-    """Where the run lives: trainer.output_dir, or hydra.run.dir when it was typed, or outputs/<date>/<time>_<name>."""
+    """The path of the run folder: trainer.output_dir, or hydra.run.dir as a user key, or outputs/<date>/<time>_<name>."""
     run = composed.run
     if run.trainer.output_dir:
         return Path(run.trainer.output_dir).expanduser()

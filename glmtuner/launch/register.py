@@ -1,8 +1,8 @@
-"""All presets made known, in one place."""
+"""Registration of all presets, in one place."""
 
 
 def register_presets() -> None:
-    """Make every method, stage, metric, model family, quantization, tracker and way of several processes known."""
+    """Import the modules of all methods, stages, metrics, model families, quantizations, trackers and parallel strategies."""
     import glmtuner.families
     import glmtuner.finetuning
     import glmtuner.metrics

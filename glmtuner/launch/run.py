@@ -1,21 +1,23 @@
-"""One composed run, from its words to its folder; reads top to bottom."""
+"""One composed run, from its configuration to its folder; reads top to bottom."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from glmtuner.config.compose import Composed
-from glmtuner.config.schema import Run, Tracker
+from glmtuner.config.schema import Tracker
 from glmtuner.console import say
+from glmtuner.data.spec import DatasetSpec
 from glmtuner.data.splits import dataset_entries
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import Preempted
 from glmtuner.families.hub import read_config
+from glmtuner.inference.context import RunContext
 from glmtuner.launch.arguments import training_arguments
 from glmtuner.launch.build import load_trainable_model, resolve_family, resolve_template
 from glmtuner.launch.checks import check_base, check_liger, check_liger_runs
-from glmtuner.launch.device import device_of
+from glmtuner.launch.device import device_of, place_model
 from glmtuner.launch.libraries import load_libraries
-from glmtuner.launch.memory_check import checkpoint_where_needed
+from glmtuner.launch.memory_check import needs_checkpointing
 from glmtuner.launch.optimizations import apply_optimizations, needs_compiler
 from glmtuner.launch.places import catalogue_dirs, output_folder
 from glmtuner.launch.plan import show_plan, write_description
@@ -25,16 +27,17 @@ from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, step_of
 from glmtuner.run_folder.files import write_json
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import METRICS
+from glmtuner.stages.stage import learning_stage
 
 if TYPE_CHECKING:
     from glmtuner.training.trainer import GlmTrainer
 
 
 def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[Path] | None = None) -> dict[str, float]:
-    """Do what the run says; returns the content of metrics.json. Everything it writes lands in the run folder.
+    """Run the composed configuration; returns the content of metrics.json. All output is in the run folder.
 
-    An error after the folder is claimed is recorded there (failed.json) and raised; Preempted is raised by a run that a
-    signal stopped. A run of several processes is started here, and every one of them comes here again as one rank of it.
+    An error after the folder is acquired is recorded in its failed.json and raised; Preempted is raised if a signal stops
+    the run. If the run has several processes, they are started here, and each calls this function again as one rank.
     """
     run = composed.run
     specs = dataset_entries(run, catalogue or catalogue_dirs(composed))
@@ -43,95 +46,104 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
     if (count := ranks.processes_to_start(run.parallel)) > 1:
         return launch_ranks(composed, RunFolder(output_dir or output_folder(composed)), count)
     ranks.init_process_group(run.trainer)
-    if not ranks.is_main():
-        run.tracker = Tracker(name="none")
+    tracker = run.tracker if ranks.is_main() else Tracker(name="none")
     folder, resumes = ranks.broadcast_from_rank0(lambda: acquire(output_dir or output_folder(composed), composed))
     try:
-        metrics = _run_in_folder(composed, specs, folder, resumes)
+        return run_in_folder(composed, specs, folder, tracker, resumes)
     except Exception as error:
-        run.tracker.abandon()
+        tracker.abandon()
         if folder.path.is_dir():
             folder.record_failure(error, composed.overrides, first_wins=ranks.world_size() > 1)
         raise
     finally:
         folder.unlock()
-    return metrics
 
 
 def acquire(path: Path, composed: Composed) -> tuple[RunFolder, bool]:
-    """The run's folder, locked by this process where it exists, and whether the run in it is to be resumed."""
+    """The run folder, locked by this process if it exists, and whether the run in it is to be resumed."""
     return RunFolder(path), acquire_run_folder(path, composed.config, composed.run.trainer.overwrite_output_dir)
 
 
 def launch_ranks(composed: Composed, folder: RunFolder, count: int) -> dict[str, float]:
-    """The run by `count` processes of this machine; raises RankFailed for the first that fails, Preempted when told to go."""
+    """Run as `count` processes on this machine; raises RankFailed for the first that fails, Preempted on a signal."""
     acquire(folder.path, composed)
     folder.unlock()
     try:
         ranks.run_ranks(ranks.command_of(composed.flags, composed.overrides, folder.path), count)
     except ranks.RankFailed as failed:
-        if failed.stopped_by is not None:
+        if failed.preempted_by is not None:
             checkpoint, _ = latest_complete_checkpoint(folder.path)
-            raise Preempted.by(failed.stopped_by, step_of(checkpoint) if checkpoint else 0) from None
+            raise Preempted.by(failed.preempted_by, step_of(checkpoint) if checkpoint else 0) from None
         if folder.path.is_dir():
-            folder.record_failure(failed, composed.overrides, first_wins=not failed.killed)
+            folder.record_failure(failed, composed.overrides, first_wins=not failed.was_killed)
         raise
     return folder.metrics()
 
 
-def _run_in_folder(composed: Composed, specs: Any, folder: RunFolder, resumes: bool) -> dict[str, float]:
-    run = composed.run
+def run_in_folder(
+    composed: Composed, specs: dict[str, DatasetSpec], folder: RunFolder, tracker: Tracker, resumes: bool
+) -> dict[str, float]:
+    """From the configuration to the results: model, data, Trainer, training, evaluation, prediction, report."""
+    run, stage = composed.run, learning_stage(composed.run)
     model_config = read_config(run.model)
     check_base(run.model, model_config)
     check_liger(run, model_config)
-    family = resolve_family(run, model_config)
+    family, finetuning = resolve_family(run, model_config)
 
     load_libraries(compiles=needs_compiler(run), trains=True)
     from glmtuner.models.load import load_tokenizer
     from glmtuner.models.unwrap import unwrapped
 
     tokenizer = load_tokenizer(run.model)
-    template = resolve_template(run, family, tokenizer)
-    data = run.stage.datasets(run, specs, template, tokenizer)
+    template_name, template = resolve_template(run, family, tokenizer)
+    data = stage.datasets(run, specs, template, tokenizer)
     device = device_of(run)
     check_liger_runs(run, device)
-    checkpoint_where_needed(composed, model_config, family, data, device)
-    model, family = load_trainable_model(composed, family, device)
-    run.model.family = family.name
-    objective = run.stage.objective(run, model, template, tokenizer)
+    checkpointing = needs_checkpointing(composed, model_config, finetuning, family, data, device)
+    model, finetuning, family = load_trainable_model(composed, finetuning, family, device)
+    context = RunContext(
+        run=run, folder=folder, model=model, tokenizer=tokenizer, template=template, template_name=template_name,
+        family=family, finetuning=finetuning, data=data, tracker=tracker,
+    )  # fmt: skip
+    objective = stage.objective(context)
 
     if ranks.is_main():
         folder.lock()
-        write_description(folder, composed, family, template, model_config, data, resumes)
-    arguments = training_arguments(run, folder, model, device)
-    run.tracker.start(run, folder.path)
+        write_description(composed, context, model_config, resumes)
+    arguments = training_arguments(run, folder, model, device, checkpointing=checkpointing)
+    tracker.start(run, folder.path)
     blocks = family.blocks(unwrapped(model))
     if ranks.world_size() > 1:
         run.parallel.shard_model(model, blocks)
-    trainer = make_trainer(run, folder, model, tokenizer, template, data, arguments, objective)
-    apply_optimizations(run, trainer, data, blocks)
-    show_plan(run, folder, model, data, trainer, device)
+    place_model(run, model, device)
+    collator = stage.collator(
+        pad_id=tokenizer.pad_token_id, ignore_pad_token_for_loss=run.data.ignore_pad_token_for_loss
+    )
+    batches = apply_optimizations(context, arguments, collator, blocks, device)
+    trainer = make_trainer(context, arguments, batches, objective)
+    show_plan(context, trainer, device)
     metrics: dict[str, float] = {}
     if run.trainer.do_train:
-        metrics |= train(run, folder, trainer, tokenizer, data, resumes)
+        metrics |= train(context, trainer, resumes)
     if run.trainer.do_eval:
         metrics |= numeric(trainer.evaluate())
     if run.trainer.do_predict:
-        metrics |= run.stage.predict(run, folder, trainer, tokenizer, template, data)
-    return finish(run, folder, trainer, metrics)
+        metrics |= stage.predict(context, trainer)
+    return finish(context, trainer, metrics)
 
 
-def finish(run: Run, folder: RunFolder, trainer: "GlmTrainer", metrics: dict[str, float]) -> dict[str, float]:
-    """Pictures, the report, and metrics.json last: with it the run counts as finished."""
-    from glmtuner.report import draw_loss, show_results, write_run
+def finish(context: RunContext, trainer: "GlmTrainer", metrics: dict[str, float]) -> dict[str, float]:
+    """Write plots, the report and, last, metrics.json, which marks the run as finished; returns its content."""
+    from glmtuner.report import show_results, write_loss_plot, write_run_markdown
 
+    run, folder = context.run, context.folder
     metrics |= trainer.resources()
     if not ranks.is_main():
         return metrics
     if run.model.plot_loss and run.trainer.do_train:
-        draw_loss(folder)
-    closing = run.tracker.finish(folder.path, metrics)
-    write_run(folder, metrics)
+        write_loss_plot(folder)
+    closing = context.tracker.finish(folder.path, metrics)
+    write_run_markdown(folder, metrics)
     write_json(folder / METRICS, metrics)
     show_results(folder)
     if closing:

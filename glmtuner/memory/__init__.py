@@ -1,1 +1,1 @@
-"""The memory of a training, estimated before anything is loaded."""
+"""Estimates the memory of a training before anything is loaded."""

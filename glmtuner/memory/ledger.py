@@ -1,4 +1,8 @@
-"""Counts the bytes that a forward and backward pass on fake tensors holds."""
+"""Counts the bytes that a forward and backward pass on fake tensors holds.
+
+torch.distributed._tools.mem_tracker.MemTracker finds the same peak for full fine-tuning, but raises on models with frozen
+parameters (torch 2.13), whose module outputs have no gradient.
+"""
 
 import weakref
 from collections.abc import Iterator, Sequence
@@ -7,73 +11,82 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from transformers import PreTrainedModel
 
 
-MAPPED = 2**25  # bytes of a tensor from which on glibc has it from the system, and gives it back when it goes
+MMAP_THRESHOLD = 2**25  # bytes from which on glibc allocates a tensor by mmap, and returns it to the system when freed
 
 
 class Ledger:
-    """Bytes of the tensors that are alive, as operations make them; the most there were, and what it was made of."""
+    """Bytes of the storages that are alive, their peak, and what the peak is made of."""
 
-    def __init__(self, model: "nn.Module") -> None:
-        self.alive = self.most = self.gradients = self.kept = 0
-        self.at_peak = (0, 0)  # gradients, and what the forward pass had kept until the output head
-        self.made, self.made_on_heap = 1, 1  # all that was ever made, in tensors of any size and in smaller than MAPPED
-        self._sizes: dict[int, int] = {}
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self.alive = self.peak = self.gradients = self.kept = 0
+        self.gradients_at_peak = self.kept_at_peak = (
+            0  # kept: what the forward pass holds when it reaches the output head
+        )
+        self.allocated = self.allocated_on_heap = 1  # sums over all allocations, and over those below MMAP_THRESHOLD
+        self._nbytes: dict[int, int] = {}  # id of a storage -> bytes; storages keep their Python object while they live
         self._with_gradient: set[int] = set()
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._gradient)
+                parameter.register_post_accumulate_grad_hook(self.count_gradient)
         head = model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(self.reached_head)
 
     @contextmanager
-    def open(self) -> Iterator["Ledger"]:
-        """Count what happens while this lasts."""
+    def counting(self) -> Iterator[None]:
+        """Count the allocations of all operations while this lasts."""
         import torch
         from torch.utils._python_dispatch import TorchDispatchMode
         from torch.utils._pytree import tree_leaves
 
-        ledger = self
+        add = self._add
 
         class Counting(TorchDispatchMode):
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                made = func(*args, **(kwargs or {}))
-                for value in tree_leaves(made):
-                    if isinstance(value, torch.Tensor):
-                        ledger._add(value.untyped_storage())
-                return made
+                outputs = func(*args, **(kwargs or {}))
+                for output in tree_leaves(outputs):
+                    if isinstance(output, torch.Tensor):
+                        add(output.untyped_storage())
+                return outputs
 
         with Counting():
-            yield self
+            yield
 
     def ignore_existing(self, tensors: "Sequence[torch.Tensor]") -> None:
-        """Do not count these: they were there before."""
+        """Do not count these tensors, which are counted elsewhere."""
         for tensor in tensors:
-            self._sizes[tensor.untyped_storage()._cdata] = 0
+            self._nbytes[id(tensor.untyped_storage())] = 0
 
-    def _add(self, storage: "torch.UntypedStorage") -> None:
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.alive += self._sizes[key]
-        self.made += self._sizes[key]
-        if self._sizes[key] < MAPPED:
-            self.made_on_heap += self._sizes[key]
-        weakref.finalize(storage, self._free, key)
-        if self.alive > self.most:
-            self.most, self.at_peak = self.alive, (self.gradients, self.kept)
-
-    def _free(self, key: int) -> None:
-        self.alive -= self._sizes.pop(key, 0)
-
-    def _gradient(self, parameter: "torch.Tensor") -> None:
+    def count_gradient(self, parameter: "torch.Tensor") -> None:
+        """Count the parameter's gradient as one, once."""
         if id(parameter) not in self._with_gradient and parameter.grad is not None:
             self._with_gradient.add(id(parameter))
             self.gradients += parameter.grad.nbytes
 
+    def clear_gradients(self) -> None:
+        """Called after the gradients were freed."""
+        self.gradients = 0
+        self._with_gradient.clear()
+
     def reached_head(self, *_: Any) -> None:
+        """Called before the output head, when the activations of all blocks are held."""
         self.kept = max(self.kept, self.alive - self.gradients)
+
+    def _add(self, storage: "torch.UntypedStorage") -> None:
+        key = id(storage)
+        if key in self._nbytes:
+            return
+        nbytes = self._nbytes[key] = storage.nbytes()
+        self.alive += nbytes
+        self.allocated += nbytes
+        if nbytes < MMAP_THRESHOLD:
+            self.allocated_on_heap += nbytes
+        weakref.finalize(storage, self._free, key)
+        if self.alive > self.peak:
+            self.peak, self.gradients_at_peak, self.kept_at_peak = self.alive, self.gradients, self.kept
+
+    def _free(self, key: int) -> None:
+        self.alive -= self._nbytes.pop(key, 0)

@@ -1,4 +1,4 @@
-"""Metrics, one file each, named like the preset. Importing this package makes them known."""
+"""Metrics, one file each, named like the preset. Importing this package registers them."""
 
 import importlib
 import pkgutil

@@ -8,9 +8,10 @@ from glmtuner.config.groups import Metric, preset
 @preset("metric", "none")
 @dataclass(kw_only=True)
 class NoMetric(Metric):
-    """Nothing is measured."""
+    """Computes no scores."""
 
     name: str = "none"
 
     def score(self, prediction: str, reference: str) -> dict[str, float]:
+        """No scores."""
         return {}

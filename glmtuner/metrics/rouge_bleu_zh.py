@@ -24,14 +24,14 @@ class RougeBleuZh(Metric):
             return dict.fromkeys(NAMES, 0.0)
         rouge = Rouge(metrics=["rouge-1", "rouge-2"])
         answer, label = " ".join(words(prediction)), " ".join(words(reference))
-        found = {name: score["f"] * 100 for name, score in rouge.get_scores(answer, label)[0].items()}
+        scores = {name: score["f"] * 100 for name, score in rouge.get_scores(answer, label)[0].items()}
         bleu = sentence_bleu([list(reference)], list(prediction), smoothing_function=SmoothingFunction().method3)
-        found |= {"rouge-l": rouge_l(_tokens(rouge, answer), _tokens(rouge, label)) * 100, "bleu-4": bleu * 100}
-        return {name: round(found[name], 4) for name in NAMES}
+        scores |= {"rouge-l": rouge_l(_tokens(rouge, answer), _tokens(rouge, label)) * 100, "bleu-4": bleu * 100}
+        return {name: round(scores[name], 4) for name in NAMES}
 
 
 def rouge_l(answer: list[str], label: list[str]) -> float:
-    """ROUGE-L's F1 of two lists of words, in [0, 1]: rouge_chinese's value, whose own search takes longer than all else."""
+    """ROUGE-L's F1 of two lists of words, in [0, 1]: the value of rouge_chinese, which is slower than all other scores together."""
     from rapidfuzz.distance import LCSseq
 
     common = LCSseq.similarity(answer, label)
@@ -40,15 +40,15 @@ def rouge_l(answer: list[str], label: list[str]) -> float:
 
 
 def _tokens(rouge: Any, text: str) -> list[str]:
-    """The words of the text's sentences as rouge_chinese takes them."""
-    return [word for each in rouge.cut_sent(text) if each for word in " ".join(each.split()).split(" ")]
+    """The words of the text's sentences, split as rouge_chinese does."""
+    return [word for sentence in rouge.cut_sent(text) if sentence for word in " ".join(sentence.split()).split(" ")]
 
 
 def words(text: str) -> list[str]:
-    """The text's words by jieba."""
+    """The text's words, by jieba."""
     import logging
 
     import jieba
 
-    jieba.setLogLevel(logging.WARNING)  # it tells of its dictionary on stderr
+    jieba.setLogLevel(logging.WARNING)  # else it reports on stderr that it loads its dictionary
     return list(jieba.cut(text))

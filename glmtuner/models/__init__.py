@@ -1,6 +1,6 @@
-"""ChatGLM's configs, models and tokenizers, written here because transformers has none of their own.
+"""ChatGLM's configs, models and tokenizers, which transformers does not have.
 
-Importing this package makes them known to AutoConfig, AutoModel…, and AutoTokenizer. It imports torch and transformers.
+Importing this package registers them with AutoConfig, AutoModel…, and AutoTokenizer; it imports torch and transformers.
 """
 
 from transformers import (
@@ -56,7 +56,10 @@ for _config, _models in (
     )
     for _auto, _model in zip(_autos, _models, strict=True):
         _auto.register(_config, _model, exist_ok=True)
-    for _tokenizer in (ChatGLM4Tokenizer, ChatGLMTokenizer):  # the last one is the type's own, both are known by name
+    for _tokenizer in (
+        ChatGLM4Tokenizer,
+        ChatGLMTokenizer,
+    ):  # the last one is the default of the type; both are found by name
         AutoTokenizer.register(_config, tokenizer_class=_tokenizer, exist_ok=True)
 
 __all__ = ["ChatGLM2Config", "ChatGLM4Tokenizer", "ChatGLMConfig", "ChatGLMTokenizer"]

@@ -1,7 +1,7 @@
 """Configs of the `chatglm` model type, under the names that the published config.json files use.
 
-Two unlike architectures share the type: ChatGLM-6B, and ChatGLM2-6B with its successors. Which one a config.json means is
-told by its keys.
+Two different architectures share the type: ChatGLM-6B, and ChatGLM2-6B with its successors. The keys of a config.json say
+which of them it describes.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ GENERATION_2_KEYS = ("multi_query_attention", "padded_vocab_size", "ffn_hidden_s
 
 
 class ChatGLMConfig(PreTrainedConfig):
-    """ChatGLM-6B. `from_dict`, and so `from_pretrained`, give a ChatGLM2Config where the keys say so."""
+    """ChatGLM-6B. `from_dict`, and so `from_pretrained`, return a ChatGLM2Config if the keys are those of ChatGLM2."""
 
     model_type = "chatglm"
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -32,25 +32,31 @@ class ChatGLMConfig(PreTrainedConfig):
     position_encoding_2d: bool = True
     initializer_range: float = 0.02
     use_cache: bool = True
-    tie_word_embeddings: bool = True  # the published files leave it to the old default, and store the matrix twice
+    tie_word_embeddings: bool = True  # the published files rely on the old default, and store the matrix twice
     bos_token_id: int | None = 130004
     eos_token_id: int | list[int] | None = 130005
     pad_token_id: int | None = 3
     mask_token_id: int = 130000
     gmask_token_id: int = 130001
-    quantization_bit: int | None = None  # of the checkpoint's files; gone once they are loaded
+    quantization_bit: int | None = None  # of the checkpoint's files; None once they are loaded
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.vocab_size == OBSOLETE_VOCABULARY:
             raise CheckpointError(
-                f"vocab_size={OBSOLETE_VOCABULARY}: these are the ChatGLM-6B files of before April 2023, whose tokens have "
-                "other ids than today's; download THUDM/chatglm-6b again (vocab_size 130528)"
+                f"vocab_size={OBSOLETE_VOCABULARY}: these are ChatGLM-6B files from before April 2023, whose token ids differ "
+                "from the current ones; download THUDM/chatglm-6b again (vocab_size 130528)"
             )
+
+    @property
+    def sop_token_id(self) -> int:
+        """The id of <sop>, where the answer starts; config.json calls it bos_token_id."""
+        assert self.bos_token_id is not None
+        return self.bos_token_id
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config that the keys of `config_dict` mean: ChatGLMConfig or ChatGLM2Config."""
+        """A ChatGLMConfig or a ChatGLM2Config, as the keys of `config_dict` say."""
         if cls is ChatGLMConfig and any(key in config_dict for key in GENERATION_2_KEYS):
             return ChatGLM2Config.from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)
@@ -59,7 +65,7 @@ class ChatGLMConfig(PreTrainedConfig):
 class ChatGLM2Config(PreTrainedConfig):
     """ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B as first published.
 
-    `rope_ratio` lengthens the context in one of two ways that config.json does not tell apart: ChatGLM3-6B-32k and GLM-4
+    `rope_ratio` extends the context in one of two ways that config.json does not distinguish: ChatGLM3-6B-32k and GLM-4
     multiply the rotary base by it; ChatGLM2-6B-32k divides positions by it, which is `rope_interpolation=True`.
     """
 
@@ -91,7 +97,7 @@ class ChatGLM2Config(PreTrainedConfig):
     attention_dropout: float = 0.0
     rope_ratio: float = 1.0
     rope_interpolation: bool = False
-    rope_parameters: dict[str, Any] | None = None  # worked out from the two above
+    rope_parameters: dict[str, Any] | None = None  # computed from the two above
     rmsnorm: bool = True
     post_layer_norm: bool = True
     original_rope: bool = True
@@ -102,14 +108,14 @@ class ChatGLM2Config(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = 0
-    quantization_bit: int | None = None  # of the checkpoint's files; gone once they are loaded
+    quantization_bit: int | None = None  # of the checkpoint's files; None once they are loaded
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not self.multi_query_attention:
             self.multi_query_group_num = self.num_attention_heads
         self.set_rope()
         super().__post_init__(**kwargs)
-        odd = [
+        unsupported = [
             f"{name}={getattr(self, name)}"
             for name, published in (
                 ("rmsnorm", True),
@@ -119,11 +125,14 @@ class ChatGLM2Config(PreTrainedConfig):
             )
             if getattr(self, name) is not published
         ]
-        if odd:
-            raise CheckpointError(f"{', '.join(odd)}: no published ChatGLM2, ChatGLM3 or GLM-4 checkpoint computes so")
+        if unsupported:
+            raise CheckpointError(
+                f"{', '.join(unsupported)}: no published ChatGLM2, ChatGLM3 or GLM-4 checkpoint has this; download the "
+                "checkpoint's config.json again"
+            )
 
     def set_rope(self) -> None:
-        """Work `rope_parameters` out from `rope_ratio` and `rope_interpolation`."""
+        """Compute `rope_parameters` from `rope_ratio` and `rope_interpolation`."""
         linear = self.rope_interpolation and self.rope_ratio != 1
         self.rope_parameters = {
             "rope_type": "linear" if linear else "default",

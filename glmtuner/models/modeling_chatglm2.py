@@ -1,8 +1,8 @@
-"""ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B as first published: the computation of transformers' GLM under their own names.
+"""ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B as first published: the computation of transformers' GLM under the original names.
 
-The published names are kept, and above all the fused query-key-value projection: adapters made for these models fit, and
-training goes the same way step for step, which three projections with an adapter each would not. `as_glm` gives the same
-model as transformers' own `GlmForCausalLM`.
+The published module names are kept, above all the fused query-key-value projection: existing adapters fit, and training
+steps are the same, which they would not be with three projections that have an adapter each. `as_glm` converts a model to
+transformers' own `GlmForCausalLM`.
 
 Shape letters: B batch, S tokens, D head dimension, H hidden size.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import silu
-from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel
+from transformers import GlmConfig, GlmForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -34,11 +34,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from glmtuner.models.configuration_chatglm import ChatGLM2Config
-from glmtuner.models.prequantized import PreQuantizedMixin
+from glmtuner.models.prequantized import PreQuantizedModel
 
 
 class ChatGLM2Attention(nn.Module):
-    """Grouped-query attention; the fused projection holds all queries, then all keys, then all values."""
+    """Grouped-query attention; the rows of the fused projection are all queries, then all keys, then all values."""
 
     def __init__(self, config: ChatGLM2Config, layer_idx: int) -> None:
         super().__init__()
@@ -64,23 +64,24 @@ class ChatGLM2Attention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Outputs, [B, S, H], and the attention weights if the implementation returns them."""
         fused = self.query_key_value(hidden_states_BSH).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         query, key, value = fused.split(self.heads, dim=1)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.config.attention_dropout if self.training else 0.0
-        attended, weights = attend(
+        attended, weights = attention(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.dense(attended.flatten(2)), weights
 
 
 class ChatGLM2MLP(nn.Module):
-    """SwiGLU; the first matrix holds the gate's rows, then those it gates."""
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202); the first matrix has the rows of the gate, then those of the gated values."""
 
     def __init__(self, config: ChatGLM2Config) -> None:
         super().__init__()
@@ -88,8 +89,10 @@ class ChatGLM2MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, hidden_states_BSH: torch.Tensor) -> torch.Tensor:
+        """[B, S, H] -> [B, S, H]."""
         gate, gated = self.dense_h_to_4h(hidden_states_BSH).chunk(2, dim=-1)
-        return self.dense_4h_to_h(silu(gate) * gated)
+        out_BSH: torch.Tensor = self.dense_4h_to_h(silu(gate) * gated)
+        return out_BSH
 
 
 class ChatGLM2Block(GradientCheckpointingLayer):
@@ -103,24 +106,30 @@ class ChatGLM2Block(GradientCheckpointingLayer):
         self.mlp = ChatGLM2MLP(config)
 
     def forward(self, hidden_states_BSH: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        attended, _ = self.self_attention(self.input_layernorm(hidden_states_BSH), **kwargs)
-        hidden_states_BSH = hidden_states_BSH + attended
-        return hidden_states_BSH + self.mlp(self.post_attention_layernorm(hidden_states_BSH))
+        """[B, S, H] -> [B, S, H]; `kwargs` go to the attention."""
+        attended_BSH, _ = self.self_attention(self.input_layernorm(hidden_states_BSH), **kwargs)
+        hidden_states_BSH = hidden_states_BSH + attended_BSH
+        out_BSH: torch.Tensor = hidden_states_BSH + self.mlp(self.post_attention_layernorm(hidden_states_BSH))
+        return out_BSH
 
 
 class ChatGLM2Embedding(nn.Module):
-    """Holds the embedding matrix under its published name."""
+    """The token embeddings under their published name."""
+
+    word_embeddings: nn.Module
 
     def __init__(self, config: ChatGLM2Config) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.word_embeddings(input_ids)
+        """[B, S] -> [B, S, H]."""
+        embedded_BSH: torch.Tensor = self.word_embeddings(input_ids)
+        return embedded_BSH
 
 
 class ChatGLM2Encoder(nn.Module):
-    """Holds the blocks and the last norm under their published names."""
+    """The blocks and the last norm under their published names; ChatGLM2Model calls them."""
 
     def __init__(self, config: ChatGLM2Config) -> None:
         super().__init__()
@@ -128,7 +137,9 @@ class ChatGLM2Encoder(nn.Module):
         self.final_layernorm = GlmRMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
 
 
-class ChatGLM2PreTrainedModel(PreQuantizedMixin, PreTrainedModel):
+class ChatGLM2PreTrainedModel(PreQuantizedModel):
+    """What the models of ChatGLM2, ChatGLM3 and GLM-4 have in common."""
+
     config: ChatGLM2Config
     config_class = ChatGLM2Config
     base_model_prefix = "transformer"
@@ -141,14 +152,14 @@ class ChatGLM2PreTrainedModel(PreQuantizedMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ChatGLM2Block, "attentions": ChatGLM2Attention}
-    # inv_freq is worked out here, and a prefix is loaded by finetuning=p_tuning
+    # inv_freq is computed, and a prefix is loaded by finetuning=p_tuning
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$", r"prefix_encoder\."]
 
 
 class ChatGLM2Model(ChatGLM2PreTrainedModel):
     """The decoder without its head."""
 
-    # published checkpoints keep the head inside
+    output_layer: nn.Module  # the head, which published checkpoints keep here; set by the model that has one
     _keys_to_ignore_on_load_unexpected = [
         *ChatGLM2PreTrainedModel._keys_to_ignore_on_load_unexpected,
         r"output_layer\.weight$",
@@ -157,15 +168,17 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
     def __init__(self, config: ChatGLM2Config) -> None:
         super().__init__(config)
         self.embedding = ChatGLM2Embedding(config)
-        self.rotary_pos_emb = GlmRotaryEmbedding(config)  # type: ignore[arg-type]
+        self.rotary_pos_emb = GlmRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads fields that ChatGLM2Config has, too
         self.encoder = ChatGLM2Encoder(config)
         self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings."""
         return self.embedding.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings."""
         self.embedding.word_embeddings = value
 
     @merge_with_config_defaults
@@ -180,7 +193,7 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states behind the last norm, [B, S, H]; masks and positions as in transformers' GLM."""
+        """Hidden states after the last norm, [B, S, H]; masks and positions as in transformers' GLM."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -188,8 +201,8 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + cached)[None]
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -226,9 +239,11 @@ class ChatGLM2ForConditionalGeneration(ChatGLM2PreTrainedModel, GenerationMixin)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
+        """The language-modelling head."""
         return self.transformer.output_layer
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the language-modelling head."""
         self.transformer.output_layer = new_embeddings
 
     @can_return_tuple
@@ -244,7 +259,7 @@ class ChatGLM2ForConditionalGeneration(ChatGLM2PreTrainedModel, GenerationMixin)
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, S, vocabulary], and with `labels` (-100 = not learned) the mean cross-entropy in float32."""
+        """Logits [B, S, vocabulary], and with `labels` [B, S] (-100 = ignored) the mean cross-entropy in nats, float32."""
         out = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -269,21 +284,21 @@ class ChatGLM2ForConditionalGeneration(ChatGLM2PreTrainedModel, GenerationMixin)
 
 
 class ChatGLM2ForSequenceClassification(GenericForSequenceClassification, ChatGLM2PreTrainedModel):
-    """A score a row, read at its last token: the head of classifiers and reward models."""
+    """One score per row, from its last token: the head of classifiers and reward models."""
 
     base_model_prefix = "transformer"
 
 
 class ChatGLM2ForTokenClassification(GenericForTokenClassification, ChatGLM2PreTrainedModel):
-    """A score a token: the head of value models."""
+    """One score per token: the head of value models."""
 
     base_model_prefix = "transformer"
 
 
 def glm_config(config: ChatGLM2Config) -> GlmConfig:
-    """The same model's config for transformers' GLM."""
+    """The config of the same model as transformers' GLM. Raises ValueError for `add_bias_linear`, which GLM cannot have."""
     if config.add_bias_linear:
-        raise ValueError("add_bias_linear=True: transformers' GLM has no biases behind attention and MLP")
+        raise ValueError("add_bias_linear=True: transformers' GLM has no biases in output projection and MLP")
     return GlmConfig(
         vocab_size=config.padded_vocab_size,
         hidden_size=config.hidden_size,
@@ -318,13 +333,15 @@ GLM_NAMES = (
 
 
 def as_glm(model: ChatGLM2ForConditionalGeneration) -> GlmForCausalLM:
-    """The same weights as a GlmForCausalLM, which computes the same logits; tensors are shared where they can be."""
+    """A GlmForCausalLM that computes the same logits; it shares the model's tensors."""
     config = model.config
-    sizes = [heads * config.kv_channels for heads in model.transformer.encoder.layers[0].self_attention.heads]
+    block = model.transformer.encoder.layers[0]
+    assert isinstance(block, ChatGLM2Block)
+    sizes = [heads * config.kv_channels for heads in block.self_attention.heads]  # rows of queries, keys and values
     state: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
-        for published, ours in GLM_NAMES:
-            name = name.replace(published, ours)
+        for published, glm_name in GLM_NAMES:
+            name = name.replace(published, glm_name)
         if "query_key_value" in name:
             for part, rows in zip(("q_proj", "k_proj", "v_proj"), value.split(sizes), strict=True):
                 state[name.replace("query_key_value", part)] = rows
@@ -333,7 +350,8 @@ def as_glm(model: ChatGLM2ForConditionalGeneration) -> GlmForCausalLM:
     with torch.device("meta"):
         glm = GlmForCausalLM(glm_config(config))
     glm.load_state_dict(state, assign=True, strict=True)
-    glm.model.rotary_emb = GlmRotaryEmbedding(glm.config).to(model.device)  # its buffers are in no state dict
+    glm.model.rotary_emb = GlmRotaryEmbedding(glm.config).to(model.device)  # its buffers are not in the state dict
     glm.tie_weights()
     glm.generation_config = model.generation_config
-    return glm.eval()
+    glm.eval()
+    return glm

@@ -1,4 +1,4 @@
-"""A whole model into a folder, in the layout of its first release or in transformers' own."""
+"""Saves a whole model, in the layout of its first release or in transformers' own."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 def save_model(
     model: "PreTrainedModel", folder: Path, layout: Literal["published", "transformers"], shard: str = "5GB"
 ) -> None:
-    """Write weights and config.json, in files of at most `shard`; both layouts load again to the same logits.
+    """Write weights, in files of at most `shard`, and config.json; both layouts load to a model with the same logits.
 
-    `published` has the names of ChatGLM's own code, for tools that know those; `transformers` makes a `GlmForCausalLM` of
-    ChatGLM2, ChatGLM3 and GLM-4, which loads without glmtuner. Of ChatGLM-6B and of models that transformers knows there
-    is one layout.
+    `published` has the names of ChatGLM's own code, for tools that expect them; `transformers` saves ChatGLM2, ChatGLM3 and
+    GLM-4 as a `GlmForCausalLM`, which loads without glmtuner. ChatGLM-6B and models that transformers supports have only one
+    layout.
     """
     if layout == "transformers" and isinstance(model, ChatGLM2ForConditionalGeneration):
         as_glm(model).save_pretrained(folder, max_shard_size=shard)
@@ -26,5 +26,5 @@ def save_model(
     if model.config.model_type == "chatglm":
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["architectures"] = ["ChatGLMModel"]  # what every published config.json says
+        config["architectures"] = ["ChatGLMModel"]  # as in every published config.json
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,8 +1,12 @@
-"""Models inside their wrappers."""
+"""The model inside PEFT's wrapper."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def unwrapped(model: Any) -> Any:
-    """The causal language model inside PEFT's wrapper; a model without one comes back as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def unwrapped(model: Any) -> "PreTrainedModel":
+    """The causal language model inside PEFT's wrapper; a model without a wrapper is returned as it is."""
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base

@@ -1,1 +1,1 @@
-"""What the stages minimize where it is not the model's own loss; one file a stage, imported when it trains."""
+"""Losses of the stages that do not train on the model's own loss; one file per stage, imported when it trains."""

@@ -1,21 +1,38 @@
 """Direct preference optimization."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from glmtuner.config.groups import PreferenceLoss
 from glmtuner.objectives.losses import hinge_preference, ipo_preference, sigmoid_preference
-from glmtuner.objectives.objective import AgainstReference, Measured
+from glmtuner.objectives.objective import ReferenceObjective, RowMetrics
 from glmtuner.templates.base import IGNORE_INDEX
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-class DpoObjective(AgainstReference):
-    """A preference loss on both answers of a pair."""
 
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, Measured]:
-        with self.reference.on(self.model):
+class DpoSettings(Protocol):
+    """The keys of stage=dpo that are read here."""
+
+    beta: float
+    loss: PreferenceLoss
+    label_smoothing: float
+    sft_weight: float
+
+
+class DpoObjective(ReferenceObjective):
+    """A preference loss on pairs of a chosen and a rejected answer."""
+
+    def __init__(self, model: "PreTrainedModel", settings: DpoSettings) -> None:
+        super().__init__(model)
+        self.settings = settings
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, RowMetrics]:
+        """The loss of each pair, [R]; the batch holds the chosen answers, then the rejected ones, [2 R]."""
+        with self.reference.applied_to(self.model):
             reference_R = self.answer_logprobs(self.model, batch)
         logprobs_R = self.answer_logprobs(model, batch)
         tokens_R = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).clamp(min=1)

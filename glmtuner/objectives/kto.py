@@ -1,36 +1,55 @@
 """Kahneman-Tversky optimization."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from glmtuner.distributed import ranks
 from glmtuner.objectives.losses import kto_loss
-from glmtuner.objectives.objective import AgainstReference, Measured
+from glmtuner.objectives.objective import ReferenceObjective, RowMetrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-class KtoObjective(AgainstReference):
+class KtoSettings(Protocol):
+    """The keys of stage=kto that are read here."""
+
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+
+
+class KtoObjective(ReferenceObjective):
     """The value of single answers under prospect theory."""
 
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, Measured]:
-        """The KL that answers are measured from is the batch's own, estimated on answers that belong to other prompts."""
-        own, crossed = (
+    def __init__(self, model: "PreTrainedModel", settings: KtoSettings) -> None:
+        super().__init__(model)
+        self.settings = settings
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, RowMetrics]:
+        """The loss of each answer, [R]; the batch holds the answers, then mismatched ones to the same prompts, [2 R].
+
+        The reference point is the KL of the whole batch, estimated on the mismatched answers.
+        """
+        matched, mismatched = (
             {name: batch[name].chunk(2)[half] for name in ("input_ids", "attention_mask", "labels")} for half in (0, 1)
         )
-        with self.reference.on(self.model):
-            reference_R = self.answer_logprobs(self.model, own)
-            reference_crossed_R = self.answer_logprobs(self.model, crossed)
+        with self.reference.applied_to(self.model):
+            reference_R = self.answer_logprobs(self.model, matched)
+            reference_mismatched_R = self.answer_logprobs(self.model, mismatched)
         with torch.no_grad():
-            kl = ranks.all_reduce_mean((self.answer_logprobs(self.model, crossed) - reference_crossed_R).mean()).clamp(
-                min=0
-            )
-        ratio_R = self.answer_logprobs(model, own) - reference_R
-        good_R, settings = batch["is_desirable"], self.settings
-        loss_R = kto_loss(ratio_R, good_R, kl, settings.beta, settings.desirable_weight, settings.undesirable_weight)
+            log_ratio_R = self.answer_logprobs(self.model, mismatched) - reference_mismatched_R
+            kl = ranks.all_reduce_mean(log_ratio_R.mean()).clamp(min=0)
+        ratio_R = self.answer_logprobs(model, matched) - reference_R
+        is_desirable_R, settings = batch["is_desirable"], self.settings
+        loss_R = kto_loss(
+            ratio_R, is_desirable_R, kl, settings.beta, settings.desirable_weight, settings.undesirable_weight
+        )
         reward_R = (settings.beta * ratio_R).detach()
         return loss_R, {
-            "reward_desirable": reward_R.where(good_R, torch.nan),
-            "reward_undesirable": reward_R.where(~good_R, torch.nan),
-            "kl": kl.expand(len(good_R)),
+            "reward_desirable": reward_R.where(is_desirable_R, torch.nan),
+            "reward_undesirable": reward_R.where(~is_desirable_R, torch.nan),
+            "kl": kl.expand(len(is_desirable_R)),
         }

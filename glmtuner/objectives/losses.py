@@ -1,6 +1,6 @@
-"""What the stages behind supervised fine-tuning minimize, as pure functions.
+"""The losses of reward modelling, DPO, KTO and PPO as pure functions.
 
-Shape letters: R rows, T tokens, V vocabulary, N learned tokens of all rows. `is_…_RT` is True on the tokens that count.
+Shape letters: R rows, T tokens, V vocabulary, N labelled tokens of all rows. `is_…_RT` is True on the tokens that count.
 Everything is computed in float32.
 """
 
@@ -15,22 +15,22 @@ from glmtuner.templates.base import IGNORE_INDEX
 def label_logprobs(logits_RTV: torch.Tensor, labels_RT: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """The log-probability of every label given the tokens before it, [R, T - 1]; 0 where the label is IGNORE_INDEX.
 
-    Only the rows of logits that are learned become float32, so that a prompt costs no memory here.
+    Only the logits of labelled tokens are converted to float32, so that prompts take no memory here.
     """
     targets_RT = labels_RT[:, 1:]
-    is_learned_RT = targets_RT != IGNORE_INDEX
-    logits_NV = logits_RTV[:, :-1][is_learned_RT].float() / temperature
-    logprobs_N = -F.cross_entropy(logits_NV, targets_RT[is_learned_RT], reduction="none")
-    return logprobs_N.new_zeros(targets_RT.shape).masked_scatter(is_learned_RT, logprobs_N)
+    is_labelled_RT = targets_RT != IGNORE_INDEX
+    logits_NV = logits_RTV[:, :-1][is_labelled_RT].float() / temperature
+    logprobs_N = -F.cross_entropy(logits_NV, targets_RT[is_labelled_RT], reduction="none")
+    return logprobs_N.new_zeros(targets_RT.shape).masked_scatter(is_labelled_RT, logprobs_N)
 
 
 def mean_entropy(logits_RTV: torch.Tensor, labels_RT: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """The mean entropy, in nats, of the distributions that the labels were drawn from, of each row, [R]."""
-    is_learned_RT = labels_RT[:, 1:] != IGNORE_INDEX
-    logprobs_NV = torch.log_softmax(logits_RTV[:, :-1][is_learned_RT].float() / temperature, dim=-1)
+    """The mean entropy of the distributions that each row's labels were drawn from, in nats, [R]."""
+    is_labelled_RT = labels_RT[:, 1:] != IGNORE_INDEX
+    logprobs_NV = torch.log_softmax(logits_RTV[:, :-1][is_labelled_RT].float() / temperature, dim=-1)
     entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-    entropy_RT = entropy_N.new_zeros(is_learned_RT.shape).masked_scatter(is_learned_RT, entropy_N)
-    return entropy_RT.sum(1) / is_learned_RT.sum(1).clamp(min=1)
+    entropy_RT = entropy_N.new_zeros(is_labelled_RT.shape).masked_scatter(is_labelled_RT, entropy_N)
+    return entropy_RT.sum(1) / is_labelled_RT.sum(1).clamp(min=1)
 
 
 def masked_mean(values_RT: torch.Tensor, is_counted_RT: torch.Tensor) -> torch.Tensor:
@@ -42,23 +42,23 @@ def masked_mean(values_RT: torch.Tensor, is_counted_RT: torch.Tensor) -> torch.T
 
 
 def pairwise_logistic(chosen_R: torch.Tensor, rejected_R: torch.Tensor) -> torch.Tensor:
-    """-log of the probability that the better answer wins (Bradley and Terry 1952; InstructGPT, arXiv:2203.02155), [R]."""
+    """-log of the probability that the chosen answer wins (Bradley and Terry 1952; InstructGPT, arXiv:2203.02155), [R]."""
     return -F.logsigmoid(chosen_R - rejected_R)
 
 
 def sigmoid_preference(
     chosen_ratio_R: torch.Tensor, rejected_ratio_R: torch.Tensor, beta: float, label_smoothing: float
 ) -> torch.Tensor:
-    """DPO (arXiv:2305.18290), [R], of log(policy / reference) of the two answers.
+    """DPO (arXiv:2305.18290, eq. 7), [R], of log(policy / reference) of the two answers.
 
-    `label_smoothing` is the probability that a pair is the wrong way round (conservative DPO, Mitchell 2023).
+    `label_smoothing` is the probability that a pair is labelled the wrong way round (conservative DPO, Mitchell 2023).
     """
     margin_R = beta * (chosen_ratio_R - rejected_ratio_R)
     return -(1 - label_smoothing) * F.logsigmoid(margin_R) - label_smoothing * F.logsigmoid(-margin_R)
 
 
 def ipo_preference(chosen_ratio_R: torch.Tensor, rejected_ratio_R: torch.Tensor, beta: float) -> torch.Tensor:
-    """IPO (arXiv:2310.12036, eq. 17), [R]: the margin is drawn to 1 / (2 beta); ratios are means over an answer's tokens."""
+    """IPO (arXiv:2310.12036, eq. 17), [R]: the margin is pulled to 1 / (2 beta); ratios are means over an answer's tokens."""
     return (chosen_ratio_R - rejected_ratio_R - 1 / (2 * beta)) ** 2
 
 
@@ -75,7 +75,7 @@ def kto_loss(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> torch.Tensor:
-    """KTO (arXiv:2402.01306, eq. 8), [R]: the value of an answer is measured from `kl`, which carries no gradient."""
+    """KTO (arXiv:2402.01306, eq. 8), [R]: the value of an answer is relative to `kl`, which carries no gradient."""
     desirable_R = desirable_weight * (1 - torch.sigmoid(beta * (ratio_R - kl)))
     undesirable_R = undesirable_weight * (1 - torch.sigmoid(beta * (kl - ratio_R)))
     return torch.where(is_desirable_R, desirable_R, undesirable_R)
@@ -89,14 +89,14 @@ def token_rewards(
 ) -> torch.Tensor:
     """[R, T]: minus the KL penalty on every token of a response, and the score on its last one (arXiv:1909.08593, eq. 2)."""
     rewards_RT = -kl_coefficient * kl_RT * is_response_RT
-    last_R = last_places(is_response_RT)
+    last_R = last_positions(is_response_RT)
     return rewards_RT.scatter_add(1, last_R[:, None], scores_R[:, None].to(rewards_RT.dtype))
 
 
-def last_places(is_counted_RT: torch.Tensor) -> torch.Tensor:
-    """The place of each row's last token that counts, [R]."""
-    places_T = torch.arange(is_counted_RT.shape[1], device=is_counted_RT.device)
-    return (places_T * is_counted_RT).argmax(1)
+def last_positions(is_counted_RT: torch.Tensor) -> torch.Tensor:
+    """The position of each row's last token that counts, [R]."""
+    positions_T = torch.arange(is_counted_RT.shape[1], device=is_counted_RT.device)
+    return (positions_T * is_counted_RT).argmax(1)
 
 
 def whitened(values_RT: torch.Tensor, is_counted_RT: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
@@ -111,17 +111,17 @@ def whitened(values_RT: torch.Tensor, is_counted_RT: torch.Tensor, shift_mean: b
 def generalized_advantages(
     rewards_RT: torch.Tensor, values_RT: torch.Tensor, is_response_RT: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages and returns, each [R, T] (GAE, arXiv:1506.02438, eq. 16); responses are contiguous, and end for good."""
-    counts_RT = is_response_RT.float()
+    """Advantages and returns, each [R, T] (GAE, arXiv:1506.02438, eq. 16); a response is contiguous, with no value after it."""
+    mask_RT = is_response_RT.float()
     advantage_R, next_value_R = torch.zeros_like(rewards_RT[:, 0]), torch.zeros_like(rewards_RT[:, 0])
     reversed_advantages = []
-    for place in reversed(range(rewards_RT.shape[1])):
-        surprise_R = rewards_RT[:, place] + gamma * next_value_R - values_RT[:, place]
-        advantage_R = (surprise_R + gamma * lam * advantage_R) * counts_RT[:, place]
-        next_value_R = values_RT[:, place] * counts_RT[:, place]
+    for t in reversed(range(rewards_RT.shape[1])):
+        delta_R = rewards_RT[:, t] + gamma * next_value_R - values_RT[:, t]
+        advantage_R = (delta_R + gamma * lam * advantage_R) * mask_RT[:, t]
+        next_value_R = values_RT[:, t] * mask_RT[:, t]
         reversed_advantages.append(advantage_R)
     advantages_RT = torch.stack(reversed_advantages[::-1], dim=1)
-    return advantages_RT, (advantages_RT + values_RT) * counts_RT
+    return advantages_RT, (advantages_RT + values_RT) * mask_RT
 
 
 def clipped_policy_loss(
@@ -131,12 +131,14 @@ def clipped_policy_loss(
     is_response_RT: torch.Tensor,
     clip_range: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped surrogate (arXiv:1707.06347, eq. 7) as a loss, and the share of tokens that the clip holds."""
+    """PPO's clipped surrogate (arXiv:1707.06347, eq. 7) as a loss, and the fraction of tokens that are clipped."""
     ratio_RT = torch.exp((logprobs_RT - old_logprobs_RT) * is_response_RT)
-    free_RT = -advantages_RT * ratio_RT
-    held_RT = -advantages_RT * ratio_RT.clamp(1 - clip_range, 1 + clip_range)
-    is_held_RT = (held_RT > free_RT).float()
-    return masked_mean(torch.maximum(free_RT, held_RT), is_response_RT), masked_mean(is_held_RT, is_response_RT)
+    unclipped_RT = -advantages_RT * ratio_RT
+    clipped_RT = -advantages_RT * ratio_RT.clamp(1 - clip_range, 1 + clip_range)
+    is_clipped_RT = (clipped_RT > unclipped_RT).float()
+    return masked_mean(torch.maximum(unclipped_RT, clipped_RT), is_response_RT), masked_mean(
+        is_clipped_RT, is_response_RT
+    )
 
 
 def clipped_value_loss(
@@ -147,8 +149,10 @@ def clipped_value_loss(
     clip_range: float,
 ) -> torch.Tensor:
     """Half the squared error; a value moves at most `clip_range` from the old one (as in the published code of PPO)."""
-    near_RT = old_values_RT + (values_RT - old_values_RT).clamp(-clip_range, clip_range)
-    return 0.5 * masked_mean(torch.maximum((values_RT - returns_RT) ** 2, (near_RT - returns_RT) ** 2), is_response_RT)
+    clipped_RT = old_values_RT + (values_RT - old_values_RT).clamp(-clip_range, clip_range)
+    return 0.5 * masked_mean(
+        torch.maximum((values_RT - returns_RT) ** 2, (clipped_RT - returns_RT) ** 2), is_response_RT
+    )
 
 
 def next_kl_coefficient(coefficient: float, kl: float, target: float, horizon: int, rows: int) -> float:

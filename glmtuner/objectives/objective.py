@@ -1,9 +1,9 @@
-"""What every objective has, and other weights for the same model: the reference, or the reward model."""
+"""The interface of objectives, and alternative values for a model's parameters: the reference, or the reward model."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -12,51 +12,82 @@ from glmtuner.config.groups import Finetuning
 from glmtuner.finetuning.trained import check_fit, own_parameters, trained_parameters, weights_in
 from glmtuner.objectives.losses import label_logprobs
 
-Measured = dict[
-    str, torch.Tensor
-]  # name -> a value for each row, NaN where a row has none; the trainer logs their mean
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, TrainingArguments
+
+RowMetrics = dict[str, torch.Tensor]  # metric -> its value for each row, NaN where a row has none; logged as means
+
+
+class MetricSink(Protocol):
+    """Collects metrics until they are logged."""
+
+    def add(self, metrics: RowMetrics, /) -> object: ...
+
+
+class TrainingLoop(Protocol):
+    """The members of GlmTrainer that an objective with its own optimizer steps uses."""
+
+    accelerator: "Accelerator"
+    args: "TrainingArguments"
+    tokens: torch.Tensor
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+    @property
+    def measured(self) -> MetricSink: ...
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]: ...
 
 
 class Objective:
-    """A loss, and what belongs to it besides the model.
+    """A loss, with the state that belongs to it besides the model.
 
-    `model` in the methods may be wrapped to be trained on several ranks; `self.model` is the model itself.
+    `model` as an argument may be wrapped for training on several ranks; `self.model` is the model without that wrapper.
     """
 
-    updates: ClassVar[bool] = False  # does it take its own optimizer steps, in `update`?
+    takes_optimizer_steps: ClassVar[bool] = False  # does `update` replace the trainer's forward and backward pass?
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
 
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, Measured]:
-        """The loss of each row, [R], and what is logged beside it."""
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, RowMetrics]:
+        """The loss of each row, [R], and the metrics logged with it."""
         raise NotImplementedError
 
-    def trial(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The loss of a first batch, to see whether anything would be learned."""
+    def update(self, trainer: TrainingLoop, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        """One training step with all optimizer steps but the last; returns its mean loss. Only if `takes_optimizer_steps`."""
+        raise NotImplementedError
+
+    def preflight_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The loss of a first batch, to check that it has a gradient."""
         return self.loss(self.model, batch)[0].mean()
 
     def save(self, folder: Path) -> None:
-        """Write what a checkpoint and a finished run need beside the trained weights."""
+        """Write what a checkpoint and a finished run need besides the trained weights."""
 
     def restore(self, folder: Path) -> None:
-        """Put back what `save` wrote."""
+        """Load what `save` wrote."""
 
 
 class Weights:
-    """Other values for some of a model's parameters, put in their place while they are needed: no second model is held."""
+    """Alternative values for some of a model's parameters, swapped in while they are needed, so that no second model is held."""
 
     def __init__(self, values: dict[str, torch.Tensor]) -> None:
         self.values = values
 
     @classmethod
-    def trained_in(cls, model: nn.Module) -> "Weights":
-        """A copy of what the model trains, as it is now."""
+    def snapshot(cls, model: nn.Module) -> "Weights":
+        """A copy of the model's trained parameters as they are now."""
         return cls({name: value.detach().clone() for name, value in trained_parameters(model).items()})
 
     @classmethod
-    def saved_in(cls, folder: Path, model: nn.Module, finetuning: Finetuning) -> "Weights":
-        """What a checkpoint of the same method makes of the model, which is left as it was; raises CheckpointError."""
+    def from_checkpoint(cls, folder: Path, model: "PreTrainedModel", finetuning: Finetuning) -> "Weights":
+        """The parameters in which a checkpoint of the same method differs from the model; the model stays as it was.
+
+        Raises CheckpointError.
+        """
         trained = trained_parameters(model)
         if finetuning.saved_as == "model":
             parameters = own_parameters(model)
@@ -65,15 +96,15 @@ class Weights:
             saved = {name: value.to(parameters[name]) for name, value in saved.items()}
             same = {name for name in saved.keys() - trained.keys() if torch.equal(parameters[name], saved[name])}
             return cls({name: value for name, value in saved.items() if name not in same})
-        mine = cls.trained_in(model)
+        before = cls.snapshot(model)
         finetuning.restore(model, folder)
-        theirs = cls.trained_in(model)
-        mine._swap(dict(model.named_parameters()))
-        return theirs
+        restored = cls.snapshot(model)
+        before._swap(dict(model.named_parameters()))
+        return restored
 
     @contextmanager
-    def on(self, model: nn.Module) -> Iterator[None]:
-        """The model with these values, in evaluation mode and without gradients; nothing is copied."""
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """While this lasts, the model has these values, in evaluation mode and without gradients; nothing is copied."""
         parameters = dict(model.named_parameters())
         was_training = model.training
         self._swap(parameters)
@@ -92,16 +123,13 @@ class Weights:
             parameter.data = value.to(parameter.device)
 
 
-class AgainstReference(Objective):
-    """An objective on log(policy / reference) of answers; the reference is the model as it comes in here.
+class ReferenceObjective(Objective):
+    """An objective on log(policy / reference) of answers. The reference is the model as it is now; dropout is disabled."""
 
-    `settings` has the keys of the stage. Dropout is off.
-    """
-
-    def __init__(self, model: Any, settings: Any) -> None:
+    def __init__(self, model: "PreTrainedModel") -> None:
         super().__init__(model)
-        self.settings, self.reference = settings, Weights.trained_in(model)
-        without_dropout(model)
+        self.reference = Weights.snapshot(model)
+        disable_dropout(model)
 
     def answer_logprobs(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """The log-probability of each answer, [R]."""
@@ -109,8 +137,8 @@ class AgainstReference(Objective):
         return label_logprobs(logits_RTV, batch["labels"]).sum(1)
 
 
-def without_dropout(model: nn.Module) -> None:
-    """No dropout from now on: the ratio of policy and reference would measure it instead of what was learned."""
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: the ratio of policy and reference would measure it instead of what was learned."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

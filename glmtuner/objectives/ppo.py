@@ -1,14 +1,14 @@
-"""Proximal policy optimization: answers, scores, and updates on one set of layers.
+"""Proximal policy optimization: answers, their scores, and updates, on one set of layers.
 
-Policy, reference and reward model are three sets of values for the same parameters, put in place in turn. Shape letters: R
-rows, T tokens (prompt and answer, padded on the right). What is said of a token stands at the place before it, where it was
-predicted, so those tables are [R, T - 1].
+Policy, reference and reward model are three sets of values for the same parameters, swapped in as they are needed. Shape
+letters: R rows, T tokens (prompt and answer, padded on the right), H hidden size, V vocabulary. Values of a token are at the
+position before it, from which it was predicted, so those tensors are [R, T - 1].
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -28,20 +28,42 @@ from glmtuner.objectives.losses import (
     token_rewards,
     whitened,
 )
-from glmtuner.objectives.objective import Measured, Objective, Weights, without_dropout
+from glmtuner.objectives.objective import Objective, RowMetrics, TrainingLoop, Weights, disable_dropout
 from glmtuner.run_folder.files import read_json, write_json
 from glmtuner.templates.base import IGNORE_INDEX
 
-STATE = "ppo.json"  # what the objective carries from step to step
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STATE = "ppo.json"  # the state of the objective in a checkpoint
+
+
+class PpoSettings(Protocol):
+    """The keys of stage=ppo that are read here."""
+
+    ppo_epochs: int
+    clip_range: float
+    value_clip_range: float
+    value_coefficient: float
+    gamma: float
+    gae_lambda: float
+    kl_coefficient: float
+    minibatch_size: int | None
+    kl_target: float | None
+    kl_horizon: int
+    score_clip: float | None
+    whiten_rewards: bool
+    whiten_advantages: bool
+    temperature: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """A batch of answers with everything that updates need of the policy that gave them."""
+    """A batch of sampled answers, with all that the updates need to know of the policy that sampled them."""
 
     input_ids_RT: torch.Tensor
     attention_mask_RT: torch.Tensor
-    labels_RT: torch.Tensor  # the answers' tokens, their stop token included
+    labels_RT: torch.Tensor  # the answers' tokens with their stop token, IGNORE_INDEX elsewhere
     old_logprobs_RT: torch.Tensor
     old_values_RT: torch.Tensor
     advantages_RT: torch.Tensor
@@ -49,21 +71,26 @@ class Rollout:
 
     @property
     def is_response_RT(self) -> torch.Tensor:
+        """True where an answer's token is predicted, [R, T - 1]."""
         return self.labels_RT[:, 1:] != IGNORE_INDEX
 
-    def rows(self, places: torch.Tensor) -> "Rollout":
-        return replace(self, **{name: value[places] for name, value in vars(self).items()})
+    def rows(self, indices: torch.Tensor) -> "Rollout":
+        """The rollout of these rows."""
+        return replace(self, **{name: value[indices] for name, value in vars(self).items()})
 
 
 class PpoObjective(Objective):
-    """`settings` has the keys of stage=ppo; the reference is the model as it comes in here."""
+    """PPO on sampled answers; the reference is the model as it is now.
 
-    updates: ClassVar[bool] = True
+    reward: the reward model's values for the model's parameters; reward_head: the file of its value head.
+    """
+
+    takes_optimizer_steps: ClassVar[bool] = True
 
     def __init__(
         self,
-        model: Any,
-        settings: Any,
+        model: "PreTrainedModel",
+        settings: PpoSettings,
         *,
         reward: Weights,
         reward_head: Path,
@@ -72,19 +99,22 @@ class PpoObjective(Objective):
         pad_id: int,
     ) -> None:
         super().__init__(model)
-        self.settings, self.reward, self.reference = settings, reward, Weights.trained_in(model)
-        self.policy = Weights({})  # the model as it is
+        self.settings, self.reward, self.reference = settings, reward, Weights.snapshot(model)
+        self.policy = Weights({})  # the model's current values
         self.max_new_tokens, self.stop_ids, self.pad_id = max_new_tokens, stop_ids, pad_id
         self.kl_coefficient: float = settings.kl_coefficient
-        self.reward_head = new_head(model, drawn=False).requires_grad_(False)
+        self.reward_head = new_head(model, random_init=False).requires_grad_(False)
         load_head(self.reward_head, reward_head)
-        model.value_head = new_head(model, drawn=False)
-        without_dropout(model)
+        self.value_head = new_head(model, random_init=False)
+        model.value_head = self.value_head  # trained with the model's parameters
+        disable_dropout(model)
 
     # -- answers and their scores ----------------------------------------------------------------------------------------
 
-    def answered(self, prompts: list[list[int]], sample: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens, mask and labels of prompts with answers of the policy, each [R, T]."""
+    def generate_answers(
+        self, prompts: Sequence[list[int]], sample: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids, attention mask and labels of the prompts with the policy's answers, each [R, T]; greedy if not `sample`."""
         answers = continuations(
             self.model, prompts, max_new_tokens=self.max_new_tokens, stop_ids=self.stop_ids, pad_id=self.pad_id,
             do_sample=sample, temperature=self.settings.temperature,
@@ -102,22 +132,22 @@ class PpoObjective(Objective):
 
     def scores(self, input_ids_RT: torch.Tensor, attention_mask_RT: torch.Tensor) -> torch.Tensor:
         """The reward model's scores, clipped, [R]."""
-        with self.reward.on(self.model):
-            parts = zip(self._pieces(input_ids_RT), self._pieces(attention_mask_RT), strict=True)
+        with self.reward.applied_to(self.model):
+            minibatches = zip(self._split_rows(input_ids_RT), self._split_rows(attention_mask_RT), strict=True)
             head = self.reward_head.to(self.model.device)
-            scores_R = torch.cat([last_token_scores(self.model, head, *part) for part in parts])
+            scores_R = torch.cat([last_token_scores(self.model, head, *minibatch) for minibatch in minibatches])
         clip = self.settings.score_clip
         return scores_R if clip is None else scores_R.clamp(-clip, clip)
 
-    def rollout(self, prompts: list[list[int]]) -> tuple[Rollout, Measured, float]:
-        """Sampled answers ready to be learned from, what is logged of them, and their mean KL."""
-        input_ids_RT, attention_mask_RT, labels_RT = self.answered(prompts, sample=True)
+    def rollout(self, prompts: Sequence[list[int]]) -> tuple[Rollout, RowMetrics, float]:
+        """Sampled answers with their advantages, the metrics logged of them, and their mean KL."""
+        input_ids_RT, attention_mask_RT, labels_RT = self.generate_answers(prompts, sample=True)
         is_response_RT = labels_RT[:, 1:] != IGNORE_INDEX
         scores_R = self.scores(input_ids_RT, attention_mask_RT)
-        with self.reference.on(self.model):
-            reference_RT, _, _ = self._judged(input_ids_RT, attention_mask_RT, labels_RT)
-        with self.policy.on(self.model):
-            logprobs_RT, values_RT, entropy_R = self._judged(input_ids_RT, attention_mask_RT, labels_RT)
+        with self.reference.applied_to(self.model):
+            reference_RT, _, _ = self._answer_statistics(input_ids_RT, attention_mask_RT, labels_RT)
+        with self.policy.applied_to(self.model):
+            logprobs_RT, values_RT, entropy_R = self._answer_statistics(input_ids_RT, attention_mask_RT, labels_RT)
         settings = self.settings
         kl_RT = (logprobs_RT - reference_RT) * is_response_RT
         rewards_RT = token_rewards(scores_R, kl_RT, is_response_RT, self.kl_coefficient)
@@ -129,46 +159,51 @@ class PpoObjective(Objective):
         if settings.whiten_advantages:
             advantages_RT = whitened(advantages_RT, is_response_RT)
         kl_R = kl_RT.sum(1)
-        stopped = torch.isin(input_ids_RT, torch.tensor(self.stop_ids, device=input_ids_RT.device)) & (labels_RT >= 0)
+        is_stop_RT = torch.isin(input_ids_RT, torch.tensor(self.stop_ids, device=input_ids_RT.device)) & (
+            labels_RT != IGNORE_INDEX
+        )
         measured = {
             "reward": scores_R,
             "kl": kl_R,
             "kl_coefficient": torch.full_like(kl_R, self.kl_coefficient),
             "entropy": entropy_R,
             "response_length": is_response_RT.sum(1).float(),
-            "response_stopped": stopped.any(1).float(),
+            "response_stopped": is_stop_RT.any(1).float(),
         }
-        found = Rollout(
+        rollout = Rollout(
             input_ids_RT=input_ids_RT, attention_mask_RT=attention_mask_RT, labels_RT=labels_RT,
             old_logprobs_RT=logprobs_RT, old_values_RT=values_RT, advantages_RT=advantages_RT, returns_RT=returns_RT,
         )  # fmt: skip
-        return found, measured, kl_R.mean().item()
+        return rollout, measured, kl_R.mean().item()
 
-    def _judged(self, *tables_RT: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Log-probabilities and values of the answers' tokens, each [R, T - 1], and entropies, [R], some rows at a time."""
-        temperature, parts = self.settings.temperature, []
-        for ids_RT, mask_RT, labels_RT in zip(*map(self._pieces, tables_RT), strict=True):
+    def _answer_statistics(
+        self, input_ids_RT: torch.Tensor, attention_mask_RT: torch.Tensor, labels_RT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities and values of the answers' tokens, each [R, T - 1], and mean entropies, [R]; in minibatches."""
+        temperature = self.settings.temperature
+        logprobs, values, entropies = [], [], []
+        for ids_RT, mask_RT, targets_RT in zip(
+            *map(self._split_rows, (input_ids_RT, attention_mask_RT, labels_RT)), strict=True
+        ):
             states_RTH, logits_RTV = hidden_states(self.model, ids_RT, mask_RT, logits=True)
-            parts.append(
-                (
-                    label_logprobs(logits_RTV, labels_RT, temperature),
-                    self.model.value_head(states_RTH)[:, :-1] * (labels_RT[:, 1:] != IGNORE_INDEX),
-                    mean_entropy(logits_RTV, labels_RT, temperature),
-                )
-            )
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
+            logprobs.append(label_logprobs(logits_RTV, targets_RT, temperature))
+            values.append(self.value_head(states_RTH)[:, :-1] * (targets_RT[:, 1:] != IGNORE_INDEX))
+            entropies.append(mean_entropy(logits_RTV, targets_RT, temperature))
+        return torch.cat(logprobs), torch.cat(values), torch.cat(entropies)
 
-    def _pieces(self, table_RT: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return table_RT.split(self.settings.minibatch_size or len(table_RT))
+    def _split_rows(self, table_RT: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.split(table_RT, self.settings.minibatch_size or len(table_RT))
 
     # -- updates ---------------------------------------------------------------------------------------------------------
 
-    def update_loss(self, part: Rollout, call: nn.Module | None = None) -> tuple[torch.Tensor, Measured]:
-        """The clipped objective with the value loss, of some rows of a rollout."""
+    def update_loss(self, part: Rollout, model: nn.Module | None = None) -> tuple[torch.Tensor, RowMetrics]:
+        """The clipped policy loss with the value loss, of some rows of a rollout; `model` is the wrapped model, if any."""
         settings, is_response_RT = self.settings, part.is_response_RT
-        states_RTH, logits_RTV = hidden_states(self.model, part.input_ids_RT, part.attention_mask_RT, call, logits=True)
+        states_RTH, logits_RTV = hidden_states(
+            self.model, part.input_ids_RT, part.attention_mask_RT, model, logits=True
+        )
         logprobs_RT = label_logprobs(logits_RTV, part.labels_RT, settings.temperature)
-        values_RT = self.model.value_head(states_RTH)[:, :-1]
+        values_RT = self.value_head(states_RTH)[:, :-1]
         policy_loss, clip_fraction = clipped_policy_loss(
             logprobs_RT, part.old_logprobs_RT, part.advantages_RT, is_response_RT, settings.clip_range
         )
@@ -181,30 +216,29 @@ class PpoObjective(Objective):
         }
 
     def minibatches(self, rollout: Rollout) -> Iterator[Rollout]:
-        """The parts that the updates of one step are made on, in order; rows are shuffled in every pass."""
-        rows = len(rollout.labels_RT)
+        """The minibatches of one step's updates, in order; every epoch shuffles the rows."""
         for _ in range(self.settings.ppo_epochs):
-            for places in torch.randperm(rows).split(self.settings.minibatch_size or rows):
-                yield rollout.rows(places.to(rollout.labels_RT.device))
+            for indices in self._split_rows(torch.randperm(len(rollout.labels_RT))):
+                yield rollout.rows(indices.to(rollout.labels_RT.device))
 
-    def update(self, trainer: Any, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-        """One step of training: answers, then all updates on them but the last, which is left to the trainer's loop.
+    def update(self, trainer: TrainingLoop, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        """One training step: a rollout, then an optimizer step per minibatch but for the last, which the trainer's loop takes.
 
-        Returns the mean loss of the updates; the gradient of the last one is in the parameters.
+        Returns the mean loss of the updates; the gradient of the last one is left in the parameters.
         """
         with trainer.compute_loss_context_manager():
             rollout, measured, kl = self.rollout(prompts_of(batch))
         trainer.measured.add(measured)
         trainer.tokens += rollout.attention_mask_RT.sum()
         losses = []
-        parts = list(self.minibatches(rollout))
-        for number, part in enumerate(parts, 1):
+        minibatches = list(self.minibatches(rollout))
+        for number, minibatch in enumerate(minibatches, 1):
             with trainer.compute_loss_context_manager():
-                loss, measured = self.update_loss(part, model)
+                loss, measured = self.update_loss(minibatch, model)
             trainer.measured.add(measured)
             losses.append(loss.detach())
             trainer.accelerator.backward(loss)
-            if number < len(parts):
+            if number < len(minibatches):
                 if trainer.args.max_grad_norm:
                     trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
                 trainer.optimizer.step()
@@ -218,13 +252,14 @@ class PpoObjective(Objective):
             )
         return torch.stack(losses).mean()
 
-    def trial(self, batch: dict[str, Any]) -> torch.Tensor:
+    def preflight_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The loss of an update on a rollout of the batch."""
         rollout, _, _ = self.rollout(prompts_of(batch))
         return self.update_loss(rollout)[0]
 
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, Measured]:
-        """An evaluation: the negative score of each prompt's greedy answer, [R], and the same as `reward`."""
-        input_ids_RT, attention_mask_RT, labels_RT = self.answered(prompts_of(batch), sample=False)
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, RowMetrics]:
+        """Used for evaluation: the negative score of each prompt's greedy answer, [R]; the score is the metric `reward`."""
+        input_ids_RT, attention_mask_RT, labels_RT = self.generate_answers(prompts_of(batch), sample=False)
         scores_R = self.scores(input_ids_RT, attention_mask_RT)
         lengths_R = (labels_RT != IGNORE_INDEX).sum(1).float()
         return -scores_R, {"reward": scores_R, "response_length": lengths_R}
@@ -232,9 +267,11 @@ class PpoObjective(Objective):
     # -- checkpoints -----------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        save_head(self.model.value_head, folder)
+        """Write the value head and the KL coefficient."""
+        save_head(self.value_head, folder)
         write_json(folder / STATE, {"kl_coefficient": self.kl_coefficient})
 
     def restore(self, folder: Path) -> None:
-        load_head(self.model.value_head, folder / FILE)
+        """Load the value head and the KL coefficient."""
+        load_head(self.value_head, folder / FILE)
         self.kl_coefficient = read_json(folder / STATE)["kl_coefficient"]

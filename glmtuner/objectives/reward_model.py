@@ -1,4 +1,4 @@
-"""Trained reward models: where the head is, and whether a run may use it."""
+"""Trained reward models: their value head and their stage."""
 
 from pathlib import Path
 
@@ -8,21 +8,21 @@ from glmtuner.run_folder.folder import RunFolder
 
 
 def find_head(path: str) -> Path | None:
-    """The value head in a run folder or a checkpoint, when there is one."""
+    """The path of the value head in a run folder or a checkpoint; None if it has none."""
     folder = Path(path).expanduser()
     names = [f"value_head{suffix}" for suffix in (".safetensors", ".bin")]
-    places = [place / name for place in (folder, folder / "adapter", folder / "model") for name in names]
-    return next((place for place in places if place.is_file()), None)
+    candidates = [parent / name for parent in (folder, folder / "adapter", folder / "model") for name in names]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def stage_of(path: str) -> str | None:
-    """The stage of the run that a checkpoint is of; None where no run tells."""
+    """The stage of the run that a checkpoint belongs to; None if it is not in a run folder."""
     source = run_folder_of(path)
     return RunFolder(source).config().stage.name if source else None
 
 
 def head_file(path: str, key: str) -> Path:
-    """The head of a trained reward model; raises CheckpointError where `path` is none."""
+    """The path of a trained reward model's head; raises CheckpointError, naming the config `key`, where `path` is no reward model."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise CheckpointError(
@@ -33,7 +33,7 @@ def head_file(path: str, key: str) -> Path:
         raise CheckpointError(f"{key}={path} holds a run of stage={stage}; name one of stage=rm, a reward model")
     if head is None:
         raise CheckpointError(
-            f"{key}={path} has no value_head.safetensors, so it is no trained reward model; name the folder of a finished "
+            f"{key}={path} has no value_head.safetensors, so it is not a trained reward model; name the folder of a finished "
             "run of stage=rm, or one of its checkpoints"
         )
     return head

@@ -1,4 +1,4 @@
-"""Ways to train one run on several processes, one file each, named like the preset. Importing this package makes them known."""
+"""Strategies to train one run on several processes, one file each, named like the preset. Importing the package registers them."""
 
 import importlib
 import pkgutil

@@ -10,7 +10,7 @@ from glmtuner.config.schema import Parallel
 @preset("parallel", "ddp")
 @dataclass(kw_only=True)
 class Ddp(Parallel):
-    """Every process holds the whole model; gradients are averaged (Li et al. 2020, arXiv:2006.15704)."""
+    """Every process holds the full model; gradients are averaged (Li et al. 2020, arXiv:2006.15704)."""
 
     def arguments(self) -> dict[str, Any]:
         return {"ddp_find_unused_parameters": False}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @preset("parallel", "fsdp2")
 @dataclass(kw_only=True)
 class Fsdp2(Parallel):
-    """Every process holds its share of every weight and gathers one layer at a time (Zhao et al. 2023, arXiv:2304.11277)."""
+    """Every process holds a shard of every weight and gathers one layer at a time (Zhao et al. 2023, arXiv:2304.11277)."""
 
     reshard_after_forward: bool = True
     cpu_offload: bool = False
@@ -25,16 +25,16 @@ class Fsdp2(Parallel):
     def impossible(self, run: Run) -> Iterator[str]:
         if run.quant.quantization_bit is not None:
             yield (
-                f"parallel=fsdp2 with quant=int{run.quant.quantization_bit}: integer weights are not shared out; type "
+                f"parallel=fsdp2 with quant=int{run.quant.quantization_bit}: integer weights cannot be sharded; type "
                 "parallel=ddp, or quant=none"
             )
         if run.trainer.load_best_model_at_end:
-            yield "parallel=fsdp2 with trainer.load_best_model_at_end=true: not built; type parallel=ddp"
+            yield "parallel=fsdp2 with trainer.load_best_model_at_end=true is not implemented; type parallel=ddp"
 
     def shard_model(self, model: "nn.Module", blocks: "list[nn.Module]") -> None:
-        """Share the weights out, a group a layer and one for what is left.
+        """Shard the weights, in one group for each layer and one for the rest.
 
-        accelerate does this on GPUs only, and in a checkpoint format of its own; so it is done here, by torch alone.
+        accelerate does this on GPUs only, and writes checkpoints in a format of its own.
         """
         import torch
         from torch.distributed.device_mesh import init_device_mesh

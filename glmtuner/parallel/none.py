@@ -1,4 +1,4 @@
-"""One process; started by torchrun, accelerate or srun it is one of several all the same."""
+"""One process, unless torchrun, accelerate or srun start several."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

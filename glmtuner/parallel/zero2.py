@@ -12,13 +12,13 @@ from glmtuner.errors import ConfigError
 @preset("parallel", "zero2")
 @dataclass(kw_only=True)
 class Zero2(Parallel):
-    """Every process holds the whole model, and its share of gradients and optimizer states (arXiv:1910.02054)."""
+    """Every process holds the full model, and a shard of gradients and optimizer states (arXiv:1910.02054)."""
 
     offload_optimizer: bool = False
     deepspeed_config: str | None = None
 
     zero_stage: ClassVar[int] = 2
-    shares = ("gradients", "optimizer states")
+    shares: ClassVar[tuple[str, ...]] = ("gradients", "optimizer states")
 
     def check_machine(self) -> None:
         if find_spec("deepspeed") is None:
@@ -28,10 +28,11 @@ class Zero2(Parallel):
             )
 
     def arguments(self) -> dict[str, Any]:
-        """DeepSpeed's configuration; `auto` is filled in by transformers from the trainer's own values."""
+        """The user's DeepSpeed configuration, or our own; transformers replaces `auto` by the trainer's values."""
         return {"deepspeed": self.deepspeed_config or self.configuration()}
 
     def configuration(self) -> dict[str, Any]:
+        """DeepSpeed's configuration of this ZeRO stage."""
         zero: dict[str, Any] = {"stage": self.zero_stage, "overlap_comm": True, "contiguous_gradients": True}
         if self.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

@@ -12,7 +12,7 @@ from glmtuner.parallel.zero2 import Zero2
 @preset("parallel", "zero3")
 @dataclass(kw_only=True)
 class Zero3(Zero2):
-    """Every process holds its share of weights, gradients and optimizer states (arXiv:1910.02054)."""
+    """Every process holds a shard of weights, gradients and optimizer states (arXiv:1910.02054)."""
 
     offload_parameters: bool = False
 
@@ -24,18 +24,19 @@ class Zero3(Zero2):
     def impossible(self, run: Run) -> Iterator[str]:
         if run.quant.quantization_bit is not None:
             yield (
-                f"parallel=zero3 with quant=int{run.quant.quantization_bit}: integer weights are not shared out; type "
+                f"parallel=zero3 with quant=int{run.quant.quantization_bit}: integer weights cannot be sharded; type "
                 "parallel=zero2, or quant=none"
             )
 
     def configuration(self) -> dict[str, Any]:
-        found = super().configuration()
-        found["zero_optimization"] |= {
+        """DeepSpeed's configuration of stage 3."""
+        config = super().configuration()
+        config["zero_optimization"] |= {
             "reduce_bucket_size": "auto",
             "stage3_prefetch_bucket_size": "auto",
             "stage3_param_persistence_threshold": "auto",
-            "stage3_gather_16bit_weights_on_model_save": False,  # what was trained is gathered by glmtuner itself
+            "stage3_gather_16bit_weights_on_model_save": False,  # glmtuner gathers the trained weights
         }
         if self.offload_parameters:
-            found["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
-        return found
+            config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
+        return config

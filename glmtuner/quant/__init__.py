@@ -1,4 +1,4 @@
-"""Quantizations of the frozen base weights, one file each, named like the preset. Importing this package makes them known."""
+"""Quantizations of the frozen base weights, one file each, named like the preset. Importing the package registers them."""
 
 import importlib
 import pkgutil

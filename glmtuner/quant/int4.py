@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 @preset("quant", "int4")
 @dataclass(kw_only=True)
 class Int4(Quant):
-    """NF4 or FP4 blocks with their constants quantized again (QLoRA, arXiv:2305.14314); products in `compute_dtype`."""
+    """NF4 or FP4 blocks whose scales are quantized too (QLoRA, arXiv:2305.14314); matrix products in the compute dtype."""
 
     bits: ClassVar[int | None] = 4
 
@@ -28,10 +28,10 @@ class Int4(Quant):
         return {"quantization_config": config, "device_map": {"": device}}
 
     def prepare(self, model: "nn.Module") -> None:
-        """Keep the weights in the layout that gradients can pass.
+        """Keep the weights in a layout that has a backward pass.
 
-        On a CPU with AVX-512 bitsandbytes repacks them at the first forward pass in evaluation mode, for good, and the
-        repacked ones cannot be trained through: a run that generates before it trains would fail.
+        On a CPU with AVX-512, bitsandbytes repacks them for good at the first forward pass in evaluation mode, and the
+        repacked layout has no backward pass: a run that generates before it trains would fail.
         """
         from bitsandbytes.nn import Linear4bit
 

@@ -8,4 +8,4 @@ from glmtuner.config.groups import Quant, preset
 @preset("quant", "none")
 @dataclass(kw_only=True)
 class NoQuant(Quant):
-    """The base weights as the checkpoint has them."""
+    """The base weights in the precision that they are loaded in."""

@@ -1,10 +1,10 @@
-"""What came out of runs and sweeps, from their folders alone: on the terminal, as text, pictures and a page.
+"""Reports on runs and sweeps, from their folders alone: in the terminal, as Markdown, CSV, plots and an HTML page.
 
 torch is never imported here.
 """
 
-from glmtuner.report.pictures import draw_loss
-from glmtuner.report.run import show, show_results, write_run
-from glmtuner.report.sweep import report
+from glmtuner.report.plots import write_loss_plot
+from glmtuner.report.run import show_results, show_run, write_run_markdown
+from glmtuner.report.sweep import write_report
 
-__all__ = ["draw_loss", "report", "show", "show_results", "write_run"]
+__all__ = ["show_results", "show_run", "write_loss_plot", "write_report", "write_run_markdown"]

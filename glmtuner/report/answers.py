@@ -1,30 +1,34 @@
-"""Answers of the best runs to the same questions, side by side."""
+"""The answers of the best settings to the same questions, side by side."""
 
 from glmtuner.report.jobs import Job
 from glmtuner.report.ranking import Ranking
-from glmtuner.report.run import SHOWN_ANSWERS, evenly
-from glmtuner.report.samples import answered
+from glmtuner.report.record_scores import read_answers
+from glmtuner.report.run import MAX_ANSWERS, evenly_spaced
 
-RUNS = 3
+MAX_SETTINGS = 3
 
 
-def best_answers(board: Ranking) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: question, label, and what each of the best runs answered that were asked what the winner was."""
-    if board.winner is None or board.chosen is None:
+def best_answers(ranking: Ranking) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: question, label, and the answer of each of the best settings that was asked the same questions.
+
+    Both are empty without a winner.
+    """
+    if ranking.winner is None or ranking.best_job is None:
         return [], []
-    wanted = answers_of(board.chosen)
-    columns = [(board.winner.label, wanted)]
-    for row in board.rows[1:]:
-        found = next((each for each in map(answers_of, row.jobs) if each.keys() == wanted.keys()), None)
-        if found:
-            columns.append((row.label, found))
-        if len(columns) == RUNS:
+    winner_answers = answers_by_question(ranking.best_job)
+    columns = [(ranking.winner.label, winner_answers)]
+    for row in ranking.rows[1:]:
+        candidates = map(answers_by_question, row.jobs)
+        answers = next((each for each in candidates if each.keys() == winner_answers.keys()), None)
+        if answers:
+            columns.append((row.label, answers))
+        if len(columns) == MAX_SETTINGS:
             break
-    asked = [[*wanted][place] for place in evenly(range(len(wanted)), SHOWN_ANSWERS)]
-    header = ["question", "label", *(f"{place}. {label}" for place, (label, _) in enumerate(columns, 1))]
-    return header, [[*record, *(found[record] for _, found in columns)] for record in asked]
+    header = ["question", "label", *(f"{rank}. {label}" for rank, (label, _) in enumerate(columns, 1))]
+    questions = evenly_spaced([*winner_answers], MAX_ANSWERS)
+    return header, [[*question, *(answers[question] for _, answers in columns)] for question in questions]
 
 
-def answers_of(job: Job) -> dict[tuple[str, str], str]:
-    """The job's answers by question and label, in the order in which they were asked."""
-    return {(prompt, label): answer for prompt, label, answer in answered(job.folder)}
+def answers_by_question(job: Job) -> dict[tuple[str, str], str]:
+    """The job's answers by question and label, in the order of its predictions."""
+    return {(prompt, label): answer for prompt, label, answer in read_answers(job.folder)}

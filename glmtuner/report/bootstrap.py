@@ -1,10 +1,11 @@
-"""How sure a score is, from the samples it was measured on: percentile bootstrap intervals.
+"""The uncertainty of a score, from the records it was measured on: percentile bootstrap intervals.
 
-A score is a ratio, the sum of the samples' totals over the sum of their weights: a mean has weights of 1, a loss per token
-has nats as totals and tokens as weights. The samples are drawn again with replacement, and the ratio is computed each time
-(Efron 1979, "Bootstrap methods: another look at the jackknife"). Two runs are compared on the same draws (Koehn 2004,
-"Statistical significance tests for machine translation evaluation"), so that samples hard for both do not blur the
-difference. What another seed of training would change is not in these intervals.
+A score is a ratio: the sum of the records' totals over the sum of their weights. For a mean over records the weights are 1;
+for a loss per token the totals are nats and the weights numbers of tokens. The records are resampled with replacement, and
+the ratio is computed for each resample (Efron 1979, "Bootstrap methods: another look at the jackknife"). Two runs are
+compared on the same resamples (Koehn 2004, "Statistical significance tests for machine translation evaluation"), so that
+records that are hard for both do not widen the interval of their difference. The intervals do not include the variance
+between seeds of training.
 """
 
 from collections.abc import Sequence
@@ -18,58 +19,63 @@ if TYPE_CHECKING:
 RESAMPLES = 2000
 LEVEL = 0.95
 SEED = 0
-ROWS = 200  # resamples multiplied at once: bounds the memory
+RESAMPLES_PER_PRODUCT = 200  # bounds the memory of the matrix products
 
-Pairs = Sequence[tuple[float, float]]  # (total, weight) of each sample
+TotalsAndWeights = Sequence[tuple[float, float]]  # of each record
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value, the bounds of its interval, and how many samples it was measured on."""
+    """A value, the bounds of its interval, and the number of records that it was measured on."""
 
     value: float
     low: float
     high: float
-    samples: int
+    num_records: int
 
     @property
-    def holds_zero(self) -> bool:
+    def contains_zero(self) -> bool:
+        """Whether 0 is within the bounds."""
         return self.low <= 0 <= self.high
 
 
-def interval(samples: Pairs, minus: Pairs | None = None) -> Interval | None:
-    """The 95 % interval of the samples' ratio, or of its difference to that of `minus`, whose samples are the same ones.
+def interval(records: TotalsAndWeights, baseline: TotalsAndWeights | None = None) -> Interval | None:
+    """The 95 % interval of the records' score, or of its difference to the score of `baseline` on the same records.
 
-    None for fewer than two samples, or where a score is no finite number.
+    None for fewer than two records, or if a score is not finite. Raises ValueError if the numbers of records differ.
     """
     import numpy
 
     columns = numpy.array(
-        samples if minus is None else [[*one, *other] for one, other in zip(samples, minus, strict=True)]
+        records if baseline is None else [[*one, *other] for one, other in zip(records, baseline, strict=True)]
     )
     if len(columns) < 2 or not numpy.isfinite(columns).all():
         return None
-    counts = _counts(len(columns))
+    counts = _resample_counts(len(columns))
     sums = numpy.concatenate(
-        [counts[row : row + ROWS].astype(float) @ columns for row in range(0, RESAMPLES, ROWS)] + [columns.sum(0)[None]]
+        [
+            counts[start : start + RESAMPLES_PER_PRODUCT].astype(float) @ columns
+            for start in range(0, RESAMPLES, RESAMPLES_PER_PRODUCT)
+        ]
+        + [columns.sum(0)[None]]
     )
     with numpy.errstate(divide="ignore", invalid="ignore"):
-        values = sums[:, 0] / sums[:, 1] - (0 if minus is None else sums[:, 2] / sums[:, 3])
-    drawn, value = values[:-1], values[-1]
-    drawn = drawn[numpy.isfinite(drawn)]  # a draw of samples without a token has no ratio
-    if not numpy.isfinite(value) or len(drawn) == 0:
+        scores = sums[:, 0] / sums[:, 1] - (0 if baseline is None else sums[:, 2] / sums[:, 3])
+    resampled, value = scores[:-1], scores[-1]
+    resampled = resampled[numpy.isfinite(resampled)]  # a resample whose weights are all 0 has no score
+    if not numpy.isfinite(value) or len(resampled) == 0:
         return None
-    low, high = numpy.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = numpy.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(value), float(low), float(high), len(columns))
 
 
 @lru_cache(maxsize=4)
-def _counts(samples: int) -> "numpy.ndarray":
-    """How often each sample is drawn, in each of the resamples: [RESAMPLES, samples], the same at every call."""
+def _resample_counts(num_records: int) -> "numpy.ndarray":
+    """How often each record occurs in each resample, uint16 [RESAMPLES, num_records]; the same at every call."""
     import numpy
 
     random = numpy.random.default_rng(SEED)
-    drawn = numpy.empty((RESAMPLES, samples), dtype=numpy.uint16)
-    for row in drawn:
-        row[:] = numpy.bincount(random.integers(samples, size=samples), minlength=samples)
-    return drawn
+    counts = numpy.empty((RESAMPLES, num_records), dtype=numpy.uint16)
+    for row in counts:
+        row[:] = numpy.bincount(random.integers(num_records, size=num_records), minlength=num_records)
+    return counts

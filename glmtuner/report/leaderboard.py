@@ -1,4 +1,4 @@
-"""The ranking of a sweep as text: on the terminal, in report.md, in leaderboard.csv."""
+"""The ranking of a sweep as text: in the terminal, in report.md, in leaderboard.csv."""
 
 import csv
 import io
@@ -6,37 +6,42 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from glmtuner.report.bootstrap import LEVEL, RESAMPLES
-from glmtuner.report.jobs import Job, is_number, shown, value_of
-from glmtuner.report.ranking import Ranking, Row, score, title
-from glmtuner.report.run import MISSING, cell, clipped, markdown_table
+from glmtuner.report.jobs import Job, format_value, is_number, value_of
+from glmtuner.report.ranking import Ranking, Row, format_score, metric_title
+from glmtuner.report.run import MISSING, markdown_cell, markdown_table, truncated
+
+EXPORT = "export command"  # the name of that fact about the winner
+UNRANKED_HEADER = ("job", "settings", "state", "reason")
 
 
 def score_with_interval(row: Row, name: str) -> str:
-    """12.07 [9.81, 14.40], and ± the spread over seeds where there are several."""
+    """12.07 [9.81, 14.40], with the standard deviation over seeds after ± if there are several."""
     if name not in row.metrics:
         return MISSING
-    spread = f" ± {score(name, row.std_devs[name], row.metrics[name])}" if name in row.std_devs else ""
     value, bounds = row.metrics[name], row.intervals.get(name)
-    told = f" [{score(name, bounds.low, value)}, {score(name, bounds.high, value)}]" if bounds else ""
-    return f"{score(name, value)}{spread}{told}"
+    deviation = f" ± {format_score(name, row.std_devs[name], value)}" if name in row.std_devs else ""
+    brackets = f" [{format_score(name, bounds.low, value)}, {format_score(name, bounds.high, value)}]" if bounds else ""
+    return f"{format_score(name, value)}{deviation}{brackets}"
 
 
-def difference_told(row: Row, objective: str) -> str:
-    """-0.31 [-1.02, 0.40], marked ≈ when it holds 0."""
+def format_difference(row: Row, objective: str) -> str:
+    """-0.31 [-1.02, 0.40], after ≈ if the interval contains 0."""
     if row.difference is None:
         return MISSING
-    found, like = row.difference, row.metrics[objective]
-    value, low, high = (score(objective, each, like) for each in (found.value, found.low, found.high))
+    difference, like = row.difference, row.metrics[objective]
+    value, low, high = (
+        format_score(objective, each, like) for each in (difference.value, difference.low, difference.high)
+    )
     return f"{'≈ ' if row.tied else ''}{value} [{low}, {high}]"
 
 
-def cost(name: str, metrics: dict[str, float]) -> str:
-    """What a job took, with its unit."""
+def format_cost(name: str, metrics: dict[str, float]) -> str:
+    """A cost of a job with its unit."""
     if name not in metrics:
         return MISSING
     value = metrics[name]
     if name == "train_runtime":
-        return duration(value)
+        return format_duration(value)
     if name == "peak_memory_gib":
         return f"{value:.2f} GiB"
     if name == "train_mfu":
@@ -47,165 +52,185 @@ def cost(name: str, metrics: dict[str, float]) -> str:
     return f"{value:,.0f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """8.2 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, left = divmod(round(seconds), 60)
-    return f"{minutes} min {left:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def table_of(board: Ranking, scores: Sequence[str], knob_columns: bool) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the ranking; single seeds stand under their setting. Columns that hold nothing are left out."""
-    objective = board.objective or ""
-    costs = [name for name in board.costs if name != "total_parameters"]
-    columns: list[tuple[str, Callable[[str, Row], str]]] = [("", lambda rank, row: rank)]
+Column = tuple[str, Callable[[str, Row], str]]  # its heading, and its text for a rank and a row
+
+
+def leaderboard_table(ranking: Ranking, scores: Sequence[str], knob_columns: bool) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the leaderboard, each seed in a row below its setting; empty columns are left out.
+
+    With `knob_columns` each knob has a column, otherwise all are in one.
+    """
+    objective = ranking.objective or ""
+    columns: list[Column] = [("", lambda rank, row: rank)]
     if knob_columns:
-        columns += [
-            (name, lambda rank, row, knob=knob: shown(row.settings[knob])) for knob, name in board.knobs.items()
-        ]
+        columns += [_knob_column(knob, name) for knob, name in ranking.knobs.items()]
     else:
-        columns.append(("settings" if board.knobs else "run", lambda rank, row: row.label))
+        columns.append(("settings" if ranking.knobs else "run", lambda rank, row: row.label))
     columns.append(("seed", lambda rank, row: f"{len(row.jobs)} runs" if len(row.jobs) > 1 else row.jobs[0].seed))
     for name in scores:
-        columns.append((title(name), lambda rank, row, name=name: score_with_interval(row, name)))
+        columns.append(_score_column(name))
         if name == objective:
-            columns.append(("difference to the winner", lambda rank, row: difference_told(row, objective)))
-    columns += [(title(name), lambda rank, row, name=name: cost(name, row.metrics)) for name in costs]
-    several = any(row.seeds for row in board.rows)
-    lines = []
-    for place, row in enumerate(board.rows, 1):
-        rank = str(place) if objective in row.metrics else MISSING
-        lines.append([fill(rank, row) for _, fill in columns])
-        lines += [[fill("", each) for _, fill in columns] for each in row.seeds]
-    kept = [
-        place
-        for place, (name, _) in enumerate(columns)
-        if (name != "seed" or several) and any(line[place] != MISSING for line in lines)
+            columns.append(("difference to the winner", lambda rank, row: format_difference(row, objective)))
+    columns += [_cost_column(name) for name in ranking.costs if name != "total_parameters"]
+    rows = []
+    for number, row in enumerate(ranking.rows, 1):
+        rank = str(number) if objective in row.metrics else MISSING
+        rows.append([text_of(rank, row) for _, text_of in columns])
+        rows += [[text_of("", seed) for _, text_of in columns] for seed in row.seeds]
+    has_seeds = any(row.seeds for row in ranking.rows)
+    shown = [
+        index
+        for index, (heading, _) in enumerate(columns)
+        if (heading != "seed" or has_seeds) and any(cells[index] != MISSING for cells in rows)
     ]
-    return [columns[place][0] for place in kept], [[line[place] for place in kept] for line in lines]
+    return [columns[index][0] for index in shown], [[cells[index] for index in shown] for cells in rows]
 
 
-def fitting(header: list[str], rows: list[list[str]], width: int, least: int) -> tuple[list[str], list[list[str]]]:
-    """As many of the first columns as a terminal of that width can show in single lines, and at least `least` of them."""
-    needed, kept = 1, 0
+def _knob_column(knob: str, heading: str) -> Column:
+    return heading, lambda rank, row: format_value(row.settings[knob])
+
+
+def _score_column(name: str) -> Column:
+    return metric_title(name), lambda rank, row: score_with_interval(row, name)
+
+
+def _cost_column(name: str) -> Column:
+    return metric_title(name), lambda rank, row: format_cost(name, row.metrics)
+
+
+def fit_columns(
+    header: list[str], rows: list[list[str]], width: int, min_columns: int
+) -> tuple[list[str], list[list[str]]]:
+    """As many of the first columns as fit into `width` characters without wrapping, at least `min_columns` of them."""
+    needed, count = 1, 0
     for column in zip(header, *rows, strict=True):
         needed += max(map(len, column[1:]), default=0) + 3
-        if needed > width and kept >= least:
+        if needed > width and count >= min_columns:
             break
-        kept += 1
-    return header[:kept], [row[:kept] for row in rows]
+        count += 1
+    return header[:count], [row[:count] for row in rows]
 
 
-def csv_of(board: Ranking) -> str:
-    """leaderboard.csv: one line a job, every job, numbers as they are and keys by their full names."""
-    scores, measured = board.scores, dict.fromkeys(name for row in board.rows for name in row.metrics)
-    header = ["rank", "job", "state", "reason", *board.knobs, "seed", *measured]
-    header += [f"{name}_{bound}" for name in scores for bound in ("low", "high", "samples")]
+def leaderboard_csv(ranking: Ranking) -> str:
+    """The content of leaderboard.csv: one line per job, with numbers in full and keys by their dotted names."""
+    measured = dict.fromkeys(name for row in ranking.rows for name in row.metrics)
+    header = ["rank", "job", "state", "reason", *ranking.knobs, "seed", *measured]
+    header += [f"{name}_{bound}" for name in ranking.scores for bound in ("low", "high", "samples")]
     header += ["difference_to_winner", "difference_low", "difference_high", "told_apart"]
     out = io.StringIO()
     writer = csv.DictWriter(out, header, restval="", lineterminator="\n")
     writer.writeheader()
-    ranked = [(place, each) for place, row in enumerate(board.rows, 1) for each in row.seeds or [row]]
-    for place, row in ranked:
-        line = {"rank": place, **_facts(row.jobs[0], board), **row.metrics}
+    ranked = [(rank, each) for rank, row in enumerate(ranking.rows, 1) for each in row.seeds or [row]]
+    for rank, row in ranked:
+        line = {"rank": rank, **_job_columns(row.jobs[0], ranking), **row.metrics}
         for name, bounds in row.intervals.items():
-            line |= {f"{name}_low": bounds.low, f"{name}_high": bounds.high, f"{name}_samples": bounds.samples}
+            line |= {f"{name}_low": bounds.low, f"{name}_high": bounds.high, f"{name}_samples": bounds.num_records}
         if row.difference:
             line |= {
                 "difference_to_winner": row.difference.value, "difference_low": row.difference.low,
                 "difference_high": row.difference.high, "told_apart": str(not row.tied).lower(),
             }  # fmt: skip
         writer.writerow({name: value for name, value in line.items() if name in header})
-    for job in board.others:
-        writer.writerow(_facts(job, board))
+    for job in ranking.unranked:
+        writer.writerow(_job_columns(job, ranking))
     return out.getvalue()
 
 
-def _facts(job: Job, board: Ranking) -> dict[str, Any]:
-    facts = {"job": job.name, "state": job.state.value, "reason": job.reason, "seed": job.seed}
-    values = {knob: value_of(job, knob) for knob in board.knobs}
-    return facts | {
-        knob: value if value is None or is_number(value) else shown(value) for knob, value in values.items()
+def _job_columns(job: Job, ranking: Ranking) -> dict[str, Any]:
+    columns = {"job": job.name, "state": job.state.value, "reason": job.reason, "seed": job.seed}
+    values = {knob: value_of(job, knob) for knob in ranking.knobs}
+    return columns | {
+        knob: value if value is None or is_number(value) else format_value(value) for knob, value in values.items()
     }
 
 
-def told_of(job: Job, board: Ranking) -> list[str]:
-    """A job without results in a line: folder, settings, state, reason."""
-    return [job.name, job.label(board.knobs) if board.knobs else MISSING, job.state.value, job.reason or MISSING]
+def unranked_row(job: Job, ranking: Ranking) -> list[str]:
+    """The cells below UNRANKED_HEADER of a job without results."""
+    settings = job.label(ranking.knobs) if ranking.knobs else MISSING
+    return [job.name, settings, job.state.value, job.reason or MISSING]
 
 
-def method_told(paired: bool = True) -> str:
-    """How intervals are made, in a sentence for readers, and how differences are when they are shown."""
-    told = f"Intervals are {LEVEL:.0%} percentile bootstrap intervals over evaluation samples ({RESAMPLES:,} resamples, fixed seed)"
+def method_note(paired: bool = True) -> str:
+    """How the intervals are computed, and with `paired` how those of differences are."""
+    method = f"Intervals are {LEVEL:.0%} percentile bootstrap intervals over evaluation records ({RESAMPLES:,} resamples, fixed seed)"
     if not paired:
-        return f"{told}."
+        return f"{method}."
     return (
-        f"{told}; differences are paired: both runs on the same resampled records. ≈ marks a difference whose interval "
-        "holds 0: not told apart from the winner."
+        f"{method}; differences are paired: both runs are scored on the same resampled records. ≈ marks a difference whose "
+        "interval contains 0: it is not significant."
     )
 
 
-def winner_told(board: Ranking) -> list[tuple[str, str]]:
-    """The winner's facts, by name."""
-    winner, chosen = board.winner, board.chosen
-    if winner is None or chosen is None or board.objective is None:
+def winner_facts(ranking: Ranking) -> list[tuple[str, str]]:
+    """Name and value of each fact about the winner, the last one named EXPORT; empty without a winner."""
+    winner, best_job = ranking.winner, ranking.best_job
+    if winner is None or best_job is None or ranking.objective is None:
         return []
-    bounds = winner.intervals.get(board.objective)
-    samples = f", {bounds.samples} samples" if bounds else ""
-    facts = [(title(board.objective), f"{score_with_interval(winner, board.objective)}{samples}")]
-    facts += [(name, shown(winner.settings[knob])) for knob, name in board.knobs.items()]
+    bounds = winner.intervals.get(ranking.objective)
+    records = f", {bounds.num_records} records" if bounds else ""
+    facts = [(metric_title(ranking.objective), f"{score_with_interval(winner, ranking.objective)}{records}")]
+    facts += [(name, format_value(winner.settings[knob])) for knob, name in ranking.knobs.items()]
     if winner.seeds:
-        facts.append(("seed", f"{chosen.seed}, the best of {len(winner.jobs)}"))
-    facts.append(("run", str(chosen.folder.path)))
-    facts.append(("export it", board.export or "it trained nothing that could be exported"))
+        facts.append(("seed", f"{best_job.seed}, the best of {len(winner.jobs)}"))
+    facts.append(("run", str(best_job.folder.path)))
+    facts.append((EXPORT, ranking.export_command or "none: it trained nothing that can be exported"))
     return facts
 
 
-def show_ranking(board: Ranking) -> None:
-    """Print the ranking: the objective, and what a run took where the terminal is wide enough; all is in the files."""
+def show_ranking(ranking: Ranking) -> None:
+    """Print the ranking by the objective, with as many of the costs as the terminal has room for."""
     from glmtuner.console import say, table, width
 
-    scores = [board.objective] if board.objective else board.scores
-    header, rows = table_of(board, scores, knob_columns=False)
+    scores = [ranking.objective] if ranking.objective else ranking.scores
+    header, rows = leaderboard_table(ranking, scores, knob_columns=False)
     if rows:
-        header, rows = fitting(header, rows, width(), header.index(title(scores[0])) + 1 if scores else len(header))
+        min_columns = header.index(metric_title(scores[0])) + 1 if scores else len(header)
+        header, rows = fit_columns(header, rows, width(), min_columns)
         table("", header, rows, lines=False)
-    if board.others:
-        unfit = [told_of(job, board) for job in board.others]
-        table("", ("job", "settings", "state", "reason"), [[*line[:3], clipped(line[3], 300)] for line in unfit])
-    for note in board.notes:
+    if ranking.unranked:
+        unranked = [unranked_row(job, ranking) for job in ranking.unranked]
+        table("", UNRANKED_HEADER, [[*cells[:3], truncated(cells[3], 300)] for cells in unranked])
+    for note in ranking.notes:
         say(note)
-    if board.compared:
-        say(method_told(board.paired))
-    if board.export:
-        say(f"the best: {board.winner.label if board.winner else ''}; export it: {board.export}")
+    if ranking.has_intervals:
+        say(method_note(ranking.has_differences))
+    if ranking.export_command:
+        say(f"the best: {ranking.winner.label if ranking.winner else ''}; export it: {ranking.export_command}")
 
 
-def markdown_of(board: Ranking, pictures: Sequence[tuple[str, str]], answers: tuple[list[str], list[list[str]]]) -> str:
-    """report.md: the whole report; `pictures` are file names with what they show, `answers` a header and rows."""
-    lines = [f"# Sweep {board.root.resolve().name}", "", f"{board.told}."]
-    lines += [f"Ranked by {title(board.objective)}, {board.way}."] if board.objective else []
-    for name, value in winner_told(board):
-        lines += ["", "## The winner", "", "| | |", "|---|---|"] if name == title(board.objective or "") else []
-        lines.append(f"| {name} | {f'`{value}`' if name == 'export it' and board.export else cell(value)} |")
-    lines += ["", *(f"- {cell(note)}" for note in board.notes)] if board.notes else []
-    header, rows = table_of(board, board.scores, knob_columns=True)
+def sweep_markdown(
+    ranking: Ranking, plots: Sequence[tuple[str, str]], answers: tuple[list[str], list[list[str]]]
+) -> str:
+    """The content of report.md; `plots` are file names and captions, `answers` a header and rows."""
+    lines = [f"# Sweep {ranking.root.resolve().name}", "", f"{ranking.summary}."]
+    lines += [f"Ranked by {metric_title(ranking.objective)}, {ranking.direction}."] if ranking.objective else []
+    facts = winner_facts(ranking)
+    if facts:
+        lines += ["", "## The winner", "", "| | |", "|---|---|"]
+    for name, value in facts:
+        is_command = name == EXPORT and ranking.export_command
+        lines.append(f"| {name} | {f'`{value}`' if is_command else markdown_cell(value)} |")
+    lines += ["", *(f"- {markdown_cell(note)}" for note in ranking.notes)] if ranking.notes else []
+    header, rows = leaderboard_table(ranking, ranking.scores, knob_columns=True)
     if rows:
         lines += ["", "## Leaderboard", "", *markdown_table(header, rows)]
-        lines += ["", method_told(board.paired)] if board.compared else []
-    lines += ["", "## Pictures", ""] if pictures else []
-    lines += [f"![{cell(about)}]({file})" for file, about in pictures]
+        lines += ["", method_note(ranking.has_differences)] if ranking.has_intervals else []
+    lines += ["", "## Plots", ""] if plots else []
+    lines += [f"![{markdown_cell(caption)}]({file})" for file, caption in plots]
     if answers[1]:
-        lines += [
-            "",
-            "## Answers",
-            "",
-            *markdown_table(answers[0], [[clipped(each) for each in row] for row in answers[1]]),
-        ]
-    if board.others:
-        unfit = [told_of(job, board) for job in board.others]
-        lines += ["", "## Jobs without results", "", *markdown_table(["job", "settings", "state", "reason"], unfit)]
-    if board.commands:
-        lines += ["", "## Typed", "", "```text", *(line.replace("```", "'''") for line in board.commands), "```"]
+        cells = [[truncated(text) for text in row] for row in answers[1]]
+        lines += ["", "## Answers", "", *markdown_table(answers[0], cells)]
+    if ranking.unranked:
+        unranked = [unranked_row(job, ranking) for job in ranking.unranked]
+        lines += ["", "## Jobs without results", "", *markdown_table(UNRANKED_HEADER, unranked)]
+    if ranking.commands:
+        lines += ["", "## Commands", "", "```text", *(line.replace("```", "'''") for line in ranking.commands), "```"]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""A sweep's jobs ranked: settings, their seeds together, intervals, differences to the winner."""
+"""The ranking of a sweep's jobs: one row per setting, seeds averaged, with intervals and differences to the winner."""
 
 import math
 import shlex
@@ -11,12 +11,12 @@ from typing import Any
 
 from glmtuner.config.objective import less_is_better, measured_as
 from glmtuner.report.bootstrap import Interval, interval
-from glmtuner.report.jobs import Job, State, compared, knobs_of, read_jobs, short_names, value_of
-from glmtuner.report.samples import Samples, samples_of, shared, together
+from glmtuner.report.jobs import Job, State, comparable, read_jobs, short_names, value_of, varied_knobs
+from glmtuner.report.record_scores import RecordScores, common_records, pooled, record_scores
 from glmtuner.run_folder.files import read_json
 from glmtuner.run_folder.names import SWEEP
 
-OBJECTIVES = ("predict_rouge-l", "eval_loss", "train_loss")  # what jobs are ranked by when the sweep names no objective
+DEFAULT_OBJECTIVES = ("predict_rouge-l", "eval_loss", "train_loss")  # the first measured one ranks a sweep without one
 COSTS = {
     "train_runtime": "time",
     "train_tokens_per_second": "tokens/s",
@@ -25,22 +25,22 @@ COSTS = {
     "trained_parameters": "trained",
     "total_parameters": "of parameters",
 }
-NO_SCORES = ("_runtime", "_per_second")  # how the names of what is no score end
-DRIFT = 0.01  # relative: further from metrics.json than this, a file of samples is not what was measured
+NON_SCORE_SUFFIXES = ("_runtime", "_per_second")
+TOLERANCE = 0.01  # relative difference between metrics.json and the record scores above which the latter are not used
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One setting: the job, or the jobs that differ in their seed only, with means over them."""
+    """One setting: its job, or the jobs that differ in their seed only and the means over them."""
 
-    settings: dict[str, Any]  # by knob
+    settings: dict[str, Any]  # the values by knob
     jobs: list[Job]
     metrics: dict[str, float]
-    std_devs: dict[str, float] = field(default_factory=dict)  # standard deviation over seeds
+    std_devs: dict[str, float] = field(default_factory=dict)  # over seeds
     intervals: dict[str, Interval] = field(default_factory=dict)
-    samples: dict[str, Samples] = field(default_factory=dict)
-    difference: Interval | None = None  # to the winner, in the objective
-    seeds: "list[Row]" = field(default_factory=list)  # each job by itself, when there are several
+    record_scores: dict[str, RecordScores] = field(default_factory=dict)
+    difference: Interval | None = None  # of the objective, to the winner's
+    seeds: "list[Row]" = field(default_factory=list)  # one row per job if there are several
 
     @property
     def label(self) -> str:
@@ -48,177 +48,182 @@ class Row:
 
     @property
     def tied(self) -> bool:
-        """Whether the row cannot be told apart from the winner."""
-        return self.difference is not None and self.difference.holds_zero
+        """Whether the interval of the difference to the winner contains 0."""
+        return self.difference is not None and self.difference.contains_zero
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """All that the report of a sweep says, in the order in which it says it."""
+    """The content of a sweep's report."""
 
-    root: Path
-    knobs: dict[str, str]  # key -> how it is called
-    objective: str | None  # a key of metrics.json; None when no job measured anything
+    root: Path  # the sweep's folder
+    knobs: dict[str, str]  # dotted key -> short name
+    objective: str | None  # a key of metrics.json; None if no job measured a score
     rows: list[Row]  # finished jobs, the best first
-    others: list[Job]  # unfinished, infeasible and failed ones
+    unranked: list[Job]  # running, unfinished, infeasible and failed ones
     notes: list[str]
-    commands: list[str]
+    commands: list[str]  # the command lines of the sweep
 
     @property
     def winner(self) -> Row | None:
-        return self.rows[0] if self.rows and not rank_of(self.rows[0].metrics, self.objective)[0] else None
+        """The best row; None if no job measured the objective."""
+        return self.rows[0] if self.rows and not sort_key(self.rows[0].metrics, self.objective)[0] else None
 
     @property
-    def chosen(self) -> Job | None:
-        """The winner's run, with several seeds the best of them."""
-        return min(self.winner.jobs, key=lambda job: rank_of(job.metrics, self.objective)) if self.winner else None
+    def best_job(self) -> Job | None:
+        """The winner's job, or that of its best seed."""
+        return min(self.winner.jobs, key=lambda job: sort_key(job.metrics, self.objective)) if self.winner else None
 
     @property
-    def way(self) -> str:
-        return "less is better" if less_is_better(self.objective or "") else "more is better"
+    def direction(self) -> str:
+        """Which values of the objective are better, in words."""
+        return "lower is better" if less_is_better(self.objective or "") else "higher is better"
 
     @property
-    def compared(self) -> bool:
-        """Whether there are intervals to explain."""
+    def has_intervals(self) -> bool:
         return any(row.intervals for row in self.rows)
 
     @property
-    def paired(self) -> bool:
-        """Whether there are differences to the winner to explain."""
+    def has_differences(self) -> bool:
         return any(row.difference for row in self.rows)
 
     @property
-    def export(self) -> str | None:
-        """The command that exports the winner; None when there is nothing trained to export."""
-        if self.chosen is None or self.chosen.folder.trained() is None:
+    def export_command(self) -> str | None:
+        """The command that exports the best job; None if it trained nothing that can be exported."""
+        if self.best_job is None or self.best_job.folder.trained() is None:
             return None
-        path = shlex.quote(str(self.chosen.folder.path))
+        path = shlex.quote(str(self.best_job.folder.path))
         return f"python -m glmtuner export {path} --to {shlex.quote(f'{self.root.resolve().name}_best')}"
 
     @property
-    def told(self) -> str:
-        """How many jobs came to which end."""
-        count = Counter(job.state for job in self.others)
-        finished = sum(len(row.jobs) for row in self.rows)
+    def summary(self) -> str:
+        """The number of jobs in each state."""
+        count = Counter(job.state for job in self.unranked)
+        count[State.finished] = sum(len(row.jobs) for row in self.rows)
         names = {
-            State.finished: "finished", State.running: "running", State.unfinished: "unfinished",
+            State.finished: "finished",
+            State.running: "running",
+            State.unfinished: "unfinished",
             State.infeasible: "did not fit into memory",
             State.failed: "failed",
-        }  # fmt: skip
-        count[State.finished] = finished
-        return ", ".join(f"{count[state]} {word}" for state, word in names.items() if count[state]) or "no job yet"
+        }
+        return ", ".join(f"{count[state]} {name}" for state, name in names.items() if count[state]) or "no job yet"
 
     @property
     def scores(self) -> list[str]:
-        """The measured scores, the objective first; what evaluation and prediction both measured is listed once."""
+        """The measured scores, the objective first; one that evaluation and prediction both measured is listed once."""
         measured = dict.fromkeys(name for row in self.rows for name in row.metrics)
-        kept = [
+        scores = [
             name
             for name in measured
-            if name.startswith(("predict_", "eval_")) and not name.endswith(NO_SCORES)
+            if name.startswith(("predict_", "eval_")) and not name.endswith(NON_SCORE_SUFFIXES)
             and not (name.startswith("eval_") and f"predict_{name.removeprefix('eval_')}" in measured)
         ]  # fmt: skip
-        kept += ["train_loss"] if "train_loss" in measured else []
-        kept.sort(key=lambda name: not name.startswith("predict_"))
-        return [self.objective, *(name for name in kept if name != self.objective)] if self.objective else kept
+        scores += ["train_loss"] if "train_loss" in measured else []
+        scores.sort(key=lambda name: not name.startswith("predict_"))
+        return [self.objective, *(name for name in scores if name != self.objective)] if self.objective else scores
 
     @property
     def costs(self) -> list[str]:
-        """What the jobs took, as far as that was measured and is not the objective itself."""
+        """The measured costs (time, memory, …), except for the objective."""
         return [name for name in COSTS if name != self.objective and any(name in row.metrics for row in self.rows)]
 
 
-def rank_of(metrics: dict[str, float], objective: str | None) -> tuple[bool, float]:
-    """Sorts the best first; what was not measured, or is no number, last."""
+def sort_key(metrics: dict[str, float], objective: str | None) -> tuple[bool, float]:
+    """Sorts the best first, and a missing or non-finite objective last."""
     value = metrics.get(objective or "", math.nan)
     return (False, value if less_is_better(objective or "") else -value) if math.isfinite(value) else (True, 0.0)
 
 
-def ranking(root: Path) -> Ranking:
-    """The sweep in this folder, as far as it has come."""
+def rank_sweep(root: Path) -> Ranking:
+    """The ranking of the sweep in this folder, finished or not."""
     jobs = read_jobs(root)
-    knobs = knobs_of(jobs)
-    done = [job for job in jobs if job.state is State.finished]
-    objective, notes = objective_of(done)
-    cells: dict[tuple[str, ...], list[Job]] = {}
-    for job in done:
-        cells.setdefault(tuple(compared(value_of(job, knob)) for knob in knobs), []).append(job)
-    rows = [row_of(members, knobs, notes) for members in cells.values()]
-    rows.sort(key=lambda row: rank_of(row.metrics, objective))
+    knobs = varied_knobs(jobs)
+    finished = [job for job in jobs if job.state is State.finished]
+    objective, notes = resolve_objective(finished)
+    settings: dict[tuple[str, ...], list[Job]] = {}
+    for job in finished:
+        settings.setdefault(tuple(comparable(value_of(job, knob)) for knob in knobs), []).append(job)
+    rows = [build_row(members, knobs, notes) for members in settings.values()]
+    rows.sort(key=lambda row: sort_key(row.metrics, objective))
     if rows and objective:
-        rows = [against(row, rows[0], objective) for row in rows]
-        notes += notes_on(rows, objective)
-    others = [job for job in jobs if job.state is not State.finished]
-    return Ranking(root, short_names(knobs), objective, rows, others, notes, typed_in(root))
+        rows = [with_difference(row, rows[0], objective) for row in rows]
+        notes += notes_on_differences(rows, objective)
+    unranked = [job for job in jobs if job.state is not State.finished]
+    return Ranking(root, short_names(knobs), objective, rows, unranked, notes, read_commands(root))
 
 
-def objective_of(done: Sequence[Job]) -> tuple[str | None, list[str]]:
-    """What the jobs are ranked by: their `objective`, else the first of OBJECTIVES that one of them measured."""
-    asked = Counter(job.values["objective"] for job in done if job.values.get("objective"))
-    measured = {name for job in done for name in job.metrics}
-    names = [*(name for name, _ in asked.most_common(1)), *OBJECTIVES]
-    found = next((key for name in names if (key := measured_as(name, measured))), None)
-    if not asked or found == measured_as(names[0], measured):
-        return found, []
-    return found, [f"No job measured the objective {names[0]}; they are ranked by {found}."]
+def resolve_objective(finished: Sequence[Job]) -> tuple[str | None, list[str]]:
+    """The metric to rank by, a key of metrics.json, and a note if it is not the one asked for.
+
+    It is the `objective` of most jobs, else the first of DEFAULT_OBJECTIVES that a job measured; None if none did.
+    """
+    asked = Counter(job.values["objective"] for job in finished if job.values.get("objective"))
+    measured = {name for job in finished for name in job.metrics}
+    names = [*(name for name, _ in asked.most_common(1)), *DEFAULT_OBJECTIVES]
+    objective = next((key for name in names if (key := measured_as(name, measured))), None)
+    if not asked or objective == measured_as(names[0], measured):
+        return objective, []
+    return objective, [f"No job measured the objective {names[0]}; they are ranked by {objective}."]
 
 
-def row_of(jobs: list[Job], knobs: Sequence[str], notes: list[str]) -> Row:
-    """The jobs of one setting as a row; a mean is of those that measured it."""
+def build_row(jobs: list[Job], knobs: Sequence[str], notes: list[str]) -> Row:
+    """The row of one setting's jobs; a mean is over those that measured the metric. Notes are appended to `notes`."""
     settings = {knob: value_of(jobs[0], knob) for knob in knobs}
     if len(jobs) == 1:
-        metrics = jobs[0].metrics
-        samples = {}
-        for name, found in samples_of(jobs[0].folder, jobs[0].values, metrics).items():
-            totals, weights = zip(*found.values(), strict=True)
-            measured = sum(totals) / max(sum(weights), 1e-9)
-            if math.isclose(measured, metrics[name], rel_tol=DRIFT, abs_tol=1e-6):
-                samples[name] = found
+        job = jobs[0]
+        scores = {}
+        for name, records in record_scores(job.folder, job.values, job.metrics).items():
+            totals, weights = zip(*records.values(), strict=True)
+            recomputed = sum(totals) / max(sum(weights), 1e-9)
+            if math.isclose(recomputed, job.metrics[name], rel_tol=TOLERANCE, abs_tol=1e-6):
+                scores[name] = records
             else:
                 notes.append(
-                    f"{jobs[0].name}: its file of samples gives {name} {score(name, measured)}, and metrics.json says "
-                    f"{score(name, metrics[name])}; it has no interval."
+                    f"{job.name}: {name} has no interval, because its records score {format_score(name, recomputed)} and "
+                    f"metrics.json says {format_score(name, job.metrics[name])}."
                 )
-        return Row(settings, jobs, metrics, intervals=intervals_of(samples), samples=samples)
+        return Row(settings, jobs, job.metrics, intervals=intervals_of(scores), record_scores=scores)
     seeds = sorted(
-        (row_of([job], knobs, notes) for job in jobs), key=lambda row: (len(row.jobs[0].seed), row.jobs[0].seed)
+        (build_row([job], knobs, notes) for job in jobs), key=lambda row: (len(row.jobs[0].seed), row.jobs[0].seed)
     )
     names = dict.fromkeys(name for job in jobs for name in job.metrics)
     values = {name: [job.metrics[name] for job in jobs if name in job.metrics] for name in names}
-    samples = {
-        name: together(row.samples[name] for row in seeds)
+    scores = {
+        name: pooled(row.record_scores[name] for row in seeds)
         for name in names
-        if all(name in row.samples for row in seeds)
+        if all(name in row.record_scores for row in seeds)
     }
     return Row(
         settings,
         [row.jobs[0] for row in seeds],
-        {name: fmean(found) for name, found in values.items()},
-        {name: stdev(found) for name, found in values.items() if len(found) > 1 and all(map(math.isfinite, found))},
-        intervals_of(samples),
-        samples,
+        {name: fmean(each) for name, each in values.items()},
+        {name: stdev(each) for name, each in values.items() if len(each) > 1 and all(map(math.isfinite, each))},
+        intervals_of(scores),
+        scores,
         seeds=seeds,
     )
 
 
-def intervals_of(samples: dict[str, Samples]) -> dict[str, Interval]:
-    found = {name: interval(list(each.values())) for name, each in samples.items()}
-    return {name: each for name, each in found.items() if each is not None}
+def intervals_of(scores: dict[str, RecordScores]) -> dict[str, Interval]:
+    """The interval of each metric that has one."""
+    intervals = {name: interval(list(records.values())) for name, records in scores.items()}
+    return {name: each for name, each in intervals.items() if each is not None}
 
 
-def against(row: Row, winner: Row, objective: str) -> Row:
-    """The row with the paired interval of its difference to the winner, where both were scored on the same records."""
-    mine, theirs = row.samples.get(objective), winner.samples.get(objective)
+def with_difference(row: Row, winner: Row, objective: str) -> Row:
+    """The row, and its seeds, with the paired interval of the difference to the winner if it has the same records."""
+    own, best = row.record_scores.get(objective), winner.record_scores.get(objective)
     difference = None
-    if mine and theirs and row is not winner:
-        records = shared(mine, theirs)
-        difference = interval([mine[record] for record in records], [theirs[record] for record in records])
-    seeds = [] if row is winner else [against(each, winner, objective) for each in row.seeds]
+    if own and best and row is not winner:
+        records = common_records(own, best)
+        difference = interval([own[record] for record in records], [best[record] for record in records])
+    seeds = [] if row is winner else [with_difference(seed, winner, objective) for seed in row.seeds]
     return replace(row, difference=difference, seeds=seeds or row.seeds)
 
 
-def notes_on(rows: Sequence[Row], objective: str) -> list[str]:
-    """What a reader must know about the differences."""
+def notes_on_differences(rows: Sequence[Row], objective: str) -> list[str]:
+    """What a reader of the differences must know."""
     winner, *rest = rows
     notes = []
     if len(winner.seeds) > 1:
@@ -227,34 +232,35 @@ def notes_on(rows: Sequence[Row], objective: str) -> list[str]:
             "the winner's best seed."
         )
     if objective not in winner.intervals:
-        notes.append(f"No file holds {title(objective)} sample by sample, so there are no intervals of differences.")
-        return notes
-    apart = sum(objective in row.samples and row.difference is None for row in rest)
-    if apart:
         notes.append(
-            f"{apart} of the {len(rows)} settings were evaluated on other records than the winner, and so are not compared "
-            "with it sample by sample (a dash); data.eval_dataset=… gives all jobs of a sweep the same records."
+            f"There is no file with the {metric_title(objective)} of each record, so differences have no intervals."
+        )
+        return notes
+    incomparable = sum(objective in row.record_scores and row.difference is None for row in rest)
+    if incomparable:
+        notes.append(
+            f"{incomparable} of the {len(rows)} settings were evaluated on other records than the winner, so they have no "
+            "paired difference (a dash); data.eval_dataset=… evaluates all jobs of a sweep on the same records."
         )
     return notes
 
 
-def typed_in(root: Path) -> list[str]:
-    """The commands of the sweep; empty when they are not known."""
+def read_commands(root: Path) -> list[str]:
+    """The command lines in the sweep's sweep.json; empty if it is missing or damaged."""
     try:
-        typed = read_json(root / SWEEP)["typed"]
-        return [str(line) for line in typed] if isinstance(typed, list) else []
-    except Exception:  # missing or damaged: the report goes without
+        commands = read_json(root / SWEEP)["typed"]
+        return [str(line) for line in commands] if isinstance(commands, list) else []
+    except Exception:  # the report does without them
         return []
 
 
-def score(name: str, value: float, like: float | None = None) -> str:
-    """A value of the metric as people read it, with as many decimals as `like`, a value of the same kind, would have."""
+def format_score(name: str, value: float, like: float | None = None) -> str:
+    """A value of the metric as text, with as many decimals as the value `like` would have."""
     size = abs(value if like is None else like)
     return f"{value:.4f}" if size < 1 or (name.endswith("loss") and size < 100) else f"{value:,.2f}"
 
 
-def title(name: str) -> str:
+def metric_title(name: str) -> str:
     """A metric's name in a heading."""
-    return COSTS.get(name) or {"eval_loss": "evaluation loss", "train_loss": "training loss"}.get(
-        name, name.removeprefix("predict_")
-    )
+    titles = {**COSTS, "eval_loss": "evaluation loss", "train_loss": "training loss"}
+    return titles.get(name, name.removeprefix("predict_"))

@@ -1,59 +1,63 @@
-"""The report of a folder, a sweep's or a run's: its files written, its numbers shown."""
+"""Writes and shows the report of a folder: of a sweep or of a run."""
 
 from pathlib import Path
 
 from glmtuner.console import say
 from glmtuner.errors import CheckpointError
 from glmtuner.report.answers import best_answers
-from glmtuner.report.leaderboard import csv_of, markdown_of, show_ranking
+from glmtuner.report.leaderboard import leaderboard_csv, show_ranking, sweep_markdown
 from glmtuner.report.page import run_page, sweep_page
-from glmtuner.report.pictures import by_knob, sweep_losses
-from glmtuner.report.ranking import ranking
-from glmtuner.report.run import show, write_run
+from glmtuner.report.plots import plot_by_knob, plot_sweep_losses
+from glmtuner.report.ranking import rank_sweep
+from glmtuner.report.run import show_run, write_run_markdown
 from glmtuner.run_folder.files import write_bytes, write_text
 from glmtuner.run_folder.folder import RunFolder, job_folders
 from glmtuner.run_folder.names import FAILED, REPORT, REPORT_PAGE, SWEEP
 
-LEADERBOARD, PICTURES = "leaderboard.csv", "pictures"
+LEADERBOARD, PLOTS = "leaderboard.csv", "pictures"
 
 
-def report(path: Path) -> None:
-    """Write the folder's report and show it; raises CheckpointError for a folder that is neither a sweep nor a run."""
+def write_report(path: Path) -> None:
+    """Write the folder's report and print it; raises CheckpointError if it is the folder of neither a sweep nor a run."""
     if RunFolder(path).is_run:
-        report_run(path)
+        write_run_report(path)
     elif (path / SWEEP).is_file() or job_folders(path):
-        report_sweep(path)
+        write_sweep_report(path)
     else:
         failure = RunFolder(path).failure() if (path / FAILED).is_file() else None
-        what = (
+        problem = (
             f"the run failed before it started: {failure.get('reason')}" if failure
             else "it is neither a sweep nor a run" if path.is_dir() else "no such folder"
         )  # fmt: skip
         raise CheckpointError(
-            f"report {path}: {what}; type python -m glmtuner report outputs/sweeps/<sweep>, or outputs/<date>/<run>"
+            f"report {path}: {problem}; type python -m glmtuner report outputs/sweeps/<sweep>, or outputs/<date>/<run>"
         )
 
 
-def report_sweep(root: Path) -> None:
-    """Write report.md, report.html, leaderboard.csv and pictures/ into the sweep's folder, running or not, and show it."""
-    board = ranking(root)
-    pictures = [picture for picture in (sweep_losses(board), *by_knob(board)) if picture is not None]
-    for picture in pictures:
-        write_bytes(root / PICTURES / f"{picture.name}.png", picture.light)
-    for stale in {*(root / PICTURES).glob("*.png")} - {root / PICTURES / f"{picture.name}.png" for picture in pictures}:
-        stale.unlink(missing_ok=True)  # of an earlier report, when other knobs were varied
-    files = [(f"{PICTURES}/{picture.name}.png", picture.about) for picture in pictures]
-    write_text(root / LEADERBOARD, csv_of(board))
-    write_text(root / REPORT, markdown_of(board, files, best_answers(board)))
-    write_text(root / REPORT_PAGE, sweep_page(board, pictures))
-    show_ranking(board)
-    say(f"report: {root / REPORT_PAGE}, {REPORT}, {LEADERBOARD}, {PICTURES}/")
+def write_sweep_report(root: Path) -> None:
+    """Write report.md, report.html, leaderboard.csv and pictures/ into the sweep's folder, and print the ranking.
+
+    The sweep need not be finished. Plots of an earlier report that this one does not have are removed.
+    """
+    ranking = rank_sweep(root)
+    plots = [plot for plot in (plot_sweep_losses(ranking), *plot_by_knob(ranking)) if plot is not None]
+    files = {root / PLOTS / f"{plot.name}.png": plot for plot in plots}
+    for file, plot in files.items():
+        write_bytes(file, plot.light)
+    for outdated in {*(root / PLOTS).glob("*.png")} - files.keys():
+        outdated.unlink(missing_ok=True)
+    captions = [(f"{PLOTS}/{plot.name}.png", plot.caption) for plot in plots]
+    write_text(root / LEADERBOARD, leaderboard_csv(ranking))
+    write_text(root / REPORT, sweep_markdown(ranking, captions, best_answers(ranking)))
+    write_text(root / REPORT_PAGE, sweep_page(ranking, plots))
+    show_ranking(ranking)
+    say(f"report: {root / REPORT_PAGE}, {REPORT}, {LEADERBOARD}, {PLOTS}/")
 
 
-def report_run(path: Path) -> None:
-    """Write report.md and report.html into the run's folder and show the run."""
+def write_run_report(path: Path) -> None:
+    """Write report.md and report.html into the run folder, and print the run."""
     folder = RunFolder(path)
-    write_run(folder, folder.metrics())
+    write_run_markdown(folder, folder.metrics())
     write_text(folder / REPORT_PAGE, run_page(folder))
-    show(path)
+    show_run(path)
     say(f"report: {folder / REPORT_PAGE}, {REPORT}")

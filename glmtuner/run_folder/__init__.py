@@ -1,1 +1,1 @@
-"""The run folder: what is written where, when a run counts as finished, which checkpoints are complete."""
+"""The run folder: which file is written where, when a run counts as finished, which checkpoints are complete."""

@@ -1,4 +1,4 @@
-"""Whether a run may use a folder: fresh, to be resumed, or refused."""
+"""Whether a run may use a folder: as a fresh one, to resume the run in it, or not at all."""
 
 from datetime import datetime
 from pathlib import Path
@@ -11,18 +11,18 @@ from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import FAILED, LOCK, OUTPUT
 from glmtuner.run_folder.redaction import flatten, redact_config
 
-# Keys that a run fills in itself, from the model.
+# Keys that a run fills in from its model.
 DERIVED_KEYS = ("finetuning.lora_target", "model.family", "model.template")
-# Keys that may differ between a run and its continuation: they change no number.
+# Keys that may change when a run is resumed: no result depends on them.
 RESUME_IGNORED_KEYS = (
     "trainer.overwrite_output_dir", "trainer.output_dir", "trainer.disable_tqdm", "trainer.log_level",
-    "data.overwrite_cache", "data.preprocessing_num_workers", "model.cache_dir", "model.use_auth_token",
-    "tracker.name", "tracker.project", "tracker.entity", "tracker.group", "tracker.job_type", "tracker.tags", "tracker.log_artifact",
+    "data.overwrite_cache", "data.preprocessing_num_workers", "data.tiktoken_engine", "model.cache_dir", "model.use_auth_token",
+    "plugins", "tracker.name", "tracker.project", "tracker.entity", "tracker.group", "tracker.job_type", "tracker.tags", "tracker.log_artifact",
 )  # fmt: skip
 
 
 def default_folder(root: Path, name: str) -> Path:
-    """`<root>/<date>/<time>_<name>`, numbered when two runs start in the same second."""
+    """`<root>/<date>/<time>_<name>`, with a number appended if that folder exists."""
     now = datetime.now()
     folder = root / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}_{name}"
     number = 2
@@ -33,10 +33,10 @@ def default_folder(root: Path, name: str) -> Path:
 
 
 def acquire_run_folder(path: Path, config: DictConfig, overwrite: bool) -> bool:
-    """Whether the run in this folder is to be resumed; False for a fresh folder.
+    """Lock the folder if it exists, and return whether the run in it is to be resumed; False for a fresh folder.
 
-    Where the folder exists it is locked. Raises CheckpointError when another process has it, and when it holds a finished
-    run, another run, or files that are no run's.
+    With `overwrite` the run in it is removed. Raises FolderBusy if another process has locked the folder, and
+    CheckpointError if it holds a finished run, a run of another configuration, or files that are not of a run.
     """
     folder = RunFolder(path)
     if not path.exists() or not any(entry.name not in (FAILED, OUTPUT, LOCK) for entry in path.iterdir()):
@@ -51,33 +51,35 @@ def acquire_run_folder(path: Path, config: DictConfig, overwrite: bool) -> bool:
 
 
 def check_overwritable(folder: RunFolder, config: DictConfig, overwrite: bool) -> None:
-    """Raise CheckpointError where the folder holds what this run may neither go on with nor replace."""
+    """Raise CheckpointError if the folder holds something that this run may neither resume nor replace."""
     path = folder.path
-    name = f"trainer.output_dir={path}"
-    again = "type another trainer.output_dir, or trainer.overwrite_output_dir=true to start it afresh"
-    if overwrite:
-        if not folder.is_run:
-            raise CheckpointError(
-                f"{name} holds files that are no run's ({', '.join(sorted(entry.name for entry in path.iterdir())[:3])}), and "
-                "trainer.overwrite_output_dir=true only replaces a run; type another trainer.output_dir"
-            )
-        return
-    if not folder.is_run:
+    knob = f"trainer.output_dir={path}"
+    advice = "type another trainer.output_dir, or trainer.overwrite_output_dir=true to start over"
+    entries = ", ".join(sorted(entry.name for entry in path.iterdir())[:3])
+    if not folder.is_run and overwrite:
         raise CheckpointError(
-            f"{name} is not empty and holds no run ({', '.join(sorted(entry.name for entry in path.iterdir())[:3])}); "
+            f"{knob} is not a run folder (it contains {entries}), and trainer.overwrite_output_dir=true only replaces a run; "
             "type another trainer.output_dir"
         )
+    if not folder.is_run:
+        raise CheckpointError(
+            f"{knob} is neither empty nor a run folder (it contains {entries}); type another trainer.output_dir"
+        )
+    if overwrite:
+        return
     if folder.is_finished:
-        raise CheckpointError(f"{name} holds a finished run; {again}")
+        raise CheckpointError(f"{knob} holds a finished run; {advice}")
     different = [key for key in differing_keys(folder.config(), config) if key not in RESUME_IGNORED_KEYS]
     if different:
-        told = ", ".join(different[:6]) + (f" and {len(different) - 6} more" if len(different) > 6 else "")
-        raise CheckpointError(f"{name} holds an unfinished run of another configuration (different: {told}); {again}")
+        listing = ", ".join(different[:6]) + (f" and {len(different) - 6} more" if len(different) > 6 else "")
+        raise CheckpointError(
+            f"{knob} holds an unfinished run of another configuration (different: {listing}); {advice}"
+        )
 
 
 def differing_keys(one: DictConfig, other: DictConfig) -> list[str]:
-    """The dotted keys whose values differ; what a run fills in itself and how a path is written do not count."""
-    left, right = (_comparable(config) for config in (one, other))
+    """The dotted keys whose values differ, DERIVED_KEYS aside; two spellings of the same path are equal."""
+    left, right = _comparable(one), _comparable(other)
     return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints in a run folder: which are complete, and which is the latest."""
+"""The checkpoints in a run folder: which are complete, and which complete one is the latest."""
 
 import os
 from pathlib import Path
@@ -10,38 +10,38 @@ from glmtuner.run_folder.names import CHECKPOINTS, MARKER
 
 
 def mark_complete(folder: Path, about: dict[str, Any]) -> None:
-    """Write the marker: every file of the checkpoint with its size, all of them on the disk before it."""
-    files = {}
+    """Write the marker: `about` and the size of every file in the checkpoint, after flushing all of them to the disk."""
+    sizes = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
+        with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows flushes only files opened for writing
             os.fsync(file.fileno())
-        files[str(path.relative_to(folder))] = path.stat().st_size
-    write_json(folder / MARKER, {**about, "files": files})
+        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    write_json(folder / MARKER, {**about, "files": sizes})
 
 
 REQUIRED_FILES = {
-    "optimizer.pt": "its optimizer state",
-    "scheduler.pt": "its scheduler state",
-    "trainer_state.json": "its step",
+    "optimizer.pt": "optimizer state",
+    "scheduler.pt": "scheduler state",
+    "trainer_state.json": "trainer state",
 }
 
 
 def checkpoint_problem(folder: Path, ranks: int | None = None) -> str | None:
-    """Why a checkpoint cannot be resumed from (by so many ranks), in a few words; None when it is whole."""
+    """Why a checkpoint cannot be resumed from (with `ranks` processes), in a few words; None if it can."""
     if not (folder / MARKER).is_file():
-        return f"half-written: it has no {MARKER}"
+        return f"incomplete: it has no {MARKER}"
     try:
         about = read_json(folder / MARKER)
         sizes = about["files"]
     except (CheckpointError, KeyError, TypeError):
         return f"its {MARKER} is damaged"
-    for name, what in REQUIRED_FILES.items():
+    for name, content in REQUIRED_FILES.items():
         if not (folder / name).is_file():
-            return f"it lacks {what} ({name})"
+            return f"it has no {content} ({name})"
     if not list(folder.glob("rng_state*.pth")):
-        return "it lacks its random states (rng_state.pth)"
+        return "it has no RNG state (rng_state.pth)"
     if ranks not in (None, about.get("ranks", 1)):
-        return f"{about.get('ranks', 1)} processes wrote it, and this run has {ranks}"
+        return f"it was saved by {about.get('ranks', 1)} processes, and this run has {ranks}"
     for name, size in sizes.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -57,17 +57,17 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest step first, whole or not."""
-    found = [path for path in (run / CHECKPOINTS).glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0]
-    return sorted(found, key=step_of)
+    """The run's checkpoints by step, complete or not."""
+    folders = [path for path in (run / CHECKPOINTS).glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0]
+    return sorted(folders, key=step_of)
 
 
 def latest_complete_checkpoint(run: Path, ranks: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint to resume from, and a sentence for each one that was passed over."""
-    passed = [f"{path.name} is passed over: half-written" for path in sorted((run / CHECKPOINTS).glob(".partial-*"))]
+    """The latest checkpoint that can be resumed from, and a sentence about each later one that was skipped."""
+    skipped = [f"{path.name} is skipped: incomplete" for path in sorted((run / CHECKPOINTS).glob(".partial-*"))]
     for folder in reversed(checkpoints(run)):
-        reason = checkpoint_problem(folder, ranks)
-        if reason is None:
-            return folder, passed
-        passed.append(f"{folder.name} is passed over: {reason}")
-    return None, passed
+        problem = checkpoint_problem(folder, ranks)
+        if problem is None:
+            return folder, skipped
+        skipped.append(f"{folder.name} is skipped: {problem}")
+    return None, skipped

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with errors that name them."""
+"""Atomic writes, and reads whose errors name the file."""
 
 import json
 import os
@@ -10,12 +10,12 @@ from glmtuner.errors import CheckpointError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file (UTF-8) atomically; see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary name, to the disk, then renamed."""
+    """Write a file atomically: to a temporary name, flushed to the disk, then renamed. Parent folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
@@ -26,11 +26,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write the value as indented JSON, atomically; non-ASCII characters are kept."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The file's value; raises CheckpointError when it is damaged."""
+    """The parsed value; raises CheckpointError if the file is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
@@ -38,21 +39,21 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The file's object; raises CheckpointError when it is damaged, or holds something else."""
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is damaged (it holds no keys)")
-    return found
+    """The parsed JSON object; raises CheckpointError if the file is damaged or holds another type."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged (it is not a JSON object)")
+    return value
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a line that a kill cut short is left out."""
+    """The JSON objects of a JSON Lines file; lines that are not one, such as a truncated last line, are skipped."""
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            found = json.loads(line)
+            value = json.loads(line)
         except ValueError:
             continue
-        if isinstance(found, dict):
-            yield found
+        if isinstance(value, dict):
+            yield value

@@ -1,9 +1,8 @@
-"""The run folder: what is in it, and when a run counts as finished, failed or running.
+"""The run folder: its contents, and whether its run is finished, failed or running.
 
-No torch here: a folder can be read, shown and judged without loading a model.
+torch is not imported: the state of a run can be read and shown without loading a model.
 """
 
-import fcntl
 import os
 import shutil
 import traceback
@@ -16,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from glmtuner.errors import CheckpointError, FolderBusy, GlmtunerError
-from glmtuner.run_folder.files import read_json, read_lines, read_object, write_json
-from glmtuner.run_folder.names import ADAPTER, CONFIG, FAILED, HISTORY, LOCK, METRICS, MODEL, OURS, PROVENANCE
+from glmtuner.run_folder.files import read_lines, read_object, write_json
+from glmtuner.run_folder.locks import LocksUnsupported, is_locked, try_lock
+from glmtuner.run_folder.names import ADAPTER, CONFIG, FAILED, HISTORY, LOCK, METRICS, MODEL, PROVENANCE, RUN_ENTRIES
 from glmtuner.run_folder.redaction import redact_overrides
 
 
@@ -32,15 +32,16 @@ class RunFolder:
 
     @property
     def is_run(self) -> bool:
+        """Whether the folder holds a run, in any state."""
         return (self / CONFIG).is_file()
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run reached its end: metrics.json is written last."""
+        """Whether the run is finished: metrics.json is written last."""
         return self.is_run and (self / METRICS).is_file()
 
     def config(self) -> DictConfig:
-        """The resolved config; raises CheckpointError when the folder holds no run."""
+        """The resolved config; raises CheckpointError if the folder holds no run or the file is damaged."""
         if not self.is_run:
             raise CheckpointError(f"{self.path} holds no run: it has no {CONFIG}; name a folder under outputs/")
         try:
@@ -48,100 +49,92 @@ class RunFolder:
         except (YAMLError, ValueError) as error:
             raise CheckpointError(f"{self / CONFIG} is damaged ({' '.join(str(error).split())})") from None
         if not isinstance(loaded, DictConfig):
-            raise CheckpointError(f"{self / CONFIG} is damaged (it holds no keys)")
+            raise CheckpointError(f"{self / CONFIG} is damaged (it is not a mapping)")
         return loaded
 
     def metrics(self) -> dict[str, float]:
+        """metrics.json; empty until the run is finished."""
         return read_object(self / METRICS) if (self / METRICS).is_file() else {}
 
     def provenance(self) -> dict[str, Any]:
+        """provenance.json; empty if the run has not written it."""
         return read_object(self / PROVENANCE) if (self / PROVENANCE).is_file() else {}
 
     def history(self) -> list[dict[str, float]]:
+        """The logged lines, with `step`, in the order in which they were logged."""
         return list(read_lines(self / HISTORY))
 
     def failure(self) -> dict[str, Any] | None:
-        """Why the last attempt ended early: its `kind` (error, or infeasible: out of memory), `reason`, `time`; or None."""
+        """failed.json of the last attempt: its `kind` (error, or infeasible: out of memory), `reason`, `time`; or None."""
         return read_object(self / FAILED) if (self / FAILED).is_file() else None
 
     def lock(self) -> None:
-        """Make the folder, and hold it until `unlock` or the end of this process, however it ends.
+        """Create the folder and lock it until `unlock` or the end of this process, however it ends.
 
-        Raises FolderBusy when another process runs the run in it. On a disk that knows no locks nothing is held.
+        Raises FolderBusy if another process has locked it. A disk that does not support locks leaves it unlocked.
         """
-        if self.path in _LOCKS:
+        if self.path in _HELD_LOCKS:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        file = (self / LOCK).open("w")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise FolderBusy(
-                f"trainer.output_dir={self.path}: another process runs the run in it right now; wait for its end, or type "
-                "another trainer.output_dir"
-            ) from None
-        except OSError:
-            file.close()
+            lock = try_lock(self / LOCK)
+        except LocksUnsupported:
             return
-        _LOCKS[self.path] = file
+        if lock is None:
+            raise FolderBusy(
+                f"trainer.output_dir={self.path}: another process is running in it; wait until it ends, or type another "
+                "trainer.output_dir"
+            )
+        _HELD_LOCKS[self.path] = lock
 
     def unlock(self) -> None:
-        if file := _LOCKS.pop(self.path, None):
-            file.close()
+        """Release the lock, if this process holds it."""
+        if lock := _HELD_LOCKS.pop(self.path, None):
+            lock.close()
 
     @property
     def is_running(self) -> bool:
-        """Whether a process, this one or another, holds the folder."""
-        if not (self / LOCK).is_file():
-            return False
-        with (self / LOCK).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-        return False
+        """Whether a process, this one or another, has locked the folder."""
+        return is_locked(self / LOCK)
 
     def record_failure(self, error: BaseException, overrides: list[str], first_wins: bool = False) -> dict[str, Any]:
-        """Write failed.json, and return it; a traceback goes in for what is no mistake of the user's.
+        """Write failed.json and return its content, with a traceback unless the user caused the error.
 
-        With `first_wins` a failure that is there already stays: of several ranks, the later ones fail for the first.
+        With `first_wins` an existing failed.json is kept and returned: when one rank fails, the others fail because of it.
         """
-        found = {
-            "kind": "infeasible" if out_of_memory(error) else "error",
+        failure = {
+            "kind": "infeasible" if is_out_of_memory(error) else "error",
             "reason": " ".join(f"{error}".split())[:2000] or type(error).__name__,
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
             "words": redact_overrides(overrides),
         }
         if not isinstance(error, GlmtunerError):
-            found["reason"] = f"{type(error).__name__}: {found['reason']}"
-            found["traceback"] = "".join(traceback.format_exception(error))
+            failure["reason"] = f"{type(error).__name__}: {failure['reason']}"
+            failure["traceback"] = "".join(traceback.format_exception(error))
         if not first_wins:
-            write_json(self / FAILED, found)
-            return found
-        mine = self / f".{FAILED}.{os.getpid()}"
-        write_json(mine, found)
+            write_json(self / FAILED, failure)
+            return failure
+        own = self / f".{FAILED}.{os.getpid()}"
+        write_json(own, failure)
         try:
-            os.link(mine, self / FAILED)
+            os.link(own, self / FAILED)  # atomic, and fails if the file exists
         except FileExistsError:
-            found = read_json(self / FAILED)
+            failure = read_object(self / FAILED)
         except OSError:  # a disk without hard links
-            mine.replace(self / FAILED)
-        mine.unlink(missing_ok=True)
-        return found
+            own.replace(self / FAILED)
+        own.unlink(missing_ok=True)
+        return failure
 
     def trained(self) -> Path | None:
-        """Where the trained weights are, when there are any: adapter/ or model/."""
+        """The folder of the trained weights, adapter/ or model/; None if there are none."""
         for name, file in ((ADAPTER, "adapter_config.json"), (MODEL, "config.json")):
             if (self / name / file).is_file():
                 return self / name
         return None
 
     def clear(self) -> None:
-        """Remove what a run wrote, and nothing else."""
-        for name in OURS:
+        """Remove everything that a run writes, and nothing else."""
+        for name in RUN_ENTRIES:
             path = self / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -149,19 +142,19 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
 
-_LOCKS: dict[Path, IO[str]] = {}  # what this process holds
+_HELD_LOCKS: dict[Path, IO[bytes]] = {}  # locked by this process
 
 
 def job_folders(sweep: Path) -> list[RunFolder]:
-    """The folders of a sweep's jobs, in the order of their names: those of runs that started, or failed to."""
+    """The folders of a sweep's jobs by name: those whose run has started, or failed before it started."""
     if not sweep.is_dir():
         return []
-    found = [RunFolder(path) for path in sorted(sweep.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    return [folder for folder in found if folder.is_run or (folder / FAILED).is_file()]
+    folders = [RunFolder(path) for path in sorted(sweep.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    return [folder for folder in folders if folder.is_run or (folder / FAILED).is_file()]
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an accelerator or the machine had no memory left; torch is not imported for it."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator or the host ran out of memory; torch is not imported for the check."""
     text = str(error)
     return (
         isinstance(error, MemoryError)

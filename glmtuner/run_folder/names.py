@@ -1,4 +1,4 @@
-"""The names of what lies in a run folder."""
+"""The names of the files and folders in a run folder."""
 
 CONFIG, OVERRIDES, PROVENANCE, HISTORY, METRICS = (
     "config.yaml",
@@ -7,15 +7,16 @@ CONFIG, OVERRIDES, PROVENANCE, HISTORY, METRICS = (
     "history.jsonl",
     "metrics.json",
 )
-PREDICTIONS, REPORT, LOSS_PICTURE, TEMPLATE = "predictions.jsonl", "report.md", "loss.png", "template.jinja"
-REPORT_PAGE, SWEEP = "report.html", "sweep.json"  # sweep.json is in a sweep's folder: what was typed
+PREDICTIONS, REPORT, LOSS_PLOT, TEMPLATE = "predictions.jsonl", "report.md", "loss.png", "template.jinja"
+REPORT_PAGE, SWEEP = "report.html", "sweep.json"  # sweep.json is in the folder of a sweep: its command lines
 CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL = "checkpoints", "evaluations", "adapter", "model"
-FAILED, OUTPUT = "failed.json", "output.log"  # why the last attempt ended; what a job of a sweep printed
-LOSSES = "losses.jsonl"  # of each evaluation record: `index`, `loss` (nats, summed over the answer), `tokens`; or what a stage measures
-LOCK = ".lock"  # held by the process that runs the run
+FAILED, OUTPUT = "failed.json", "output.log"  # why the last attempt failed; the output of a sweep job
+# One line per evaluation record: `index`, `loss` (in nats, summed over the answer), `tokens`; or the metrics of a stage.
+LOSSES = "losses.jsonl"
+LOCK = ".lock"  # locked by the process that executes the run
 TRACKERS = ("wandb", "tensorboard")
-OURS = (
-    CONFIG, OVERRIDES, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, REPORT_PAGE, LOSS_PICTURE, TEMPLATE,
+RUN_ENTRIES = (  # everything that a run writes into its folder, except for LOCK
+    CONFIG, OVERRIDES, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, REPORT_PAGE, LOSS_PLOT, TEMPLATE,
     CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL, FAILED, OUTPUT, LOSSES, *TRACKERS,
 )  # fmt: skip
-MARKER = "complete.json"  # written last into a checkpoint: its files and their sizes
+MARKER = "complete.json"  # the last file written into a checkpoint: its files and their sizes

@@ -1,4 +1,4 @@
-"""Where a run came from: code, packages, machine, command line."""
+"""The provenance of a run: command line, start time, versions of the packages, git commit."""
 
 import hashlib
 import subprocess
@@ -12,7 +12,7 @@ from glmtuner.run_folder.redaction import redact_overrides
 
 
 def provenance(overrides: list[str], **more: Any) -> dict[str, Any]:
-    """Where a run came from: code, packages, machine, command line, and what the caller knows of data and template."""
+    """The content of provenance.json: command line, start time, versions, git state, and `more` from the caller."""
     return {
         "command": " ".join(["python -m glmtuner", *redact_overrides(overrides)]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -37,6 +37,7 @@ PACKAGES = (
 
 
 def version_of(package: str) -> str | None:
+    """The version of an installed distribution; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -44,12 +45,12 @@ def version_of(package: str) -> str | None:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, whether files differ from it, and a hash of the difference; None outside a repository."""
+    """The commit, whether the working tree is dirty, and the SHA-256 of `git diff HEAD`; None outside a repository."""
 
-    def git(*overrides: str) -> str | None:
+    def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", *overrides], cwd=folder, capture_output=True, text=True, timeout=20, check=False
+                ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=False
             )
         except (OSError, subprocess.TimeoutExpired):
             return None

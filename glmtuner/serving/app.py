@@ -1,4 +1,4 @@
-"""The HTTP side of `serve`: routes, who may ask, how much, and for how long."""
+"""The HTTP side of `serve`: routes, access, and the limits of a request."""
 
 import asyncio
 import hmac
@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -24,57 +24,65 @@ from glmtuner.data.records import Message
 from glmtuner.errors import ConfigError
 from glmtuner.inference.finished import Finished
 from glmtuner.inference.generate import AnswerText
-from glmtuner.serving.engine import Busy, Engine, Request, Sampling
-from glmtuner.serving.protocol import ApiError, ChatRequest, told
+from glmtuner.serving.engine import Engine, QueueFullError, Request, Sampling
+from glmtuner.serving.protocol import ApiError, ChatRequest, validation_error
 
 PAGE = Path(__file__).with_name("page.html")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one server takes on."""
+    """What the server accepts of one request."""
 
-    body: int = 4 * 2**20  # bytes of a request
-    seconds: float = 300.0  # from a request's arrival to the end of its answer
+    max_body_bytes: int = 4 * 2**20
+    timeout_s: float = 300.0  # from a request's arrival to the end of its answer
+
+
+class Delta(NamedTuple):
+    """New text of one choice of a request; `finish_reason` is None until the choice ends."""
+
+    choice: int
+    text: str
+    finish_reason: str | None
 
 
 class Choice:
-    """One answer of a request, from the engine's thread to the event loop."""
+    """One answer of a request: turns the engine's tokens into deltas and passes them to `emit`, in the engine's thread."""
 
-    def __init__(
-        self, index: int, finished: Finished, stops: list[str], tell: Callable[[int, str, str | None], None]
-    ) -> None:
-        self.index, self.stop_ids, self.tell = index, finished.stops, tell
+    def __init__(self, index: int, finished: Finished, stops: list[str], emit: Callable[[Delta], None]) -> None:
+        self.index, self.stop_ids, self.emit = index, finished.stops, emit
         self.text = AnswerText(finished.tokenizer, stops)
 
-    def take(self, token: int) -> bool:
-        """The engine's next token; False when a stop text ends the answer."""
+    def on_token(self, token: int) -> bool:
+        """Take the engine's next token; False if a stop token or a stop text ends the answer."""
         if token in self.stop_ids:
             return False
         text = self.text.put(token)
         if text:
-            self.tell(self.index, text, None)
+            self.emit(Delta(self.index, text, None))
         return not self.text.stopped
 
-    def end(self, reason: str) -> None:
+    def on_end(self, reason: str) -> None:
+        """Emit the remaining text and the finish reason."""
         text = "" if self.text.stopped else self.text.finish()
-        self.tell(self.index, text, "stop" if self.text.stopped else reason)
+        self.emit(Delta(self.index, text, "stop" if self.text.stopped else reason))
 
 
 @dataclass
 class Call:
-    """A chat request under way: its choices, and the pieces of text that came for them."""
+    """A chat request in progress: its requests to the engine, one per choice, and the deltas that these produce."""
 
-    asked: ChatRequest
+    chat: ChatRequest
     prompt: list[int]
     requests: list[Request] = field(default_factory=list)
-    pieces: asyncio.Queue[tuple[int, str, str | None]] = field(default_factory=asyncio.Queue)
+    deltas: asyncio.Queue[Delta] = field(default_factory=asyncio.Queue)
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
-    began: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def usage(self) -> dict[str, int]:
+        """Token counts in the API's form."""
         generated = sum(len(request.generated) for request in self.requests)
         return {
             "prompt_tokens": len(self.prompt), "completion_tokens": generated,
@@ -82,15 +90,17 @@ class Call:
         }  # fmt: skip
 
     def cancel(self) -> None:
+        """End all its answers at the engine's next step."""
         for request in self.requests:
             request.cancelled = True
 
-    def log(self, how: str) -> None:
-        seconds = time.monotonic() - self.began
+    def log(self, outcome: str) -> None:
+        """Print one line: time, token counts, seconds, and how the request ended."""
+        seconds = time.monotonic() - self.started
         usage = self.usage
         say(
             f"{time.strftime('%H:%M:%S')} {self.id} {usage['prompt_tokens']} + {usage['completion_tokens']} tokens, "
-            f"{seconds:.1f} s, {how}"
+            f"{seconds:.1f} s, {outcome}"
         )
 
 
@@ -101,107 +111,105 @@ class Server:
         self.finished, self.engine, self.name, self.limits = finished, engine, name, limits
         self.created = int(time.time())
 
-    def begin(self, asked: ChatRequest) -> Call:
-        """Hand the request to the engine. Raises ApiError where it cannot be answered."""
-        if asked.model != self.name:
-            raise ApiError(
-                404,
-                f"the model '{asked.model}' does not exist; this server has '{self.name}'",
-                "model_not_found",
-                "model",
-            )
-        if asked.messages[-1].role != "user":
+    def start(self, chat: ChatRequest) -> Call:
+        """Submit the request to the engine. Raises ApiError if it cannot be answered."""
+        if chat.model != self.name:
+            raise self.unknown_model(chat.model)
+        if chat.messages[-1].role != "user":
             raise ApiError(
                 400, "the last of 'messages' must be the user's: it is what the model answers", None, "messages"
             )
-        role = {"developer": "system"}
-        turns = [Message(role.get(message.role, message.role), message.text) for message in asked.messages]
+        roles = {"developer": "system"}
+        turns = [Message(roles.get(message.role, message.role), message.text) for message in chat.messages]
         try:
-            (found,) = self.finished.template.encode(self.finished.tokenizer, [turns])
-        except ConfigError as error:  # a jinja template that refuses the order of the turns
+            (encoded,) = self.finished.template.encode(self.finished.tokenizer, [turns])
+        except ConfigError as error:  # a jinja template that rejects the order of the turns
             raise ApiError(400, str(error), None, "messages") from None
+        prompt = list(encoded.input_ids)
         values = self.finished.run.generation
-        room = values.max_length - len(found.input_ids)
-        wanted = asked.most_tokens or values.max_new_tokens
-        if room < (wanted if asked.most_tokens else 1):
+        room = values.max_length - len(prompt)
+        max_new_tokens = chat.max_new_tokens or values.max_new_tokens
+        if room < (chat.max_new_tokens or 1):
             raise ApiError(
                 400,
                 f"this server's context holds {values.max_length} tokens (generation.max_length): the messages have "
-                f"{len(found.input_ids)}, {wanted or 1} were asked for behind them",
+                f"{len(prompt)}, and {max_new_tokens or 1} were requested for the answer",
                 "context_length_exceeded",
                 "messages",
             )
-        call = Call(asked, found.input_ids)
+        call = Call(chat, prompt)
         loop = asyncio.get_running_loop()
 
-        def tell(index: int, text: str, reason: str | None) -> None:
-            with suppress(RuntimeError):  # the loop is gone when the server stops
-                loop.call_soon_threadsafe(call.pieces.put_nowait, (index, text, reason))
+        def emit(delta: Delta) -> None:
+            with suppress(RuntimeError):  # the loop is closed when the server stops
+                loop.call_soon_threadsafe(call.deltas.put_nowait, delta)
 
         try:
-            for index in range(asked.n or 1):
-                choice = Choice(index, self.finished, asked.stop or [], tell)
+            for index in range(chat.n or 1):
+                choice = Choice(index, self.finished, chat.stop or [], emit)
                 request = Request(
-                    found.input_ids, min(wanted or room, room), self.sampling(asked, index), choice.take, choice.end
+                    prompt,
+                    min(max_new_tokens or room, room),
+                    self.sampling(chat, index),
+                    choice.on_token,
+                    choice.on_end,
                 )
                 self.engine.submit(request)
                 call.requests.append(request)
-        except Busy:
+        except QueueFullError:
             call.cancel()
             raise ApiError(
-                429, "too many requests wait for an answer; ask again later", "rate_limit_exceeded"
+                429, "too many requests are waiting for an answer; try again later", "rate_limit_exceeded"
             ) from None
         return call
 
-    def sampling(self, asked: ChatRequest, index: int) -> Sampling:
-        """The request's values over the run's."""
+    def sampling(self, chat: ChatRequest, index: int) -> Sampling:
+        """The request's values, and the run's where it has none; each choice of a seeded request has its own seed."""
         values = self.finished.run.generation
-        own = values.temperature if values.do_sample else 0.0
-        temperature = own if asked.temperature is None else asked.temperature
+        temperature = values.temperature if values.do_sample else 0.0
+        penalty = chat.repetition_penalty
         return Sampling(
-            temperature=temperature,
-            top_p=values.top_p if asked.top_p is None else asked.top_p,
-            top_k=values.top_k if asked.top_k is None else asked.top_k,
-            repetition_penalty=values.repetition_penalty
-            if asked.repetition_penalty is None
-            else asked.repetition_penalty,
-            presence_penalty=asked.presence_penalty or 0.0,
-            frequency_penalty=asked.frequency_penalty or 0.0,
-            seed=None if asked.seed is None else asked.seed + index,
+            temperature=temperature if chat.temperature is None else chat.temperature,
+            top_p=values.top_p if chat.top_p is None else chat.top_p,
+            top_k=values.top_k if chat.top_k is None else chat.top_k,
+            repetition_penalty=values.repetition_penalty if penalty is None else penalty,
+            presence_penalty=chat.presence_penalty or 0.0,
+            frequency_penalty=chat.frequency_penalty or 0.0,
+            seed=None if chat.seed is None else chat.seed + index,
         )
 
-    async def pieces(self, call: Call) -> AsyncIterator[tuple[int, str, str | None]]:
-        """(choice, text, why it ended) as they come. Raises ApiError when the time is over or the model failed."""
-        left = len(call.requests)
-        while left:
-            remaining = self.limits.seconds - (time.monotonic() - call.began)
+    async def deltas(self, call: Call) -> AsyncIterator[Delta]:
+        """The deltas of all choices as they come. Raises ApiError if the time is up or the model fails."""
+        unfinished = len(call.requests)
+        while unfinished:
+            remaining = self.limits.timeout_s - (time.monotonic() - call.started)
             try:
-                index, text, reason = await asyncio.wait_for(call.pieces.get(), max(remaining, 0))
+                delta = await asyncio.wait_for(call.deltas.get(), max(remaining, 0))
             except TimeoutError:
                 raise ApiError(
-                    504, f"the answer was not done after {self.limits.seconds:g} s (--timeout)", "timeout"
+                    504, f"the answer was not finished after {self.limits.timeout_s:g} s (--timeout)", "timeout"
                 ) from None
-            if reason == "error":
+            if delta.finish_reason == "error":
                 raise ApiError(500, "the model failed on this request; the server's output says why", "model_error")
-            if reason == "cancelled":
+            if delta.finish_reason == "cancelled":
                 raise ApiError(503, "the server is stopping", "stopping")
-            left -= reason is not None
-            yield index, text, reason
+            unfinished -= delta.finish_reason is not None
+            yield delta
 
-    async def whole(self, call: Call, http: HttpRequest) -> dict[str, Any]:
-        """The answer in one piece; nobody waiting for it any more ends it."""
+    async def completion(self, call: Call, http: HttpRequest) -> dict[str, Any]:
+        """The whole answer as one object; generation stops if the client disconnects."""
         texts = [""] * len(call.requests)
         reasons: list[str | None] = [None] * len(call.requests)
-        gone = asyncio.create_task(_gone(http, call))
+        watcher = asyncio.create_task(_cancel_on_disconnect(http, call))
         try:
-            async for index, text, reason in self.pieces(call):
-                texts[index] += text
-                reasons[index] = reason or reasons[index]
+            async for delta in self.deltas(call):
+                texts[delta.choice] += delta.text
+                reasons[delta.choice] = delta.finish_reason or reasons[delta.choice]
         except ApiError as error:
             call.log(error.message)
             raise
         finally:
-            gone.cancel()
+            watcher.cancel()
             call.cancel()
         call.log(", ".join(dict.fromkeys(str(reason) for reason in reasons)))
         choices = [
@@ -217,40 +225,46 @@ class Server:
         }  # fmt: skip
 
     async def events(self, call: Call) -> AsyncIterator[str]:
-        """The answer as server-sent events; an error behind the first of them is an event too."""
-        options = call.asked.stream_options
-        counted = options is not None and options.include_usage
+        """The answer as server-sent events; an error after the first of them is an event, too."""
+        options = call.chat.stream_options
+        includes_usage = options is not None and options.include_usage
         head = {"id": call.id, "object": "chat.completion.chunk", "created": call.created, "model": self.name}
 
         def event(index: int, delta: dict[str, str], reason: str | None) -> str:
             choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-            return _sse({**head, "choices": [choice], **({"usage": None} if counted else {})})
+            return _sse({**head, "choices": [choice], **({"usage": None} if includes_usage else {})})
 
-        how = "the client left"
+        outcome = "the client disconnected"
         try:
             for index in range(len(call.requests)):
                 yield event(index, {"role": "assistant", "content": ""}, None)
-            async for index, text, reason in self.pieces(call):
+            async for index, text, reason in self.deltas(call):
                 if text:
                     yield event(index, {"content": text}, None)
                 if reason is not None:
-                    how = reason
+                    outcome = reason
                     yield event(index, {}, reason)
-            if counted:
+            if includes_usage:
                 yield _sse({**head, "choices": [], "usage": call.usage})
             yield "data: [DONE]\n\n"
         except ApiError as error:
-            how = error.message
+            outcome = error.message
             yield _sse(error.body)
         finally:
             call.cancel()
-            call.log(how)
+            call.log(outcome)
 
-    def model(self) -> dict[str, Any]:
+    def model_info(self) -> dict[str, Any]:
+        """The served model in the API's form."""
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "glmtuner"}
 
+    def unknown_model(self, name: str) -> ApiError:
+        """The error for a request of another model."""
+        message = f"the model '{name}' does not exist; this server has '{self.name}'"
+        return ApiError(404, message, "model_not_found", "model")
 
-async def _gone(http: HttpRequest, call: Call) -> None:
+
+async def _cancel_on_disconnect(http: HttpRequest, call: Call) -> None:
     """Cancel the call when its client closes the connection."""
     while not await http.is_disconnected():
         await asyncio.sleep(0.2)
@@ -261,64 +275,62 @@ def _sse(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-class Gate:
-    """Turns away, before a body is read, who has no key, asks for another host, or sends too much.
+class RequestFilter:
+    """Middleware that rejects, before the body is read, requests without the key, for another host, or too large.
 
-    `hosts` are the names under which the server may be asked; None is any. On the loopback address they keep a web page
-    from reaching it by a DNS name of its own (DNS rebinding); JSON is demanded for the same reason: a page may post
-    plain text anywhere without asking.
+    `hosts` are the allowed host names; None allows any. On the loopback address they keep a web page from reaching the
+    server by a DNS name of its own (DNS rebinding). JSON is required for the same reason: a page may post plain text to any
+    address without a preflight request.
     """
 
-    def __init__(self, app: ASGIApp, *, key: str | None, hosts: tuple[str, ...] | None, most: int) -> None:
-        self.app, self.key, self.hosts, self.most = app, key, hosts, most
+    def __init__(self, app: ASGIApp, *, key: str | None, hosts: tuple[str, ...] | None, max_body_bytes: int) -> None:
+        self.app, self.key, self.hosts, self.max_body_bytes = app, key, hosts, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        error = self._refusal(scope, headers)
+        error = self._error(scope, headers)
         if error is not None:
-            return await _told(error)(scope, receive, send)
-        read = 0
+            return await _error_response(error)(scope, receive, send)
+        body_bytes = 0
 
-        async def counted() -> AsgiMessage:
-            nonlocal read
+        async def receive_limited() -> AsgiMessage:
+            nonlocal body_bytes
             message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.most:
+            body_bytes += len(message.get("body", b""))
+            if body_bytes > self.max_body_bytes:
                 raise HTTPException(413)
             return message
 
-        await self.app(scope, counted, send)
+        await self.app(scope, receive_limited, send)
 
-    def _refusal(self, scope: Scope, headers: dict[str, str]) -> ApiError | None:
-        host = (
-            headers.get("host", "").rsplit(":", 1)[0] if not headers.get("host", "").endswith("]") else headers["host"]
-        )
+    def _error(self, scope: Scope, headers: dict[str, str]) -> ApiError | None:
+        """The reason to reject the request; None if there is none."""
+        host = headers.get("host", "")
+        if not host.endswith("]"):  # an IPv6 address without a port
+            host = host.rsplit(":", 1)[0]
         if self.hosts is not None and host not in self.hosts:
             return ApiError(403, f"this server answers to {', '.join(self.hosts)}, not to '{host}'", "wrong_host")
-        given = headers.get("authorization", "")
         if self.key is not None and scope["path"].startswith("/v1/"):
-            scheme, _, token = given.partition(" ")
-            known = hmac.compare_digest(token.strip().encode("latin-1"), self.key.encode("utf-8"))
-            if scheme.lower() != "bearer" or not known:
+            scheme, _, token = headers.get("authorization", "").partition(" ")
+            is_known = hmac.compare_digest(token.strip().encode("latin-1"), self.key.encode("utf-8"))
+            if scheme.lower() != "bearer" or not is_known:
                 return ApiError(401, "an API key is needed: 'Authorization: Bearer KEY'", "invalid_api_key")
-        if (
-            scope["method"] == "POST"
-            and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
-        ):
+        content_type = headers.get("content-type", "").partition(";")[0].strip()
+        if scope["method"] == "POST" and content_type != "application/json":
             return ApiError(415, "the body must be JSON: 'Content-Type: application/json'", "wrong_content_type")
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self.most:
-            return _too_large(self.most)
+        if length.isdigit() and int(length) > self.max_body_bytes:
+            return _too_large(self.max_body_bytes)
         return None
 
 
-def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"a request may have {most // 2**20} MiB", "request_too_large")
+def _too_large(max_body_bytes: int) -> ApiError:
+    return ApiError(413, f"a request may have at most {max_body_bytes // 2**20} MiB", "request_too_large")
 
 
-def _told(error: ApiError) -> Response:
+def _error_response(error: ApiError) -> Response:
     headers = (
         {"WWW-Authenticate": "Bearer"} if error.status == 401 else {"Retry-After": "1"} if error.status == 429 else {}
     )
@@ -328,28 +340,26 @@ def _told(error: ApiError) -> Response:
 def application(server: Server, key: str | None, hosts: tuple[str, ...] | None) -> FastAPI:
     """The routes: /v1/chat/completions, /v1/models, /health, and the page at /."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Gate, key=key, hosts=hosts, most=server.limits.body)
+    app.add_middleware(RequestFilter, key=key, hosts=hosts, max_body_bytes=server.limits.max_body_bytes)
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(asked: ChatRequest, http: HttpRequest) -> Response:
-        call = server.begin(asked)
-        if asked.stream:
+    async def completions(chat: ChatRequest, http: HttpRequest) -> Response:
+        call = server.start(chat)
+        if chat.stream:
             return StreamingResponse(
                 server.events(call), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
-        return JSONResponse(await server.whole(call, http))
+        return JSONResponse(await server.completion(call, http))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [server.model()]}
+        return {"object": "list", "data": [server.model_info()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         if name != server.name:
-            raise ApiError(
-                404, f"the model '{name}' does not exist; this server has '{server.name}'", "model_not_found", "model"
-            )
-        return server.model()
+            raise server.unknown_model(name)
+        return server.model_info()
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -358,31 +368,33 @@ def application(server: Server, key: str | None, hosts: tuple[str, ...] | None) 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         page_settings = {"name": server.name, "key": key is not None}
-        told_page = json.dumps(page_settings, ensure_ascii=False).replace("<", "\\u003c")
+        embedded = json.dumps(page_settings, ensure_ascii=False).replace("<", "\\u003c")  # no tag inside the script
         policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
         return HTMLResponse(
-            PAGE.read_text(encoding="utf-8").replace("{{server}}", told_page),
+            PAGE.read_text(encoding="utf-8").replace("{{server}}", embedded),
             headers={"Content-Security-Policy": policy},
         )
 
     @app.exception_handler(ApiError)
     async def api_error(_: HttpRequest, error: ApiError) -> Response:
-        return _told(error)
+        return _error_response(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:
-        return _told(told(list(error.errors())))
+        return _error_response(validation_error(list(error.errors())))
 
     @app.exception_handler(HTTPException)
     async def http_error(http: HttpRequest, error: HTTPException) -> Response:
         if error.status_code == 413:
-            return _told(_too_large(server.limits.body))
+            return _error_response(_too_large(server.limits.max_body_bytes))
         if error.status_code in (404, 405):
-            return _told(ApiError(error.status_code, f"there is no {http.method} {http.url.path} here", "unknown_url"))
-        return _told(ApiError(error.status_code, str(error.detail)))
+            return _error_response(
+                ApiError(error.status_code, f"{http.method} {http.url.path} does not exist", "unknown_url")
+            )
+        return _error_response(ApiError(error.status_code, str(error.detail)))
 
     @app.exception_handler(Exception)
     async def crash(_: HttpRequest, error: Exception) -> Response:
-        return _told(ApiError(500, "the server failed on this request; its output says why"))
+        return _error_response(ApiError(500, "the server failed on this request; its output says why"))
 
     return app

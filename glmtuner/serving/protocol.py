@@ -1,4 +1,4 @@
-"""The OpenAI chat-completions API as types: what a request may hold, and what answers and errors look like.
+"""The OpenAI chat-completions API as types: the fields of a request, and the form of errors.
 
 Source: the API reference at platform.openai.com, and what the official `openai` client reads.
 """
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-# Fields that change nothing here: they tell OpenAI's own service who asks, or what to keep.
+# Fields that are accepted and have no effect: they tell OpenAI's own service who asks, or what to store.
 IGNORED = (
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "parallel_tool_calls", "verbosity", "reasoning_effort",
@@ -15,7 +15,7 @@ IGNORED = (
 
 
 class ApiError(Exception):
-    """An error in the API's own shape, with the HTTP status that belongs to it."""
+    """An error in the API's own form, with its HTTP status."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -23,24 +23,29 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
+        """The JSON body of the response."""
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
             self.status, "invalid_request_error" if self.status < 500 else "server_error"
         )
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-class Strict(BaseModel):
-    """No field but its own, and no number from a text."""
+class StrictModel(BaseModel):
+    """Rejects unknown fields, and numbers given as strings."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(Strict):
+class TextPart(StrictModel):
+    """A piece of a message's content; only text is supported."""
+
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(Strict):
+class ChatMessage(StrictModel):
+    """One turn; `developer` is another name for `system`, `name` and `refusal` have no effect."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: list[TextPart]
     name: str | None = None
@@ -49,35 +54,44 @@ class ChatMessage(Strict):
     @field_validator("content", mode="before")
     @classmethod
     def as_parts(cls, content: Any) -> Any:
+        """A string as a list of one text part."""
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
     @property
     def text(self) -> str:
+        """The text of all parts."""
         return "".join(part.text for part in self.content)
 
     @field_validator("content")
     @classmethod
-    def of_characters(cls, content: list[TextPart]) -> list[TextPart]:
-        """Half a surrogate pair is no character, and no tokenizer reads it."""
+    def reject_lone_surrogates(cls, content: list[TextPart]) -> list[TextPart]:
+        """Raises ValueError for half a surrogate pair, which JSON can hold and no tokenizer reads."""
         for part in content:
             try:
                 part.text.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise ValueError(f"half a surrogate pair at {error.start} is no Unicode text") from None
+                raise ValueError(f"half a surrogate pair at {error.start} is not valid Unicode text") from None
         return content
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
+    """Options of a streamed answer; `include_obfuscation` has no effect."""
+
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class ResponseFormat(Strict):
+class ResponseFormat(StrictModel):
+    """The form of an answer; only text is supported."""
+
     type: Literal["text"]
 
 
-class ChatRequest(Strict):
-    """`top_k` and `repetition_penalty` are ours; what is left out comes from the run's `generation` values."""
+class ChatRequest(StrictModel):
+    """A request for a chat completion; what is left out comes from the run's `generation` values.
+
+    `top_k` and `repetition_penalty` are not in OpenAI's API.
+    """
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -99,27 +113,32 @@ class ChatRequest(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def without_ignored(cls, body: Any) -> Any:
+    def drop_ignored(cls, body: Any) -> Any:
+        """The body without the fields that have no effect."""
         return {name: value for name, value in body.items() if name not in IGNORED} if isinstance(body, dict) else body
 
     @field_validator("stop", mode="before")
     @classmethod
     def as_list(cls, stop: Any) -> Any:
+        """One stop text as a list."""
         return [stop] if isinstance(stop, str) else stop
 
     @property
-    def most_tokens(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
+        """The limit on the answer's tokens, under either of its names."""
         return self.max_completion_tokens or self.max_tokens
 
 
-def told(errors: list[Any]) -> ApiError:
-    """The first of pydantic's errors as the API tells them."""
+def validation_error(errors: list[Any]) -> ApiError:
+    """The first of pydantic's errors as an error of the API."""
     first = errors[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    field = ".".join(str(part) for part in first["loc"] if part != "body")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unsupported parameter: '{where}' is not known here", "unsupported_parameter", where)
-    message = first["msg"].removeprefix("Value error, ")
-    what = message[:1].lower() + message[1:]
-    return ApiError(400, f"'{where}': {what}" if where else f"the body is no chat request: {what}", None, where or None)
+        return ApiError(400, f"unsupported parameter: '{field}'", "unsupported_parameter", field)
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason[:1].lower() + reason[1:]
+    return ApiError(
+        400, f"'{field}': {reason}" if field else f"the body is not a chat request: {reason}", None, field or None
+    )

@@ -4,26 +4,31 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.groups import PreferenceLoss, preset
-from glmtuner.config.schema import Run, Stage
-from glmtuner.data import DatasetSpec
+from glmtuner.config.ranges import range_errors
+from glmtuner.config.schema import Run
+from glmtuner.data.spec import DatasetSpec
+from glmtuner.data.splits import Datasets
 from glmtuner.errors import ConfigError
+from glmtuner.inference.context import RunContext
+from glmtuner.stages.stage import LearningStage
+from glmtuner.templates.base import Template
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
-    from glmtuner.data.splits import Datasets
+    from glmtuner.objectives.objective import Objective
 
 
 @preset("stage", "dpo")
 @dataclass(kw_only=True)
-class Dpo(Stage):
-    """Ranked pairs, learned without a reward model; the reference is the model as this run starts.
+class Dpo(LearningStage):
+    """Learning from ranked pairs without a reward model; the reference is the model at the start of this run.
 
-    beta: how firmly the policy is held at the reference (Rafailov et al. 2023, arXiv:2305.18290).
-    loss: sigmoid is DPO's own; ipo draws the margin of the mean log-ratio of a token to 1 / (2 beta) (Azar et al. 2023,
+    beta: strength of the penalty on moving away from the reference (Rafailov et al. 2023, arXiv:2305.18290).
+    loss: sigmoid is DPO's own; ipo regresses the margin of the per-token mean log-ratios to 1 / (2 beta) (Azar et al. 2023,
         arXiv:2310.12036); hinge is SLiC-HF's (Zhao et al. 2023, arXiv:2305.10425).
-    label_smoothing: the share of pairs that are taken to be the wrong way round, for sigmoid (Mitchell 2023, conservative DPO).
-    sft_weight: of the better answer's loss per token, added as in RPO (Pang et al. 2024, arXiv:2404.19733); 0 leaves it out.
+    label_smoothing: the assumed share of pairs with swapped labels, for sigmoid (Mitchell 2023, conservative DPO).
+    sft_weight: weight of the better answer's mean loss per token, which is added as in RPO (Pang et al. 2024, arXiv:2404.19733); 0 disables it.
     """
 
     beta: float
@@ -35,13 +40,15 @@ class Dpo(Stage):
 
     def __post_init__(self) -> None:
         wrong = [
-            f"stage.{name}={value}: {legal}"
-            for name, value, fits, legal in (
-                ("beta", self.beta, self.beta > 0, "above 0"),
-                ("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 0.5, "a share in [0, 0.5)"),
-                ("sft_weight", self.sft_weight, self.sft_weight >= 0, "0 or more"),
+            *range_errors(
+                "stage",
+                self,
+                (
+                    ("beta", self.beta > 0, "above 0"),
+                    ("label_smoothing", 0 <= self.label_smoothing < 0.5, "a share in [0, 0.5)"),
+                    ("sft_weight", self.sft_weight >= 0, "0 or more"),
+                ),
             )
-            if not fits
         ]
         if self.label_smoothing and self.loss is not PreferenceLoss.sigmoid:
             wrong.append(
@@ -51,7 +58,9 @@ class Dpo(Stage):
         if wrong:
             raise ConfigError("; ".join(wrong))
 
-    def datasets(self, run: Run, specs: dict[str, DatasetSpec], template: Any, tokenizer: Any) -> "Datasets":
+    def datasets(
+        self, run: Run, specs: dict[str, DatasetSpec], template: Template, tokenizer: "PreTrainedTokenizerBase"
+    ) -> Datasets:
         from glmtuner.data.pairs import pair_datasets
 
         return pair_datasets(run, specs, template, tokenizer)
@@ -60,12 +69,12 @@ class Dpo(Stage):
         rows, longest = super().largest_batch(run)
         return 2 * rows, longest  # a record is two rows
 
-    def collator(self, **padding: Any) -> Any:
+    def collator(self, *, pad_id: int, ignore_pad_token_for_loss: bool) -> Any:
         from glmtuner.data.pairs import PairCollator
 
-        return PairCollator(**padding)
+        return PairCollator(pad_id=pad_id, ignore_pad_token_for_loss=ignore_pad_token_for_loss)
 
-    def objective(self, run: Run, model: "nn.Module", template: Any, tokenizer: Any) -> Any:
+    def objective(self, context: RunContext) -> "Objective":
         from glmtuner.objectives.dpo import DpoObjective
 
-        return DpoObjective(model, self)
+        return DpoObjective(context.model, self)

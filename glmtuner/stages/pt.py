@@ -5,21 +5,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.groups import preset
-from glmtuner.config.schema import Run, Stage
-from glmtuner.data import DatasetSpec
+from glmtuner.config.schema import Run
+from glmtuner.data.spec import DatasetSpec
+from glmtuner.data.splits import Datasets
 from glmtuner.errors import ConfigError
+from glmtuner.stages.stage import LearningStage
+from glmtuner.templates.base import Template
 
 if TYPE_CHECKING:
-    from glmtuner.data.splits import Datasets
+    from transformers import PreTrainedTokenizerBase
 
 
 @preset("stage", "pt")
 @dataclass(kw_only=True)
-class Pt(Stage):
-    """Every token of the documents is learned.
+class Pt(LearningStage):
+    """Next-token prediction on every token of the documents.
 
-    block_length: tokens of a row. Documents stand one behind the other with the end of text between them, and rows are
-    cut from that (Brown et al. 2020, arXiv:2005.14165, section 2.2): a token may see the end of another document.
+    block_length: tokens per row. Documents are concatenated with the end-of-text token between them and cut into rows (Brown
+    et al. 2020, arXiv:2005.14165, section 2.2), so a token may attend to the end of another document.
     """
 
     block_length: int
@@ -30,21 +33,29 @@ class Pt(Stage):
         if self.block_length < 8:
             raise ConfigError(f"stage.block_length={self.block_length}: a row has at least 8 tokens")
 
-    def datasets(self, run: Run, specs: dict[str, DatasetSpec], template: Any, tokenizer: Any) -> "Datasets":
+    def datasets(
+        self, run: Run, specs: dict[str, DatasetSpec], template: Template, tokenizer: "PreTrainedTokenizerBase"
+    ) -> Datasets:
         from glmtuner.data.blocks import BlockEncoder
         from glmtuner.data.splits import datasets_of
 
-        lengths = {"max_source_length": self.block_length, "max_target_length": self.block_length}
-        encoder = BlockEncoder(template=template, tokenizer=tokenizer, block_length=self.block_length, **lengths)
+        length = self.block_length
+        encoder = BlockEncoder(
+            template=template,
+            tokenizer=tokenizer,
+            block_length=length,
+            max_source_length=length,
+            max_target_length=length,
+        )
         return datasets_of(run, specs, encoder)
 
     def largest_batch(self, run: Run) -> tuple[int, int]:
         return run.trainer.per_device_train_batch_size, self.block_length
 
-    def collator(self, **padding: Any) -> Any:
+    def collator(self, *, pad_id: int, ignore_pad_token_for_loss: bool) -> Any:
         from glmtuner.data.collate import Collator
 
-        return Collator(**padding)
+        return Collator(pad_id=pad_id, ignore_pad_token_for_loss=ignore_pad_token_for_loss)
 
     def derived(self, means: dict[str, float]) -> dict[str, float]:
         """Perplexity, e to the mean loss of a token."""

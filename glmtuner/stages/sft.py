@@ -1,34 +1,42 @@
-"""Supervised fine-tuning on single answers."""
+"""Supervised fine-tuning."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.groups import Engine, LossOn, preset
-from glmtuner.config.schema import Run, Stage
-from glmtuner.data import DatasetSpec
+from glmtuner.config.schema import Run
+from glmtuner.data.spec import DatasetSpec
+from glmtuner.data.splits import Datasets
+from glmtuner.inference.context import RunContext
+from glmtuner.stages.stage import LearningStage
+from glmtuner.templates.base import Template
 
 if TYPE_CHECKING:
-    from glmtuner.data.splits import Datasets
+    from transformers import PreTrainedTokenizerBase
+
+    from glmtuner.training.trainer import GlmTrainer
 
 
 @preset("stage", "sft")
 @dataclass(kw_only=True)
-class Sft(Stage):
-    """Instructions and conversations in, the assistant's answers learned."""
+class Sft(LearningStage):
+    """Learning the assistant's answers in instructions and conversations."""
 
     models_loss: ClassVar[bool] = True
     packs: ClassVar[bool] = True
 
-    def datasets(self, run: Run, specs: dict[str, DatasetSpec], template: Any, tokenizer: Any) -> "Datasets":
+    def datasets(
+        self, run: Run, specs: dict[str, DatasetSpec], template: Template, tokenizer: "PreTrainedTokenizerBase"
+    ) -> Datasets:
         from glmtuner.data.encode import Encoder
         from glmtuner.data.prepare import with_earlier_answers
         from glmtuner.data.splits import datasets_of
 
         every_answer = run.data.loss_on is LossOn.every_answer
         encoder = Encoder(template=template, tokenizer=tokenizer, every_answer=every_answer, **run.data.lengths())
-        found = datasets_of(run, specs, encoder)
-        return found if found.train is None else replace(found, train=with_earlier_answers(found.train))
+        datasets = datasets_of(run, specs, encoder)
+        return datasets if datasets.train is None else replace(datasets, train=with_earlier_answers(datasets.train))
 
     def impossible(self, run: Run) -> Iterator[str]:
         if run.trainer.do_predict and not run.trainer.predict_with_generate:
@@ -43,14 +51,12 @@ class Sft(Stage):
 
             check_installed()
 
-    def collator(self, **padding: Any) -> Any:
+    def collator(self, *, pad_id: int, ignore_pad_token_for_loss: bool) -> Any:
         from glmtuner.data.collate import Collator
 
-        return Collator(**padding)
+        return Collator(pad_id=pad_id, ignore_pad_token_for_loss=ignore_pad_token_for_loss)
 
-    def predict(
-        self, run: Run, folder: Any, trainer: Any, tokenizer: Any, template: Any, data: "Datasets"
-    ) -> dict[str, float]:
+    def predict(self, context: RunContext, trainer: "GlmTrainer") -> dict[str, float]:
         from glmtuner.inference.predict import predict
 
-        return predict(run, folder, trainer.model, tokenizer, template, data)
+        return predict(context)

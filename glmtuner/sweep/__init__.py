@@ -1,1 +1,1 @@
-"""Sweeps: their jobs, their launchers, their folders."""
+"""Sweeps: their jobs, Hydra launchers, folders and the command that runs them."""

@@ -1,4 +1,4 @@
-"""Where a sweep and its jobs live."""
+"""The folders of a sweep and its jobs."""
 
 import hashlib
 import os
@@ -14,57 +14,58 @@ from glmtuner.run_folder.files import read_json, write_json
 from glmtuner.run_folder.names import SWEEP
 from glmtuner.run_folder.redaction import redact_overrides
 
-SLUG = 60  # characters of a job folder's readable part
+SLUG_LENGTH = 60  # characters of the readable part of a job folder's name
 
 
 def hydra_overrides(overrides: Sequence[str]) -> list[str]:
-    """The words for Hydra: typed ones, and where the sweep and its jobs live unless that was typed too.
+    """The overrides for Hydra: the user's, and the folders of the sweep and its jobs unless the user set them.
 
-    The sweep is named by `name`, or by a hash of everything that is not swept, so that the same command finds it again;
-    a job by a readable slug of what is swept, with a hash.
+    The sweep's folder is named by `name`, or by a hash of everything that is not swept, so that the same command uses the
+    same folder again; a job's by a readable slug of its swept values and a hash of them.
     """
     parsed = parse(overrides)
     user_keys = user_keys_of(parsed)
     unswept = [override.key_or_group for override in parsed if not override.is_sweep_override()]
-    where = {
+    folders = {
         "hydra.sweep.dir": f"'{sweep_folder(overrides)}'",
         "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(unswept)}]",
     }
-    kept = [word for word in overrides if not word.startswith("trainer.output_dir=")]
-    return [*kept, *(f"{key}={value}" for key, value in where.items() if key not in user_keys)]
+    kept = [override for override in overrides if not override.startswith("trainer.output_dir=")]
+    return [*kept, *(f"{key}={value}" for key, value in folders.items() if key not in user_keys)]
 
 
 def sweep_folder(overrides: Sequence[str]) -> Path:
-    """Where the sweep of these words lives."""
+    """The folder of the sweep with these overrides."""
     parsed = parse(overrides)
     fixed = {override.key_or_group: override for override in parsed if not override.is_sweep_override()}
     for key in ("hydra.sweep.dir", "trainer.output_dir"):
         if key in fixed:
             return Path(str(fixed[key].value()))
-    same = [
-        word
-        for word, override in zip(overrides, parsed, strict=True)
-        if not override.is_sweep_override() and override.key_or_group not in LAUNCHING
+    identifying = [
+        text
+        for text, override in zip(overrides, parsed, strict=True)
+        if not override.is_sweep_override() and override.key_or_group not in LAUNCHER_KEYS
     ]
-    name = str(fixed["name"].value()) if "name" in fixed else short_hash(" ".join(sorted(same)))
+    name = str(fixed["name"].value()) if "name" in fixed else short_hash(" ".join(sorted(identifying)))
     return Path("outputs") / "sweeps" / name
 
 
-LAUNCHING = ("hydra/launcher", "hydra.launcher.n_jobs")  # how jobs are started does not make another sweep
+LAUNCHER_KEYS = ("hydra/launcher", "hydra.launcher.n_jobs")  # another way to start the jobs is not another sweep
 
 
-def job_slug(parsed: str) -> str:
+def job_slug(swept: str) -> str:
     """`finetuning=lora,trainer.learning_rate=0.001` as `finetuning-lora_learning_rate-0.001_<hash>`."""
     parts = [
         re.sub(r"^[\w.]*\.", "", part.partition("=")[0]) + "-" + part.partition("=")[2]
-        for part in parsed.split(",")
+        for part in swept.split(",")
         if part
     ]
-    readable = re.sub(r"[^\w.\-]+", "-", re.sub(r"[\[\]]", "", "_".join(parts)))[:SLUG].strip("-_.")
-    return f"{readable}_{short_hash(parsed)}" if readable else short_hash(parsed)
+    readable = re.sub(r"[^\w.\-]+", "-", re.sub(r"[\[\]]", "", "_".join(parts)))[:SLUG_LENGTH].strip("-_.")
+    return f"{readable}_{short_hash(swept)}" if readable else short_hash(swept)
 
 
 def short_hash(text: str) -> str:
+    """The first 8 hex digits of the SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -72,8 +73,7 @@ OmegaConf.register_new_resolver("job_slug", job_slug, replace=True)
 
 
 def record_command(root: Path, overrides: Sequence[str]) -> None:
-    """Write down what was typed, now and earlier."""
-    before = read_json(root / SWEEP) if (root / SWEEP).is_file() else {"typed": []}
+    """Add the sweep's command line, with secrets redacted, to those in sweep.json; a repeated one is listed once."""
+    known = read_json(root / SWEEP)["typed"] if (root / SWEEP).is_file() else []
     command = shlex.join(["python", "-m", "glmtuner", "-m", *redact_overrides(list(overrides))])
-    commands = [*(line for line in before["typed"] if line != command), command]
-    write_json(root / SWEEP, {"typed": commands, "cwd": os.getcwd()})
+    write_json(root / SWEEP, {"typed": [*(line for line in known if line != command), command], "cwd": os.getcwd()})

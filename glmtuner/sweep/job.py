@@ -1,4 +1,4 @@
-"""A job of a Hydra sweep: the same launch as a single run, in a folder that its overrides name."""
+"""A job of a Hydra sweep: the same launch as a single run, in a folder named by its overrides."""
 
 import gc
 import os
@@ -24,60 +24,64 @@ from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import FAILED, OUTPUT
 from glmtuner.sweep.launchers import one_gpu
 
-HANDED_ON = 120.0  # seconds that SLURM may take to end a job that goes back into the queue
+REQUEUE_SECONDS = 120.0  # that SLURM may take to end a job that is requeued
 
 
 def run_job(config: DictConfig) -> float | None:
-    """One job; returns the objective for a sweeper, None for a job that failed or does not fit into memory.
+    """Run one job; returns its objective for the sweeper, None if the job failed or does not fit into memory.
 
-    A finished job is skipped, a half-done one goes on, a failed one starts again. What goes wrong is recorded in the
-    job's folder and stops no other job. The job's words are composed again, so that a job means exactly what the same
-    words mean in a single run.
+    A finished job is skipped, an unfinished one is resumed, a failed one starts again. An error is recorded in the job's
+    folder and does not stop the other jobs. The job's overrides are composed again, so that they mean exactly what they
+    mean in a single run.
     """
     ranks.adopt_slurm_env()
-    register_presets()  # a job may start in a process of its own
+    register_presets()  # a launcher may start the job in a new process
     hydra = HydraConfig.get()
     folder = RunFolder(Path(hydra.runtime.output_dir))
-    extra = next((source.path for source in hydra.runtime.config_sources if source.provider == "command-line"), None)
-    overrides = [word for word in hydra.overrides.task if not word.startswith("trainer.output_dir=")]
-    apart = hydra.runtime.choices.get("hydra/launcher") == "joblib"
+    config_dir = next(
+        (source.path for source in hydra.runtime.config_sources if source.provider == "command-line"), None
+    )
+    overrides = [override for override in hydra.overrides.task if not override.startswith("trainer.output_dir=")]
+    in_subprocess = hydra.runtime.choices.get("hydra/launcher") == "joblib"
     try:
-        composed = compose(overrides, config_dir=extra, config_name=hydra.job.config_name)
-        again = composed.run.trainer.overwrite_output_dir
+        composed = compose(overrides, config_dir=config_dir, config_name=hydra.job.config_name or "config")
+        overwrite = composed.run.trainer.overwrite_output_dir
         failure = folder.failure()
-        if folder.is_finished and not again:
+        if folder.is_finished and not overwrite:
             say(f"finished before, skipped: {folder.path}")
-            value = objective(folder.metrics(), composed.run.objective)
-            (folder / FAILED).unlink(missing_ok=True)  # an earlier command asked for an objective that is not there
+            value = objective_value(folder.metrics(), composed.run.objective)
+            (folder / FAILED).unlink(missing_ok=True)  # an earlier command had an objective that was not measured
             return value
-        if failure and failure["kind"] == "infeasible" and not again:
+        if failure and failure["kind"] == "infeasible" and not overwrite:
             say(
-                f"did not fit into memory before, skipped (trainer.overwrite_output_dir=true tries it again): {folder.path}"
+                f"did not fit into memory before, skipped (trainer.overwrite_output_dir=true runs it again): {folder.path}"
             )
             return None
         say(f"job {hydra.job.num}: {folder.path}")
-        if apart:
-            in_a_process(overrides, folder, composed.flags)
+        if in_subprocess:
+            run_in_subprocess(overrides, folder, composed.flags)
             metrics = folder.metrics()
         else:
             metrics = launch(composed, output_dir=folder.path)
-        return objective(metrics, composed.run.objective)
-    except Preempted as stopped:
-        say(f"{folder.path}: {stopped}; started again, it goes on")
-        stopped.hand_on()
+        return objective_value(metrics, composed.run.objective)
+    except Preempted as preempted:
+        say(f"{folder.path}: {preempted}; the same command resumes it")
+        preempted.call_previous_handler()
         if not ranks.is_main():
-            time.sleep(HANDED_ON)  # rank 0 is putting the job back into the queue, and the end of any rank ends it
-        raise SystemExit(stopped.exit_code) from None
+            time.sleep(REQUEUE_SECONDS)  # rank 0 is requeuing the job, which the end of any rank would end
+        raise SystemExit(preempted.exit_code) from None
     except FolderBusy as busy:
-        say(f"left alone: {busy}")
+        say(f"skipped: {busy}")
         return None
     except ranks.ReportedByRank0:
         return None
     except JobFailed:
-        return None  # the process wrote down why
+        return None  # the job's process has recorded the reason
     except Exception as error:
-        told = ranks.world_size() > 1 or isinstance(error, ranks.RankFailed)  # by the rank that failed first
-        failure = folder.record_failure(error, overrides, first_wins=told)
+        was_rank = ranks.world_size() > 1 or isinstance(
+            error, ranks.RankFailed
+        )  # the rank that failed first recorded it
+        failure = folder.record_failure(error, overrides, first_wins=was_rank)
         say(f"{failure['kind']}: {folder.path}: {failure['reason'][:300]}")
         if ranks.world_size() > 1:
             raise SystemExit(1) from None  # the other ranks wait for this one in a collective
@@ -86,49 +90,52 @@ def run_job(config: DictConfig) -> float | None:
 
 
 class JobFailed(Exception):
-    """A job that ran in a process of its own failed, which its folder tells."""
+    """A job that ran in a subprocess failed; its folder holds the reason."""
 
 
-def in_a_process(overrides: Sequence[str], folder: RunFolder, flags: Sequence[str]) -> None:
-    """Run the job in a process of its own, its output in output.log. Raises JobFailed, with the reason in failed.json."""
+def run_in_subprocess(overrides: Sequence[str], folder: RunFolder, flags: Sequence[str]) -> None:
+    """Run the job in a subprocess, its output in output.log; raises JobFailed, with the reason in failed.json."""
     folder.path.mkdir(parents=True, exist_ok=True)
     (folder / FAILED).unlink(missing_ok=True)
-    with (folder / OUTPUT).open("ab") as log, one_gpu(folder.path.parent) as chosen:
-        child = subprocess.Popen(
+    with (folder / OUTPUT).open("ab") as log, one_gpu(folder.path.parent) as environment:
+        process = subprocess.Popen(
             ranks.command_of(flags, overrides, folder.path),
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **chosen},
+            env={**os.environ, **environment},
         )
         try:
-            ranks.wait_for([child])
+            ranks.wait_for_all([process])
             return
         except ranks.RankFailed as failed:
-            if failed.stopped_by is not None:
-                say(f"{folder.path}: {failed}; started again, it goes on")
+            if failed.preempted_by is not None:
+                say(f"{folder.path}: {failed}; the same command resumes it")
                 raise JobFailed from None
             code = failed.code
     if folder.is_running:
-        say(f"left alone: another process runs in {folder.path}")
+        say(f"skipped: another process is running in {folder.path}")
         raise JobFailed
     if folder.failure() is None:
-        tail = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {' '.join(tail)}"
+        last_line = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {' '.join(last_line)}"
         folder.record_failure(ConfigError(how), list(overrides))
     say(f"failed: {folder.path}: {(folder.failure() or {}).get('reason', '')[:300]}")
     raise JobFailed
 
 
 def free_memory() -> None:
-    """What a failed job held on an accelerator is free for the next one."""
+    """Free the accelerator memory of a failed job for the next one."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def objective(metrics: dict[str, float], name: str | None) -> float | None:
-    """The metric of that name, as it is or with predict_ or eval_ before it; None when none is asked for."""
+def objective_value(metrics: dict[str, float], name: str | None) -> float | None:
+    """The metric named `name`, predict_`name` or eval_`name`; None without a name.
+
+    Raises ConfigError if the run has not measured it.
+    """
     if name is None:
         return None
     key = measured_as(name, metrics)

@@ -1,9 +1,8 @@
-"""Hydra's launchers of jobs: SLURM through submitit, and several at once on this machine through joblib.
+"""Hydra launchers: SLURM through submitit, and several jobs at a time on this machine through joblib.
 
-Hydra takes plugins from `hydra_plugins` only; `register` makes ours known under a name there.
+Hydra looks for plugins in the package `hydra_plugins` only; `register` gives ours a name there.
 """
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -22,12 +21,17 @@ from omegaconf import OmegaConf
 
 from glmtuner.config.objective import less_is_better
 from glmtuner.console import say
-from glmtuner.distributed.ranks import gpus
+from glmtuner.distributed.ranks import visible_gpus
 from glmtuner.errors import ConfigError
+from glmtuner.run_folder.locks import try_lock
 
-SECONDS = 2.0  # between two looks at the queue
-GRACE = 15.0  # seconds that a job may be out of the queue before its result is on a shared disk
-QUEUE = (
+if TYPE_CHECKING:
+    from submitit import Job
+
+SLURM_TARGET = "hydra_plugins.glmtuner.SlurmLauncher"  # `_target_` of conf/hydra/launcher/slurm.yaml
+POLL_SECONDS = 2.0  # between two looks at the queue, or at the locks of the GPUs
+RESULT_GRACE_SECONDS = 15.0  # from a job's end in the queue until its result must be visible on a shared disk
+EXECUTOR_PARAMETERS = (  # of submitit's AutoExecutor; the others are of SLURM, and prefixed there
     "cpus_per_task",
     "gpus_per_node",
     "tasks_per_node",
@@ -40,23 +44,23 @@ QUEUE = (
 
 
 def register() -> None:
-    """Make the launcher of this file and the resolvers of conf/hydra known."""
-    Plugins.instance().class_name_to_class["hydra_plugins.glmtuner.SlurmLauncher"] = SlurmLauncher
-    # the plugins' own presets of these names would be taken for the schemas of those in conf/hydra
-    known = ConfigStore.instance().repo["hydra"]
-    known["launcher"].pop("joblib.yaml", None)
-    known["sweeper"].pop("optuna.yaml", None)
+    """Register the launcher of this module and the resolvers that conf/hydra uses."""
+    Plugins.instance().class_name_to_class[SLURM_TARGET] = SlurmLauncher
+    # Hydra would use the plugins' own presets of these names as schemas of those in conf/hydra.
+    stored = ConfigStore.instance().repo["hydra"]
+    stored["launcher"].pop("joblib.yaml", None)
+    stored["sweeper"].pop("optuna.yaml", None)
     OmegaConf.register_new_resolver("parallel_jobs", parallel_jobs, replace=True)
     OmegaConf.register_new_resolver("direction_of", direction_of, replace=True)
 
 
 def parallel_jobs() -> int:
-    """How many jobs run at once on this machine: one a GPU, or one for two cores."""
-    return len(gpus()) or max((os.cpu_count() or 2) // 2, 1)
+    """How many jobs run at a time on this machine: one per GPU, or one per two CPU cores."""
+    return len(visible_gpus()) or max((os.cpu_count() or 2) // 2, 1)
 
 
 def direction_of(objective: str | None) -> str:
-    """Whether a search wants less of the metric, or more."""
+    """`minimize` or `maximize`, as Optuna calls it; raises ConfigError without an objective."""
     if objective is None:
         raise ConfigError(
             "hydra/sweeper=optuna searches for the best value of a metric; type objective=eval_loss, or rouge-l"
@@ -66,28 +70,27 @@ def direction_of(objective: str | None) -> str:
 
 @contextmanager
 def one_gpu(root: Path) -> Iterator[dict[str, str]]:
-    """The environment of a job that has one of this machine's GPUs to itself among the jobs of this sweep.
+    """The environment variables that give a job one of this machine's GPUs, which no other job of the sweep uses meanwhile.
 
-    The locks end with the process that holds them, however it ends.
+    Empty on a machine with fewer than two GPUs. Each GPU has a lock file in the sweep's folder `root`; its lock is released
+    when the process that holds it ends, however it ends.
     """
-    names = gpus()
-    if len(names) < 2:
+    gpus = visible_gpus()
+    if len(gpus) < 2:
         yield {}
         return
     while True:
-        for name in names:
-            with (root / f".gpu-{name}.lock").open("w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                yield {"CUDA_VISIBLE_DEVICES": name}
+        for gpu in gpus:
+            lock = try_lock(root / f".gpu-{gpu}.lock")
+            if lock is not None:
+                with lock:
+                    yield {"CUDA_VISIBLE_DEVICES": gpu}
                 return
-        time.sleep(SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 class SlurmLauncher(SubmititSlurm):
-    """Jobs as one SLURM array. A job that dies takes no other with it, and its folder tells what became of it."""
+    """Runs the jobs as one SLURM array. A job that fails stops no other, and its folder records how it ended."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         import submitit
@@ -95,7 +98,7 @@ class SlurmLauncher(SubmititSlurm):
         assert self.config is not None
         if not shutil.which("sbatch"):
             raise ConfigError(
-                "hydra/launcher=slurm: this machine has no `sbatch`; run it on a login node of the cluster, or type "
+                "hydra/launcher=slurm: this machine has no `sbatch`; type it on a login node of the cluster, or type "
                 "hydra/launcher=joblib"
             )
         root = Path(str(self.config.hydra.sweep.dir))
@@ -104,9 +107,12 @@ class SlurmLauncher(SubmititSlurm):
         executor = submitit.AutoExecutor(
             cluster="slurm", folder=params.pop("submitit_folder"), slurm_max_num_timeout=params.pop("max_num_timeout")
         )
-        given = {name: value for name, value in params.items() if value is not None}
         executor.update_parameters(
-            **{name if name in QUEUE else f"slurm_{name}": value for name, value in given.items()}
+            **{
+                name if name in EXECUTOR_PARAMETERS else f"slurm_{name}": value
+                for name, value in params.items()
+                if value is not None
+            }
         )
         numbered = list(enumerate(job_overrides, initial_job_idx))
         state = Singleton.get_state()
@@ -119,32 +125,32 @@ class SlurmLauncher(SubmititSlurm):
             [state] * len(numbered),
         )
         for (number, overrides), job in zip(numbered, jobs, strict=True):
-            say(f"job {number} is SLURM's {job.job_id}: {' '.join(filter_overrides(overrides))}")
-        wait_for(jobs)
-        return [returned(job, overrides) for job, (_, overrides) in zip(jobs, numbered, strict=True)]
+            say(f"job {number} is SLURM job {job.job_id}: {' '.join(filter_overrides(overrides))}")
+        wait_for_jobs(jobs)
+        return [job_return(job, overrides) for job, (_, overrides) in zip(jobs, numbered, strict=True)]
 
 
-def wait_for(jobs: Sequence[Any]) -> None:
-    """Until each job left its result, or has been out of SLURM's queue for a while."""
-    gone: dict[str, float] = {}
+def wait_for_jobs(jobs: Sequence["Job[JobReturn]"]) -> None:
+    """Wait until each job has left its result, or has been out of SLURM's queue for RESULT_GRACE_SECONDS."""
+    left_queue_at: dict[str, float] = {}
     while True:
-        left = [job for job in jobs if not Path(job.paths.result_pickle).exists()]
-        if not left:
+        pending = [job for job in jobs if not Path(job.paths.result_pickle).exists()]
+        if not pending:
             return
-        queued = in_queue({job.job_id.partition("_")[0] for job in left})
+        queued = queued_job_ids({job.job_id.partition("_")[0] for job in pending})
         now = time.monotonic()
-        for job in left:
+        for job in pending:
             if queued is None or job.job_id in queued:
-                gone.pop(job.job_id, None)
+                left_queue_at.pop(job.job_id, None)
             else:
-                gone.setdefault(job.job_id, now)
-        if all(now - gone.get(job.job_id, now) > GRACE for job in left):
+                left_queue_at.setdefault(job.job_id, now)
+        if all(now - left_queue_at.get(job.job_id, now) > RESULT_GRACE_SECONDS for job in pending):
             return
-        time.sleep(SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
-def in_queue(arrays: set[str]) -> set[str] | None:
-    """The ids of the arrays' jobs that wait, run, or were put back; None when SLURM did not answer."""
+def queued_job_ids(arrays: set[str]) -> set[str] | None:
+    """The ids of the arrays' jobs that are pending, running or requeued; None if SLURM did not answer."""
     command = ["squeue", "--noheader", "--array", "--format=%i", "--jobs", ",".join(sorted(arrays))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and "Invalid job id" not in done.stderr:
@@ -152,15 +158,16 @@ def in_queue(arrays: set[str]) -> set[str] | None:
     return set(done.stdout.split())
 
 
-def returned(job: Any, overrides: Sequence[str]) -> JobReturn:
-    """What Hydra's sweeper is told; a job without a result counts as done without an objective.
+def job_return(job: "Job[JobReturn]", overrides: Sequence[str]) -> JobReturn:
+    """The job's result for Hydra's sweeper; a job without one counts as completed without an objective.
 
-    Only a result that is there is asked for: without accounting submitit would wait for one for ever.
+    submitit is asked only for a result that exists: on a cluster without accounting it would wait for one forever.
     """
     if Path(job.paths.result_pickle).exists():
         try:
-            return job.task(0).result()
-        except Exception as error:  # submitit's own; a job's failure stands in its folder
-            say(f"SLURM's {job.job_id}: {type(error).__name__}: {error}")
-    say(f"SLURM's {job.job_id} left no result; its log: {job.paths.stderr}")
+            result: JobReturn = job.task(0).result()
+            return result
+        except Exception as error:  # of submitit; the error of a job is in its folder
+            say(f"SLURM job {job.job_id}: {type(error).__name__}: {error}")
+    say(f"SLURM job {job.job_id} left no result; its log: {job.paths.stderr}")
     return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=None)

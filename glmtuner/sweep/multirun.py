@@ -1,4 +1,4 @@
-"""A sweep, from its overrides to its report."""
+"""The command that runs a sweep, from its overrides to its report."""
 
 import shutil
 import sys
@@ -18,67 +18,67 @@ if TYPE_CHECKING:
 def run_sweep(
     overrides: list[str], flags: Sequence[str], *, config_dir: str | None, config_name: str, check: bool = False
 ) -> int:
-    """Every job of the sweep, one folder a job; nothing runs before every combination was composed and validated.
+    """Run every job of the sweep, each in its own folder; returns the exit code: 1 if a job failed, else 0.
 
-    Started again, it skips what is finished, continues what is half done and tries again what failed. `flags` are Hydra's
-    options; with `check` only the memory of the first job is estimated. Returns the exit code: 1 where jobs failed.
+    No job starts before every combination is composed and validated. The same command again skips the finished jobs,
+    resumes the unfinished ones and runs the failed ones again. `flags` are Hydra's options; with `check`, only the memory
+    of the first job is estimated.
     """
     from glmtuner.config.compose import compose_every_job, first_job
     from glmtuner.console import say
-    from glmtuner.launch.memory_check import report_memory as check_memory
-    from glmtuner.launch.memory_check import report_remote_memory
+    from glmtuner.launch.memory_check import report_memory, report_remote_memory
     from glmtuner.report.jobs import State, read_jobs
     from glmtuner.sweep.folders import hydra_overrides, record_command, sweep_folder
     from glmtuner.sweep.job import run_job
-    from glmtuner.sweep.launchers import register
+    from glmtuner.sweep.launchers import SLURM_TARGET, register
 
-    overrides = [word for word in overrides if word.replace(" ", "").lower() != "hydra.mode=multirun"]
+    overrides = [override for override in overrides if override.replace(" ", "").lower() != "hydra.mode=multirun"]
     register()
-    settled = compose_every_job(overrides, config_dir=config_dir, config_name=config_name)
-    first = partial(first_job, settled, config_dir=config_dir, config_name=config_name)
+    bracketed = compose_every_job(overrides, config_dir=config_dir, config_name=config_name)
+    first = partial(first_job, bracketed, config_dir=config_dir, config_name=config_name)
     if check:
-        check_memory(first())
+        report_memory(first())
         return 0
-    if "hydra/launcher=slurm" in settled and shutil.which("sbatch"):
-        report_remote_memory(first())
-    root = sweep_folder(settled)
+    if shutil.which("sbatch") and (composed := first()).hydra.launcher._target_ == SLURM_TARGET:
+        report_remote_memory(composed)
+    root = sweep_folder(bracketed)
     record_command(root, overrides)
     crash = None
     try:
-        hydra_main(["--multirun", *flags, *hydra_overrides(settled)], run_job)
+        hydra_main(["--multirun", *flags, *hydra_overrides(bracketed)], run_job)
     except ConfigError:
         raise
-    except Exception as error:  # such as Optuna's, when no trial of a search came to an end
+    except Exception as error:  # such as Optuna's if no trial of a search has completed
         crash = error
     finally:
-        (root / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the words, keys and tokens among them
-    jobs = read_jobs(root)  # judged by the folders alone, whoever ran the jobs
+        (root / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the overrides, secrets included
+    jobs = read_jobs(root)  # their folders tell how they ended, whichever process ran them
     count = Counter(job.state for job in jobs)
     if crash is not None and count[State.finished] == len(jobs):
         raise crash
     failed = [job for job in jobs if job.state in (State.failed, State.unfinished, State.running)]
     for job in failed:
-        reason = {State.unfinished: "cut off before its end", State.running: "still running"}.get(job.state, job.reason)
+        reason = {State.unfinished: "interrupted", State.running: "still running"}.get(job.state, job.reason)
         print(f"glmtuner: a job of the sweep failed: {job.name}: {reason[:300]}", file=sys.stderr)
-    _report(root, lambda: first().run.tracker)
+    _write_report(root, lambda: first().run.tracker)
     say(
         f"sweep folder: {root} ({count[State.finished]} finished, {count[State.infeasible]} did not fit into memory, "
         f"{len(failed)} failed)"
     )
     if failed:
-        print("glmtuner: the same command tries the failed ones again and skips the finished ones", file=sys.stderr)
+        print("glmtuner: the same command runs the failed jobs again and skips the finished ones", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _report(sweep: Path, tracker: "Callable[[], Tracker]") -> None:
-    """Write, show and publish the sweep's report; what goes wrong with it is told in a line and changes nothing else."""
+def _write_report(sweep: Path, get_tracker: "Callable[[], Tracker]") -> None:
+    """Write, print and publish the sweep's report; an error is printed in one line and has no other effect."""
     from glmtuner.console import say
-    from glmtuner.report import report
+    from glmtuner.report import write_report
 
     try:
-        report(sweep)
-        if closing := tracker().publish(sweep):
-            say(closing)
+        write_report(sweep)
+        if message := get_tracker().publish(sweep):
+            say(message)
     except Exception as error:
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        print(f"glmtuner: the report was not written ({told}); python -m glmtuner report {sweep}", file=sys.stderr)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        print(f"glmtuner: the report was not written ({reason}); python -m glmtuner report {sweep}", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""Chat templates, and from text to token ids."""
+"""Chat templates, and the encoding of text as token ids."""

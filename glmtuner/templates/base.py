@@ -1,25 +1,32 @@
 """Chat templates: how turns become tokens, the same for training, prediction and chat.
 
 A template of ours is a list of pieces: control tokens, looked up by name, and text, which never becomes a control token
-whatever a user writes in it. A model that no template here knows keeps its tokenizer's own (jinja) template.
+whatever a user writes in it. A model for which there is no template here keeps its tokenizer's own (jinja) template.
 """
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from glmtuner.errors import ConfigError
 from glmtuner.templates.encoding import Ids, encode_text
 
-IGNORE_INDEX = -100
-OWN = "tokenizer"  # the tokenizer's chat_template
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100  # the label of a position that is not learned; what torch's cross_entropy ignores by default
+OWN = "tokenizer"  # the name of the tokenizer's own chat_template
 
 
 class Message(Protocol):
-    """One turn: role is system, user or assistant, or observation (what a tool answered)."""
+    """One turn: role is system, user or assistant, or observation (the result of a tool call)."""
 
-    role: str
-    content: str
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def content(self) -> str: ...
 
 
 class Piece(NamedTuple):
@@ -31,10 +38,10 @@ class Piece(NamedTuple):
 
 @dataclass(slots=True)
 class Encoded:
-    """Token ids of a conversation and the places of its answers.
+    """Token ids of a conversation and the positions of its answers.
 
-    An answer is the half-open range of its tokens; its stop token is learned right behind it: in the place of the next
-    turn's first token, or appended after the last answer. `stop` is that token's id.
+    An answer is the half-open range of its tokens; its stop token is learned at the position right after it: that of the
+    next turn's first token, or one appended after the last answer. `stop` is that token's id.
     """
 
     input_ids: Ids
@@ -42,70 +49,72 @@ class Encoded:
     stop: int
 
     def learned(self, every_answer: bool) -> list[tuple[int, int]]:
-        """The answers that are learned."""
+        """The ranges of the answers that are learned."""
         return self.answers if every_answer else self.answers[-1:]
 
     def labels(self, every_answer: bool) -> Ids:
-        """Labels as long as `input_ids`: what each position is to be predicted as, IGNORE_INDEX on prompts."""
-        ignored = self.input_ids[:0]  # a list, or an array
-        ignored.append(IGNORE_INDEX)
-        labels = ignored * len(self.input_ids)
+        """Labels as long as `input_ids`, not shifted: the token to be predicted at each position, IGNORE_INDEX on prompts."""
+        length = len(self.input_ids)
+        is_array = isinstance(self.input_ids, array)
+        labels: Ids = array("i", [IGNORE_INDEX]) * length if is_array else [IGNORE_INDEX] * length
         for start, end in self.learned(every_answer):
             labels[start:end] = self.input_ids[start:end]
             labels[end] = self.stop
         return labels
 
-    def cut_answer(self, most: int) -> int:
-        """Shorten the last answer to `most` tokens, its stop token included; returns how many tokens that cost."""
+    def cut_answer(self, max_tokens: int) -> int:
+        """Truncate the last answer to `max_tokens`, its stop token included; returns how many tokens were removed."""
         start, end = self.answers[-1]
-        cost = max(end + 1 - start - most, 0)
-        if cost:
-            self.answers[-1] = (start, end - cost)
-            self.input_ids = self.input_ids[: end - cost]
+        num_removed = max(end + 1 - start - max_tokens, 0)
+        if num_removed:
+            self.answers[-1] = (start, end - num_removed)
+            self.input_ids = self.input_ids[: end - num_removed]
             self.input_ids.append(self.stop)
-        return cost
+        return num_removed
 
     @property
     def source_length(self) -> int:
-        """Tokens before the last answer."""
+        """The number of tokens before the last answer."""
         return self.answers[-1][0] if self.answers else len(self.input_ids)
 
 
 class Template:
-    """A template as pieces; subclasses say how turns follow each other.
+    """A template as pieces; subclasses define how turns follow each other.
 
-    `one_answer_a_row`: a row can teach its last answer alone, so a conversation of n answers is n rows to learn from.
+    `one_answer_a_row`: a row can teach its last answer only, so a conversation of n answers becomes n training rows.
     """
 
     name: str
-    stop: str  # the control token behind an answer
+    stop: str  # the control token after an answer
     prefix: tuple[str, ...] = ()  # control tokens before everything
+    answer_prefix: tuple[str, ...] = ()  # control tokens between the prompt and the answer
     one_answer_a_row: ClassVar[bool] = False
-    asks_tokenizer: ClassVar[bool] = False  # does it call the tokenizer itself, which then is one thread's alone?
+    calls_tokenizer: ClassVar[bool] = False  # does it call the tokenizer directly, so that threads cannot share one?
 
     def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
-        """The pieces of the turns; when the last turn is the user's, up to where the answer begins."""
+        """The pieces of the turns; if the last turn is the user's, up to where the answer begins."""
         raise NotImplementedError
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+        """The pieces of a conversation, the prefix included."""
         return [*(Piece(token, "control") for token in self.prefix), *self.turns(messages)]
 
-    def encode(self, tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
-        """Each conversation's tokens; those that end in an answer get the stop token behind it.
+    def encode(self, tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+        """Each conversation's tokens; a conversation that ends in an answer gets the stop token after it.
 
         All texts go to the tokenizer in one batch, each distinct one once.
         """
-        cut = [self.pieces(messages) for messages in conversations]
-        texts = list(dict.fromkeys(piece.text for pieces in cut for piece in pieces if piece.kind != "control"))
+        pieces_of = [self.pieces(messages) for messages in conversations]
+        texts = list(dict.fromkeys(piece.text for pieces in pieces_of for piece in pieces if piece.kind != "control"))
         ids_of = dict(zip(texts, encode_text(tokenizer, texts), strict=True))
-        controls = dict.fromkeys(piece.text for pieces in cut for piece in pieces if piece.kind == "control")
+        controls = dict.fromkeys(piece.text for pieces in pieces_of for piece in pieces if piece.kind == "control")
         id_of = {token: control_id(tokenizer, token, self.name) for token in (*controls, self.stop)}
         stop = id_of[self.stop]
-        nothing = next(iter(ids_of.values()), [])[:0]
+        empty: Ids = next(iter(ids_of.values()), [])[:0]  # a list, or an array
         encoded = []
-        for pieces in cut:
-            input_ids = nothing[:]
-            answers = []
+        for pieces in pieces_of:
+            input_ids = empty[:]
+            answers: list[tuple[int, int]] = []
             for piece in pieces:
                 if piece.kind == "control":
                     input_ids.append(id_of[piece.text])
@@ -122,30 +131,36 @@ class Template:
         return encoded
 
     def jinja(self) -> str | None:
-        """The same for tools that know jinja templates only; None where one cannot give these tokens."""
+        """The same template in jinja, for other programs; None where jinja cannot produce these tokens."""
         return None
 
     def prompts(
-        self, tokenizer: Any, conversations: Sequence[Sequence[Message]], encoded: Sequence[Encoded]
-    ) -> list[Ids]:
-        """What stands before the last answer of each conversation, of which `encoded` are the tokens."""
-        return [found.input_ids[: found.source_length] for found in encoded]
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        conversations: Sequence[Sequence[Message]],
+        encoded: Sequence[Encoded],
+    ) -> Sequence[Ids]:
+        """The tokens before the last answer of each conversation, of which `encoded` are the tokens."""
+        return [conversation.input_ids[: conversation.source_length] for conversation in encoded]
 
-    def stop_ids(self, tokenizer: Any) -> set[int]:
+    def stop_ids(self, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+        """The ids that end an answer."""
         return {control_id(tokenizer, self.stop, self.name)}
 
-    def documents(self, tokenizer: Any, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """What every row of plain text begins with, and each text's tokens with the tokenizer's end of text behind them.
+    def documents(
+        self, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]
+    ) -> tuple[list[int], list[list[int]]]:
+        """The tokens with which every row of plain text begins, and each text's tokens followed by the end-of-text token.
 
-        Where the template has no tokens to begin with, a text begins as the tokenizer itself begins one.
+        If the template has no tokens to begin with, a text begins as the tokenizer itself begins one.
         """
-        start = [control_id(tokenizer, token, self.name) for token in (*self.prefix, *getattr(self, "behind", ()))]
+        start = [control_id(tokenizer, token, self.name) for token in (*self.prefix, *self.answer_prefix)]
         begin, end = tokenizer.bos_token_id, control_id(tokenizer, "eos", self.name)
         begins = [] if start or tokenizer("a").input_ids[0] != begin else [begin]
         return start, [[*begins, *ids, end] for ids in encode_text(tokenizer, texts)]
 
     def describe(self) -> dict[str, Any]:
-        """What provenance.json keeps of the template, and the cache's key is made of."""
+        """The template as provenance.json stores it and the key of the cache is made of."""
         pieces = self.pieces([_Turn("system", "{system}"), _Turn("user", "{user}"), _Turn("assistant", "{assistant}")])
         return {
             "name": self.name,
@@ -163,19 +178,21 @@ class _Turn:
     content: str
 
 
-TEMPLATES: dict[str, Template] = {}  # ours, by name; glm.py fills it
+TEMPLATES: dict[str, Template] = {}  # ours, by name; filled by glm.py
 
 
-def control_id(tokenizer: Any, token: str, template: str) -> int:
-    """The id of a control token; `eos` is the tokenizer's own. Raises ConfigError where the tokenizer has none."""
+def control_id(tokenizer: "PreTrainedTokenizerBase", token: str, template: str) -> int:
+    """The id of a control token; `eos` is the tokenizer's own. Raises ConfigError if the tokenizer does not have it."""
     if token == "eos":
-        if tokenizer.eos_token_id is None:
+        eos: int | None = tokenizer.eos_token_id
+        if eos is None:
             raise ConfigError(f"model.template={template}: the tokenizer has no end-of-sequence token")
-        return tokenizer.eos_token_id
-    found = tokenizer.convert_tokens_to_ids(token)
-    if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        return eos
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if token_id is None or (token_id == tokenizer.unk_token_id and token != tokenizer.unk_token):
         raise ConfigError(
             f"model.template={template}: the tokenizer has no token {token!r}, so this template belongs to another model; "
             f"legal: {', '.join([*TEMPLATES, OWN])}"
         )
-    return found
+    assert isinstance(token_id, int)  # of one token
+    return token_id

@@ -1,42 +1,56 @@
 """Plain text to token ids by the fastest way that a tokenizer has."""
 
-from array import array
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import MutableSequence, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from glmtuner.templates.tiktoken_engine import encodes_by_backend, engine_of
 
-Ids = list[int] | array  # arrays of 32-bit numbers where an Engine encodes
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+Ids = MutableSequence[int]  # a list; an array of 32-bit integers where an Engine encodes
 
 
-def encode_text(tokenizer: Any, texts: Sequence[str], *, reads_controls: bool = False) -> list[Ids]:
-    """Ids of plain texts: nothing added, and nothing in them read as a control token unless `reads_controls`.
+def encode_text(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, reads_controls: bool = False
+) -> Sequence[Ids]:
+    """Ids of plain texts: nothing is added, and no control token is matched in them unless `reads_controls`.
 
-    They come as arrays where an engine was prepared for the tokenizer, else as lists.
+    They are arrays where an engine is in use for the tokenizer, else lists.
     """
     if not texts:
         return []
     if not reads_controls and (engine := engine_of(tokenizer)) is not None:
-        return engine.encode(texts, lambda others: _encoded_by(backend_of(tokenizer, False), others))
+        return engine.encode(texts, partial(_encode_plain, tokenizer))
     if (backend := backend_of(tokenizer, reads_controls)) is not None:
-        return _encoded_by(backend, texts)
-    return tokenizer(
+        return _encode_by(backend, texts)
+    ids: list[list[int]] = tokenizer(
         list(texts), add_special_tokens=False, split_special_tokens=not reads_controls, return_attention_mask=False
     ).input_ids
+    return ids
 
 
-def _encoded_by(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+def _encode_plain(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    backend = backend_of(tokenizer, reads_controls=False)
+    assert backend is not None  # only such tokenizers have engines
+    return _encode_by(backend, texts)
+
+
+def _encode_by(backend: "Tokenizer", texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def backend_of(tokenizer: Any, reads_controls: bool) -> Any:
-    """The tokenizer's backend, set to cut nothing and to pad nothing; None where the tokenizer has a way of its own.
+def backend_of(tokenizer: "PreTrainedTokenizerBase", reads_controls: bool) -> "Tokenizer | None":
+    """The tokenizer's backend, set to neither truncate nor pad; None where the tokenizer does not encode by a backend alone.
 
-    Asked by itself it gives ids alone: transformers would have it look for each token's place, and copy eight lists a text.
+    Called directly it returns ids only: through transformers it would also compute each token's offsets, and eight lists
+    would be copied for every text.
     """
     if not encodes_by_backend(tokenizer):
         return None
-    backend = tokenizer.backend_tokenizer
+    backend: Tokenizer = tokenizer.backend_tokenizer
     backend.encode_special_tokens = not reads_controls
     if backend.truncation is not None:
         backend.no_truncation()

@@ -10,37 +10,37 @@ from glmtuner.templates.base import TEMPLATES, Message, Piece, Template
 
 @dataclass(frozen=True)
 class RoleTokens(Template):
-    """`<|user|>` and its like before each turn (ChatGLM3, GLM-4).
+    """A role token such as `<|user|>` before each turn (ChatGLM3, GLM-4).
 
-    `apart`: ChatGLM3 tokenizes the line break behind a role apart from the text, and writes it itself when it answers.
+    `separate_newline`: ChatGLM3 tokenizes the line break after a role separately from the text, and generates it itself.
     """
 
     name: str
     stop: str
     prefix: tuple[str, ...]
-    apart: bool = False
+    separate_newline: bool = False
 
     def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
         for message in messages:
             yield Piece(f"<|{message.role}|>", "control")
-            answers = message.role == "assistant"
-            if answers or self.apart:
-                yield Piece("\n", "answer" if answers and self.apart else "text")
-                yield Piece(message.content, "answer" if answers else "text")
+            is_answer = message.role == "assistant"
+            if is_answer or self.separate_newline:
+                yield Piece("\n", "answer" if is_answer and self.separate_newline else "text")
+                yield Piece(message.content, "answer" if is_answer else "text")
             else:
                 yield Piece(f"\n{message.content}", "text")
         if messages[-1].role != "assistant":
             yield Piece("<|assistant|>", "control")
-            if not self.apart:
+            if not self.separate_newline:
                 yield Piece("\n", "text")
 
     def jinja(self) -> str:
-        # ChatGLM3's text is tokenized apart from the line break, which is to say behind a space
-        text, asks = (" ", "") if self.apart else ("", "\\n")
+        # text tokenized separately from the line break (ChatGLM3) has the tokens of text after a space
+        space, answer_start = (" ", "") if self.separate_newline else ("", "\\n")
         return (
             "[gMASK]<sop>{% for message in messages %}"
-            f"{{{{ '<|' ~ message['role'] ~ '|>\\n{text}' ~ message['content'] }}}}"
-            f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '<|assistant|>{asks}' }}}}{{% endif %}}"
+            f"{{{{ '<|' ~ message['role'] ~ '|>\\n{space}' ~ message['content'] }}}}"
+            f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '<|assistant|>{answer_start}' }}}}{{% endif %}}"
         )
 
 
@@ -48,33 +48,33 @@ class RoleTokens(Template):
 class Rounds(Template):
     """Numbered rounds of question and answer, as plain text (ChatGLM2, and ChatGLM-6B as CET trains it).
 
-    The prompt, earlier answers and all, is one text, tokenized as one: so it is when these models chat. Only the last
-    answer is a text of its own, and only it can be learned; in ChatGLM-6B every earlier one is also seen in both directions.
+    The prompt, earlier answers included, is tokenized as one text, as it is when these models chat. Only the last answer is
+    tokenized separately, so only it can be learned; ChatGLM-6B also attends to the earlier ones in both directions.
     """
 
     name: str
     stop: str
     prefix: tuple[str, ...] = ()
-    behind: tuple[str, ...] = ()  # control tokens between the prompt and the answer
+    answer_prefix: tuple[str, ...] = ()
     one_answer_a_row: ClassVar[bool] = True
 
     def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
-        answered = messages[-1].role == "assistant"
+        has_answer = messages[-1].role == "assistant"
         text, number = "", 0
-        for message in messages[:-1] if answered else messages:
+        for message in messages[:-1] if has_answer else messages:
             if message.role == "user":
                 number += 1
                 text += f"[Round {number}]\n\n问：{message.content}\n\n答："
             else:
                 text += f"{message.content}\n\n"
         yield Piece(text, "text")
-        yield from (Piece(token, "control") for token in self.behind)
-        if answered:
+        yield from (Piece(token, "control") for token in self.answer_prefix)
+        if has_answer:
             yield Piece(messages[-1].content, "answer")
 
     def jinja(self) -> str | None:
-        if self.behind:
-            return None  # ChatGLM-6B's tokenizer reads no [gMASK] in text
+        if self.answer_prefix:
+            return None  # ChatGLM-6B's tokenizer does not match [gMASK] in text
         return (
             "[gMASK]<sop>{% set rounds = namespace(count=0) %}{% for message in messages %}"
             "{% if message['role'] == 'user' %}{% set rounds.count = rounds.count + 1 %}"
@@ -85,20 +85,20 @@ class Rounds(Template):
 
 @dataclass(frozen=True)
 class Plain(Template):
-    """Words instead of control tokens, for base models that have no chat template."""
+    """Role names in plain text instead of control tokens, for base models without a chat template."""
 
     name: str = "plain"
-    asks_tokenizer: ClassVar[bool] = True  # how it begins a document
-    stop: str = "eos"  # whatever the tokenizer calls it
+    calls_tokenizer: ClassVar[bool] = True  # to learn how it begins a document
+    stop: str = "eos"  # the tokenizer's end-of-sequence token
     prefix: tuple[str, ...] = ()
-    words: dict[str, str] = field(
+    role_labels: dict[str, str] = field(
         default_factory=lambda: {"system": "System: ", "user": "User: ", "assistant": "Assistant:"}
     )
 
     def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
         text = ""
         for message in messages:
-            text += self.words[message.role]
+            text += self.role_labels[message.role]
             if message.role == "assistant":
                 yield Piece(text, "text")
                 yield Piece(f" {message.content}", "answer")
@@ -106,19 +106,19 @@ class Plain(Template):
             else:
                 text += f"{message.content}\n\n"
         if messages[-1].role != "assistant":
-            yield Piece(text + self.words["assistant"], "text")
+            yield Piece(text + self.role_labels["assistant"], "text")
 
 
 for _template in (
     RoleTokens(name="glm4", stop="<|user|>", prefix=("[gMASK]", "<sop>")),
-    RoleTokens(name="chatglm3", stop="</s>", prefix=("[gMASK]", "sop"), apart=True),
+    RoleTokens(name="chatglm3", stop="</s>", prefix=("[gMASK]", "sop"), separate_newline=True),
     Rounds(name="chatglm2", stop="</s>", prefix=("[gMASK]", "sop")),
-    Rounds(name="chatglm", stop="<eop>", behind=("[gMASK]", "<sop>")),
+    Rounds(name="chatglm", stop="<eop>", answer_prefix=("[gMASK]", "<sop>")),
     Plain(),
 ):
     TEMPLATES[_template.name] = _template
 
 
 def with_tools(system: str, tools: Sequence[dict[str, Any]]) -> str:
-    """The system turn with which ChatGLM3 is told of tools."""
+    """The system turn that describes the tools to ChatGLM3."""
     return f"{system}\n{json.dumps(list(tools), indent=4, ensure_ascii=False)}"

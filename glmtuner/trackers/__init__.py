@@ -1,4 +1,4 @@
-"""Trackers, one file each, named like the preset. Importing this package makes them known."""
+"""The trackers, one module per preset with its name; importing this package registers them."""
 
 import importlib
 import pkgutil

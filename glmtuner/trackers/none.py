@@ -1,4 +1,4 @@
-"""No tracker: the run folder alone."""
+"""No tracker: everything is in the run folder only."""
 
 from dataclasses import dataclass
 
@@ -9,4 +9,4 @@ from glmtuner.config.schema import Tracker
 @preset("tracker", "none")
 @dataclass(kw_only=True)
 class NoTracker(Tracker):
-    """Nothing besides the run folder."""
+    """Tracks nothing."""

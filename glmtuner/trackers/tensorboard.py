@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
@@ -11,20 +12,23 @@ from glmtuner.config.schema import Run, Tracker
 from glmtuner.run_folder.names import CONFIG
 from glmtuner.run_folder.redaction import flatten
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 @preset("tracker", "tensorboard")
 @dataclass(kw_only=True)
 class Tensorboard(Tracker):
-    """Event files in the run folder's tensorboard/: the history, the config, and the final metrics beside the knobs."""
+    """Event files in the run folder's tensorboard/: the history, the config, and the final metrics by hyperparameters."""
 
     def __post_init__(self) -> None:
-        self._writer = None
+        self._writer: SummaryWriter | None = None
 
     def start(self, run: Run, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         logs = folder / "tensorboard"
-        shutil.rmtree(logs, ignore_errors=True)  # a resumed run logs what it keeps again: no point is double
+        shutil.rmtree(logs, ignore_errors=True)  # a resumed run logs its earlier history again
         self._writer = SummaryWriter(str(logs))
         config = (folder / CONFIG).read_text(encoding="utf-8")
         self._writer.add_text("config", "".join(f"    {line}\n" for line in config.splitlines()))
@@ -46,7 +50,7 @@ class Tensorboard(Tracker):
         if self._writer is None:
             return None
         config = flatten(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
-        knobs = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
-        self._writer.add_hparams(knobs, metrics, run_name=".")
+        hparams = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
+        self._writer.add_hparams(hparams, metrics, run_name=".")  # into the same folder
         self.abandon()
         return f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}"

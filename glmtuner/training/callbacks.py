@@ -1,4 +1,4 @@
-"""The history and the stop of a training."""
+"""Callbacks that write the history and stop a training on a signal."""
 
 import json
 import os
@@ -20,50 +20,51 @@ TIMINGS = ("_runtime", "_per_second", "_time", "total_flos")
 
 
 class TrainerInProgress(Protocol):
-    """What the history needs of the trainer; `tokens` and `squares` are this rank's counts, see GlmTrainer."""
+    """The members of GlmTrainer that the history reads; `tokens` and `squared_lengths` are counts of this rank."""
 
     folder: RunFolder
     tracker: Tracker
     tokens: torch.Tensor
-    squares: torch.Tensor
+    squared_lengths: torch.Tensor
     resumed_from: Path | None
 
-    def recall_progress(self) -> None: ...
+    def restore_progress(self) -> None: ...
 
-    def utilization(self, tokens: int, squares: int, seconds: float) -> float | None: ...
+    def utilization(self, tokens: float, squared_lengths: float, seconds: float) -> float | None: ...
 
 
 class History(TrainerCallback):
-    """history.jsonl: one line a logging step, without timings; cut back to the checkpoint when a run is resumed.
+    """Writes history.jsonl: a line for each logging step, without timings; truncated to the checkpoint on resume.
 
-    The tracker gets the same lines, with the speed since the last one, evaluation or checkpoint beside the losses.
+    The tracker gets the same lines; those with a training loss also have the speed since the last logging step, evaluation
+    or checkpoint.
     """
 
     def __init__(self, trainer: TrainerInProgress) -> None:
         self.trainer = trainer
         self.path = trainer.folder / HISTORY
-        self._since = (time.time(), 0, 0)
+        self._lap_start = (time.time(), 0.0, 0.0)  # time in seconds, tokens, squared lengths
 
-    def _lap(self, *_: Any, **__: Any) -> None:
+    def _start_lap(self, *_: Any, **__: Any) -> None:
         """Measure the speed from now on."""
-        self._since = (time.time(), self.trainer.tokens.item(), self.trainer.squares.item())
+        self._lap_start = (time.time(), self.trainer.tokens.item(), self.trainer.squared_lengths.item())
 
-    on_evaluate = on_save = _lap
+    on_evaluate = on_save = _start_lap
 
     def _speed(self) -> dict[str, float]:
-        """Tokens a second, and how well the GPUs are used, since the last lap; of this rank, taken for what all have."""
-        before = self._since
-        self._lap()
-        seconds, tokens, squares = (now - then for now, then in zip(self._since, before, strict=True))
+        """Tokens a second and MFU since the lap began, extrapolated from this rank to all; starts the next lap."""
+        before = self._lap_start
+        self._start_lap()
+        seconds, tokens, squared_lengths = (now - then for now, then in zip(self._lap_start, before, strict=True))
         if not (tokens and seconds > 0):
             return {}
-        tokens, squares = tokens * ranks.world_size(), squares * ranks.world_size()
-        share = self.trainer.utilization(tokens, squares, seconds)
-        return {"tokens_per_second": tokens / seconds} | ({} if share is None else {"mfu": share})
+        tokens, squared_lengths = tokens * ranks.world_size(), squared_lengths * ranks.world_size()
+        mfu = self.trainer.utilization(tokens, squared_lengths, seconds)
+        return {"tokens_per_second": tokens / seconds} | ({} if mfu is None else {"mfu": mfu})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.recall_progress()
-        self._lap()
+        self.trainer.restore_progress()
+        self._start_lap()
         if not args.should_save:
             return
         kept = []
@@ -86,20 +87,20 @@ class History(TrainerCallback):
         self.trainer.tracker.log(line | self._speed() if "loss" in values else line)
 
 
-class StopWhenAsked(TrainerCallback):
-    """Save and stop behind the step in which the signal came; all ranks behind the same one."""
+class StopOnSignal(TrainerCallback):
+    """Saves and stops after the step during which a signal arrived, on all ranks after the same step."""
 
-    def __init__(self, asked: SignalCapture) -> None:
-        self.asked = asked
+    def __init__(self, received: SignalCapture) -> None:
+        self.received = received
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:
-            self._agree(args.device)
-        if self.asked.signum is not None and state.global_step < state.max_steps:
+            self._share_signal(args.device)
+        if self.received.signum is not None and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
-    def _agree(self, device: Any) -> None:
-        """A signal that one rank got is everybody's."""
-        signum = torch.tensor(self.asked.signum or 0, device=device)
+    def _share_signal(self, device: torch.device) -> None:
+        """A signal that one rank received counts for all ranks."""
+        signum = torch.tensor(self.received.signum or 0, device=device)
         torch.distributed.all_reduce(signum, op=torch.distributed.ReduceOp.MAX)
-        self.asked.signum = int(signum) or None
+        self.received.signum = int(signum) or None

@@ -1,4 +1,4 @@
-"""What is measured in training: the sums of an objective, losses of tokens, peak memory."""
+"""Metrics of a training: means of an objective's metrics, losses of tokens, peak memory."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -10,39 +10,39 @@ from glmtuner.templates.base import IGNORE_INDEX
 
 
 class Measurements:
-    """Sums and counts of what an objective measures in training, on this rank; a checkpoint keeps them."""
+    """Running sums and counts of an objective's metrics on this rank; checkpoints keep them."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}  # name -> sum, count; they stay on the device: no step waits to be told
+        self.sums: dict[str, torch.Tensor] = {}  # metric -> [sum, count] on the device, so that no step waits for it
 
-    def add(self, measured: dict[str, torch.Tensor]) -> None:
-        """Values of rows, by name; NaN where a row has none."""
-        for name, values in measured.items():
-            known = ~values.isnan()
-            found = torch.stack([values.double().nansum(), known.sum().double()])
-            self.sums[name] = self.sums[name] + found if name in self.sums else found
+    def add(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Add a batch: metric -> its value for each row, NaN where a row has none."""
+        for name, values in metrics.items():
+            has_value = ~values.isnan()
+            batch_sums = torch.stack([values.double().nansum(), has_value.sum().double()])
+            self.sums[name] = self.sums[name] + batch_sums if name in self.sums else batch_sums
 
-    def told(self) -> dict[str, list[float]]:
-        """The sums as numbers."""
+    def state_dict(self) -> dict[str, list[float]]:
+        """Metric -> [sum, count]."""
         return {name: sums.tolist() for name, sums in self.sums.items()}
 
-    def recall(self, told: dict[str, list[float]], device: torch.device) -> None:
-        """Go on with sums that were told before."""
-        self.sums = {name: torch.tensor(sums, dtype=torch.double, device=device) for name, sums in told.items()}
+    def load_state_dict(self, state: dict[str, list[float]], device: torch.device) -> None:
+        """Continue from the sums that `state_dict` returned."""
+        self.sums = {name: torch.tensor(sums, dtype=torch.double, device=device) for name, sums in state.items()}
 
-    def take(self) -> dict[str, float]:
-        """The means over all ranks since the last call; a name that counted nothing is left out."""
-        everywhere, self.sums = ranks.all_gather(self.told()), {}
-        found = {}
-        for name in everywhere[0]:
-            total, count = (sum(sums[name][place] for sums in everywhere) for place in (0, 1))
+    def reduce_and_reset(self) -> dict[str, float]:
+        """The means over all ranks since the last call; a metric without a value is left out."""
+        sums_by_rank, self.sums = ranks.all_gather(self.state_dict()), {}
+        means = {}
+        for name in sums_by_rank[0]:
+            total, count = (sum(sums[name][index] for sums in sums_by_rank) for index in (0, 1))
             if count:
-                found[name] = total / count
-        return found
+                means[name] = total / count
+        return means
 
 
 def token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """The loss of every token in nats, float32 [B, T], 0 where none is learned; a row at a time, to spare memory."""
+    """The loss of every token in nats, float32 [B, T], 0 where the label is masked; computed row by row to save memory."""
     rows = [
         torch.nn.functional.cross_entropy(
             logits_TV[:-1].float(), labels_T[1:], ignore_index=IGNORE_INDEX, reduction="none"
@@ -53,16 +53,24 @@ def token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Ten
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that this process has held, in GiB: the GPU's, or on a CPU the resident set since `forget_peak`."""
+    """The peak memory of this process in GiB: allocated on the GPU, or the resident set on a CPU, since `forget_peak`.
+
+    Without /proc (Windows, macOS) the resident set's peak is that since the process started.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) / 2**20
+    import psutil
+
+    peak = getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows, in bytes
+    if peak is not None:
+        return float(peak) / 2**30
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS, in bytes
 
 
 def forget_peak(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Batches of one size for every rank, so that each row of an epoch is learned once."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from torch.utils.data import BatchSampler, Dataset
 
@@ -9,33 +9,46 @@ from glmtuner.data.segments import flat
 from glmtuner.templates.base import IGNORE_INDEX
 
 
-class Filled(Dataset):
-    """The rows of a dataset and, at `blank`, a row that teaches nothing."""
+class Rows(Protocol):
+    """A dataset that reads several rows at once: one of `datasets`, or packs."""
 
-    def __init__(self, rows: Any) -> None:
-        self.rows, self.blank = rows, len(rows)
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def __getitems__(self, indices: Any, /) -> Sequence[Any]: ...
+
+
+class PaddedRows(Dataset[Mapping[str, Any]]):
+    """The rows of a dataset and, at `padding_index`, a row whose labels are all masked."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.padding_index = len(rows)
 
     def __len__(self) -> int:
+        """The number of the dataset's own rows, from which samplers draw."""
         return len(self.rows)
 
-    def __getitems__(self, places: list[int]) -> list[Mapping[str, Any]]:
-        found = iter(self.rows.__getitems__([place for place in places if place != self.blank]))
-        return [self._blank() if place == self.blank else next(found) for place in places]
+    def __getitems__(self, indices: list[int]) -> list[Mapping[str, Any]]:
+        rows = iter(self.rows.__getitems__([index for index in indices if index != self.padding_index]))
+        return [self._padding_row() if index == self.padding_index else next(rows) for index in indices]
 
-    def _blank(self) -> Mapping[str, Any]:
-        ids = flat([self.rows[0]])[0]["input_ids"]  # a sequence that every model takes
+    def _padding_row(self) -> Mapping[str, Any]:
+        ids = flat([self.rows[0]])[0]["input_ids"]  # a real sequence, which every model accepts
         return {"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)}
 
 
 class EvenBatches(BatchSampler):
-    """The batches of another sampler, all of one size and as many for each rank, filled up with the blank row."""
+    """The batches of another sampler, all of one size and equally many for each rank, filled up with the padding row."""
 
-    def __init__(self, batches: BatchSampler, world_size: int, blank: int) -> None:
-        self.batches, self.world_size, self.blank = batches, world_size, blank
+    def __init__(self, batches: BatchSampler, world_size: int, padding_index: int) -> None:
+        self.batches, self.world_size, self.padding_index = batches, world_size, padding_index
         self.batch_size, self.drop_last = batches.batch_size, batches.drop_last
 
     @property
     def sampler(self) -> Any:
+        """The sampler of single rows, which accelerate replaces for reproducible shuffling."""
         return self.batches.sampler
 
     @sampler.setter
@@ -44,9 +57,9 @@ class EvenBatches(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
-            yield [*batch, *[self.blank] * (self.batch_size - len(batch))]
+            yield [*batch, *[self.padding_index] * (self.batch_size - len(batch))]
         for _ in range(len(self) - len(self.batches)):
-            yield [self.blank] * self.batch_size
+            yield [self.padding_index] * self.batch_size
 
     def __len__(self) -> int:
         return -(-len(self.batches) // self.world_size) * self.world_size

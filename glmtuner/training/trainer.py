@@ -1,20 +1,19 @@
-"""The Hugging Face Trainer with checkpoints that survive a kill and a history that does not show where it was resumed."""
+"""transformers' Trainer with crash-safe checkpoints and a history that reads the same after a resume."""
 
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import SaveStrategy
 
 from glmtuner.config.groups import Finetuning
 from glmtuner.config.schema import Tracker
@@ -28,26 +27,43 @@ from glmtuner.run_folder.names import CHECKPOINTS, LOSSES
 from glmtuner.templates.base import IGNORE_INDEX
 from glmtuner.training.callbacks import History
 from glmtuner.training.measurements import Measurements, forget_peak, peak_memory_gib, token_losses
-from glmtuner.training.samplers import EvenBatches, Filled
+from glmtuner.training.samplers import EvenBatches, PaddedRows
 from glmtuner.training.throughput import model_flops, size_of, utilization
 
 if TYPE_CHECKING:
+    from accelerate.optimizer import AcceleratedOptimizer
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import PreTrainedModel, TrainingArguments
+    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
     from glmtuner.objectives.objective import Objective
 
 
-PROGRESS = "progress.json"  # what transformers forgets: the loss since the last logged step, and the time so far
+PROGRESS = (
+    "progress.json"  # what trainer_state.json leaves out: the loss since the last logged step, and the time so far
+)
 
 
 class GlmTrainer(Trainer):
-    """What transformers' Trainer does, except where a method below says otherwise.
+    """transformers' Trainer, except where a method below says otherwise.
 
     `score` is called with the step after the losses of an evaluation and returns more metrics, such as the scores of
-    generated answers. `sharded` says that every rank holds only its share of the model's weights.
+    generated answers; `derived` computes metrics from the means of other metrics. `sharded` says that every rank holds only
+    its shard of the model's weights.
+
+    tests/unit/training/test_trainer_private.py lists the private members of transformers' Trainer that are used here.
     """
+
+    model: "PreTrainedModel"  # or PEFT's wrapper around one, which forwards its attributes
+    optimizer: "AcceleratedOptimizer"  # from the first step on
+    lr_scheduler: "LambdaLR"
+    objective: "Objective | None"
 
     def __init__(
         self,
-        *args: Any,
+        model: torch.nn.Module,
+        args: "TrainingArguments",
+        *,
         finetuning: Finetuning,
         tracker: Tracker,
         folder: RunFolder,
@@ -55,38 +71,54 @@ class GlmTrainer(Trainer):
         sharded: bool = False,
         objective: "Objective | None" = None,
         derived: Callable[[dict[str, float]], dict[str, float]] = lambda means: {},
+        chunks_loss: bool = False,
         **kwargs: Any,
     ) -> None:
         self.sharded = sharded
-        with _adapter_declared(kwargs["model"]):
-            super().__init__(*args, **kwargs)
+        if sharded and not args.deepspeed:
+            # Gradients are reduced and sharded after every batch of an accumulation: unsharded ones would take the memory
+            # of a whole model.
+            config: Any = args.accelerator_config  # parsed: an AcceleratorConfig
+            config.gradient_accumulation_kwargs = {
+                **(config.gradient_accumulation_kwargs or {}),
+                "sync_each_batch": True,
+            }
+        with _quantization_check_skipped(model):
+            super().__init__(model, args, **kwargs)
         if sharded and not self.is_deepspeed_enabled:
-            # What transformers calls a model that owns its placement and the reduction of its gradients, so that accelerate
-            # puts no DDP around it. Said after __init__, which refuses checkpoints of such models; ours are whole.
+            # The flag of a model that manages its placement and the reduction of its gradients, so that accelerate does not
+            # wrap it into DDP. Set after __init__, which refuses checkpoints of such models; ours hold full weights.
             self.is_distributed_loading_by_transformers = True
         forget_peak(self.args.device)
-        self.finetuning, self.tracker, self.folder, self.score = finetuning, tracker, folder, score
-        self.objective, self.derived, self.measured = objective, derived, Measurements()
-        self.chunks_loss = False  # does the model compute its loss by glmtuner/kernels/chunked_loss.py?
+        self.finetuning = finetuning
+        self.tracker = tracker
+        self.folder = folder
+        self.score = score
+        self.objective = objective
+        self.derived = derived
+        self.measured = Measurements()  # of an objective, since the last logged step
+        self.chunks_loss = chunks_loss  # does the model compute its loss by glmtuner/kernels/chunked_loss.py?
         if objective is not None:
-            self.model_accepts_loss_kwargs = False  # the loss is a mean over rows, whatever tokens they have
-        self.earlier_seconds = 0.0
-        # of this rank: tokens without padding, and the sum of the rows' squared numbers of them
-        self.tokens, self.squares = torch.zeros(2, dtype=torch.long, device=self.args.device)
-        self.evaluated: list[dict[str, torch.Tensor]] = []  # of the evaluation in progress: a batch's rows, by metric
+            self.model_accepts_loss_kwargs = False  # an objective's loss is a mean over rows, whatever their lengths
+        # of this rank: the number of tokens without padding, and the sum of the rows' squared lengths
+        self.tokens, self.squared_lengths = torch.zeros(2, dtype=torch.long, device=self.args.device)
+        self.evaluated_batches: list[
+            dict[str, torch.Tensor]
+        ] = []  # of this evaluation: metric -> values of a batch's rows
+        self.seconds_before_resume = 0.0
         self.train_seconds = 0.0
         self.resumed_from: Path | None = None
         self.add_callback(History(self))
 
     def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
-        """Weights that are shared out lie where they belong."""
+        """Sharded weights are on their device already."""
         if not self.sharded:
             super()._move_model_to_device(model, device)
 
     def checkpoint_activations(self) -> None:
-        """Now, where the arguments ask for it; `train` does so too, but the first batch is tried before that."""
+        """Enable activation checkpointing if the arguments ask for it; `train` does so too, but after the preflight check."""
         if self.args.activation_checkpointing:
-            options = dict(self.args.activation_checkpointing_kwargs or {})
+            options = dict(self.args.activation_checkpointing_kwargs or {})  # type: ignore[arg-type]  # parsed, no longer a str
             layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
             self.model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs=options or None, every_n_layers=layers, offload=offload
@@ -95,9 +127,10 @@ class GlmTrainer(Trainer):
     # -- checkpoints: written to a temporary name, marked complete, renamed ------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Replaces transformers' in-place checkpoint, whose files a kill leaves half-written under the final name.
+        """Write a checkpoint under a temporary name, mark it complete, and rename it.
 
-        The weights are what the fine-tuning method trains, and no `training_args.bin` (a pickle) is written.
+        transformers writes to the final name, where a killed process leaves half-written files. The weights are those that
+        the fine-tuning method trains, and no `training_args.bin` (a pickle) is written.
         """
         name = f"checkpoint-{self.state.global_step}"
         root = self.folder / CHECKPOINTS
@@ -108,13 +141,13 @@ class GlmTrainer(Trainer):
             partial.mkdir(parents=True)
         ranks.barrier()
         self.store_flos()
-        whole = self.accelerator.unwrap_model(model)
-        with gathered(whole, everything=False):
+        unwrapped = self.accelerator.unwrap_model(model)
+        with gathered(unwrapped, everything=False):
             if self.args.should_save:
-                self.finetuning.save_trained(whole, partial)
+                self.finetuning.save_trained(unwrapped, partial)
                 if self.objective is not None:
                     self.objective.save(partial)
-        if not (self.args.save_only_model or self.is_deepspeed_enabled):  # DeepSpeed's states are pickles, never loaded
+        if not (self.args.save_only_model or self.is_deepspeed_enabled):  # DeepSpeed's are pickles, never loaded
             self._save_optimizer_and_scheduler(str(partial))
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))
@@ -141,19 +174,19 @@ class GlmTrainer(Trainer):
             shutil.rmtree(path, ignore_errors=True)
 
     def _progress(self) -> dict[str, Any]:
-        """What each rank has summed up, a list with an entry a rank, and what all share."""
+        """The content of progress.json: counters of each rank as lists by rank, and what all ranks share."""
         return {
             "loss_since_log": ranks.all_gather(self._tr_loss.item()),
-            "measured": ranks.all_gather(self.measured.told()),
+            "measured": ranks.all_gather(self.measured.state_dict()),
             "tokens": ranks.all_gather(self.tokens.item()),
-            "squares": ranks.all_gather(self.squares.item()),
+            "squares": ranks.all_gather(self.squared_lengths.item()),
             "loss_logged": self._total_loss_scalar,
             "step_logged": self._globalstep_last_logged,
-            "seconds": self.earlier_seconds + time.time() - self._session_start,
+            "seconds": self.seconds_before_resume + time.time() - self._session_start,
         }
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The optimizer of weights that are shared out, whole, in the file that the plain one has."""
+        """The state of a sharded model's optimizer is saved unsharded, in the file that other runs have it in."""
         if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -163,11 +196,8 @@ class GlmTrainer(Trainer):
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
-    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
-        """Gradients are shared out after every batch of an accumulation: whole ones would need a whole model's memory."""
-        return nullcontext()
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Reads what `_save_optimizer_and_scheduler` wrote; each rank of a sharded model keeps its shard."""
         if not self.sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -177,58 +207,71 @@ class GlmTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """The method's own files, every name and shape compared; transformers would load what fits."""
+        """Load the method's own files and compare every name and shape; transformers would load only what fits."""
         self.resumed_from = Path(resume_from_checkpoint)
-        self._restore(model or self.model, self.resumed_from)
+        self._restore(self.resumed_from)
 
     def _load_best_model(self) -> None:
+        """Load the method's own files, as `_load_from_checkpoint` does."""
         assert self.state.best_model_checkpoint is not None
-        self._restore(self.model, Path(self.state.best_model_checkpoint))
+        self._restore(Path(self.state.best_model_checkpoint))
 
-    def _restore(self, model: torch.nn.Module, checkpoint: Path) -> None:
-        self.finetuning.restore(model, checkpoint)
+    def _restore(self, checkpoint: Path) -> None:
+        self.finetuning.restore(self.model, checkpoint)
         if self.objective is not None:
             self.objective.restore(checkpoint)
 
     # -- history -----------------------------------------------------------------------------------------------------
 
-    def recall_progress(self) -> None:
-        """Called when training begins: the sums that transformers starts at zero go on where the checkpoint left them."""
+    def restore_progress(self) -> None:
+        """Called when training begins: continue the sums, which transformers starts at zero, from the checkpoint's."""
         self._session_start = time.time()
         if self.resumed_from is None:
             return
         progress = read_json(self.resumed_from / PROGRESS)
         self._tr_loss += progress["loss_since_log"][ranks.rank()]
         self.tokens += progress["tokens"][ranks.rank()]
-        self.squares += progress["squares"][ranks.rank()]
+        self.squared_lengths += progress["squares"][ranks.rank()]
         self._total_loss_scalar = progress["loss_logged"]
         self._globalstep_last_logged = progress["step_logged"]
-        self.earlier_seconds = progress["seconds"]
-        self.measured.recall(progress["measured"][ranks.rank()], self.args.device)
+        self.seconds_before_resume = progress["seconds"]
+        self.measured.load_state_dict(progress["measured"][ranks.rank()], self.args.device)
 
-    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        """Loss and time of the whole training, not of the part since the last resume."""
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> "TrainOutput":
+        """Loss and time of the whole training, not only of the part since the last resume."""
         self._initial_global_step = 0
-        self.train_seconds = self.earlier_seconds + time.time() - start_time
-        return super()._finalize_training(trial, num_train_samples, start_time - self.earlier_seconds)
+        self.train_seconds = self.seconds_before_resume + time.time() - start_time
+        start_time -= self.seconds_before_resume
+        output: TrainOutput = super()._finalize_training(trial, num_train_samples, start_time)
+        return output
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """The losses, then the scores of generated answers, so that both stand in one line of the history.
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> "EvalLoopOutput":
+        """The losses, then the scores of generated answers, so that both are in one line of the history.
 
-        The loss is the mean over all tokens of the evaluation records, whatever the batches and the ranks; transformers'
-        is the mean over batches. What an objective measures is the mean over the records. losses.jsonl keeps each record's.
+        The loss is the mean over all tokens of the evaluation records, whatever the batches and the ranks; transformers
+        takes the mean over batches. The metrics of an objective are means over the records. losses.jsonl has a line for each
+        record.
         """
-        self.evaluated = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        columns = {name: torch.cat([part[name] for part in self.evaluated]) for name in self.evaluated[0]}
+        self.evaluated_batches = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        columns = {
+            name: torch.cat([rows[name] for rows in self.evaluated_batches]) for name in self.evaluated_batches[0]
+        }
         if self.args.should_save:
             rows = zip(*(column.tolist() for column in columns.values()), strict=True)
             lines = [
                 {
-                    "index": place,
+                    "index": index,
                     **{name: value for name, value in zip(columns, row, strict=True) if not math.isnan(value)},
                 }
-                for place, row in enumerate(rows)
+                for index, row in enumerate(rows)
             ]
             write_text(self.folder / LOSSES, "".join(f"{json.dumps(line)}\n" for line in lines))
         if self.objective is None:
@@ -238,53 +281,55 @@ class GlmTrainer(Trainer):
         means |= self.derived(means)
         if self.score is not None:
             means |= self.score(self.state.global_step)
+        assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, None, None]:
-        """The loss of each row, kept for `evaluation_loop`; transformers would take the batch's mean."""
+        """Keep the loss of each row for `evaluation_loop`; transformers would return the mean of the batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             if self.objective is not None:
                 loss_B, measured = self.objective.loss(model, inputs)
-                found = {"loss": loss_B, **measured}
+                metrics = {"loss": loss_B, **measured}
             else:
                 loss_B, tokens_B = self.row_losses(model, inputs)
-                found = {"loss": loss_B, "tokens": tokens_B}
-        self.evaluated.append({name: self.gather_function(values).cpu() for name, values in found.items()})
+                metrics = {"loss": loss_B, "tokens": tokens_B}
+        self.evaluated_batches.append({name: self.gather_function(values).cpu() for name, values in metrics.items()})
         return None, None, None
 
     def row_losses(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of every sample: the loss in nats, summed over its learned tokens, float32, and their number."""
+        """Of every sample: the loss in nats, summed over its labelled tokens, float32 [B], and their number [B]."""
         labels_BT = inputs["labels"]
         if self.chunks_loss:
             losses_BT = model(**inputs, each=True).loss
         else:
-            plain = {name: value for name, value in inputs.items() if name != "labels"}
-            losses_BT = token_losses(model(**plain).logits, labels_BT)
-        learned_BT = torch.nn.functional.pad(labels_BT[:, 1:].ne(IGNORE_INDEX), (1, 0))
+            unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+            losses_BT = token_losses(model(**unlabelled).logits, labels_BT)
+        is_labelled_BT = torch.nn.functional.pad(labels_BT[:, 1:].ne(IGNORE_INDEX), (1, 0))
         if "segments" not in inputs:
-            return losses_BT.sum(1), learned_BT.sum(1)
-        lengths = inputs["segments"].lengths
-        return tuple(torch.stack([part.sum() for part in row[0].split(lengths)]) for row in (losses_BT, learned_BT))
+            return losses_BT.sum(1), is_labelled_BT.sum(1)
+        lengths = inputs["segments"].lengths  # one row [1, T] holds the samples
+        return segment_sums(losses_BT[0], lengths), segment_sums(is_labelled_BT[0], lengths)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        if self.objective is not None and self.objective.updates:
+        """transformers' step, with the tokens counted; an objective that takes its own optimizer steps replaces it."""
+        if self.objective is not None and self.objective.takes_optimizer_steps:
             model.train()
             return self.objective.update(self, model, self._prepare_inputs(inputs))
         if "segments" in inputs:
             taught = inputs["segments"].taught
             self.tokens += sum(taught)
-            self.squares += sum(length**2 for length in taught)
+            self.squared_lengths += sum(length**2 for length in taught)
         else:
-            taught_B = inputs["labels"].ne(IGNORE_INDEX).any(dim=1)  # all but blank rows
-            tokens_B = (inputs["attention_mask"] * taught_B[:, None]).sum(1).to(self.tokens.device)
+            is_taught_B = inputs["labels"].ne(IGNORE_INDEX).any(dim=1)  # all but the padding rows of the last batches
+            tokens_B = (inputs["attention_mask"] * is_taught_B[:, None]).sum(1).to(self.tokens.device)
             self.tokens += tokens_B.sum()
-            self.squares += tokens_B.square().sum()
+            self.squared_lengths += tokens_B.square().sum()
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -296,75 +341,87 @@ class GlmTrainer(Trainer):
         return loss_B.mean()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """A logging step of the training also tells what an objective has measured since the last one."""
+        """A logging step of the training also reports the objective's metrics since the last one."""
         if "loss" in logs and self.objective is not None:
-            means = self.measured.take()
+            means = self.measured.reduce_and_reset()
             logs |= means | self.derived(means)
         super().log(logs, start_time)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Batches of similar length know the lengths without reading the rows one by one, as transformers would."""
-        rows = train_dataset if train_dataset is not None else self.train_dataset
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """Batches of similar length read the lengths as a column; transformers would read the rows one by one."""
+        rows: Any = train_dataset if train_dataset is not None else self.train_dataset
+        if isinstance(rows, PaddedRows):
+            rows = rows.rows
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(rows)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=lengths_of(rows))
+        group_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(group_size, lengths=lengths_of(rows))
 
-    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **kwargs: Any) -> DataLoader:
-        """Several ranks learn an epoch's rows once each: accelerate would fill the last batches up with rows seen before.
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """On several ranks, every row of an epoch is learned once: accelerate would repeat rows to fill the last batches.
 
-        So it does where an objective learns: its rows have no blank one among them.
+        The last batches are filled with padding rows instead; not for an objective, whose rows have no padding row.
         """
-        plain = ranks.world_size() == 1 or not kwargs.get("is_training") or self.args.dataloader_drop_last
-        if plain or self.objective is not None:
-            return super()._get_dataloader(dataset, description, batch_size, **kwargs)
-        sampler_of = kwargs.pop("sampler_fn")
-        filled = Filled(dataset)
-        loader = super()._get_dataloader(
-            filled, description, batch_size, sampler_fn=lambda _: sampler_of(dataset), **kwargs
-        )
-        inner = loader.batch_sampler.batch_sampler  # accelerate's BatchSamplerShard is around it
-        loader.batch_sampler.batch_sampler = EvenBatches(inner, ranks.world_size(), filled.blank)
+        if ranks.world_size() == 1 or self.args.dataloader_drop_last or self.objective is not None:
+            return super().get_train_dataloader()
+        rows: Any = self.train_dataset
+        padded = PaddedRows(rows)
+        self.train_dataset = padded
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
+        shard: Any = loader.batch_sampler  # accelerate's BatchSamplerShard
+        shard.batch_sampler = EvenBatches(shard.batch_sampler, ranks.world_size(), padded.padding_index)
         return loader
 
     def resources(self) -> dict[str, float]:
-        """What the run took: non-padding tokens a second, peak memory of the largest rank, trained and all parameters."""
-        found = {
+        """Peak memory in GiB (the largest rank's), numbers of parameters, tokens a second without padding, and MFU."""
+        used: dict[str, float] = {
             "peak_memory_gib": max(ranks.all_gather(peak_memory_gib(self.args.device))),
-            "total_parameters": sum(map(size_of, self.model.parameters())),
+            "total_parameters": parameter_count(self.model.parameters()),
         }
         if self.train_seconds:
-            tokens, squares = (sum(ranks.all_gather(count.item())) for count in (self.tokens, self.squares))
-            found |= {
-                "trained_parameters": sum(size_of(p) for p in self.model.parameters() if p.requires_grad),
+            tokens = sum(ranks.all_gather(int(self.tokens)))
+            squared_lengths = sum(ranks.all_gather(int(self.squared_lengths)))
+            used |= {
+                "trained_parameters": parameter_count(p for p in self.model.parameters() if p.requires_grad),
                 "train_tokens_per_second": tokens / self.train_seconds,
             }
-            if (share := self.utilization(tokens, squares, self.train_seconds)) is not None:
-                found["train_mfu"] = share
-        return found
+            if (mfu := self.utilization(tokens, squared_lengths, self.train_seconds)) is not None:
+                used["train_mfu"] = mfu
+        return used
 
-    def utilization(self, tokens: int, squares: int, seconds: float) -> float | None:
+    def utilization(self, tokens: float, squared_lengths: float, seconds: float) -> float | None:
         """Model FLOPs utilization of all ranks together; None on a CPU, an unknown GPU, and for losses of an objective."""
         device = self.args.device
         if device.type != "cuda" or self.objective is not None or (flops := model_flops(self.model)) is None:
             return None
         name = torch.cuda.get_device_name(device)
-        return utilization(flops.of(tokens, squares), seconds, name, ranks.world_size())
+        return utilization(flops.of(tokens, squared_lengths), seconds, name, ranks.world_size())
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """transformers remembers the best step only; its checkpoint is kept under our folder."""
-        better = super()._determine_best_metric(metrics, trial)
-        if better and self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST):
-            self.state.best_global_step = self.state.global_step
-        return better
+
+def segment_sums(values_T: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+    """The sum of each segment, [number of segments]."""
+    return torch.stack([segment.sum() for segment in torch.split(values_T, list(lengths))])
+
+
+def parameter_count(parameters: Iterable[torch.Tensor]) -> int:
+    """The number of all elements, those of other ranks' shards included."""
+    return sum(size_of(parameter) for parameter in parameters)
 
 
 @contextmanager
-def _adapter_declared(model: torch.nn.Module) -> Iterator[None]:
-    """While this lasts, transformers takes a quantized model with a prefix for one that can be trained; it knows PEFT's only."""
-    had = getattr(model, "_hf_peft_config_loaded", False)
-    model._hf_peft_config_loaded = had or hasattr(model, "prefix_encoder")
+def _quantization_check_skipped(model: Any) -> Iterator[None]:
+    """While this lasts, a quantized model with a prefix encoder counts as one that is not quantized.
+
+    Otherwise transformers' Trainer refuses to train it: of trainable parts on quantized weights it knows only PEFT's.
+    """
+    skipped = hasattr(model, "prefix_encoder") and hasattr(model, "is_quantized")
+    if skipped:
+        before, model.is_quantized = model.is_quantized, False
     try:
         yield
     finally:
-        model._hf_peft_config_loaded = had
+        if skipped:
+            model.is_quantized = before

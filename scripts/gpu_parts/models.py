@@ -1,7 +1,7 @@
-"""Models of real sizes with random weights, drawn on the device as they are loaded: no file holds them.
+"""Models of real sizes with random weights, generated on the device while they are loaded; no file holds them.
 
-A folder with config.json alone is such a model. transformers loads it as it loads any checkpoint, quantization included,
-except that each tensor is drawn when it is asked for. The tokenizer is the shipped model's, whatever the vocabulary's size.
+Such a model is a folder with only a config.json. transformers loads it like any checkpoint, quantization included, except
+that each tensor is generated when it is read. The tokenizer is the shipped model's, whatever the size of the vocabulary.
 """
 
 import gc
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-STD = 0.02  # of a drawn matrix
+STD = 0.02  # of a random matrix
 TOKENIZER = "package://tiny_glm"
 CHATGLM2 = {"model_type": "chatglm", "hidden_size": 4096, "ffn_hidden_size": 13696, "num_layers": 28, "num_attention_heads": 32,
             "kv_channels": 128, "multi_query_attention": True, "multi_query_group_num": 2, "padded_vocab_size": 65024,
@@ -24,7 +24,7 @@ GLM = {"model_type": "glm", "hidden_size": 4096, "intermediate_size": 13696, "nu
        "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 151552, "attention_bias": True, "rms_norm_eps": 1.5625e-7,
        "max_position_embeddings": 131072, "tie_word_embeddings": False, "dtype": "bfloat16", "pad_token_id": 0,
        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}  # fmt: skip
-# as the published config.json files have them
+# values of the published config.json files
 CONFIGS: dict[str, dict[str, Any]] = {
     "ChatGLM-6B": {"model_type": "chatglm", "hidden_size": 4096, "inner_hidden_size": 16384, "num_layers": 28,
                    "num_attention_heads": 32, "vocab_size": 130528, "layernorm_epsilon": 1e-5, "max_sequence_length": 2048,
@@ -56,31 +56,31 @@ def tokenizer() -> Any:
 
 def config_of(name: str, miniature: bool) -> dict[str, Any]:
     """The content of a model's config.json, with the shipped tokenizer's ids for its special tokens."""
-    found = dict(CONFIGS[name])
+    config = dict(CONFIGS[name])
     if miniature:
-        found |= {key: value for key, value in SMALL.items() if key in found}
-    if "inner_hidden_size" in found:
+        config |= {key: value for key, value in SMALL.items() if key in config}
+    if "inner_hidden_size" in config:
         names = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "gmask": "[gMASK]", "pad": "<|endoftext|>"}
-        found |= {f"{kind}_token_id": tokenizer().convert_tokens_to_ids(token) for kind, token in names.items()}
-    return found
+        config |= {f"{kind}_token_id": tokenizer().convert_tokens_to_ids(token) for kind, token in names.items()}
+    return config
 
 
 def model_folder(name: str, root: Path, miniature: bool) -> Path:
-    """A folder that holds a config.json and no weights."""
+    """A new folder with a config.json and no weights."""
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_of(name, miniature)), encoding="utf-8")
     return folder
 
 
-def words_of(name: str, root: Path, miniature: bool) -> list[str]:
-    """What chooses the model on glmtuner's command line."""
+def model_overrides(name: str, root: Path, miniature: bool) -> list[str]:
+    """The overrides that select the model."""
     folder = model_folder(name, root, miniature)
     return [*PRESETS[name], f"model.model_name_or_path={folder}", f"model.tokenizer_name={TOKENIZER}"]
 
 
-class Drawn:
-    """A tensor of a checkpoint that is drawn when it is read, as safetensors' slices are read then."""
+class RandomTensor:
+    """A tensor of a checkpoint that is generated when it is read, with the interface of a safetensors slice."""
 
     def __init__(self, name: str, like: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
         self.name, self.shape, self.dtype, self.device = name, tuple(like.shape), dtype, device
@@ -94,12 +94,12 @@ class Drawn:
     def __getitem__(self, _: Any) -> torch.Tensor:
         if len(self.shape) > 1:
             return torch.empty(self.shape, dtype=self.dtype, device=self.device).normal_(std=STD)
-        fill = 0.0 if self.name.endswith("bias") else 1.0  # what is not a bias is a norm
+        fill = 0.0 if self.name.endswith("bias") else 1.0  # other vectors are weights of norms
         return torch.full(self.shape, fill, dtype=self.dtype, device=self.device)
 
 
-def drawn_state(config: Any, device: torch.device) -> dict[str, Drawn]:
-    """A checkpoint of the configured model; tied weights are in it once, as in a file."""
+def random_state_dict(config: Any, device: torch.device) -> dict[str, RandomTensor]:
+    """A state dict of the configured model; tied weights are in it once, as in a file."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -107,26 +107,28 @@ def drawn_state(config: Any, device: torch.device) -> dict[str, Drawn]:
     dtype = config.dtype or torch.float32
     tied = set(model.all_tied_weights_keys)
     return {
-        name: Drawn(name, value, dtype, device) for name, value in model.state_dict().items() if name not in tied
+        name: RandomTensor(name, value, dtype, device) for name, value in model.state_dict().items() if name not in tied
     }  # fmt: skip
 
 
 @contextmanager
-def drawn_models(device: torch.device) -> Iterator[None]:
+def random_models(device: torch.device) -> Iterator[None]:
     """While this lasts, a folder without weights is loaded with random ones."""
     from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.__dict__["from_pretrained"]
+    original = AutoModelForCausalLM.__dict__["from_pretrained"]
 
     def from_pretrained(cls: Any, source: Any, *args: Any, config: Any = None, **options: Any) -> Any:
         folder = Path(source)
         if config is None or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
-            return plain.__func__(cls, source, *args, config=config, **options)
+            return original.__func__(cls, source, *args, config=config, **options)
         for name in ("trust_remote_code", "revision", "cache_dir", "token"):
             options.pop(name, None)
         torch.manual_seed(0)
-        kind = cls._model_mapping[type(config)]
-        model = kind.from_pretrained(None, config=config, state_dict=drawn_state(config, device), **options)
+        model_class = cls._model_mapping[type(config)]
+        model = model_class.from_pretrained(
+            None, config=config, state_dict=random_state_dict(config, device), **options
+        )
         (model[0] if isinstance(model, tuple) else model).name_or_path = str(folder)
         return model
 
@@ -134,18 +136,18 @@ def drawn_models(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        AutoModelForCausalLM.from_pretrained = plain
+        AutoModelForCausalLM.from_pretrained = original
 
 
-def drawn_model(config: Any, device: torch.device, **options: Any) -> Any:
-    """A model of transformers', with random weights, on the device."""
+def random_model(config: Any, device: torch.device, **options: Any) -> Any:
+    """A model of a transformers class with random weights on the device."""
     from transformers import AutoModelForCausalLM
 
-    kind = AutoModelForCausalLM._model_mapping[type(config)]
-    return kind.from_pretrained(
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    return model_class.from_pretrained(
         None,
         config=config,
-        state_dict=drawn_state(config, device),
+        state_dict=random_state_dict(config, device),
         dtype=config.dtype,
         device_map={"": device},
         **options,
@@ -153,22 +155,22 @@ def drawn_model(config: Any, device: torch.device, **options: Any) -> Any:
 
 
 def transformers_config(name: str, miniature: bool) -> Any:
-    """The configuration of the same shape for the classes that transformers itself has."""
+    """A configuration of the same shape for a class of transformers itself."""
     from transformers import GlmConfig
 
-    found = config_of(name, miniature)
-    if found["model_type"] == "glm":
-        return GlmConfig(**found)
+    config = config_of(name, miniature)
+    if config["model_type"] == "glm":
+        return GlmConfig(**config)
     return GlmConfig(
-        hidden_size=found["hidden_size"], intermediate_size=found["ffn_hidden_size"], num_hidden_layers=found["num_layers"],
-        num_attention_heads=found["num_attention_heads"], num_key_value_heads=found["multi_query_group_num"],
-        head_dim=found["kv_channels"], vocab_size=found["padded_vocab_size"], attention_bias=True, pad_token_id=0,
-        rope_parameters=GLM["rope_parameters"], tie_word_embeddings=False, dtype=found["torch_dtype"],
+        hidden_size=config["hidden_size"], intermediate_size=config["ffn_hidden_size"], num_hidden_layers=config["num_layers"],
+        num_attention_heads=config["num_attention_heads"], num_key_value_heads=config["multi_query_group_num"],
+        head_dim=config["kv_channels"], vocab_size=config["padded_vocab_size"], attention_bias=True, pad_token_id=0,
+        rope_parameters=GLM["rope_parameters"], tie_word_embeddings=False, dtype=config["torch_dtype"],
     )  # fmt: skip
 
 
 def free() -> None:
-    """Give back what a run before this one held."""
+    """Free the memory of earlier runs."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -180,30 +182,30 @@ def free() -> None:
 @cache
 def characters() -> list[str]:
     """Chinese characters that are one token each."""
-    known = tokenizer()
-    decoded = (known.decode([token]) for token in range(300, len(known)))
+    shipped = tokenizer()
+    decoded = (shipped.decode([token]) for token in range(300, len(shipped)))
     return sorted({text for text in decoded if len(text) == 1 and "\u4e00" <= text <= "\u9fff"})
 
 
 def text_of(tokens: int, draw: random.Random) -> str:
-    """About so many tokens of text, never fewer."""
+    """A text of at least that many tokens."""
     return "".join(draw.choice(characters()) for _ in range(2 * tokens)) if tokens else ""
 
 
 def cut_to(tokens: int, draw: random.Random) -> str:
-    """A text of so many tokens, or one or two fewer."""
+    """A text of that many tokens, or one or two fewer."""
     text = text_of(tokens, draw)
     offsets = tokenizer()(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     return text[: offsets[min(tokens, len(offsets)) - 1][1]]
 
 
 def write_records(path: Path, lengths: list[tuple[int, int]], *, ranked: bool = False, seed: int = 0) -> None:
-    """Alpaca records whose questions and answers have about so many tokens; ranked ones have a second, shorter answer."""
+    """Write Alpaca records with questions and answers of about these lengths; ranked ones get a second, shorter answer."""
     draw = random.Random(seed)
     records = []
-    for asked, answered in lengths:
-        answer = cut_to(answered, draw)
+    for question_tokens, answer_tokens in lengths:
+        answer = cut_to(answer_tokens, draw)
         output = [answer, answer[: max(len(answer) * 3 // 4, 1)]] if ranked else answer
-        records.append({"instruction": cut_to(asked, draw), "input": "", "output": output})
+        records.append({"instruction": cut_to(question_tokens, draw), "input": "", "output": output})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")

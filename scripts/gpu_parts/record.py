@@ -1,4 +1,4 @@
-"""What a part of the GPU check found: one JSON line a finding, written when it is known, so that a kill loses nothing."""
+"""The findings of a part of the GPU check: a JSON line for each, written at once, so that a killed part loses none."""
 
 import json
 import re
@@ -22,15 +22,15 @@ class Finding:
     what: str
     value: float | None = None
     unit: str = ""
-    beside: float | None = None  # the same measured of something else
-    against: str = ""  # of what
+    beside: float | None = None  # the same measurement of something else
+    against: str = ""  # what that is
     goal: str = ""
     met: bool | None = None
     note: str = ""
 
 
 class Check:
-    """Where a part runs, and the record of what it finds."""
+    """Where a part runs, and the record of its findings."""
 
     def __init__(
         self,
@@ -74,11 +74,11 @@ class Check:
         print(f"{'FAILED ' if met is False else ''}{finding}", flush=True)
 
     def count(self, what: str, equal: int, of: int) -> None:
-        """Record how many of so many are as they should be: all of them, or the goal is missed."""
+        """Record how many of `of` are equal; the goal is all of them."""
         self.add(what, equal, f"of {of}", goal="all", met=equal == of)
 
     def begins(self, what: str, seconds: float = 0.0) -> bool:
-        """Whether this is wanted and so many seconds are left for it; where they are not, that it is left out is a finding."""
+        """Whether this matches the selection and `seconds` are left for it; if only time is missing, a finding says so."""
         if not re.search(self.match, what):
             return False
         if self.seconds_left >= seconds:
@@ -88,13 +88,13 @@ class Check:
 
     @contextmanager
     def item(self, what: str) -> Iterator[None]:
-        """An error in here is a finding and ends nothing else."""
+        """Turn an error in the block into a finding, so that the next measurements still run."""
         try:
             yield
         except Exception as error:
             traceback.print_exc()
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            self.add(what, None, goal="no error", met=False, note=told[:300])
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            self.add(what, None, goal="no error", met=False, note=message[:300])
 
 
 def append(path: Path, finding: Finding) -> None:
@@ -104,12 +104,12 @@ def append(path: Path, finding: Finding) -> None:
 
 
 def read(path: Path) -> list[Finding]:
-    """The findings of a file, without a last line that a kill cut short."""
-    found = []
+    """The findings of a file; an incomplete last line, left by a killed part, is skipped."""
+    findings = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             values: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError:
             continue
-        found.append(Finding(**values))
-    return found
+        findings.append(Finding(**values))
+    return findings

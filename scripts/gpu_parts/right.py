@@ -1,4 +1,4 @@
-"""Right: the published values, twenty steps of the predecessor, the quickstart, and the CPU's answers."""
+"""Right: reference values, twenty steps of ChatGLM-Efficient-Tuning, the quickstart, and the answers of the CPU."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from gpu_parts.record import Check
 from gpu_parts.runs import command
 
 GOLDEN = Path(__file__).parent.parent.parent / "tests/golden"
-NO_REFERENCE = "left out: the published tokenizer that it needs does not stand beside the checkout (--shared)"
+NO_REFERENCE = "left out: the published tokenizer that it needs is not beside the checkout (--shared)"
 # the largest difference of float32 logits; of half precision, the difference's norm as a share of the logits' norm
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 7e-3}
 CASES = {
@@ -39,7 +39,7 @@ def run(check: Check) -> None:
         with check.item(what):
             twenty_steps(check, what, goldens, method)
     for what, measure in (
-        ("greedy answers in float32 equal to the CPU's", answers_of_the_cpu),
+        ("greedy answers in float32 equal to the CPU's", compare_with_cpu_answers),
         ("quickstart, ROUGE-L", quickstart),
     ):
         if check.begins(what):
@@ -49,12 +49,12 @@ def run(check: Check) -> None:
 
 def inputs_of(tensors: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tensor]:
     """input_ids and the mask as [B, S]; the reference's has four dimensions, True = blocked."""
-    found = {"input_ids": tensors[f"{case}/input_ids"]}
+    inputs = {"input_ids": tensors[f"{case}/input_ids"]}
     mask = tensors.get(f"{case}/attention_mask")
     if mask is not None:
         mask = mask if mask.dim() == 2 else (~mask[:, 0, -1]).long()
-        found["attention_mask"] = mask[:, -found["input_ids"].shape[1] :]
-    return found
+        inputs["attention_mask"] = mask[:, -inputs["input_ids"].shape[1] :]
+    return inputs
 
 
 def reference_values(check: Check, what: str, folder: Path, cases: tuple[str, ...], dtype: torch.dtype) -> None:
@@ -67,23 +67,25 @@ def reference_values(check: Check, what: str, folder: Path, cases: tuple[str, ..
     for case in cases:
         inputs = inputs_of(tensors, case)
         with torch.no_grad():
-            found = model(**{key: value.to(check.device) for key, value in inputs.items()}).logits.float().cpu()
-        wanted = tensors[f"{case}/logits"].float()
-        if "attention_mask" in inputs:  # rows of padding are nobody's business
-            seen = inputs["attention_mask"].bool()
-            found, wanted = found[seen], wanted[seen]
-        off = found - wanted
-        worst = max(worst, (off.abs().max() if dtype == torch.float32 else off.norm() / wanted.norm()).item())
+            logits = model(**{key: value.to(check.device) for key, value in inputs.items()}).logits.float().cpu()
+        expected = tensors[f"{case}/logits"].float()
+        if "attention_mask" in inputs:  # outputs of padding do not matter
+            is_token = inputs["attention_mask"].bool()
+            logits, expected = logits[is_token], expected[is_token]
+        difference = logits - expected
+        worst = max(
+            worst, (difference.abs().max() if dtype == torch.float32 else difference.norm() / expected.norm()).item()
+        )
     unit = "largest difference" if dtype == torch.float32 else "difference / logits"
     check.add(what, worst, unit, at_most=LIMITS[dtype])
 
 
 def twenty_steps(check: Check, what: str, goldens: Path, method: str) -> None:
-    """Loss by loss those of ChatGLM-Efficient-Tuning 0.1.5, which were computed on a CPU in float32."""
+    """Compare every loss with that of ChatGLM-Efficient-Tuning 0.1.5, computed on a CPU in float32."""
     from safetensors.torch import load_file, save_file
 
     golden, folder = goldens / "parity_v2" / method, check.folder / f"parity_{method}"
-    words = {"lora": ["finetuning=lora", "finetuning.lora_dropout=0", f"model.checkpoint_dir={folder}/start"],
+    overrides = {"lora": ["finetuning=lora", "finetuning.lora_dropout=0", f"model.checkpoint_dir={folder}/start"],
              "freeze": ["finetuning=freeze", "finetuning.num_layer_trainable=-2"]}[method]  # fmt: skip
     if method == "lora":
         (folder / "start").mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,7 @@ def twenty_steps(check: Check, what: str, goldens: Path, method: str) -> None:
         )
     steps = 3 if check.miniature else 20
     command([
-        "model=chatglm2_6b", f"model.model_name_or_path={goldens}/chatglm2_realvocab", "model.dtype=float32", *words,
+        "model=chatglm2_6b", f"model.model_name_or_path={goldens}/chatglm2_realvocab", "model.dtype=float32", *overrides,
         f"data.dataset={goldens.parent}/data/self_cognition.json", "data.max_source_length=64", "data.max_target_length=64",
         f"trainer.max_steps={steps}", "trainer.per_device_train_batch_size=4", "trainer.learning_rate=1e-2",
         "trainer.lr_scheduler_type=linear" if steps == 20 else "trainer.lr_scheduler_type=constant",
@@ -104,23 +106,25 @@ def twenty_steps(check: Check, what: str, goldens: Path, method: str) -> None:
     ])  # fmt: skip
     lines = (folder / "run/history.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
-    wanted = [step["loss"] for step in json.loads((golden / "parity.json").read_text(encoding="utf-8"))["steps"]]
-    compared = 1 if check.miniature else 20  # the learning rate of fewer steps falls faster from the second one on
-    off = max(abs(mine - theirs) for mine, theirs in zip(losses[:compared], wanted[:compared], strict=True))
-    check.add(what, off, "largest difference of a loss", at_most=1e-3)
+    expected = [step["loss"] for step in json.loads((golden / "parity.json").read_text(encoding="utf-8"))["steps"]]
+    compared = 1 if check.miniature else 20  # with fewer steps the learning rate decays faster from the second one on
+    difference = max(
+        abs(loss - reference) for loss, reference in zip(losses[:compared], expected[:compared], strict=True)
+    )
+    check.add(what, difference, "largest difference of a loss", at_most=1e-3)
 
 
-def answers_of_the_cpu(check: Check) -> None:
-    """Of the shipped model: as many tokens as fit, for the questions that ship with it."""
+def compare_with_cpu_answers(check: Check) -> None:
+    """Compare the shipped model's greedy answers to the shipped questions with those computed on the CPU."""
     from glmtuner.inference.generate import Decoding, answers
 
     model, prompts, stops = shipped_model(), questions(8 if check.miniature else 48), (0, 7, 9)
     decoding = Decoding(
         max_new_tokens=8 if check.miniature else 64, num_beams=1, repetition_penalty=1.0, stop_ids=stops, pad_id=0
     )
-    wanted = dict(answers(model, prompts, decoding, batch_size=8))
-    found = dict(answers(model.to(check.device), prompts, decoding, batch_size=32))
-    equal = sum(found[place] == wanted[place] for place in wanted)
+    expected = dict(answers(model, prompts, decoding, batch_size=8))
+    actual = dict(answers(model.to(check.device), prompts, decoding, batch_size=32))
+    equal = sum(actual[index] == expected[index] for index in expected)
     check.count("greedy answers in float32 equal to the CPU's", equal, len(prompts))
 
 
@@ -133,7 +137,7 @@ def shipped_model() -> Any:
 
 
 def questions(count: int) -> list[list[int]]:
-    """Prompts of the shipped identity questions, as token ids."""
+    """The prompts of the shipped identity questions, as token ids."""
     from glmtuner.config.paths import PACKAGE_DATA
     from glmtuner.data.records import Message
     from glmtuner.templates.glm import TEMPLATES
@@ -141,13 +145,13 @@ def questions(count: int) -> list[list[int]]:
 
     records = json.loads((PACKAGE_DATA / "identity_sample.json").read_text(encoding="utf-8"))[:count]
     turns = [[Message("user", record["instruction"])] for record in records]
-    return [list(found.input_ids) for found in TEMPLATES["glm4"].encode(tokenizer(), turns)]
+    return [list(encoded.input_ids) for encoded in TEMPLATES["glm4"].encode(tokenizer(), turns)]
 
 
 def quickstart(check: Check) -> None:
-    """The README's first command; its miniature is a twentieth of it, which learns too little to be judged."""
+    """The README's first command; the miniature has a twentieth of the epochs and learns too little for a goal."""
     folder = check.folder / "quickstart"
     short = ["trainer.num_train_epochs=2", "trainer.use_cpu=true"] if check.miniature else []
     command(["experiment=quickstart", f"trainer.output_dir={folder}", "trainer.disable_tqdm=true", *short])
-    scored = json.loads((folder / "metrics.json").read_text())["predict_rouge-l"]
-    check.add("quickstart, ROUGE-L", scored, at_least=0.0 if check.miniature else 90.0)
+    rouge = json.loads((folder / "metrics.json").read_text())["predict_rouge-l"]
+    check.add("quickstart, ROUGE-L", rouge, at_least=0.0 if check.miniature else 90.0)

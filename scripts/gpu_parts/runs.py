@@ -1,4 +1,4 @@
-"""The trainings that are measured, and one of them by glmtuner's own command line in this process."""
+"""The measured trainings, and how one is run by glmtuner's command line in this process."""
 
 import json
 import re
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from gpu_parts.models import drawn_models, free, words_of, write_records
+from gpu_parts.models import free, model_overrides, random_models, write_records
 from gpu_parts.record import Check
 
-LOGGED = 2  # steps from one logged line to the next; the first line's are not timed
+LOGGED = 2  # steps between logged lines; those before the first line are not timed
 LORA = ("finetuning=lora", "finetuning.lora_rank=8", "finetuning.lora_dropout=0")
 
 
@@ -24,12 +24,12 @@ LORA = ("finetuning=lora", "finetuning.lora_rank=8", "finetuning.lora_dropout=0"
 class Training:
     """One training: `batch` rows of at most `source` + `target` tokens a step.
 
-    `rows` says how long they are: full, mixed (an eighth of that to all of it), or short (a tenth on average, packed).
+    `rows` selects their lengths: full, mixed (an eighth of that to all of it), or short (a tenth on average, packed).
     """
 
     name: str
     model: str
-    words: tuple[str, ...]
+    settings: tuple[str, ...]  # overrides
     batch: int
     source: int
     target: int
@@ -37,12 +37,12 @@ class Training:
     steps: int = 3 * LOGGED
     ranked: bool = False
 
-    def small(self) -> "Training":
-        """The same in miniature."""
+    def miniature(self) -> "Training":
+        """The training in miniature."""
         return replace(self, batch=min(self.batch, 2), source=24, target=24, steps=2 * LOGGED)
 
     def lengths(self) -> list[tuple[int, int]]:
-        """Of the records: tokens asked and answered, without what the template adds."""
+        """The records' tokens of question and answer, without those that the template adds."""
         draw, count = Random(0), self.steps * self.batch
         if self.rows == "full":
             return [(self.source, self.target)] * self.batch  # the same batch every step, so that its loss falls
@@ -53,14 +53,14 @@ class Training:
         return [(max(int(share * self.source), 1), max(int(share * self.target), 1)) for share in shares]
 
     def overrides(self, check: Check) -> list[str]:
-        """Its words on the command line; the records and the model's folder are written."""
+        """The overrides on the command line; writes the records and the model's folder."""
         data = check.folder / "data" / re.sub(r"\W+", "_", self.name) / "records.json"
         write_records(data, self.lengths(), ranked=self.ranked)
         info = {"records": {"file_name": data.name, "ranking": self.ranked}}
         (data.parent / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
         on_cpu = ["trainer.fp16=false", "trainer.use_cpu=true"] if check.miniature else []  # a CPU has no scaler
         return [
-            *words_of(self.model, check.folder / "models", check.miniature), *self.words, *on_cpu, "data.dataset=[records]",
+            *model_overrides(self.model, check.folder / "models", check.miniature), *self.settings, *on_cpu, "data.dataset=[records]",
             f"data.dataset_dir={data.parent}", f"data.max_source_length={self.source}",
             f"data.max_target_length={self.target}", f"trainer.per_device_train_batch_size={self.batch}",
             f"trainer.max_steps={self.steps}", f"trainer.logging_steps={LOGGED}", "trainer.save_strategy=no", "metric=none",
@@ -70,7 +70,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a training gave; times are medians of what was logged behind the first line, losses the means of LOGGED steps."""
+    """The results of a training; times are medians over the lines after the first, losses are means of LOGGED steps."""
 
     losses: list[float]
     step_seconds: float
@@ -83,20 +83,20 @@ class Trained:
 
 
 class Failed(Exception):
-    """The command line ended with an exit code."""
+    """The command line ended with a nonzero exit code."""
 
 
-def command(words: list[str]) -> None:
+def command(overrides: list[str]) -> None:
     """`python -m glmtuner` in this process; raises Failed."""
     from glmtuner.cli.main import main
 
-    if status := main(words):
-        raise Failed(f"exit code {status}: {' '.join(words)}")
+    if status := main(overrides):
+        raise Failed(f"exit code {status}: {' '.join(overrides)}")
 
 
 @contextmanager
-def logged() -> Iterator[list[dict[str, float]]]:
-    """The lines that a run without a tracker would give to one, each with the clock's time."""
+def captured_logs() -> Iterator[list[dict[str, float]]]:
+    """Capture the lines that a tracker would get, each with the time of the clock."""
     from glmtuner.trackers.none import NoTracker
 
     lines: list[dict[str, float]] = []
@@ -112,36 +112,36 @@ def logged() -> Iterator[list[dict[str, float]]]:
 
 
 @contextmanager
-def remembered() -> Iterator[list[bool]]:
-    """Whether each trainer that is made checkpoints gradients."""
+def captured_checkpointing() -> Iterator[list[bool]]:
+    """Capture for each new trainer whether it checkpoints gradients."""
     from glmtuner.training.trainer import GlmTrainer
 
-    plain, seen = GlmTrainer.__init__, []
+    original, checkpointing = GlmTrainer.__init__, []
 
     def init(self: Any, *args: Any, **options: Any) -> None:
-        plain(self, *args, **options)
-        seen.append(bool(self.args.activation_checkpointing))
+        original(self, *args, **options)
+        checkpointing.append(bool(self.args.activation_checkpointing))
 
     GlmTrainer.__init__ = init
     try:
-        yield seen
+        yield checkpointing
     finally:
-        GlmTrainer.__init__ = plain
+        GlmTrainer.__init__ = original
 
 
 def train(check: Check, training: Training, *more: str) -> Trained:
-    """Run it, and forget the model."""
-    training = training.small() if check.miniature else training
+    """Run the training and free the model."""
+    training = training.miniature() if check.miniature else training
     folder = check.folder / "runs" / f"{time.time_ns()}"
-    words = [*training.overrides(check), f"trainer.output_dir={folder}", *more]
+    overrides = [*training.overrides(check), f"trainer.output_dir={folder}", *more]
     started = time.perf_counter()
     on_gpu = check.device.type == "cuda"
     free()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     try:
-        with drawn_models(check.device), logged() as lines, remembered() as checkpointing:
-            command(words)
+        with random_models(check.device), captured_logs() as lines, captured_checkpointing() as checkpointing:
+            command(overrides)
         reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else 0.0
     finally:
         free()
@@ -163,34 +163,36 @@ def train(check: Check, training: Training, *more: str) -> Trained:
 
 
 def estimated_gib(check: Check, training: Training, *more: str) -> tuple[float, bool]:
-    """What `--check` says of its tensors, in GiB, and whether it would checkpoint gradients."""
+    """The estimated GiB of tensors, and whether gradients would be checkpointed."""
     from glmtuner.config.compose import compose
     from glmtuner.launch.device import device_of
     from glmtuner.launch.memory_check import estimate_run
     from glmtuner.launch.register import register_presets
     from glmtuner.memory.policy import device_memory
 
-    training = training.small() if check.miniature else training
+    training = training.miniature() if check.miniature else training
     register_presets()
     composed = compose([*training.overrides(check), *more])
     device = device_of(composed.run)
     needed, _ = estimate_run(composed, device, device_memory(device))
-    beside = sum(needed.parts.get(name, 0) for name in ("CUDA context", "allocator"))
-    return (needed.peak - beside) / 2**30, needed.checkpointing
+    overhead = sum(needed.parts.get(name, 0) for name in ("CUDA context", "allocator"))
+    return (needed.peak - overhead) / 2**30, needed.checkpointing
 
 
 # -- what is trained -----------------------------------------------------------------------------------------------------
 
-FAST_WORDS = (*LORA, "finetuning.lora_target=[all]", "trainer.learning_rate=1e-4")
+FAST_OVERRIDES = (*LORA, "finetuning.lora_target=[all]", "trainer.learning_rate=1e-4")
 
 
 def fast(model: str, batch: int) -> list[Training]:
     """A model's trainings of the part `fast`: rows of 4,096 tokens, rows of mixed lengths, and packed ones."""
     size = {"model": model, "source": 2048, "target": 2048}
     return [
-        Training(name=f"{model}, full rows", words=FAST_WORDS, batch=batch, **size),
-        Training(name=f"{model}, mixed rows", words=FAST_WORDS, batch=batch, rows="mixed", **size),
-        Training(name=f"{model}, packed", words=(*FAST_WORDS, "data.packing=true"), batch=batch, rows="short", **size),
+        Training(name=f"{model}, full rows", settings=FAST_OVERRIDES, batch=batch, **size),
+        Training(name=f"{model}, mixed rows", settings=FAST_OVERRIDES, batch=batch, rows="mixed", **size),
+        Training(
+            name=f"{model}, packed", settings=(*FAST_OVERRIDES, "data.packing=true"), batch=batch, rows="short", **size
+        ),
     ]
 
 
@@ -202,16 +204,16 @@ P_TUNING = ("finetuning=p_tuning", "finetuning.pre_seq_len=16", "trainer.learnin
 FREEZE = ("finetuning=freeze", "finetuning.num_layer_trainable=3", "trainer.learning_rate=1e-4")
 RM = ("stage=rm", *LORA, "trainer.learning_rate=1e-3")
 CHECKPOINTS = "trainer.gradient_checkpointing=true"  # as ChatGLM-Efficient-Tuning always does
-# what ChatGLM-Efficient-Tuning's table says each takes of a V100, in GB
+# GB of a V100, from ChatGLM-Efficient-Tuning's table
 PUBLISHED: dict[str, float] = {}
 
 
-def small(name: str, published: float, batch: int, *words: str, ranked: bool = False) -> Training:
+def table_training(name: str, published: float, batch: int, *settings: str, ranked: bool = False) -> Training:
     PUBLISHED[name] = published
     return Training(
         name=name,
         model="ChatGLM-6B",
-        words=(*words, CHECKPOINTS),
+        settings=(*settings, CHECKPOINTS),
         batch=batch,
         source=256,
         target=256,
@@ -220,23 +222,23 @@ def small(name: str, published: float, batch: int, *words: str, ranked: bool = F
 
 
 TABLE = [
-    small("LoRA fp16, batch 16", 28, 16, *LORA, *HALF, "trainer.learning_rate=1e-3"),
-    small("LoRA fp16, batch 8", 24, 8, *LORA, *HALF, "trainer.learning_rate=1e-3"),
-    small("LoRA fp16, batch 4", 20, 4, *LORA, *HALF, "trainer.learning_rate=1e-3"),
-    small("LoRA int8, batch 4", 10, 4, *LORA, *HALF, *QUANTIZED, "quant=int8"),
-    small("LoRA int4, batch 4", 8, 4, *LORA, *HALF, *QUANTIZED, "quant=int4"),
-    small("P-Tuning fp16, batch 4", 20, 4, *P_TUNING),
-    small("P-Tuning int8, batch 4", 16, 4, *P_TUNING, "quant=int8"),
-    small("P-Tuning int4, batch 4", 12, 4, *P_TUNING, "quant=int4"),
-    small("Freeze fp16, batch 4", 24, 4, *FREEZE),
-    small("reward model LoRA fp16, batch 4", 22, 4, *RM, *HALF, ranked=True),
-    small("reward model LoRA int8, batch 1", 11, 1, *RM, *HALF, "quant=int8", ranked=True),
+    table_training("LoRA fp16, batch 16", 28, 16, *LORA, *HALF, "trainer.learning_rate=1e-3"),
+    table_training("LoRA fp16, batch 8", 24, 8, *LORA, *HALF, "trainer.learning_rate=1e-3"),
+    table_training("LoRA fp16, batch 4", 20, 4, *LORA, *HALF, "trainer.learning_rate=1e-3"),
+    table_training("LoRA int8, batch 4", 10, 4, *LORA, *HALF, *QUANTIZED, "quant=int8"),
+    table_training("LoRA int4, batch 4", 8, 4, *LORA, *HALF, *QUANTIZED, "quant=int4"),
+    table_training("P-Tuning fp16, batch 4", 20, 4, *P_TUNING),
+    table_training("P-Tuning int8, batch 4", 16, 4, *P_TUNING, "quant=int8"),
+    table_training("P-Tuning int4, batch 4", 12, 4, *P_TUNING, "quant=int4"),
+    table_training("Freeze fp16, batch 4", 24, 4, *FREEZE),
+    table_training("reward model LoRA fp16, batch 4", 22, 4, *RM, *HALF, ranked=True),
+    table_training("reward model LoRA int8, batch 1", 11, 1, *RM, *HALF, "quant=int8", ranked=True),
 ]
-# beside the table: int4 whose constants are not quantized again, and int4 without gradient checkpointing
+# besides the table: int4 without double quantization, and int4 without gradient checkpointing
 MORE = [
     Training(
         name=f"LoRA int4, batch 4, {what}", model="ChatGLM-6B", batch=4, source=256, target=256,
-        words=(*LORA, *HALF, *QUANTIZED, "quant=int4", word),
+        settings=(*LORA, *HALF, *QUANTIZED, "quant=int4", word),
     )
     for what, word in (
         ("no gradient checkpointing", "trainer.gradient_checkpointing=false"),

@@ -1,4 +1,4 @@
-"""Whole: runs that are killed and go on, preferences, reinforcement learning, full fine-tuning, fp16, and ranks."""
+"""Whole: killed and resumed runs, preferences, reinforcement learning, full fine-tuning, fp16, and process groups."""
 
 import json
 import math
@@ -14,19 +14,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gpu_parts.kernels import distance, learned, models, samples, with_lora
+from gpu_parts.kernels import loss_and_gradients, models, relative_error, samples, with_lora
 from gpu_parts.record import Check
 from gpu_parts.runs import Training, command, train
 
 ROUNDING = 2**-8  # of bfloat16
-SHORT = ("model=tiny_glm", "tracker=none", "metric=none", "trainer.disable_tqdm=true", "trainer.logging_steps=1",
+TINY_RUN = ("model=tiny_glm", "tracker=none", "metric=none", "trainer.disable_tqdm=true", "trainer.logging_steps=1",
          "finetuning=lora", "finetuning.lora_dropout=0", "finetuning.lora_target=[all]",
          "data.max_source_length=64", "data.max_target_length=32")  # fmt: skip
 
 
 def run(check: Check) -> None:
     items: dict[str, tuple[Callable[[Check], None], float]] = {
-        "killed by SIGKILL and resumed": (killed, 0),
+        "killed by SIGKILL and resumed": (resume_after_kill, 0),
         "dpo": (dpo, 0),
         "ppo": (ppo, 0),
         "full fine-tuning in fp16": (fp16, 0),
@@ -48,14 +48,14 @@ def history(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def run_of(check: Check, name: str, words: list[str]) -> list[dict[str, float]]:
-    """The lines of the history of a run on the shipped model."""
+def run_of(check: Check, name: str, overrides: list[str]) -> list[dict[str, float]]:
+    """Run the shipped model; returns the lines of its history."""
     folder = check.folder / name
-    command([*SHORT, *words, f"trainer.output_dir={folder}"])
+    command([*TINY_RUN, *overrides, f"trainer.output_dir={folder}"])
     return history(folder)
 
 
-def falls(check: Check, what: str, losses: list[float], note: str = "") -> None:
+def add_falling_loss(check: Check, what: str, losses: list[float], note: str = "") -> None:
     note = "; ".join(filter(None, (f"loss {losses[0]:.3f} to {losses[-1]:.3f} over the run", note)))
     met = all(map(math.isfinite, losses)) and losses[-1] < losses[0]
     check.add(what, losses[-1], "loss", goal="falls", met=met, note=note)
@@ -67,50 +67,55 @@ def dpo(check: Check) -> None:
         "stage=dpo", "data.dataset=preference_sample", f"trainer.max_steps={steps}", "trainer.learning_rate=1e-3",
         "trainer.bf16=true", *on_cpu(check),
     ])  # fmt: skip
-    falls(check, "dpo", [line["loss"] for line in lines])
+    add_falling_loss(check, "dpo", [line["loss"] for line in lines])
 
 
 def full(check: Check) -> None:
-    """All weights of a real size, trained in float32, computed in bfloat16, saved and read back."""
+    """Train all weights of a model of real size, in float32 with bfloat16 autocast; they are saved and read back."""
     what = "full fine-tuning of GLM-Edge-1.5B"
     training = Training(
-        name="full", model="GLM-Edge-1.5B", words=("finetuning=full", "trainer.learning_rate=1e-5"), batch=4, source=512,
+        name="full", model="GLM-Edge-1.5B", settings=("finetuning=full", "trainer.learning_rate=1e-5"), batch=4, source=512,
         target=512,
     )  # fmt: skip
-    found = train(check, training)
-    note = f"{found.peak_gib:.1f} GiB, {found.tokens_per_second:,.0f} tokens/s, {found.seconds:.0f} s with saving"
-    falls(check, what, found.losses, note)
+    trained = train(check, training)
+    note = f"{trained.peak_gib:.1f} GiB, {trained.tokens_per_second:,.0f} tokens/s, {trained.seconds:.0f} s with saving"
+    add_falling_loss(check, what, trained.losses, note)
 
 
-def killed(check: Check) -> None:
-    """Killed behind its first checkpoint and typed again: the losses of every step are those of the undisturbed run."""
+def resume_after_kill(check: Check) -> None:
+    """Kill a run after its first checkpoint and repeat the command: every loss is that of the undisturbed run."""
     steps, every = (60, 3) if check.miniature else (120, 10)
-    words = [*SHORT, "data.dataset=identity_sample", f"trainer.max_steps={steps}", f"trainer.save_steps={every}",
+    overrides = [*TINY_RUN, "data.dataset=identity_sample", f"trainer.max_steps={steps}", f"trainer.save_steps={every}",
              "trainer.learning_rate=1e-3", "trainer.bf16=true", *on_cpu(check)]  # fmt: skip
     folder = check.folder / "killed"
     package = Path(sys.modules["glmtuner"].__file__ or "").parent.parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])}
     child = subprocess.Popen(
-        [sys.executable, "-m", "glmtuner", *words, f"trainer.output_dir={folder}"], env=environment, stdout=sys.stderr
+        [sys.executable, "-m", "glmtuner", *overrides, f"trainer.output_dir={folder}"],
+        env=environment,
+        stdout=sys.stderr,
     )
-    command([*words, f"trainer.output_dir={check.folder / 'undisturbed'}"])
+    command([*overrides, f"trainer.output_dir={check.folder / 'undisturbed'}"])
     while child.poll() is None and not (folder / f"checkpoints/checkpoint-{every}").is_dir():
         time.sleep(0.002)
     child.kill()
     if child.wait() != -9:
         raise RuntimeError(f"the run to be killed ended by itself, with exit code {child.returncode}")
     before = len(history(folder))
-    command([*words, f"trainer.output_dir={folder}"])
-    wanted, found = history(check.folder / "undisturbed"), history(folder)
-    off = [abs(mine["loss"] - other["loss"]) / other["loss"] for mine, other in zip(found, wanted, strict=True)]
+    command([*overrides, f"trainer.output_dir={folder}"])
+    expected, resumed = history(check.folder / "undisturbed"), history(folder)
+    differences = [
+        abs(line["loss"] - reference["loss"]) / reference["loss"]
+        for line, reference in zip(resumed, expected, strict=True)
+    ]
     check.add(
-        "killed by SIGKILL and resumed", max(off), "largest difference / loss", at_most=ROUNDING,
-        note=f"killed at step {before} of {steps}; {sum(it == 0 for it in off)} of {len(off)} losses are bit-equal",
+        "killed by SIGKILL and resumed", max(differences), "largest difference / loss", at_most=ROUNDING,
+        note=f"killed at step {before} of {steps}; {sum(difference == 0 for difference in differences)} of {len(differences)} losses are bit-equal",
     )  # fmt: skip
 
 
 def ppo(check: Check) -> None:
-    """A reward model of a few steps, and steps of PPO against it."""
+    """Train a reward model for a few steps, and PPO against it."""
     data = ["data.dataset=preference_sample", "trainer.per_device_train_batch_size=24"]
     count = 1 if check.miniature else 4
     run_of(
@@ -120,31 +125,33 @@ def ppo(check: Check) -> None:
         "stage=ppo", *data, f"model.reward_model={check.folder / 'rm'}", "stage.minibatch_size=12",
         f"trainer.max_steps={count}", "trainer.learning_rate=1e-4", "trainer.bf16=true", *on_cpu(check),
     ])  # fmt: skip
-    numbers = [value for line in lines for value in line.values()]
-    told = {name: value for name, value in lines[-1].items() if name in ("loss", "reward", "kl", "score")}
+    values = [value for line in lines for value in line.values()]
+    last = {name: value for name, value in lines[-1].items() if name in ("loss", "reward", "kl", "score")}
     check.add(
-        "ppo", len(lines), "steps", goal="finite", met=len(lines) == count and all(map(math.isfinite, numbers)),
-        note=", ".join(f"{name} {value:.3g}" for name, value in told.items()),
+        "ppo", len(lines), "steps", goal="finite", met=len(lines) == count and all(map(math.isfinite, values)),
+        note=", ".join(f"{name} {value:.3g}" for name, value in last.items()),
     )  # fmt: skip
 
 
 def fp16(check: Check) -> None:
-    """All weights in float32, products in float16, and the scale of the loss in the checkpoint."""
+    """Train all weights in float32 with float16 autocast; the checkpoint has the loss scale."""
     what = "full fine-tuning in fp16"
     if check.device.type != "cuda":
         check.add(what, None, note="left out: a CPU has no scaler")
         return
-    words = ["finetuning=full", "data.dataset=identity_sample", "trainer.fp16=true", "trainer.max_steps=20",
+    overrides = ["finetuning=full", "data.dataset=identity_sample", "trainer.fp16=true", "trainer.max_steps=20",
              "trainer.learning_rate=1e-4", "trainer.save_steps=10"]  # fmt: skip
-    plain = [word for word in SHORT if not word.startswith("finetuning")]
+    plain = [word for word in TINY_RUN if not word.startswith("finetuning")]
     folder = check.folder / "fp16"
-    command([*plain, *words, f"trainer.output_dir={folder}"])
+    command([*plain, *overrides, f"trainer.output_dir={folder}"])
     scaler = torch.load(folder / "checkpoints/checkpoint-10/scaler.pt", weights_only=True)
-    falls(check, what, [line["loss"] for line in history(folder)], f"scale of the loss at step 10: {scaler['scale']:g}")
+    add_falling_loss(
+        check, what, [line["loss"] for line in history(folder)], f"scale of the loss at step 10: {scaler['scale']:g}"
+    )
 
 
 def one_rank(check: Check, kind: str) -> None:
-    """Loss and gradients of a model in a process group of one are those of the model by itself."""
+    """Compare loss and gradients of a model in a process group of one with those of the model alone."""
     from torch.distributed import destroy_process_group, init_process_group, is_initialized
     from torch.distributed.tensor import DTensor
 
@@ -154,7 +161,7 @@ def one_rank(check: Check, kind: str) -> None:
     on_gpu = check.device.type == "cuda"
     batch = Collator(pad_id=3)(samples(check.miniature))
     model = with_lora(models(check.miniature)["GLM"], check.device)
-    wanted = learned(model, batch, half=True)
+    expected = loss_and_gradients(model, batch, half=True)
     model.zero_grad()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -163,22 +170,23 @@ def one_rank(check: Check, kind: str) -> None:
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1
     )
     try:
-        spread: nn.Module = model
+        wrapped: nn.Module = model
         if kind == "ddp":
-            spread = nn.parallel.DistributedDataParallel(model, device_ids=[0] if on_gpu else None)
+            wrapped = nn.parallel.DistributedDataParallel(model, device_ids=[0] if on_gpu else None)
         else:
-            Fsdp2(name="fsdp2").spread(model, list(model.get_base_model().model.layers))
+            Fsdp2(name="fsdp2").shard_model(model, list(model.get_base_model().model.layers))
         device = check.device.type
-        moved = {name: value.to(check.device) for name, value in batch.items()}
+        inputs = {name: value.to(check.device) for name, value in batch.items()}
         with torch.autocast(device, torch.bfloat16):
-            loss = spread(**moved).loss
+            loss = wrapped(**inputs).loss
         loss.backward()
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        whole = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
-        off = max(
-            distance(torch.cat([grad.flatten().float() for grad in whole]), wanted[1]), abs(loss.item() - wanted[0])
+        full_gradients = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
+        error = max(
+            relative_error(torch.cat([grad.flatten().float() for grad in full_gradients]), expected[1]),
+            abs(loss.item() - expected[0]),
         )
     finally:
         if is_initialized():
             destroy_process_group()
-    check.add(f"{kind}, one process", off, "difference / gradient", at_most=1e-3, against="the model by itself")
+    check.add(f"{kind}, one process", error, "difference / gradient", at_most=1e-3, against="the model by itself")

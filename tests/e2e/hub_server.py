@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,9 +13,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 COMMIT = "1" * 40
 
 
-def serve(root: Path) -> ThreadingHTTPServer:
-    """Serve `root/models/<org>/<name>` and `root/datasets/<org>/<name>` on a free port, until `shutdown()`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, root))
+def serve(root: Path, first_statuses: Iterable[int] = ()) -> ThreadingHTTPServer:
+    """Serve `root/models/<org>/<name>` and `root/datasets/<org>/<name>` on a free port, until `shutdown()`.
+
+    The first requests are answered with `first_statuses`, as by a server that is failing.
+    """
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, root, iter(first_statuses)))
     Thread(target=server.serve_forever, daemon=True).start()
     return server
 
@@ -22,14 +26,17 @@ def serve(root: Path) -> ThreadingHTTPServer:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, root: Path, *args: object) -> None:
-        self.root = root
+    def __init__(self, root: Path, first_statuses: Iterator[int], *args: object) -> None:
+        self.root, self.first_statuses = root, first_statuses
         super().__init__(*args)  # type: ignore[arg-type]
 
     def log_message(self, *args: object) -> None:
         """Quiet."""
 
     def do_GET(self) -> None:
+        if (status := next(self.first_statuses, None)) is not None:
+            self._answer(status, {"error": "failing"})
+            return
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         if parts[0] == "api" and len(parts) >= 4:
             self._api(parts[1], "/".join(parts[2:4]), parts[4:])

@@ -40,7 +40,7 @@ def test_the_composed_run_is_shown(glmtuner: Callable) -> None:
         (["data.datset=a,b"], "did you mean 'dataset'?"),
         (["data.dataset=alpaca_zh_sampel"], "no dataset named 'alpaca_zh_sampel'; did you mean 'alpaca_zh_sample'?"),
         (["data.dataset=nowhere.json"], "no dataset named 'nowhere.json'"),
-        (["finetuning.lora_target=q_porj"], "no linear layer is called 'q_porj'; did you mean 'q_proj'?"),
+        (["finetuning.lora_target=q_porj"], "'q_porj'; did you mean 'q_proj'?"),
         (["finetuning=freeze", "finetuning.num_layer_trainable=99"], "does not fit a model of 4 layers"),
         (["model.model_name_or_path=no/such/folder/here"], "no such folder here"),
         (["model.template=chatglm33"], "no template named 'chatglm33'; did you mean 'chatglm3'?"),

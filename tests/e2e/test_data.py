@@ -7,9 +7,10 @@ from pathlib import Path
 TINY = ["model=tiny_glm", "tracker=none", "trainer.max_steps=2", "trainer.disable_tqdm=true", "trainer.output_dir=run"]
 
 
-def test_real_records_train(glmtuner: Callable, tmp_path: Path, shared: Path) -> None:
+def test_real_records_train(glmtuner: Callable, tmp_path: Path, real_records: Callable) -> None:
+    (folder,) = {real_records(name).parent for name in ("alpaca_zh_demo", "oaast_sft_zh", "identity")}
     done = glmtuner(
-        *TINY, f"data.dataset_dir={shared / 'data'}", "data.dataset=alpaca_zh_demo,oaast_sft_zh,identity",
+        *TINY, f"data.dataset_dir={folder}", "data.dataset=alpaca_zh_demo,oaast_sft_zh,identity",
         "data.max_source_length=128", "data.max_target_length=64",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -22,8 +23,9 @@ def test_real_records_train(glmtuner: Callable, tmp_path: Path, shared: Path) ->
     assert "prompts shortened" in done.stdout
 
 
-def test_ranked_pairs_are_refused_in_words(glmtuner: Callable, tmp_path: Path, shared: Path) -> None:
-    done = glmtuner(*TINY, f"data.dataset_dir={shared / 'data'}", "data.dataset=dpo_zh_demo")
+def test_ranked_pairs_are_refused_in_words(glmtuner: Callable, tmp_path: Path, real_records: Callable) -> None:
+    folder = real_records("dpo_zh_demo").parent
+    done = glmtuner(*TINY, f"data.dataset_dir={folder}", "data.dataset=dpo_zh_demo")
     assert done.returncode == 2
     assert "data.dataset=dpo_zh_demo holds ranked pairs, and stage=sft learns single answers" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -58,7 +58,7 @@ def test_a_wrong_word_is_answered_before_anything_is_estimated(glmtuner):
 @pytest.mark.parametrize("typed", [(), ("trainer.gradient_checkpointing=false",)])
 def test_a_run_checkpoints_where_its_longest_batch_would_not_fit(glmtuner, monkeypatch, records, typed):
     monkeypatch.setattr("glmtuner.launch.memory_check.device_memory", lambda device: 2**26)
-    monkeypatch.setattr("glmtuner.launch.memory_check.settled_baseline", lambda device, tracker: 0)
+    monkeypatch.setattr("glmtuner.launch.memory_check.process_baseline_bytes", lambda device, tracker: 0)
     done = glmtuner(*WORDS, *typed, "trainer.max_steps=1", "trainer.output_dir=run", "data.max_samples=8",
                     "trainer.per_device_train_batch_size=2", "data.max_source_length=256", "data.max_target_length=256")  # fmt: skip
     assert done.returncode == 0, done.stderr

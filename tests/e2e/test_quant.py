@@ -29,18 +29,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def model_words(model: str, shared: Path) -> list[str]:
+def model_words(model: str, upstream_files: Path) -> list[str]:
     if model == "tiny_glm":
         return ["model=tiny_glm"]
-    write_checkpoint(model, Path("base"), shared / "goldens")
+    write_checkpoint(model, Path("base"), upstream_files)
     return [f"model={model}", "model.model_name_or_path=base"]
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 @pytest.mark.parametrize("model", ["tiny_glm", "chatglm_6b", "chatglm2_6b"])
-def test_a_quantized_run_from_training_to_export(here: Path, shared: Path, model: str, quant: str, method: str) -> None:
-    words = [*model_words(model, shared), *WORDS, f"quant={quant}", *METHODS[method]]
+def test_a_quantized_run_from_training_to_export(
+    here: Path, upstream_files: Path, model: str, quant: str, method: str
+) -> None:
+    words = [*model_words(model, upstream_files), *WORDS, f"quant={quant}", *METHODS[method]]
     assert main([*words, "trainer.output_dir=run"]) == 0
     losses = [json.loads(line)["loss"] for line in (here / "run/history.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.95 * losses[0], losses
@@ -79,9 +81,9 @@ def test_the_knobs_of_four_bits_reach_the_weights(
 @pytest.mark.parametrize(("quant", "layer"), [("int4", Linear4bit), ("int8", Linear8bitLt)])
 @pytest.mark.parametrize("model", ["tiny_glm", "chatglm_6b", "chatglm2_6b"])
 def test_projections_are_quantized_and_nothing_else(
-    here: Path, shared: Path, model: str, quant: str, layer: type
+    here: Path, upstream_files: Path, model: str, quant: str, layer: type
 ) -> None:
-    words = [*model_words(model, shared), "data.dataset=belle_sample", f"quant={quant}"]
+    words = [*model_words(model, upstream_files), "data.dataset=belle_sample", f"quant={quant}"]
     base = loaded([*words, "finetuning=none", "trainer=evaluate"])
     heads = ("lm_head", "output_layer")
     for name, module in base.named_modules():
@@ -99,5 +101,5 @@ def loaded(words: list[str]) -> torch.nn.Module:
     from glmtuner.launch.build import load_trainable_model, resolve_family
 
     composed = compose(words)
-    family = resolve_family(composed.run, read_config(composed.run.model))
-    return load_trainable_model(composed, family, torch.device("cpu"))[0]
+    family, finetuning = resolve_family(composed.run, read_config(composed.run.model))
+    return load_trainable_model(composed, finetuning, family, torch.device("cpu"))[0]

@@ -57,7 +57,7 @@ def test_a_report_that_fails_hides_nothing_of_the_sweep(
     def broken(root: Path) -> None:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(sweep, "report_sweep", broken)
+    monkeypatch.setattr(sweep, "write_sweep_report", broken)
     words = [word for word in WORDS if not word.startswith(("data.dev", "trainer.do_", "trainer.predict"))]
     done = glmtuner("-m", *words, "trainer.seed=1,2", "name=unreported")
     assert done.returncode == 0 and "(2 finished, 0 did not fit into memory, 0 failed)" in done.stdout

@@ -100,8 +100,8 @@ def test_broken_checkpoints_are_named_and_passed_over(undisturbed: tuple[bytes, 
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
     (folder / "checkpoints/checkpoint-8/rng_state.pth").unlink()
     out = finish(folder)
-    assert "checkpoint-12 is passed over: optimizer.pt is truncated" in out
-    assert "checkpoint-8 is passed over: it lacks its random states" in out
+    assert "checkpoint-12 is skipped: optimizer.pt is truncated" in out
+    assert "checkpoint-8 is skipped: it has no RNG state" in out
     assert "resumed from checkpoint-4" in out
     assert outcome(folder) == undisturbed
 

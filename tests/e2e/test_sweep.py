@@ -33,10 +33,10 @@ def test_a_failed_job_stops_no_other_and_is_tried_again(
 
     trained, broken = launch.train, {"seed": 2}
 
-    def train(run, *given):
-        if run.trainer.seed == broken["seed"]:
+    def train(context, *given):
+        if context.run.trainer.seed == broken["seed"]:
             raise RuntimeError("a cable was pulled")
-        return trained(run, *given)
+        return trained(context, *given)
 
     monkeypatch.setattr(launch, "train", train)
     words = [*TINY, "trainer.seed=1,2,3", "name=retried"]
@@ -63,10 +63,10 @@ def test_out_of_memory_is_infeasible_and_no_crash(
 
     trained = launch.train
 
-    def train(run, *given):
-        if run.trainer.per_device_train_batch_size == 8:
+    def train(context, *given):
+        if context.run.trainer.per_device_train_batch_size == 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB")
-        return trained(run, *given)
+        return trained(context, *given)
 
     monkeypatch.setattr(launch, "train", train)
     words = [*TINY, "trainer.per_device_train_batch_size=2,8", "name=memory"]
@@ -148,7 +148,7 @@ def test_a_run_that_is_told_to_go_saves_and_ends_like_its_undisturbed_twin(
         name = signal.Signals(signum).name
         done = glmtuner(*words, f"trainer.output_dir={name}")
         assert done.returncode == code, done.stderr
-        assert f"stopped by {name} after step 2" in done.stderr and "goes on" in done.stderr
+        assert f"stopped by {name} after step 2" in done.stderr and "same trainer.output_dir" in done.stderr
         assert (tmp_path / name / "checkpoints/checkpoint-2/complete.json").is_file()
         assert not (tmp_path / name / "metrics.json").exists() and not (tmp_path / name / "failed.json").exists()
         again = glmtuner(*words, f"trainer.output_dir={name}")

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of ChatGLM as the hub has the real ones: upstream names, real tokenizer files, code that must not run."""
+"""Tiny checkpoints of ChatGLM as the hub has the real ones: upstream names, its tokenizer files or stand-ins, code that must not run."""
 
 import base64
 import json
@@ -12,15 +12,15 @@ REMOTE_CODE = "raise RuntimeError('code that came with a checkpoint was run')\n"
 CODE_FILES = ("configuration_chatglm.py", "modeling_chatglm.py", "tokenization_chatglm.py", "quantization.py")
 
 
-def write_checkpoint(preset: str, folder: Path, goldens: Path) -> Path:
+def write_checkpoint(preset: str, folder: Path, upstream_files: Path) -> Path:
     """A checkpoint for `model=<preset>` (chatglm_6b, chatglm2_6b, chatglm3_6b, glm4_9b_chat) in `folder`; returns it."""
     folder.mkdir(parents=True)
     if preset == "chatglm_6b":
-        _write_first_generation(folder, goldens)
+        _write_first_generation(folder, upstream_files)
     elif preset == "glm4_9b_chat":
-        _write_glm4(folder, goldens)
+        _write_glm4(folder, upstream_files)
     else:
-        source = goldens / "chatglm2_realvocab"
+        source = upstream_files / "chatglm2_realvocab"
         for name in ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"):
             shutil.copyfile(source / name, folder / name)
     for name in CODE_FILES:
@@ -40,9 +40,9 @@ def _add(path: Path, auto_map: dict) -> None:
     path.write_text(json.dumps({**content, "auto_map": auto_map}), encoding="utf-8")
 
 
-def _write_glm4(folder: Path, goldens: Path) -> None:
+def _write_glm4(folder: Path, upstream_files: Path) -> None:
     """Random weights over GLM-4's vocabulary, of which the tokenizer knows single bytes and control tokens."""
-    config = json.loads((goldens / "chatglm2_realvocab/config.json").read_text(encoding="utf-8"))
+    config = json.loads((upstream_files / "chatglm2_realvocab/config.json").read_text(encoding="utf-8"))
     vocabulary, hidden = 151552, 8
     config |= {
         "padded_vocab_size": vocabulary, "hidden_size": hidden, "num_attention_heads": 2, "kv_channels": 8, "rope_ratio": 500,
@@ -75,11 +75,11 @@ def _write_glm4(folder: Path, goldens: Path) -> None:
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_first_generation(folder: Path, goldens: Path) -> None:
+def _write_first_generation(folder: Path, upstream_files: Path) -> None:
     """Random weights, in the two .bin shards and the words of THUDM/chatglm-6b."""
     for name in ("ice_text.model", "tokenizer_config.json"):
-        shutil.copyfile(goldens / "tokenizer_v1" / name, folder / name)
-    config = json.loads((goldens / "chatglm_v1/config.json").read_text(encoding="utf-8"))
+        shutil.copyfile(upstream_files / "tokenizer_v1" / name, folder / name)
+    config = json.loads((upstream_files / "chatglm_v1/config.json").read_text(encoding="utf-8"))
     config |= {
         "bos_token_id": 130004, "eos_token_id": 130005, "mask_token_id": 130000, "gmask_token_id": 130001, "pad_token_id": 3,
         "vocab_size": 130528, "hidden_size": 16, "inner_hidden_size": 32, "num_attention_heads": 2, "num_layers": 3,

@@ -118,7 +118,7 @@ def test_kernels_under_lora_and_the_other_fast_paths(name):
     family = family_named(name)
     method = Lora(finetuning_type="lora", lora_rank=4, lora_alpha=8, lora_target=["all"], lora_dropout=0.0)
     model = model_of(name)
-    method.settle(family, 2)
+    method = method.resolved(family, 2)
     attached = method.attach(model, family)
     with torch.no_grad():
         for key, parameter in attached.named_parameters():

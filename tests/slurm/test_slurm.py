@@ -61,7 +61,7 @@ class Driver:
 
     def jobs(self) -> dict[int, str]:
         """SLURM's id of each job, once all are queued."""
-        return wait(lambda: {int(n): i for n, i in re.findall(r"job (\d+) is SLURM's (\S+):", self.said())} or None)
+        return wait(lambda: {int(n): i for n, i in re.findall(r"job (\d+) is SLURM job (\S+):", self.said())} or None)
 
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8")
@@ -214,3 +214,18 @@ def test_a_task_that_dies_ends_its_job_and_the_sweep_goes_on_with_it(here: Path)
     assert again.end() == 0, again.said()
     (folder,) = folders(sweep)
     assert len(json.loads((folder / "provenance.json").read_text())["resumed"]) == 1
+
+
+def test_a_users_own_plugin_reaches_the_jobs(tmp_path: Path) -> None:
+    (tmp_path / "my_plugin.py").write_text((ROOT / "tests/own_plugin.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "mine.json").write_text(json.dumps([{"ask": f"{n}?", "reply": f"{n}!"} for n in range(16)]))
+    (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "mine.json", "formatting": "ask_reply"}}')
+    done = glmtuner(
+        tmp_path, "-m", "plugins=my_plugin", "model=tiny_glm", "tracker=none", "metric=same_length", "finetuning=norms",
+        "data.dataset=mine", "data.dataset_dir=.", "data.dev_ratio=0.25", "data.max_target_length=8", "trainer.max_steps=2",
+        "trainer.seed=1,2", "trainer.do_predict=true", "trainer.predict_with_generate=true", "objective=same_length",
+        "name=plugin", *SLURM,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = job_folders(tmp_path / "outputs/sweeps/plugin")
+    assert len(jobs) == 2 and all("predict_same_length" in job.metrics() for job in jobs)

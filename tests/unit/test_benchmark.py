@@ -32,7 +32,7 @@ def training(rates: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def test_ratios_are_of_medians_and_say_how_many_times_better_we_are() -> None:
-    rows = benchmark.rows_of(training({benchmark.OURS: [900, 2000, 2100], benchmark.THEIRS: [1000, 100, 1100]}))
+    rows = benchmark.table_rows(training({benchmark.OURS: [900, 2000, 2100], benchmark.THEIRS: [1000, 100, 1100]}))
     speed, memory = rows
     assert (speed.ours, speed.other, speed.times, speed.met) == (2000, 1000, 2.0, True)
     assert (memory.ours, memory.other, memory.times, memory.met) == (1000, 2000, 2.0, None)  # less is better
@@ -40,14 +40,14 @@ def test_ratios_are_of_medians_and_say_how_many_times_better_we_are() -> None:
 
 @pytest.mark.parametrize(("ours", "met"), [(1999, False), (2000, True)])
 def test_a_goal_is_met_at_its_very_value(ours: float, met: bool) -> None:
-    rows = benchmark.rows_of(training({benchmark.OURS: [ours], benchmark.THEIRS: [1000]}))
+    rows = benchmark.table_rows(training({benchmark.OURS: [ours], benchmark.THEIRS: [1000]}))
     assert rows[0].met is met
 
 
 def test_the_packed_run_may_be_five_percent_slower_than_its_loop() -> None:
     goals = []
     for rate in (940, 960):
-        rows = benchmark.rows_of(training({benchmark.PACKED: [rate], benchmark.BARE_PACKED: [1000]}))
+        rows = benchmark.table_rows(training({benchmark.PACKED: [rate], benchmark.BARE_PACKED: [1000]}))
         goals.append(rows[0].met)
     assert goals == [False, True]
 
@@ -57,20 +57,20 @@ def test_the_first_step_is_held_against_the_imports() -> None:
         ours = [{"help": 0.5, "version": 0.5, "first_step": first_step}]
         theirs = [{"help": 5.0, "version": 5.0, "first_step": 12.0}]
         startup = {benchmark.OURS: ours, benchmark.THEIRS: theirs, benchmark.IMPORTS: [{"seconds": 3.0}]}
-        return benchmark.rows_of({"startup": startup})[-1]
+        return benchmark.table_rows({"startup": startup})[-1]
 
     assert (row(4.4).ours, row(4.4).met) == (pytest.approx(1.4), True)
     assert row(4.6).met is False
 
 
 def test_what_was_not_measured_has_no_row() -> None:
-    assert benchmark.rows_of({}) == []
-    assert benchmark.rows_of(training({benchmark.OURS: [1.0]})) == []
+    assert benchmark.table_rows({}) == []
+    assert benchmark.table_rows(training({benchmark.OURS: [1.0]})) == []
 
 
 def test_the_table_has_a_line_for_each_row() -> None:
-    rows = benchmark.rows_of(training({benchmark.OURS: [3142.4], benchmark.THEIRS: [1000]}))
-    lines = benchmark.table_of(rows).splitlines()
+    rows = benchmark.table_rows(training({benchmark.OURS: [3142.4], benchmark.THEIRS: [1000]}))
+    lines = benchmark.markdown_table(rows).splitlines()
     assert lines[2] == (f"| training, tokens/s | 3,142 | 1,000 | {benchmark.THEIRS} | 3.14x | at least 2x | yes |")
     assert len({line.count("|") for line in lines}) == 1
 
@@ -92,8 +92,8 @@ def test_our_page_has_the_markers() -> None:
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
-    rows = benchmark.rows_of(training({benchmark.OURS: [1500], benchmark.THEIRS: [1000], benchmark.BARE: [1000]}))
-    benchmark.draw(rows, tmp_path / "performance.png")
+    rows = benchmark.table_rows(training({benchmark.OURS: [1500], benchmark.THEIRS: [1000], benchmark.BARE: [1000]}))
+    benchmark.draw_bars(rows, tmp_path / "performance.png")
     assert (tmp_path / "performance.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["performance.png"]
 

@@ -39,7 +39,7 @@ def faulty(change: Callable[..., Any]) -> Iterator[None]:
     """The attention of all samples in one call, as `change` makes it of the right one and its arguments."""
     from torch.nn.attention import varlen
 
-    with kernels.stand_in():
+    with kernels.cpu_varlen_attention():
         right = varlen.varlen_attn
         varlen.varlen_attn = lambda *args, **options: change(right, *args, **options)
         yield
@@ -86,22 +86,22 @@ def test_a_broken_kernel_is_found(tmp_path: Path, fault: Callable[..., Any]) -> 
     check, cases = check_in(tmp_path), kernels.attention_cases(miniature=True)
     with faulty(fault):
         for name in FAULTS[fault]:
-            kernels.attention(check, name, **cases[name])
+            kernels.check_attention(check, name, **cases[name])
     assert missed(check) == [f"attention, {name}" for name in FAULTS[fault]]
 
 
 def test_the_right_kernel_passes(tmp_path: Path) -> None:
     check = check_in(tmp_path)
-    with kernels.stand_in():
+    with kernels.cpu_varlen_attention():
         for name, case in kernels.attention_cases(miniature=True).items():
-            kernels.attention(check, name, **case)
+            kernels.check_attention(check, name, **case)
     assert missed(check) == []
     assert len(record.read(check.path)) == len(kernels.attention_cases(miniature=True))
 
 
 def test_spelled_out_attention_is_torch_s_own() -> None:
     query, key, value = (torch.randn(9, heads, 8) for heads in (4, 2, 2))
-    found = kernels.spelled_out(query, key, value, [9], None, None)
+    found = kernels.reference_attention(query, key, value, [9], None, None)
     wanted = torch.nn.functional.scaled_dot_product_attention(
         *(states.transpose(0, 1)[None] for states in (query, key, value)), is_causal=True, enable_gqa=True
     )
@@ -114,19 +114,19 @@ def test_a_broken_path_of_a_whole_model_is_found(tmp_path: Path, monkeypatch: py
     right = lora._LoraLinear.apply
     monkeypatch.setattr(lora._LoraLinear, "apply", lambda *args: right(*args[:-1], 1.3 * args[-1]))
     check = check_in(tmp_path)
-    kernels.model_paths(check, "GLM", kernels.models(miniature=True)["GLM"])
+    kernels.check_model(check, "GLM", kernels.models(miniature=True)["GLM"])
     assert {"GLM: fused LoRA", "GLM: all three"} <= set(missed(check))
     assert "GLM: chunked cross-entropy" not in missed(check)
 
 
 def test_gradients_that_are_lost_in_compiled_blocks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = kernels.learned
+    plain = kernels.loss_and_gradients
     turns = iter(range(6))
     monkeypatch.setattr(
-        kernels, "learned", lambda *args, **options: (lambda loss, grads: (loss, grads * (next(turns) < 4)))(*plain(*args, **options))
+        kernels, "loss_and_gradients", lambda *args, **options: (lambda loss, grads: (loss, grads * (next(turns) < 4)))(*plain(*args, **options))
     )  # fmt: skip
     check = check_in(tmp_path)
-    kernels.compiled(check)
+    kernels.check_compiled_blocks(check)
     assert missed(check) == [
         "GLM: compiled blocks and all three",
         "GLM: compiled blocks and all three, a smaller batch",
@@ -144,7 +144,7 @@ def test_a_folder_without_weights_is_loaded_with_random_ones(tmp_path: Path, nam
 
     folder = models.model_folder(name, tmp_path, miniature=True)
     config = AutoConfig.from_pretrained(folder)
-    with models.drawn_models(torch.device("cpu")):
+    with models.random_models(torch.device("cpu")):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype="auto", output_loading_info=True, trust_remote_code=False
         )
@@ -246,7 +246,7 @@ def test_parts_are_modules_and_share_the_minutes() -> None:
     assert groups[0] == ["right", "kernels", "whole"] and [name for group in groups for name in group] == list(
         gpu_check.PARTS
     )
-    assert sum(map(gpu_check.longest, groups)) == 60 * gpu_check.MINUTES
+    assert sum(map(gpu_check.group_seconds, groups)) == 60 * gpu_check.MINUTES
 
 
 def finding(**values: Any) -> Finding:
@@ -265,7 +265,7 @@ def test_the_page_has_a_table_a_part_and_says_where() -> None:
         finding(beside=1.0, against="plain", goal="faster", met=True),
         finding(part="small", what="a|b", met=False, value=None),
     ]
-    text = gpu_check.page(about, found)
+    text = gpu_check.render_page(about, found)
     for part in ("NVIDIA H100 80GB HBM3", "driver 580.1", "torch 2.11.0", "### Fast", "### Small"):
         assert part in text
     assert "| speed | 2 tokens/s | 1 (plain) | faster | yes |  |" in text
@@ -279,7 +279,7 @@ def test_later_findings_replace_earlier_ones_but_not_by_nothing() -> None:
 
     first = content("a", finding(value=1.0), finding(what="memory", value=3.0))
     second = content("a", finding(value=2.0), finding(what="memory", value=None, note="left out"), finding(what="new"))
-    about, found = gpu_check.merged([first, second])
+    about, found = gpu_check.merge_findings([first, second])
     assert about == {"gpu": "a"}
     assert [(it.what, it.value) for it in found] == [("speed", 2.0), ("memory", 3.0), ("new", 2.0)]
 
@@ -326,8 +326,8 @@ READY = "import sys, time; print('ready', flush=True); seconds = float(sys.stdin
 )
 def test_a_part_that_fails_or_hangs_is_a_finding(tmp_path: Path, code: str, seconds: float, why: str | None) -> None:
     part, options = child(tmp_path, code), gpu_check.parse(["--output", str(tmp_path)])
-    gpu_check.go(part, seconds)
-    gpu_check.ended(part, options)
+    gpu_check.release_child(part, seconds)
+    gpu_check.wait_for_child(part, options)
     found = gpu_check.findings_of(["fast"], tmp_path)
     assert part.process.returncode is not None
     assert [it.met for it in found] == ([] if why is None else [False])
@@ -338,7 +338,7 @@ def test_a_part_that_fails_or_hangs_is_a_finding(tmp_path: Path, code: str, seco
     ("words", "told"),
     [
         (["--only", "fats"], "no part is called fats; the parts: right, kernels"),
-        (["--match", "("], "is no regular expression"),
+        (["--match", "("], "not a regular expression"),
         (["--minutes", "soon"], "soon"),
     ],
 )

@@ -1,16 +1,16 @@
-"""Record shapes, one file each: `parse(raw, spec)` makes an `Example` of a record or raises `BadRecord`.
+"""Record formats, one file each: `parse(raw, spec)` makes an `Example` of a record or raises `BadRecord`.
 
-A shape is selected by its file's name (`formatting` of a dataset's entry), so a new one is a new file and nothing else.
-Beside `parse` it has `COLUMNS`: what its columns are called when an entry names none, the one it cannot do without
-first.
+A format is selected by the name of its file (`formatting` of a dataset's entry), so a new one is a new file and nothing else.
+Besides `parse` it has `COLUMNS`: the names of its columns if an entry names none, the required one first. A plugin adds one with `register_format`.
 """
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 from collections.abc import Callable
 from importlib import import_module
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.errors import UnknownName
@@ -21,24 +21,37 @@ if TYPE_CHECKING:
 
     Parser = Callable[[dict[str, Any], DatasetSpec], Example]
 
-ALIASES = {"openai": "messages"}  # the other tools' words
+ALIASES = {"openai": "messages"}  # LLaMA-Factory's names
+_registered: dict[str, ModuleType | SimpleNamespace] = {}  # by plugins
+
+
+def register_format(name: str, parse: Parser, columns: dict[str, str]) -> None:
+    """Add a plugin's format under a name; `columns` are its default columns, the required one first."""
+    _registered[name] = SimpleNamespace(parse=parse, COLUMNS=columns, __file__=inspect.getsourcefile(parse))
+
+
+def format_source(formatting: str) -> str | None:
+    """The source file of a plugin's format; None for a format of the package."""
+    return getattr(_registered.get(formatting), "__file__", None)
 
 
 def parser(formatting: str) -> Parser:
-    """The `parse` function of a record shape."""
-    parse: Parser = shape(formatting).parse
+    """The `parse` function of a format; raises UnknownName."""
+    parse: Parser = format_module(formatting).parse
     return parse
 
 
 def default_columns(formatting: str) -> dict[str, str]:
-    """The columns of a record shape when an entry names none."""
-    columns: dict[str, str] = shape(formatting).COLUMNS
+    """The columns of a format if an entry names none; raises UnknownName."""
+    columns: dict[str, str] = format_module(formatting).COLUMNS
     return dict(columns)
 
 
-def shape(formatting: str) -> ModuleType:
-    """The module of a record shape."""
-    known = [module.name for module in pkgutil.iter_modules(__path__)]
+def format_module(formatting: str) -> ModuleType | SimpleNamespace:
+    """The module of a format, or what a plugin registered for it; raises UnknownName."""
+    if formatting in _registered:
+        return _registered[formatting]
+    known = [*(module.name for module in pkgutil.iter_modules(__path__)), *_registered]
     name = ALIASES.get(formatting, formatting)
     if name not in known:
         raise UnknownName("formatting", formatting, known, add_one="glmtuner/data/formats/<name>.py with a `parse`")

@@ -29,7 +29,7 @@ COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
     """One answer, or two: in `columns.chosen` and `columns.rejected`, or as a list of answers, best first.
 
-    Of a longer list the first two answers count, as in ChatGLM-Efficient-Tuning.
+    Of a longer list the first two answers are used, as in ChatGLM-Efficient-Tuning.
     """
     columns = spec.columns
     turns = [*system_turn(raw, columns.get("system")), *history(raw, columns.get("history"))]
@@ -55,7 +55,7 @@ def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
 
 
 def prompt(raw: dict[str, Any], prompt_column: str, query_column: str | None) -> str:
-    """Prompt and query on lines of their own; one of them may be blank."""
+    """Prompt and query on separate lines; one of them may be blank."""
     query = optional_text(raw, query_column, "query")
     if not query:
         return text_of(value_of(raw, prompt_column), prompt_column, "prompt")
@@ -64,7 +64,7 @@ def prompt(raw: dict[str, Any], prompt_column: str, query_column: str | None) ->
 
 
 def history(raw: dict[str, Any], column: str | None) -> list[Turn]:
-    """The earlier rounds, a list of [prompt, answer]; none when the column is unnamed, absent or null."""
+    """The turns of the earlier rounds, a list of [prompt, answer]; [] if the column is unnamed, missing or null."""
     turns: list[Turn] = []
     if not column or raw.get(column) is None:
         return turns

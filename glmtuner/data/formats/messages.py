@@ -1,4 +1,4 @@
-"""Conversations as OpenAI writes them: `{"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}`."""
+"""Conversations in OpenAI's format: `{"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TAGS = {
 def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
     """A conversation; `columns.chosen` and `columns.rejected` hold the two answers to its last turn.
 
-    Without `columns.messages` the two columns are whole conversations that share all but the last turn.
+    Without `columns.messages` these two columns are whole conversations that share all but the last turn.
     """
     tags = TAGS | spec.tags
     if "messages" in spec.columns:

@@ -26,14 +26,14 @@ COLUMNS = {"messages": "conversations"}
 TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TOOL_ROLES = {"tool", "function", "function_call", "observation", "tool_call", "tool_response"}
-WHAT = {"system": "system prompt", "user": "prompt", "assistant": "answer"}
+CONTENT_NAMES = {"system": "system prompt", "user": "prompt", "assistant": "answer"}
 
 
 def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
     """A conversation; with `columns.chosen` and `columns.rejected`, two answers to its last turn.
 
-    A system turn of the conversation wins over `columns.system`. `columns.response`, a turn, a list of turns or a text,
-    goes on where the conversation ends.
+    A system turn of the conversation takes precedence over `columns.system`. `columns.response`, a turn, a list of turns or
+    a text, continues the conversation.
     """
     return conversation(raw, spec, TAGS | spec.tags)
 
@@ -49,10 +49,10 @@ def conversation(raw: dict[str, Any], spec: DatasetSpec, tags: dict[str, str]) -
         return ranked(turns, chosen, rejected)
     if "response" in columns:
         column, response = columns["response"], value_of(raw, columns["response"])
-        more = response if isinstance(response, list) else None
-        turns += (
-            turns_of(more, column, tags) if more else [(column, Message("assistant", answer(response, column, tags)))]
-        )
+        if isinstance(response, list) and response:
+            turns += turns_of(response, column, tags)
+        else:
+            turns.append((column, Message("assistant", answer(response, column, tags))))
     return answered(turns, feedback_of(raw, columns.get("kto_tag")))
 
 
@@ -73,11 +73,11 @@ def turn(message: Any, place: str, tags: dict[str, str]) -> Turn:
         raise BadRecord(f"{place}.tool_calls", "tool calls are not supported; leave such records out")
     role = role_of(message[role_tag], f"{place}.{role_tag}", tags)
     content = joined_parts(message.get(content_tag), f"{place}.{content_tag}")
-    return place, Message(role, text_of(content, f"{place}.{content_tag}", WHAT[role]))
+    return place, Message(role, text_of(content, f"{place}.{content_tag}", CONTENT_NAMES[role]))
 
 
 def role_of(word: Any, place: str, tags: dict[str, str]) -> str:
-    """Our word for a role; the tags come first, then the words that both common shapes use."""
+    """The standard name of a role; the tags take precedence over the names that the common formats use."""
     own = {tags["user_tag"]: "user", tags["assistant_tag"]: "assistant", tags["system_tag"]: "system"}
     roles = ROLES | own
     if isinstance(word, str) and word in roles:
@@ -90,7 +90,7 @@ def role_of(word: Any, place: str, tags: dict[str, str]) -> str:
 
 
 def joined_parts(content: Any, place: str) -> Any:
-    """The text of a content that is a list of text parts; any other content as it is."""
+    """The joined text of a content that is a list of text parts; any other content unchanged."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -110,5 +110,7 @@ def answer(value: Any, column: str, tags: dict[str, str]) -> str:
         value, column = value[0], f"{column}[0]"
     _, message = turn(value, column, tags)
     if message.role != "assistant":
-        raise BadRecord(f"{column}.{tags['role_tag']}", f"an answer is the assistant's, got a turn of {message.role}")
+        raise BadRecord(
+            f"{column}.{tags['role_tag']}", f"the answer must be the assistant's, got a turn of {message.role}"
+        )
     return message.content

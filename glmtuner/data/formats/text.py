@@ -1,4 +1,4 @@
-"""Plain text to go on pretraining with: one column, `columns.prompt`."""
+"""Plain text for continued pretraining: one column, `columns.prompt`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ COLUMNS = {"prompt": "text"}
 
 
 def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
-    """An example with `text` and no messages."""
+    """An example with `text` and without messages."""
     column = spec.columns["prompt"]
     return Example(text=text_of(value_of(raw, column), column, "text"))

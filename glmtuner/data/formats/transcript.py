@@ -1,14 +1,14 @@
-"""Dialogues written out as one text, each turn after a marker.
+"""Dialogues as one text, each turn after a marker.
 
     Human: What is 1 + 1?
     Assistant: 2
     Human: And 2 + 2?
     Assistant:
 
-The answer to the last turn is in a column of its own, or the dialogue holds it, or (ranked pairs) two columns hold
-dialogues that share all but the last answer. Every turn is stripped of the white space around it. A marker that begins
-with a letter counts at the start of a line only; one that begins with a sign, such as `### Human:`, counts anywhere.
-A marker that ends in a letter is followed by a colon.
+The answer to the last turn is in a column of its own, or part of the dialogue, or (ranked pairs) two columns hold
+dialogues that share all but the last answer. White space around each turn is stripped. A marker that begins with a letter
+or digit is matched only at the start of a line; any other, such as `### Human:`, is matched anywhere. A marker that ends
+in a letter or digit must be followed by a colon.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ COLONS = ":\uff1a"  # ASCII and full width
 
 
 def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
-    """A conversation; its prompt column holds all of it when the entry names no column for the answer.
+    """A conversation; the prompt column holds all of it if the entry names no column for the answer.
 
-    A query column, when the entry names one, goes on where the prompt column ends.
+    A query column, if the entry names one, continues the text of the prompt column.
     """
     columns = spec.columns
     tags = TAGS | spec.tags
@@ -65,15 +65,15 @@ def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
 
 
 def dialogue(text: str, column: str, tags: dict[str, str], awaits_answer: bool = False) -> list[Turn]:
-    """The turns of a written-out dialogue; one that awaits its answer may end in a bare assistant marker."""
-    words = {word.strip().rstrip(COLONS): key for key, word in tags.items() if key in ROLES}
-    before, *parts = markers(tuple(words)).split(text)
+    """The turns of a dialogue; with `awaits_answer` it may end in an assistant marker without text."""
+    tag_of = {marker.strip().rstrip(COLONS): key for key, marker in tags.items() if key in ROLES}
+    before, *parts = marker_pattern(tuple(tag_of)).split(text)
     if before.strip():
         raise BadRecord(column, f"the dialogue begins with {shown(before.strip())}, not with {tags['user_tag']!r}")
     contents = [content.strip() for content in parts[1::2]]
     turns: list[Turn] = []
-    for number, (word, content) in enumerate(zip(parts[::2], contents, strict=True), start=1):
-        role, what = ROLES[words[word.strip()]]
+    for number, (marker, content) in enumerate(zip(parts[::2], contents, strict=True), start=1):
+        role, what = ROLES[tag_of[marker.strip()]]
         if awaits_answer and number == len(contents) and role == "assistant" and not content:
             break
         place = f"{column} (turn {number})"
@@ -82,7 +82,7 @@ def dialogue(text: str, column: str, tags: dict[str, str], awaits_answer: bool =
 
 
 def pair(chosen: list[Turn], rejected: list[Turn]) -> tuple[str, str]:
-    """The two answers that two dialogues end in; the turns before them must be the same."""
+    """The last answers of two dialogues; raises BadRecord if the turns before them differ."""
     if [message for _, message in chosen[:-1]] != [message for _, message in rejected[:-1]]:
         raise BadRecord(rejected[-1][0], "the turns before this answer differ from those of the chosen dialogue")
     for place, message in (chosen[-1], rejected[-1]):
@@ -92,9 +92,11 @@ def pair(chosen: list[Turn], rejected: list[Turn]) -> tuple[str, str]:
 
 
 @cache
-def markers(words: tuple[str, ...]) -> re.Pattern[str]:
-    """Finds the markers with their colons; the group is the marker's word, with white space before it."""
-    starts = [r"^[ \t]*" if word[:1].isalnum() else "" for word in words]
-    ends = [rf"(?=[ \t]*[{COLONS}])" if word[-1:].isalnum() else "" for word in words]
-    found = "|".join(start + re.escape(word) + end for start, word, end in zip(starts, words, ends, strict=True))
-    return re.compile(rf"({found})[ \t]*[{COLONS}]?", re.MULTILINE)
+def marker_pattern(markers: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches the markers with their colons; the group is the marker without its colon, with leading white space."""
+    starts = [r"^[ \t]*" if marker[:1].isalnum() else "" for marker in markers]
+    ends = [rf"(?=[ \t]*[{COLONS}])" if marker[-1:].isalnum() else "" for marker in markers]
+    options = "|".join(
+        start + re.escape(marker) + end for start, marker, end in zip(starts, markers, ends, strict=True)
+    )
+    return re.compile(rf"({options})[ \t]*[{COLONS}]?", re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Conversations as a bare list of texts, the user's first: `{"turns": ["Hi", "Hello!", "Who are you?", "…"]}`."""
+"""Conversations as a list of texts, beginning with the user's: `{"turns": ["Hi", "Hello!", "Who are you?", "…"]}`."""
 
 from __future__ import annotations
 

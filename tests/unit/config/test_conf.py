@@ -171,6 +171,7 @@ DATA = {
     "packing": (bool, False),
     "padding_free": (bool, True),
     "max_bad_records": (int, 0),
+    "tiktoken_engine": (bool, True),
 }
 LORA = {
     "finetuning_type": (str, "lora"),
@@ -251,7 +252,7 @@ def test_trainer_has_the_defaults_of_the_specification(default):
 
 def test_the_root_has_name_and_objective(default):
     assert (default.run.name, default.run.objective) == (None, None)
-    assert {*default.config} - {*groups()} == {"name", "objective"}
+    assert {*default.config} - {*groups()} == {"name", "objective", "plugins"}
 
 
 @pytest.mark.parametrize(

@@ -140,16 +140,16 @@ def test_a_misspelt_list_key_with_a_comma_is_a_misspelt_key(key, sweep):
     [
         ("--lora_rank=4", "unknown option '--lora_rank=4': .* type finetuning.lora_rank=…"),
         ("--nonsense", "unknown option '--nonsense': .*--help"),
-        ("data.dataset", "'data.dataset' has no '=': values are given as key=value"),
-        ("data.dataset=[a", r"'data.dataset=\[a' cannot be read .*; quote text"),
-        ("data.dataset=a,,b", "'data.dataset=a,,b' cannot be read .*; quote text"),
-        ("name=a=b", "'name=a=b' cannot be read .*; quote text"),
-        ("lora_rank=4", "unknown key 'lora_rank': it belongs to finetuning; type finetuning.lora_rank=…"),
+        ("data.dataset", r"'data\.dataset' .*'='.*key=value"),
+        ("data.dataset=[a", r"'data\.dataset=\[a' .*quote"),
+        ("data.dataset=a,,b", r"'data\.dataset=a,,b' .*quote"),
+        ("name=a=b", "'name=a=b' .*quote"),
+        ("lora_rank=4", r"unknown key 'lora_rank'.* type finetuning\.lora_rank=…"),
         (
             "num_train_epochs=4",
-            "unknown key 'num_train_epochs': it belongs to trainer; type trainer.num_train_epochs=…",
+            r"unknown key 'num_train_epochs'.* type trainer\.num_train_epochs=…",
         ),
-        ("nonsense=4", "unknown key 'nonsense'; the groups are data, experiment, .*--help"),
+        ("nonsense=4", "unknown key 'nonsense'.*data, experiment, .*--help"),
         ("trainer.nonsense.deep=4", "unknown key 'trainer.nonsense.deep'"),
     ],
 )
@@ -161,7 +161,7 @@ def test_words_that_cannot_be_read_say_what_to_type(word, told):
 def test_a_word_of_other_tools_is_answered_with_ours(key):
     value = "4"
     told = refused(f"{key}={value}")
-    assert told.startswith(f"{key}={value} is no key here: ") and "{" not in told
+    assert told.startswith(f"{key}={value} ") and "{" not in told
     advised = re.findall(r"type ([\w./]+)=", told)
     assert advised or "leave it out" in told
     for word in advised:
@@ -179,7 +179,7 @@ def test_moved_words_keep_what_was_typed():
 def test_all_wrong_words_are_told_at_once():
     told = refused("trainer.learning_rat=1", "finetuning=lorra", "data.dataset=a", "seed=3")
     assert len(told.split("; also: ")) == 3
-    for part in ("unknown key 'trainer.learning_rat'", "finetuning=lorra", "seed=3 is no key here"):
+    for part in ("unknown key 'trainer.learning_rat'", "finetuning=lorra", "seed=3 ", "type trainer.seed=3"):
         assert part in told
 
 
@@ -198,16 +198,14 @@ def test_all_wrong_words_are_told_at_once():
 def test_a_key_of_another_method(words, home, here):
     key = words[-1].partition("=")[0]
     told = refused(*words)
-    assert told.startswith(
-        f"unknown key '{key}': it belongs to finetuning={home}, and this run has finetuning={here}; "
-    )
+    assert told.startswith(f"unknown key '{key}'") and f"finetuning={here}" in told
     assert f"type finetuning={home}, or leave {key.partition('.')[2]} out" in told
 
 
 @pytest.mark.parametrize("group", sorted(PRESETS))
 def test_a_wrong_preset_lists_all_of_its_group(group):
     told = refused(f"{group}=zzzzzzzzzz")
-    assert told.startswith(f"{group}=zzzzzzzzzz: no {group} preset of that name; legal: ")
+    assert told.startswith(f"{group}=zzzzzzzzzz: ")
     assert told.partition("legal: ")[2].split(", ") == PRESETS[group]
 
 
@@ -237,19 +235,20 @@ def test_nearest_counts_a_swap_as_one_edit_and_keeps_ties():
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("trainer.learning_rate=abc", "expected a number"),
-        ("trainer.fp16=maybe", "expected true or false"),
-        ("data.max_samples=1.5", "expected a whole number or null"),
-        ("data.max_target_length=many", "expected a whole number"),
-        ("trainer.num_train_epochs=three", "expected a number"),
-        ("finetuning.lora_rank=big", "expected a whole number"),
-        ("data.loss_on=every_answers", "no such value; did you mean 'every_answer'? legal: every_answer, last_answer"),
-        ("model.dtype=float61", "no such value; did you mean 'float16'? legal: auto, float32, float16, bfloat16"),
-        ("quant.quantization_type=nf8", "no such value; did you mean 'nf4'? legal: nf4, fp4"),
+        ("trainer.learning_rate=abc", " a number"),
+        ("trainer.fp16=maybe", " true or false"),
+        ("data.max_samples=1.5", " a whole number or null"),
+        ("data.max_target_length=many", " a whole number"),
+        ("trainer.num_train_epochs=three", " a number"),
+        ("finetuning.lora_rank=big", " a whole number"),
+        ("data.loss_on=every_answers", "; did you mean 'every_answer'? legal: every_answer, last_answer"),
+        ("model.dtype=float61", "; did you mean 'float16'? legal: auto, float32, float16, bfloat16"),
+        ("quant.quantization_type=nf8", "; did you mean 'nf4'? legal: nf4, fp4"),
     ],
 )
 def test_a_value_of_the_wrong_type(word, told):
-    assert refused(word) == f"{word}: {told}"
+    message = refused(word)
+    assert message.startswith(f"{word}: ") and message.endswith(told)
 
 
 @pytest.mark.parametrize(
@@ -263,11 +262,11 @@ def test_a_value_of_the_wrong_type(word, told):
         (["data.max_bad_records=-1"], "data.max_bad_records=-1: 0 or more"),
         (
             ["data.mix_probabilities=0.5", "data.dataset=a,b"],
-            "data.mix_probabilities=[0.5]: 1 shares for the 2 datasets [a,b]; give one share a dataset",
+            "data.mix_probabilities=[0.5]: 1 shares for the 2 datasets [a,b]",
         ),
         (
             ["data.mix_probabilities=0.5,0.6", "data.dataset=a,b"],
-            "data.mix_probabilities=[0.5,0.6]: shares are above 0 and sum to 1; these sum to 1.1",
+            "data.mix_probabilities=[0.5,0.6]: shares are above 0 and sum to 1",
         ),
         (["data.mix_probabilities=1,0", "data.dataset=a,b"], "data.mix_probabilities=[1.0,0.0]: shares are above 0"),
         (["finetuning.lora_rank=0"], "finetuning.lora_rank=0: a rank is at least 1"),
@@ -321,7 +320,11 @@ def test_a_checkpoint_that_is_not_there():
         (
             ["generation.engine=vllm", "quant=int4", "finetuning=p_tuning", "data.eval_num_beams=2", "parallel=ddp"],
             [
-                "generation.engine=vllm with trainer.do_train=true: it answers in a run of its own; type trainer=predict",
+                "generation.engine=vllm with trainer.do_train=true",
+                "type trainer=predict",
+                "type finetuning=lora",
+                "type data.eval_num_beams=1",
+                "type parallel=none",
                 "generation.engine=vllm with quant=int4",
                 "type quant=none, or generation.engine=transformers",
                 "generation.engine=vllm with finetuning=p_tuning",
@@ -359,7 +362,7 @@ def test_a_checkpoint_that_is_not_there():
         (["trainer.eval_on_start=true"], ["evaluation after training", "type data.dev_ratio=0.1"]),
         (
             ["data.dev_ratio=0.1", "data.eval_dataset=x"],
-            ["data.dev_ratio=0.1 with data.eval_dataset=[x]", "choose one place"],
+            ["data.dev_ratio=0.1 with data.eval_dataset=[x]", "choose one"],
         ),
         (
             ["trainer.load_best_model_at_end=true"],
@@ -433,9 +436,7 @@ def test_a_dictionary_is_given_whole():
 
 def test_an_experiment_that_does_not_fit_is_named():
     told = refused("experiment=quickstart", "finetuning=freeze")
-    assert told.startswith(
-        "experiment=quickstart sets what does not fit the other overrides: unknown key 'finetuning.lora_target'"
-    )
+    assert told.startswith("experiment=quickstart ") and "unknown key 'finetuning.lora_target'" in told
 
 
 @pytest.mark.parametrize(
@@ -466,3 +467,33 @@ def test_values_may_hold_any_characters(typed, wanted):
 def test_a_sweep_over_names_of_any_characters():
     assert bracket_lists(["data.dataset=我的.json,belle"], multirun=True) == ["data.dataset=['我的.json'],[belle]"]
     assert bracket_lists(["name=甲,乙"], multirun=True) == ["name='甲','乙'"]
+
+
+def test_a_glob_that_matches_no_preset():
+    message = refused("experiment=glob(zzz*)", sweep=True)
+    assert message.startswith("experiment=glob(zzz*): ") and "quickstart" in message
+
+
+# --config-dir
+
+
+@pytest.mark.parametrize("preset", ["finetuning/lora", "hydra/launcher/slurm", "experiment/quickstart"])
+def test_a_preset_named_like_a_shipped_one_is_refused(preset, tmp_path):
+    group, _, name = preset.rpartition("/")
+    file = tmp_path / f"{preset}.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"defaults: [/{preset}@_here_]\n", encoding="utf-8")
+    for composing in (compose, compose_every_job):
+        with pytest.raises(ConfigError) as caught:
+            composing([], config_dir=str(tmp_path))
+        message = str(caught.value)
+        assert message.startswith(f"--config-dir {tmp_path}: {preset}.yaml ") and "\n" not in message
+        assert f"{group}/my_{name}.yaml" in message and f"type {group}=my_{name}" in message
+
+
+def test_presets_with_names_of_their_own_and_any_dataset_are_accepted(tmp_path):
+    for name in ("finetuning/small.yaml", "dataset/belle_sample.yaml"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("defaults: [lora]\nlora_rank: 3\n", encoding="utf-8")
+    assert compose(["finetuning=small"], config_dir=str(tmp_path)).run.finetuning.lora_rank == 3
+    assert compose([], config_dir=str(conf_dir())).config == compose([]).config

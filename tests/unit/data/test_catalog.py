@@ -44,10 +44,10 @@ def test_dataset_info_wins_over_the_catalogue_and_that_over_paths(tmp_path, monk
             (folder / f"{name}.yaml").write_text(f"hf_hub_url: {folder.name}/{name}\nlicense: mit\n")
     write_info(tmp_path, {"a": {"hf_hub_url": "info/a"}})
     write_records(tmp_path / "c" / "c.json", {"text": "x"})
-    found = {name: find(name, tmp_path, [first, second]) for name in "abc"}
-    assert [spec.hf_hub_url for spec in found.values()] == ["info/a", "first/b", "second/c"]
-    assert [spec.kind for spec in found.values()] == ["dataset_info", "catalogue", "catalogue"]
-    assert found["b"].origin == str(first / "b.yaml")
+    specs = {name: find(name, tmp_path, [first, second]) for name in "abc"}
+    assert [spec.hf_hub_url for spec in specs.values()] == ["info/a", "first/b", "second/c"]
+    assert [spec.kind for spec in specs.values()] == ["dataset_info", "catalogue", "catalogue"]
+    assert specs["b"].origin == str(first / "b.yaml")
 
 
 def test_an_unknown_name_offers_the_nearest_and_the_places(tmp_path):
@@ -91,14 +91,14 @@ def test_a_misspelt_path_offers_its_neighbours(tmp_path, monkeypatch):
         ("[1]", "an object of entries by dataset name is expected, got [1] (list)"),
     ],
 )
-def test_a_broken_dataset_info_is_told_by_place(tmp_path, text, message):
+def test_a_broken_dataset_info_is_reported_with_its_place(tmp_path, text, message):
     write_info(tmp_path, text)
     with pytest.raises(DataError) as caught:
         find("x", tmp_path, [])
     assert message in str(caught.value)
 
 
-def test_a_broken_catalogue_file_is_told(tmp_path):
+def test_a_broken_catalogue_file_is_reported(tmp_path):
     (tmp_path / "x.yaml").write_text("hf_hub_url: [a\n")
     with pytest.raises(DataError, match=r"x\.yaml is not YAML: .*line 2"):
         find("x", tmp_path, [tmp_path])
@@ -161,18 +161,21 @@ def test_every_documented_key_is_accepted(tmp_path):
         ({"file_name": "a.json", "num_samples": 0}, "num_samples=0: at least 1 is expected"),
         ({"file_name": "a.json", "columns": ["a"]}, "columns: an object is expected, got ['a'] (list)"),
         ({"file_name": "a.json", "columns": {"prompt": 1}}, "columns.prompt: text is expected, got 1 (int)"),
-        ({"file_name": "a.json", "columns": {"tools": "t"}}, "columns.tools=t: tool calls cannot be learned here"),
-        ({"file_name": "a.json", "columns": {"images": "i"}}, "columns.images=i: images cannot be learned here"),
+        ({"file_name": "a.json", "columns": {"tools": "t"}}, "columns.tools=t: tool calls "),
+        ({"file_name": "a.json", "columns": {"images": "i"}}, "columns.images=i: images "),
         ({"script_url": "belle"}, "script_url=belle: a dataset script is code and is not run; add file_name"),
         ({"ms_hub_url": "a/b"}, "ms_hub_url=a/b: ModelScope is not read; add file_name"),
         ({"cloud_file_name": "s3://a"}, "cloud_file_name=s3://a: cloud storage is not read; add file_name"),
         ({}, "add file_name (a file in data.dataset_dir) or hf_hub_url (a Hugging Face id)"),
         ({"url": "https://a/b.json"}, "url needs sha256"),
         ({"file_name": "a.json", "formatting": "alpcaa"}, "no formatting named 'alpcaa'; did you mean 'alpaca'?"),
-        ({"file_name": "a.json", "columns": {"prompt": "a", "chosen": "b"}}, "chosen and rejected go together"),
+        ({"file_name": "a.json", "columns": {"prompt": "a", "chosen": "b"}}, "columns: chosen and rejected "),
         ({"file_name": "a.json", "columns": {"prompt": "a", "query": "b"}}, "prompt is named and the answer is not"),
         ({"file_name": "a.json", "ranking": True, "columns": {"kto_tag": "b"}}, "either ranked answers or feedback"),
-        ({"file_name": "a.json", "ranking": True, "formatting": "turns"}, "formatting=turns has no ranked pairs"),
+        (
+            {"file_name": "a.json", "ranking": True, "formatting": "turns"},
+            "formatting=turns does not support ranked pairs; use alpaca, sharegpt, messages or transcript",
+        ),
         ("a.json", "an object of keys is expected, got 'a.json' (str)"),
     ],
 )
@@ -180,7 +183,7 @@ def test_an_entry_says_what_is_wrong_with_it(tmp_path, entry, message):
     assert message in refused(tmp_path, entry)
 
 
-def test_everything_wrong_with_an_entry_is_told_at_once(tmp_path):
+def test_everything_wrong_with_an_entry_is_reported_at_once(tmp_path):
     message = refused(tmp_path, {"file": "a", "subset": 1, "columns": {"audios": "a"}})
     assert all(part in message for part in ("unknown key 'file'", "subset: text", "columns.audios=a", "add file_name"))
 
@@ -193,7 +196,7 @@ def test_the_other_entries_of_a_file_stay_usable(tmp_path):
 def test_an_entry_that_cannot_be_served_points_to_the_catalogues(tmp_path):
     write_info(tmp_path, {"belle": {"script_url": "belle"}})
     (tmp_path / "belle.yaml").write_text("hf_hub_url: a/b\n")
-    with pytest.raises(DataError, match=r"or remove the entry: .*belle\.yaml has one that can"):
+    with pytest.raises(DataError, match=r"or remove the entry: .*belle\.yaml has one that works"):
         find("belle", tmp_path, [tmp_path])
 
 
@@ -261,12 +264,12 @@ def test_a_folder_is_read_by_its_first_file(tmp_path):
         (
             "a.json",
             '[{"foo": 1, "bar": 2}]',
-            "the first record has foo, bar, which is no known shape; legal: instruction and",
+            "the first record has foo, bar, which is not a known format; legal: instruction and",
         ),
         (
             "a.json",
             '[{"chosen": "a", "rejected": "b"}]',
-            "the first record has chosen, rejected, which is no known shape",
+            "the first record has chosen, rejected, which is not a known format",
         ),
         ("a.json", "[3]", "a.json: record 1: an object is expected, got 3 (int)"),
         ("a.xlsx", "x", "ends in .xlsx; .json, .jsonl, .csv, .parquet, .txt files can be read"),

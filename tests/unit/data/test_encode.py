@@ -127,9 +127,7 @@ def test_a_long_system_turn_is_cut_last(encoder):
 
 def test_no_room_for_the_template_is_an_error(tokenizer):
     encoder = Encoder(template=TEMPLATES["plain"], tokenizer=tokenizer, max_source_length=8, max_target_length=8)
-    with pytest.raises(
-        ConfigError, match=r"data\.max_source_length=8: the template alone needs \d+ tokens; type a larger"
-    ):
+    with pytest.raises(ConfigError, match=r"data\.max_source_length=8: .* (\d+) tokens; .*data\.max_source_length=\1$"):
         encode_one(encoder, ASK("q"), TOLD("a"))
 
 
@@ -163,8 +161,9 @@ def test_counts_add_up_over_records_and_batches(encoder):
     assert (counts.records, counts.prompts_cut, counts.turns_dropped, counts.answers_cut) == (4, 2, 1, 2)
     assert counts.tokens == sum(len(row["input_ids"]) for row in rows)
     assert all(len(row["labels"]) == len(row["input_ids"]) <= 48 + 16 for row in rows)
-    told = counts.told()
-    assert "4 records" in told and "2 prompts shortened (1 old turns dropped)" in told and "2 answers shortened" in told
+    summary = counts.summary()
+    assert "4 records" in summary and "2 prompts shortened (1 old turns dropped)" in summary
+    assert "2 answers shortened" in summary
 
 
 def test_every_answer_or_the_last_one(encoder):

@@ -1,4 +1,4 @@
-"""From a name to examples: the real sets, how broken records are told, and what `max_samples` saves."""
+"""From a name to examples: the real sets, how broken records are reported, and what `max_samples` saves."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from glmtuner.data import BadLine, check_bad_record_limit, find, load
+from glmtuner.data import SkippedRecord, check_bad_record_limit, find, load
 from glmtuner.errors import DataError
 
 GOOD = {"instruction": "q", "output": "a"}
@@ -30,7 +30,6 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("by", ["name", "path"])
 @pytest.mark.parametrize(
     ("name", "records", "kind", "most_turns"),
     [
@@ -43,15 +42,15 @@ KINDS = {
         ("kto_en_demo", 300, "feedback", 12),
     ],
 )
-def test_real_sets_parse_whole(shared, name, records, kind, most_turns, by):
-    folder = shared / "data"
-    spec = find(name if by == "name" else str(folder / f"{name}.json"), folder, [])
-    loaded = load(spec, dataset_dir=folder, package_data=folder)
-    examples = list(loaded.examples)
-    assert (len(examples), loaded.bad) == (records, [])
-    assert all(KINDS[kind](example) for example in examples)
-    assert max(len(example.messages) for example in examples) == most_turns
-    assert [len(sha256) for sha256 in loaded.files.values()] == [64]
+def test_real_sets_parse_whole(real_records, name, records, kind, most_turns):
+    path = real_records(name)
+    for asked in (name, str(path)):
+        loaded = load(find(asked, path.parent, []), dataset_dir=path.parent, package_data=path.parent)
+        examples = list(loaded.examples)
+        assert (len(examples), loaded.bad) == (records, []), asked
+        assert all(KINDS[kind](example) for example in examples), asked
+        assert max(len(example.messages) for example in examples) == most_turns, asked
+        assert [len(sha256) for sha256 in loaded.files.values()] == [64], asked
 
 
 def test_bad_records_are_counted_and_placed(tmp_path):
@@ -63,20 +62,20 @@ def test_bad_records_are_counted_and_placed(tmp_path):
     ]
 
 
-def test_refuse_names_three_and_the_knob(tmp_path):
+def test_the_limit_names_three_records_and_the_knob(tmp_path):
     bad = load_lines(tmp_path, GOOD, BROKEN, BROKEN, BROKEN, BROKEN, GOOD).bad
     check_bad_record_limit(bad, 4)
     with pytest.raises(DataError) as caught:
         check_bad_record_limit(bad, 3)
-    assert str(caught.value) == (
-        "dataset 'x': 4 broken records and data.max_bad_records=3: x.jsonl: record 2: field output: empty answer; "
-        "x.jsonl: record 3: field output: empty answer; x.jsonl: record 4: field output: empty answer; and 1 more; "
-        "mend them, or type data.max_bad_records=4"
-    )
+    message = str(caught.value)
+    assert message.startswith("dataset 'x': 4 broken records and data.max_bad_records=3: ")
+    places = [f"x.jsonl: record {number}: field output: empty answer" for number in (2, 3, 4)]
+    assert "; ".join([*places, "and 1 more; "]) in message and "record 5" not in message
+    assert message.endswith("data.max_bad_records=4")
 
 
-def test_refuse_counts_over_all_datasets():
-    bad = [BadLine(name, f"{name}.json", 1, "", "not JSON") for name in ("a", "b")]
+def test_the_limit_counts_over_all_datasets():
+    bad = [SkippedRecord(name, f"{name}.json", 1, "", "not JSON") for name in ("a", "b")]
     check_bad_record_limit([], 0)
     check_bad_record_limit(bad, 2)
     with pytest.raises(

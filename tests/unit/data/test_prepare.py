@@ -79,10 +79,10 @@ def fails_at(batch, action):
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_rows_come_in_the_records_order(tmp_path, tokenizer, name):
-    found = prepared(tmp_path, tokenizer, name=name)
-    assert found.rows["answer"][:] == [f"答案 {number}" for number in range(2500)]
-    assert (found.counts.records, found.counts.tokens) == (2500, sum(map(len, found.rows["input_ids"])))
-    (file,) = found.rows.cache_files  # they lie there, and are not in memory
+    encoded = prepared(tmp_path, tokenizer, name=name)
+    assert encoded.rows["answer"][:] == [f"答案 {number}" for number in range(2500)]
+    assert (encoded.counts.records, encoded.counts.tokens) == (2500, sum(map(len, encoded.rows["input_ids"])))
+    (file,) = encoded.rows.cache_files  # memory-mapped from there
     assert file["filename"].endswith(ROWS)
 
 
@@ -92,7 +92,7 @@ def test_a_few_batches_are_in_memory_however_many_records(tmp_path, tokenizer, n
 
     @dataclass(frozen=True, kw_only=True)
     class Counting(Encoder):
-        batch: ClassVar[int] = 20
+        batch_size: ClassVar[int] = 20
 
         def encode(self, examples):
             with alone:  # the list of one count would keep alive what the next one finds
@@ -107,8 +107,8 @@ def test_a_few_batches_are_in_memory_however_many_records(tmp_path, tokenizer, n
 def test_processes_write_the_same_bytes(tmp_path, tokenizer):
     files = []
     for workers in (None, 2):
-        found = prepared(tmp_path, tokenizer, preprocessing_num_workers=workers, overwrite_cache=True)
-        (file,) = found.rows.cache_files
+        encoded = prepared(tmp_path, tokenizer, preprocessing_num_workers=workers, overwrite_cache=True)
+        (file,) = encoded.rows.cache_files
         with open(file["filename"], "rb") as rows:
             files.append(rows.read())
     assert files[0] == files[1]
@@ -142,7 +142,7 @@ WORDS = [
 
 @pytest.mark.parametrize("template", ["glm4", "chatglm", "plain", "tokenizer"])
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_an_engine_changes_no_byte(tmp_path, monkeypatch, kind, template):
+def test_an_engine_changes_no_byte(tmp_path, monkeypatch, capsys, kind, template):
     drawn = random.Random(0)
 
     def text():
@@ -157,30 +157,63 @@ def test_an_engine_changes_no_byte(tmp_path, monkeypatch, kind, template):
         elif kind == "pairs":
             turns, more = turns[:-1], {"chosen": turns[-1].content, "rejected": text()}
         examples.append(Example(turns, **more))
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_glm")
-    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # its own takes digits one by one
+    tokenizer = byte_level_tokenizer()
     encoder = ENCODERS[kind](
         template=template_named(template, tokenizer), tokenizer=tokenizer, max_source_length=40, max_target_length=30
     )
     written = []
     for engines in (False, True):
         used = []
-        monkeypatch.setattr(bpe.Engine, "_encoded", spied(bpe.Engine._encoded, used))
+        monkeypatch.setattr(bpe.Engine, "_encode_supported", spied(bpe.Engine._encode_supported, used))
         batches = iter([examples[:80], examples[80:160], examples[160:]])
-        much = preparing.description_of(tokenizer) if engines else None
-        tables, counts = zip(*preparing._encoded(batches, encoder, None, much), strict=True)
+        engine_json = preparing.serialized(tokenizer) if engines else None
+        tables, counts = zip(*preparing._encoded(batches, encoder, None, engine_json), strict=True)
         written.append(([table.to_pylist() for table in tables], counts))
         assert bool(used) is (engines and template in ("glm4", "chatglm"))  # the others ask the tokenizer themselves
         assert bpe.engine_of(tokenizer) is None  # it is gone with the work
     assert written[0] == written[1]
+    assert "tiktoken" not in capsys.readouterr().out  # no engine was dropped
+
+
+def byte_level_tokenizer():
+    """The tiny model's tokenizer, with a pattern for which there is an engine (its own splits digits one by one)."""
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_glm")
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    return tokenizer
 
 
 def spied(function, calls):
-    def told(*args):
+    def spy(*args):
         calls.append(args)
         return function(*args)
 
-    return told
+    return spy
+
+
+@pytest.mark.parametrize("use", [True, False])
+def test_engines_are_switched_off_by_a_key_that_is_not_in_the_cache_key(tmp_path, monkeypatch, use):
+    monkeypatch.setattr(preparing, "ENGINE_BYTES_PER_TOKEN", 0)
+    used = []
+    monkeypatch.setattr(bpe.Engine, "_encode_supported", spied(bpe.Engine._encode_supported, used))
+    encoded = prepared(tmp_path, byte_level_tokenizer(), tiktoken_engine=use)
+    assert bool(used) is use
+    used.clear()
+    assert prepared(tmp_path, byte_level_tokenizer(), tiktoken_engine=not use).rows[:] == encoded.rows[:]
+    assert not used and len(left()) == 1  # the other run reads the same cache
+
+
+def test_an_engine_that_differs_is_dropped_while_a_dataset_is_encoded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preparing, "ENGINE_BYTES_PER_TOKEN", 0)
+    expected = prepared(tmp_path, byte_level_tokenizer(), records=490, tiktoken_engine=False)
+    encode = bpe.Engine._encode_supported
+
+    def encode_wrongly(engine, texts):
+        return [ids[:-1] if "问题 450" in text else ids for text, ids in zip(texts, encode(engine, texts), strict=True)]
+
+    monkeypatch.setattr(bpe.Engine, "_encode_supported", encode_wrongly)
+    encoded = prepared(tmp_path, byte_level_tokenizer(), records=490, overwrite_cache=True)
+    assert encoded.rows[:] == expected.rows[:] and encoded.counts == expected.counts
+    assert capsys.readouterr().out.count("data.tiktoken_engine=false") == 1
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, tokenizer):
@@ -215,8 +248,8 @@ def test_all_broken_records_are_counted_and_no_more_is_encoded(tmp_path, tokeniz
 
 
 def test_broken_records_may_pass(tmp_path, tokenizer):
-    found = prepared(tmp_path, tokenizer, records=1000, broken=(0, 700, 999), max_bad_records=3)
-    assert (found.counts.records, found.counts.bad_records) == (997, 3)
-    assert [line.number for line in found.bad] == [1, 701, 1000]
+    encoded = prepared(tmp_path, tokenizer, records=1000, broken=(0, 700, 999), max_bad_records=3)
+    assert (encoded.counts.records, encoded.counts.bad_records) == (997, 3)
+    assert [line.number for line in encoded.bad] == [1, 701, 1000]
     with pytest.raises(DataError, match="max_bad_records=2"):  # of the cached rows, too
         prepared(tmp_path, tokenizer, records=1000, broken=(0, 700, 999), max_bad_records=2)

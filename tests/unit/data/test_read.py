@@ -33,7 +33,7 @@ def source_of(dataset_dir, split="train", package_data=None, cache_dir=None, **k
 def rows_of(folder, content, name="a.json"):
     data = content if isinstance(content, bytes) else content.encode()
     (folder / name).write_bytes(data)
-    return [(row.where, row.number, row.raw) for row in source_of(folder, file_name=name)]
+    return [(row.source, row.number, row.raw) for row in source_of(folder, file_name=name)]
 
 
 def refused(folder, content, name="a.json"):
@@ -85,8 +85,8 @@ LAYOUTS = {
 }
 
 
-def told_of(folder):
-    """The records of a.json, and the error that ends them; of what stands for a broken record, its reason."""
+def records_and_error(folder):
+    """The records of a.json, the reasons of broken ones, and the error that ends them."""
     rows = []
     try:
         for row in source_of(folder, file_name="a.json"):
@@ -100,9 +100,9 @@ def told_of(folder):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_array_is_the_same_in_pieces_of_any_size(tmp_path, monkeypatch, layout, piece):
     (tmp_path / "a.json").write_text(LAYOUTS[layout], encoding="utf-8")
-    whole = told_of(tmp_path)
-    monkeypatch.setattr(json_stream, "PIECE", piece)
-    assert told_of(tmp_path) == whole
+    whole = records_and_error(tmp_path)
+    monkeypatch.setattr(json_stream, "CHUNK_BYTES", piece)
+    assert records_and_error(tmp_path) == whole
 
 
 def test_an_array_is_read_no_further_than_asked_for(tmp_path):
@@ -149,8 +149,8 @@ def test_csv(tmp_path, encoding):
 def test_csv_rows_of_another_length_are_bad_records(tmp_path):
     rows = rows_of(tmp_path, "instruction,output\nq,a,extra\nq\nq,a\n", "a.csv")
     assert [bad(row) for row in rows[:2]] == [
-        (1, "the row has not the 2 cells of the header"),
-        (2, "the row has not the 2 cells of the header"),
+        (1, "the row does not have the 2 cells of the header"),
+        (2, "the row does not have the 2 cells of the header"),
     ]
     assert rows[2][2] == {"instruction": "q", "output": "a"}
 
@@ -173,15 +173,15 @@ def test_text_has_a_record_a_line(tmp_path):
         (
             "a.json",
             '[{"a": 1},\n {"a": ',
-            "is not JSON at line 2, column 8, record 2: Expecting value; the file is cut short",
+            "is not JSON at line 2, column 8, record 2: Expecting value; the file is truncated",
         ),
-        ("a.json", '[{"a": 1},', "line 1, column 11, record 2: Expecting value; the file is cut short, fetch it again"),
+        ("a.json", '[{"a": 1},', "line 1, column 11, record 2: Expecting value; the file is truncated"),
         ("a.json", '[{"a": 1}', "line 1, column 10, record 1: Expecting ',' delimiter"),
         ("a.json", '[{"a": 1}\n {"a": 2}]', "line 2, column 2, record 1: Expecting ',' delimiter"),
         ("a.json", '[{"a": 1}] x', "line 1, column 12, record 1: text after the array"),
         ("a.json", '{"a": 1}', "holds one object (a) where an array of objects is expected; put it in [ ]"),
         ("a.json", "3", "holds 3 (int) where an array of objects is expected"),
-        ("a.json", '{"a"\n: 1', "is not JSON at line 2, column 4: Expecting ',' delimiter; the file is cut short"),
+        ("a.json", '{"a"\n: 1', "is not JSON at line 2, column 4: Expecting ',' delimiter; the file is truncated"),
         ("a.json", "", "is empty"),
         ("a.json", " \n", "is empty"),
         ("a.jsonl", "", "is empty"),
@@ -189,9 +189,9 @@ def test_text_has_a_record_a_line(tmp_path):
         ("a.json", '[{"a": "\u4e2d"}]'.encode("gb18030"), "is not UTF-8: byte 0xd6 at offset 8; convert it"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xd6\xd0"}', "is not UTF-8: byte 0xd6 at offset 7 of line 2; convert it"),
         ("a.csv", b"a,b\n\xd6\xd0,1", "is not UTF-8: byte 0xd6; convert it"),
-        ("a.csv", 'a,b\n"x,1\ny,2\n', "is no CSV at line 3: unexpected end of data"),
+        ("a.csv", 'a,b\n"x,1\ny,2\n', "is not CSV at line 3: unexpected end of data"),
         ("a.csv", "a,a\n1,2", "names a column twice in its header: a, a"),
-        ("a.parquet", b"PAR1 not really", "is no readable parquet file: Arrow"),
+        ("a.parquet", b"PAR1 not really", "is not a readable parquet file: Arrow"),
     ],
 )
 def test_a_broken_file_says_where(tmp_path, name, content, message):
@@ -206,7 +206,7 @@ def test_a_file_without_records_is_an_error(tmp_path, name, content):
 
 def test_another_kind_of_file_names_the_legal_ones(tmp_path):
     (tmp_path / "a.xml").write_text("x")
-    with pytest.raises(DataError, match=r"a\.xml is no \.json, \.jsonl, \.csv, \.parquet, \.txt file"):
+    with pytest.raises(DataError, match=r"a\.xml .*\.json, \.jsonl, \.csv, \.parquet, \.txt"):
         source_of(tmp_path, file_name="a.xml")
 
 
@@ -218,12 +218,15 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
         (tmp_path / name).write_text("[]")
     with pytest.raises(DataError) as caught:
         source_of(tmp_path, file_name="alpaca_zh_demmo.json")
-    assert str(caught.value) == (
+    message = str(caught.value)
+    assert message.startswith(
         f"dataset 'x' (data/dataset_info.json): no file {tmp_path}/alpaca_zh_demmo.json; did you mean "
-        f"'alpaca_zh_demo.json'? {tmp_path} holds alpaca_zh_demo.json, belle.json; put the file there, mend file_name "
-        "in data/dataset_info.json, or type data.dataset_dir=<the folder it is in>"
     )
-    with pytest.raises(DataError, match="there is no folder"):
+    assert f"'alpaca_zh_demo.json'? {tmp_path} holds alpaca_zh_demo.json, belle.json; " in message
+    assert "file_name in data/dataset_info.json" in message and message.endswith(
+        "data.dataset_dir=<the folder it is in>"
+    )
+    with pytest.raises(DataError, match=f"no folder {tmp_path / 'no'}"):
         source_of(tmp_path / "no", file_name="a.json")
 
 
@@ -251,7 +254,7 @@ def test_a_wrong_sha1_is_warned_about_and_a_wrong_sha256_refused(tmp_path, capsy
     assert capsys.readouterr().out == ""
     source_of(tmp_path, file_name="a.json", file_sha1="0" * 40)
     assert "dataset 'x': a.json has sha1" in capsys.readouterr().out
-    with pytest.raises(DataError, match=f"a.json has sha256 .* where data/dataset_info.json says {'0' * 64}"):
+    with pytest.raises(DataError, match=f"a.json has sha256 .*data/dataset_info.json .*{'0' * 64}"):
         source_of(tmp_path, file_name="a.json", sha256="0" * 64)
 
 
@@ -293,22 +296,20 @@ def folder_of(root, *names):
 def test_a_folder_is_read_by_split(tmp_path, names, split, expected):
     folder_of(tmp_path, *names)
     rows = list(source_of(tmp_path, split=split, file_name="set"))
-    assert [(row.where, row.number) for row in rows] == [(f"set/{name}", 1) for name in expected]
+    assert [(row.source, row.number) for row in rows] == [(f"set/{name}", 1) for name in expected]
 
 
 def test_a_folder_tells_what_it_leaves_out_and_what_it_lacks(tmp_path, capsys):
     folder_of(tmp_path, "train.json", "test.json")
     source_of(tmp_path, file_name="set")
     assert "the split train leaves out test.json" in capsys.readouterr().out
-    with pytest.raises(
-        DataError, match=r"no file of its folder is of the split 'validation'; it holds test\.json, train"
-    ):
+    with pytest.raises(DataError, match=r"no file .*split 'validation'; it holds test\.json, train"):
         source_of(tmp_path, split="validation", file_name="set")
 
 
 def test_a_folder_inside_the_folder(tmp_path):
     folder_of(tmp_path, "en/a.json", "zh/a.json")
-    assert [row.where for row in source_of(tmp_path, file_name="set", folder="zh")] == ["set/zh/a.json"]
+    assert [row.source for row in source_of(tmp_path, file_name="set", folder="zh")] == ["set/zh/a.json"]
 
 
 # Downloads
@@ -326,14 +327,14 @@ def test_a_download_is_checked_kept_and_named_when_whole(tmp_path, monkeypatch):
     kept = [path for path in cache.rglob("*") if path.is_file()]
     assert [path.name for path in kept] == ["set.json"]
     kept[0].write_text("[")
-    with pytest.raises(DataError, match="could not be fetched"):
+    with pytest.raises(DataError, match="could not be downloaded"):
         source_of(tmp_path, **keys)
 
 
 def test_a_download_with_another_checksum_is_refused_and_removed(tmp_path):
     (tmp_path / "set.json").write_text("[{}]")
     cache = tmp_path / "cache"
-    with pytest.raises(DataError, match=f"has sha256 [0-9a-f]{{64}} in place of {'0' * 64}"):
+    with pytest.raises(DataError, match=f"has sha256 [0-9a-f]{{64}}.* {'0' * 64}"):
         source_of(tmp_path, url=(tmp_path / "set.json").as_uri(), sha256="0" * 64, cache_dir=cache)
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
@@ -355,7 +356,7 @@ class FakeHub(list):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Calls of `load_dataset`; what it answers or raises is `answer`."""
+    """Calls of `load_dataset`, which returns or raises `answer`."""
     datasets = pytest.importorskip("datasets")
     called = SimpleNamespace(calls=[], answer=FakeHub(RECORDS))
 
@@ -397,9 +398,9 @@ def test_a_hub_sets_own_split_wins(tmp_path, hub):
 
 def test_a_local_file_wins_over_the_hub_if_it_is_there(tmp_path, hub):
     keys = {"hf_hub_url": "org/name", "file_name": "a.json"}
-    assert [row.where for row in source_of(tmp_path, **keys)] == ["org/name"] * 3
+    assert [row.source for row in source_of(tmp_path, **keys)] == ["org/name"] * 3
     (tmp_path / "a.json").write_text("[{}]")
-    assert [row.where for row in source_of(tmp_path, **keys)] == ["a.json"]
+    assert [row.source for row in source_of(tmp_path, **keys)] == ["a.json"]
 
 
 def test_another_commit_than_the_pinned_one_is_refused(tmp_path, hub):
@@ -426,26 +427,26 @@ def test_an_empty_hub_set_is_an_error(tmp_path, hub):
     [
         (
             ValueError("Unknown split \"x\". Should be one of ['train']."),
-            "mend data.split=train, or add split to the entry",
+            "fix data.split=train, or add split to the entry",
         ),
         (ValueError("BuilderConfig 'x' not found. Available: ['default']"), "name one of them as subset in the entry"),
         (ConnectionError("Couldn't reach\nthe Hub"), "ConnectionError: Couldn't reach the Hub; check the network"),
         (
             RuntimeError("Dataset scripts are no longer supported, but found x.py"),
-            "it is kept as code, which is not run",
+            "the dataset is a script, which is not run",
         ),
     ],
 )
-def test_what_the_hub_refuses_is_told_with_advice(tmp_path, monkeypatch, hub, error, advice):
+def test_failures_of_the_hub_are_reported_with_advice(tmp_path, monkeypatch, hub, error, advice):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub.answer = error
     with pytest.raises(DataError) as caught:
         source_of(tmp_path, hf_hub_url="no-such-org/no-such-name-anywhere")
-    assert "the hub set no-such-org/no-such-name-anywhere could not be loaded" in str(caught.value)
+    assert "the hub dataset no-such-org/no-such-name-anywhere could not be loaded" in str(caught.value)
     assert advice in str(caught.value)
 
 
-def test_a_gated_set_is_told_how_to_log_in(tmp_path, hub):
+def test_a_gated_dataset_says_how_to_log_in(tmp_path, hub):
     from datasets.exceptions import DatasetNotFoundError
 
     hub.answer = DatasetNotFoundError("Dataset 'org/name' is a gated dataset on the Hub.")

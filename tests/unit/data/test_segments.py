@@ -50,7 +50,9 @@ def test_a_batch_of_segments():
 
 
 def test_a_context_sees_itself_both_ways():
-    batch = SegmentCollator(places=lambda ids: (torch.arange(len(ids)), 2))([{"input_ids": [1] * 4, "labels": [1] * 4}])
+    batch = SegmentCollator(positions_of=lambda ids: (torch.arange(len(ids)), 2))(
+        [{"input_ids": [1] * 4, "labels": [1] * 4}]
+    )
     assert batch["segments"].masks("cpu")[0][0, 0].int().tolist() == [
         [1, 1, 0, 0],
         [1, 1, 0, 0],

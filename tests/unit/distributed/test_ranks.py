@@ -1,4 +1,4 @@
-"""Who a process is among the ranks of a run, how many are started, and what cannot be meant."""
+"""The ranks of a run: their environment, how many are started, how they end, and illegal combinations of keys."""
 
 import os
 import signal
@@ -26,20 +26,23 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("overrides", "facts"),
     [
-        (["parallel.processes=2"], "parallel.processes=2 with parallel=none, which is one process; type parallel=ddp"),
-        (["parallel=ddp", "parallel.processes=0"], "parallel.processes=0: 1 or more, or null for one a GPU"),
-        (["parallel=fsdp2", "quant=int4"], "parallel=fsdp2 with quant=int4: integer weights .* type parallel=ddp"),
-        (["parallel=zero3", "quant=int8"], "parallel=zero3 with quant=int8: integer weights .* type parallel=zero2"),
-        (["parallel=fsdp"], "no parallel preset of that name; did you mean 'fsdp2'"),
-        (["trainer.fsdp=full_shard"], "trainer.fsdp=full_shard is no key here: type parallel=fsdp2"),
-        (["trainer.deepspeed=a.json"], "parallel=zero3; a file of your own is parallel.deepspeed_config=a.json"),
+        (["parallel.processes=2"], r"parallel\.processes=2 .*parallel=none.* type parallel=ddp"),
+        (["parallel=ddp", "parallel.processes=0"], r"parallel\.processes=0: .*null"),
+        (["parallel=fsdp2", "quant=int4"], r"parallel=fsdp2 .*quant=int4.* type parallel=ddp"),
+        (["parallel=zero3", "quant=int8"], r"parallel=zero3 .*quant=int8.* type parallel=zero2"),
+        (["parallel=fsdp"], r"parallel=fsdp.*did you mean 'fsdp2'"),
+        (["trainer.fsdp=full_shard"], r"trainer\.fsdp=full_shard .*type parallel=fsdp2"),
+        (
+            ["trainer.deepspeed=a.json"],
+            r"trainer\.deepspeed=a\.json .*parallel=zero3.*parallel\.deepspeed_config=a\.json",
+        ),
     ],
 )
-def test_what_cannot_be_meant_is_told(words: list[str], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        compose(["model=tiny_glm", *words])
+def test_illegal_combinations_are_refused(overrides: list[str], facts: str) -> None:
+    with pytest.raises(ConfigError, match=facts):
+        compose(["model=tiny_glm", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -62,12 +65,12 @@ def test_a_rank_starts_no_more_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.processes_to_start(compose(["parallel=ddp"]).run.parallel) == 1
     assert ranks.processes_to_start(compose(["parallel=ddp", "parallel.processes=4"]).run.parallel) == 1
     with pytest.raises(
-        ConfigError, match=r"parallel\.processes=2: whoever started this run started 4 processes; leave"
+        ConfigError, match=r"parallel\.processes=2: .* 4 processes; .*without torchrun, accelerate or srun"
     ):
         ranks.processes_to_start(compose(["parallel=ddp", "parallel.processes=2"]).run.parallel)
 
 
-def test_srun_s_tasks_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tasks_of_srun_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm = {"STEP_NUM_TASKS": "4", "STEP_NUM_NODES": "1", "PROCID": "3", "LOCALID": "3", "JOB_ID": "41007"}
     for name, value in {**slurm, "STEP_NODELIST": "a"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -86,7 +89,7 @@ def test_a_batch_script_without_srun_is_one_process(monkeypatch: pytest.MonkeyPa
     assert ranks.world_size() == 1 and "RANK" not in os.environ
 
 
-def test_the_first_that_fails_ends_the_others() -> None:
+def test_the_first_rank_that_fails_stops_the_others() -> None:
     stubborn = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     )
@@ -96,15 +99,15 @@ def test_the_first_that_fails_ends_the_others() -> None:
     began = time.monotonic()
     os.environ["ELSE"] = stubborn
     try:
-        with pytest.raises(ranks.RankFailed, match="rank 1 of 2 ended with exit code 3") as failed:
+        with pytest.raises(ranks.RankFailed, match=r"rank 1 of 2 .*exit code 3") as failed:
             ranks.run_ranks([sys.executable, "-c", failing], 2)
     finally:
         del os.environ["ELSE"]
-    assert failed.value.code == 3 and failed.value.stopped_by is None and not failed.value.killed
+    assert failed.value.code == 3 and failed.value.preempted_by is None and not failed.value.was_killed
     assert time.monotonic() - began < 30
 
 
-def test_a_signal_is_handed_on_and_told_from_a_failure() -> None:
+def test_a_signal_is_forwarded_and_is_no_failure() -> None:
     script = (
         "import os, signal, sys, time\n"
         "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(140))\n"
@@ -114,7 +117,7 @@ def test_a_signal_is_handed_on_and_told_from_a_failure() -> None:
     before = signal.getsignal(signal.SIGUSR2)
     with pytest.raises(ranks.RankFailed) as failed:
         ranks.run_ranks([sys.executable, "-c", script], 2)
-    assert failed.value.stopped_by == signal.SIGUSR2
+    assert failed.value.preempted_by == signal.SIGUSR2
     assert signal.getsignal(signal.SIGUSR2) == before
 
 
@@ -146,5 +149,5 @@ def test_deepspeed_is_configured_for_what_its_presets_say(monkeypatch: pytest.Mo
     own = compose(["parallel=zero2", "parallel.deepspeed_config=mine.json"]).run.parallel
     assert own.arguments() == {"deepspeed": "mine.json"}
     monkeypatch.setattr("glmtuner.parallel.zero2.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"parallel=zero3 needs the package deepspeed, .* type pip install deepspeed"):
+    with pytest.raises(ConfigError, match=r"parallel=zero3 .*deepspeed.* type pip install deepspeed"):
         three.check_machine()

@@ -21,11 +21,13 @@ def base(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def started(model: torch.nn.Module, finetuning, folder: Path, family: str = "chatglm2") -> torch.nn.Module:
+def started(model: torch.nn.Module, finetuning, folder: Path, family: str = "chatglm2"):
+    """The model on the checkpoint in a folder, and the method with the settings in use."""
     checkpoint = checkpoint_in(str(folder))
-    return build_trainable_model(
+    model, finetuning = build_trainable_model(
         model, finetuning, family_named(family), [checkpoint], resume_lora=True, trains=False, user_keys=set()
-    ).eval()
+    )
+    return model.eval(), finetuning
 
 
 @pytest.mark.parametrize(("golden", "family"), [("chatglm_v1", "chatglm"), ("chatglm2", "chatglm2")])
@@ -37,7 +39,7 @@ def test_prefixes_of_the_published_trainer_load_and_are_written_back(golden_fold
     torch.save(saved, tmp_path / "pytorch_model.bin")
     assert checkpoint_in(str(tmp_path)).kind == PREFIX
     method = PTuning(finetuning_type="p_tuning", pre_seq_len=64)
-    model = started(base(source), method, tmp_path, family)
+    model, method = started(base(source), method, tmp_path, family)
     assert (method.pre_seq_len, method.prefix_projection) == (8, kind == "ptuning_proj")
     values = load_file(source / "golden.safetensors")
     with torch.no_grad():
@@ -50,8 +52,8 @@ def test_prefixes_of_the_published_trainer_load_and_are_written_back(golden_fold
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_adapters_made_on_the_remote_code_models_load(shared, tmp_path, form):
-    source, golden = shared / "goldens/chatglm2_realvocab", shared / "goldens/parity_v2/lora/adapter_peft040"
+def test_adapters_made_on_the_remote_code_models_load(upstream_files, golden_folder, tmp_path, form):
+    source, golden = upstream_files / "chatglm2_realvocab", golden_folder / "parity_v2/lora/adapter_peft040"
     shutil.copy(golden / "adapter_config.json", tmp_path)
     adapter = load_file(golden / "adapter_model.safetensors")
     if form == "bin":
@@ -69,21 +71,22 @@ def test_adapters_made_on_the_remote_code_models_load(shared, tmp_path, form):
                 plain.get_submodule(stem.removeprefix("base_model.model.")).weight += update
         wanted = plain(ids).logits
         method = Lora(finetuning_type="lora", lora_rank=4, lora_alpha=1.0, lora_dropout=0.1, lora_target=["dense"])
-        found = started(base(source), method, tmp_path)(ids).logits
-        merged = started(base(source), NoTuning(finetuning_type="none"), tmp_path)(ids).logits
+        model, method = started(base(source), method, tmp_path)
+        found = model(ids).logits
+        merged = started(base(source), NoTuning(finetuning_type="none"), tmp_path)[0](ids).logits
     assert (method.lora_rank, method.lora_target) == (8, ["query_key_value"])
     assert (found - wanted).abs().max() < 1e-4
     assert (merged - wanted).abs().max() < 1e-4
     assert (base(source)(ids).logits - wanted).abs().max() > 1e-2
 
 
-def test_weights_that_freeze_tuning_wrote_are_put_into_the_base(shared, tmp_path):
-    source = shared / "goldens/chatglm2_realvocab"
-    trained = load_file(shared / "goldens/parity_v2/freeze/final_trainable.safetensors")
+def test_weights_that_freeze_tuning_wrote_are_put_into_the_base(upstream_files, golden_folder, tmp_path):
+    source = upstream_files / "chatglm2_realvocab"
+    trained = load_file(golden_folder / "parity_v2/freeze/final_trainable.safetensors")
     shutil.copy(source / "config.json", tmp_path)
     torch.save(trained, tmp_path / "pytorch_model.bin")
     assert checkpoint_in(str(tmp_path)).kind == CHANGED
-    state = started(base(source), NoTuning(finetuning_type="none"), tmp_path).state_dict()
+    state = started(base(source), NoTuning(finetuning_type="none"), tmp_path)[0].state_dict()
     assert all(torch.equal(state[name], value) for name, value in trained.items())
 
 
@@ -96,13 +99,13 @@ class _Evil:
         return (print, ("code ran",))
 
 
-def test_nothing_but_tensors_is_unpickled(shared, tmp_path, capsys):
-    golden = shared / "goldens/parity_v2/lora/adapter_peft040"
+def test_nothing_but_tensors_is_unpickled(upstream_files, golden_folder, tmp_path, capsys):
+    golden = golden_folder / "parity_v2/lora/adapter_peft040"
     shutil.copy(golden / "adapter_config.json", tmp_path)
     torch.save({"x": _Evil()}, tmp_path / "adapter_model.bin")
     method = Lora(
         finetuning_type="lora", lora_rank=8, lora_alpha=32.0, lora_dropout=0.0, lora_target=["query_key_value"]
     )
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin holds more than tensors"):
-        started(base(shared / "goldens/chatglm2_realvocab"), method, tmp_path)
+        started(base(upstream_files / "chatglm2_realvocab"), method, tmp_path)
     assert "code ran" not in capsys.readouterr().out

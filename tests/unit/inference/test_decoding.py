@@ -9,7 +9,7 @@ import torch
 from small_models import MODELS, STOP, alone, built, prompt
 from transformers import GenerationMixin
 
-from glmtuner.inference.batch import SPARE
+from glmtuner.inference.batch import SPARE_COLUMNS
 from glmtuner.inference.decoding import Decoder
 from glmtuner.inference.generate import Decoding, answers, until_stop
 from glmtuner.models.prefix import add_prefix
@@ -52,7 +52,7 @@ def test_logits_of_a_row_are_those_of_its_tokens_alone(name: str) -> None:
     decoder = Decoder(model, PAD)
     prompts = [prompt(name, number) for number in range(6)]
     batch, logits = decoder.prefill(range(3), prompts[:3])
-    for step in range(SPARE + 20):  # so that the buffers are made anew once
+    for step in range(SPARE_COLUMNS + 20):  # so that the buffers are made anew once
         tokens = torch.arange(len(batch.rows)) + 20 + step
         for place, (row, token) in enumerate(zip(batch.rows, tokens.tolist(), strict=True)):
             if step % 10 == 0:
@@ -60,14 +60,14 @@ def test_logits_of_a_row_are_those_of_its_tokens_alone(name: str) -> None:
                 whole = model(input_ids=ids).logits[0, -1]
                 torch.testing.assert_close(logits[place], whole, rtol=1e-4, atol=1e-4)
             prompts[row].append(token)
-        batch.widen(tokens)
+        batch.append(tokens)
         if step in (2, 4):
-            batch.leave([0])
+            batch.remove([0])
         if step in (5, 40):
             joining = [3, 4] if step == 5 else [5]
             joined, _ = decoder.prefill(joining, [prompts[row] for row in joining])
             firsts = torch.tensor([30] * len(joining))
-            joined.widen(firsts)
+            joined.append(firsts)
             for row in joining:
                 prompts[row].append(30)
             batch.join(joined)

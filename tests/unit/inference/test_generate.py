@@ -1,9 +1,7 @@
 """The text of an answer as its tokens come: pieces that are never taken back, and together are what `decode` gives."""
 
-import json
 import shutil
 from importlib.resources import files
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +10,7 @@ from transformers import AutoTokenizer
 
 import glmtuner.models  # noqa: F401, makes chatglm known
 from glmtuner.config.compose import compose
-from glmtuner.inference.generate import MOST_ROWS, AnswerText, rows_that_fit
+from glmtuner.inference.generate import MAX_ROWS_CPU, AnswerText, rows_that_fit
 from glmtuner.inference.predict import batch_size_of
 from glmtuner.launch.register import register_presets
 
@@ -37,18 +35,13 @@ FOLDERS = {
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     if request.param == "tiny_glm":
         return AutoTokenizer.from_pretrained(str(files("glmtuner.assets") / "tiny_glm"))
-    goldens = request.getfixturevalue("shared") / "goldens"
+    goldens = request.getfixturevalue("upstream_files")
     source, file, config = FOLDERS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     shutil.copyfile(goldens / source / file, folder / file)
     shutil.copyfile(goldens / source / "tokenizer_config.json", folder / "tokenizer_config.json")
     shutil.copyfile(goldens / config / "config.json", folder / "config.json")
     return AutoTokenizer.from_pretrained(folder)
-
-
-def texts(shared: Path) -> list[str]:
-    records = json.loads((shared / "data" / "alpaca_zh_demo.json").read_text(encoding="utf-8"))
-    return [*TEXTS, *(record["output"] for record in records[:60])]
 
 
 def told(tokenizer: Any, tokens: list[int], stops: tuple[str, ...] = ()) -> tuple[list[str], bool]:
@@ -61,8 +54,8 @@ def told(tokenizer: Any, tokens: list[int], stops: tuple[str, ...] = ()) -> tupl
     return [*pieces, text.finish()], text.stopped
 
 
-def test_the_pieces_are_the_decoded_answer(tokenizer: Any, shared: Path) -> None:
-    for written in texts(shared):
+def test_the_pieces_are_the_decoded_answer(tokenizer: Any, record_texts: list[str]) -> None:
+    for written in [*TEXTS, *record_texts[:180]]:
         tokens = tokenizer(written, add_special_tokens=False).input_ids
         wanted = tokenizer.decode(tokens, skip_special_tokens=True).strip()
         pieces, _ = told(tokenizer, tokens)
@@ -98,7 +91,7 @@ def test_as_many_rows_as_half_of_the_free_memory_holds(monkeypatch):
     model = built("Glm")
     config = model.config
     a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8  # float64
-    for free, rows in ((2 * a_token * 100 * 5, 5), (1, 1), (2**40, MOST_ROWS)):
+    for free, rows in ((2 * a_token * 100 * 5, 5), (1, 1), (2**40, MAX_ROWS_CPU)):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
         assert rows_that_fit(model, tokens=100) == rows
 
@@ -106,7 +99,7 @@ def test_as_many_rows_as_half_of_the_free_memory_holds(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "rows"),
     [
-        ([], MOST_ROWS),
+        ([], MAX_ROWS_CPU),
         (["trainer.per_device_eval_batch_size=3"], 3),
         (["generation.max_batch_size=5", "trainer.per_device_eval_batch_size=3"], 5),
         (["data.eval_num_beams=2"], 8),

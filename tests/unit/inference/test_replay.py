@@ -8,7 +8,7 @@ import torch
 from small_models import MODELS, STOP, alone, built, prompt
 
 from glmtuner.inference import decoding
-from glmtuner.inference.batch import SPARE
+from glmtuner.inference.batch import SPARE_COLUMNS
 from glmtuner.inference.decoding import Decoder
 from glmtuner.inference.generate import Decoding, answers, until_stop
 from glmtuner.inference.replay import Recorder, Replay, can_replay
@@ -40,7 +40,7 @@ def answered(model: Any, prompts: list[list[int]], rows: int, room: int, stops: 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_are_those_of_generate(name: str, steps: list[int]) -> None:
-    model, room = built(name), 2 * SPARE + 20  # so that the buffers are filled, moved and made anew
+    model, room = built(name), 2 * SPARE_COLUMNS + 20  # so that the buffers are filled, moved and made anew
     prompts = [prompt(name, number) for number in range(14)]
     whole = [alone(model, words, room) for words in prompts]
     stops = (STOP, *(tokens[9 * number % min(70, len(tokens))] for number, tokens in enumerate(whole) if number % 2))
@@ -63,7 +63,9 @@ def test_a_model_that_would_give_other_logits_goes_on_without(
     forward = Replay._forward
     monkeypatch.setattr(Replay, "_forward", lambda self, batch: 1.1 * forward(self, batch))
     assert answered(model, prompts, 3, 30, (STOP,)) == wanted
-    assert len(steps) == 1 and "not replayed as CUDA graphs: the logits would be off by" in capsys.readouterr().out
+    assert len(steps) == 1
+    printed = capsys.readouterr().out
+    assert "not replayed as CUDA graphs" in printed and "logits" in printed and "%" in printed
 
 
 def test_a_model_that_cannot_be_recorded_goes_on_without(
@@ -78,10 +80,9 @@ def test_a_model_that_cannot_be_recorded_goes_on_without(
 
     monkeypatch.setattr(Replay, "_forward", refused)
     assert answered(model, prompts, 3, 30, (STOP,)) == wanted
-    assert (
-        "a step cannot be recorded (RuntimeError: operation not permitted when stream is capturing)"
-        in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "not replayed as CUDA graphs" in printed
+    assert "RuntimeError: operation not permitted when stream is capturing" in printed
 
 
 def test_rows_without_a_token_stay_numbers(steps: list[int]) -> None:
@@ -90,9 +91,9 @@ def test_rows_without_a_token_stay_numbers(steps: list[int]) -> None:
     decoder = Decoder(model, PAD, replays=True)
     batch, logits = decoder.prefill(range(6), [prompt("Llama", number) for number in range(6)])
     for step in range(12):
-        batch.widen(logits.argmax(-1))
+        batch.append(logits.argmax(-1))
         if step == 6:
-            batch.leave([0, 1, 2, 3])
+            batch.remove([0, 1, 2, 3])
         logits = decoder.step(batch)
     assert len(steps) == 12 - 2 and steps[-1] == 2
     assert all(torch.isfinite(buffer.float()).all() for buffer in batch._all_buffers())

@@ -1,8 +1,13 @@
-"""Scores from other processes are those from this one, to the last digit."""
+"""Scores from worker processes are those from this process, to the last digit."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
+from multiprocessing import active_children
 
+import psutil
 import pytest
 
 from glmtuner.inference import scoring
@@ -14,45 +19,85 @@ PAIRS = {
     number: (f"第{number}个答案，北京是中国的首都{'。' * (number % 3)}", f"答案{number}：中国的首都是北京")
     for number in range(40)
 }
+EXPECTED = RougeBleuZh().scores(*map(list, zip(*PAIRS.values(), strict=True)))
+PARENT = """\
+import os, time
+from multiprocessing import active_children
+from glmtuner.inference import scoring
+from glmtuner.metrics.rouge_bleu_zh import RougeBleuZh
+
+if __name__ == "__main__":
+    scoring.ANSWERS_PER_WORKER, os.cpu_count = 10, lambda: 3
+    scorer = scoring.Scorer(RougeBleuZh(), 40)
+    for key in range(40):
+        scorer.put(key, "北京是首都", "首都是北京")
+    for future in scorer.futures.values():
+        future.result()
+    print(*(worker.pid for worker in active_children()), flush=True)
+    time.sleep(60)
+"""
+
+
+def runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "MANY", 10)
+    monkeypatch.setattr(scoring, "ANSWERS_PER_WORKER", 10)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
 
 
 def test_the_scores_are_the_same_to_the_last_digit(several: None) -> None:
-    wanted = RougeBleuZh().scores(*map(list, zip(*PAIRS.values(), strict=True)))
     scorer = Scorer(RougeBleuZh(), len(PAIRS))
-    assert len(scorer.workers) == 2
     for key, pair in reversed(PAIRS.items()):
-        if key % 5:  # the rest is scored here
+        if key % 5:  # the rest is scored in this process
             scorer.put(key, *pair)
-    workers = [worker for worker, _ in scorer.workers]
-    assert scorer.scores(PAIRS) == wanted
+    workers = active_children()
+    assert len(workers) == 2
+    assert scorer.scores(PAIRS) == EXPECTED
     assert not any(worker.is_alive() for worker in workers)
 
 
-def test_what_a_killed_process_had_is_scored_here(several: None) -> None:
+@pytest.mark.parametrize("scored_before", [0, 25])
+def test_answers_of_a_killed_worker_are_scored_in_this_process(several: None, scored_before: int) -> None:
     scorer = Scorer(RougeBleuZh(), len(PAIRS))
-    for worker, _ in scorer.workers:
-        worker.kill()
     for key, pair in PAIRS.items():
+        if key == scored_before:
+            for future in scorer.futures.values():
+                future.result()
+            for worker in active_children():
+                worker.kill()
         scorer.put(key, *pair)
-    assert scorer.scores(PAIRS) == RougeBleuZh().scores(*map(list, zip(*PAIRS.values(), strict=True)))
+    for worker in active_children():
+        worker.kill()
+    assert scorer.scores(PAIRS) == EXPECTED
+    assert active_children() == []
 
 
-def test_a_process_ends_when_the_other_end_is_gone(several: None) -> None:
-    scorer = Scorer(RougeBleuZh(), len(PAIRS))
-    until = time.monotonic() + 30
-    for worker, connection in scorer.workers:
-        connection.close()
-        worker.join(until - time.monotonic())
-        assert worker.exitcode == 0
+def test_workers_end_with_the_process_that_started_them_and_ignore_interrupts(tmp_path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT, encoding="utf-8")
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2 and all(worker.nice() >= 10 for worker in workers)
+        for worker in workers:
+            worker.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        assert all(map(runs, workers))
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while any(map(runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(runs, workers))
 
 
 def test_few_answers_start_no_process() -> None:
-    scorer = Scorer(NoMetric(), scoring.MANY - 1)
+    scorer = Scorer(NoMetric(), scoring.ANSWERS_PER_WORKER - 1)
     scorer.put(0, "a", "b")
-    assert scorer.workers == [] and scorer.scores({0: ("a", "b")}) == {}
+    assert scorer.pool is None and scorer.scores({0: ("a", "b")}) == {}
+    assert active_children() == []

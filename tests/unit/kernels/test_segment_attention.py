@@ -13,7 +13,7 @@ from glmtuner.families import family_named
 from glmtuner.finetuning.lora import Lora
 from glmtuner.finetuning.p_tuning import PTuning
 from glmtuner.kernels import chunked_loss as head
-from glmtuner.kernels.choose import LEARNED, Optimizations, choose_optimizations, short_samples
+from glmtuner.kernels.choose import ANSWER_TOKENS, Optimizations, choose_optimizations, short_samples
 from glmtuner.kernels.chunked_loss import cross_entropy, enable_chunked_loss, supports_chunked_loss
 from glmtuner.kernels.segment_attention import (
     disable_segment_attention,
@@ -111,7 +111,7 @@ def test_segments_give_the_loss_and_the_gradients_of_padded_rows(name):
     wanted = learned(model, Collator(pad_id=3)(samples()))
     assert supports_segment_attention(model)
     enable_segment_attention(model)
-    flat = SegmentCollator(places=position_function(model))
+    flat = SegmentCollator(positions_of=position_function(model))
     assert_same(learned(model, flat(samples())), wanted)
     assert_same(learned(model, flat([samples()[:2], samples()[2:]])), wanted)  # as packs
     assert_same(learned(model, Collator(pad_id=3)(samples())), wanted)  # padded batches are what they were
@@ -123,7 +123,7 @@ def test_segments_give_the_loss_and_the_gradients_of_padded_rows(name):
 def test_nothing_leaks_from_one_segment_into_another(name):
     model = model_of(name).eval()
     enable_segment_attention(model)
-    flat = SegmentCollator(places=position_function(model))
+    flat = SegmentCollator(positions_of=position_function(model))
     first, others = samples()[0], samples(seed=1)[1:]
     with torch.no_grad():
         alone = model(**{k: v for k, v in flat([first]).items() if k != "labels"}).logits[0]
@@ -139,7 +139,7 @@ def test_with_a_method_attached(name, method, checkpointing):
     family = family_named(name)
     if method == "lora":
         tuning = Lora(finetuning_type="lora", lora_rank=2, lora_alpha=4.0, lora_dropout=0.0, lora_target=["all"])
-        tuning.settle(family, 2)
+        tuning = tuning.resolved(family, 2)
     else:
         tuning = PTuning(finetuning_type="p_tuning", pre_seq_len=3)
     attached = tuning.attach(model, family)
@@ -245,7 +245,7 @@ def test_compiled_blocks_compute_the_same_with_and_without_segments(name):
     enable_segment_attention(model)
     for block in family_named(name).blocks(model):
         block.compile(dynamic=True, backend="eager")  # what is traced and what is not; building kernels takes minutes
-    flat = SegmentCollator(places=position_function(model))
+    flat = SegmentCollator(positions_of=position_function(model))
     assert_same(learned(model, flat(samples())), wanted)
     assert_same(learned(model, flat([*samples()[2:], *samples()[:2]])), wanted)
     assert_same(learned(model, batch), wanted)
@@ -262,7 +262,7 @@ def test_samples_are_cut_behind_the_beginning_of_an_answer():
     ]
     first, second = short_samples(rows)
     assert first == {"input_ids": [5] * 20, "labels": rows[3]["labels"]}
-    assert second == {"input_ids": [5] * (30 + LEARNED // 2), "labels": [*short, *[7] * (LEARNED // 2)]}
+    assert second == {"input_ids": [5] * (30 + ANSWER_TOKENS // 2), "labels": [*short, *[7] * (ANSWER_TOKENS // 2)]}
     assert short_samples([rows[1]]) == []
     everything = [{"input_ids": long, "labels": long}] * 3
-    assert [len(sample["labels"]) for sample in short_samples(everything)] == [LEARNED, LEARNED // 2]
+    assert [len(sample["labels"]) for sample in short_samples(everything)] == [ANSWER_TOKENS, ANSWER_TOKENS // 2]

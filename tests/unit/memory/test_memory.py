@@ -24,9 +24,10 @@ CPU = torch.device("cpu")
 
 def estimated(*words: str, rows: int = 2, longest: int = 64) -> Estimate:
     run = compose(["model=tiny_glm", "tracker=none", *words]).run
-    model = build_meta_model(run, resolve_family(run, read_config(run.model)), CPU, torch.float32)
+    family, finetuning = resolve_family(run, read_config(run.model))
+    model = build_meta_model(run, finetuning, family, CPU, torch.float32)
     arguments = training_arguments(run, RunFolder(Path("outputs")), model, CPU)
-    return estimate(model, arguments, CPU, rows=rows, longest=longest, baseline=0, scores=not run.stage.policy)
+    return estimate(model, arguments, CPU, rows=rows, longest=longest, baseline=0, without_logits=not run.stage.policy)
 
 
 def test_full_training_has_a_copy_two_states_and_a_gradient_for_every_weight():
@@ -88,7 +89,7 @@ def test_chatglm_is_estimated_without_its_special_tokens(golden_folder):
 
 def test_a_process_holds_its_share():
     whole = estimated("finetuning=full")
-    part = whole.shared(("gradients", "optimizer states"), 4)
+    part = whole.per_process(("gradients", "optimizer states"), 4)
     assert part.parts["optimizer states"] == whole.parts["optimizer states"] // 4
     assert part.parts["trained weights"] == whole.parts["trained weights"]
 

@@ -396,7 +396,7 @@ def share_of_trained(finetuning: str, **values: Any) -> float:
         model = AutoModelForCausalLM.from_config(ChatGLMConfig())
     family = family_named("chatglm")
     method = METHODS[finetuning](finetuning_type=finetuning, **values)
-    method.settle(family, 28)
+    method = method.resolved(family, 28)
     model = method.attach(model, family)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return 100 * trained / sum(parameter.numel() for parameter in model.parameters())

@@ -26,30 +26,42 @@ every = pytest.mark.parametrize("version", MODELS)
 
 
 @pytest.fixture(scope="module")
-def published(shared: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Folder and reference values of a version, as its hub repository has them."""
-    goldens = shared / "goldens"
+def folders(upstream_files: Path, golden_folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The folder of a version as its hub repository has it, with the published tokenizer or a stand-in."""
     found = {}
     for version, (source, file, config) in MODELS.items():
-        folder = tmp_path_factory.mktemp(version)
-        holder = source if (goldens / source / file).is_file() else "chatglm2_realvocab"
-        shutil.copyfile(goldens / holder / file, folder / file)
-        shutil.copyfile(goldens / config / "config.json", folder / "config.json")
-        settings = json.loads((goldens / source / "tokenizer_config.json").read_text(encoding="utf-8"))
+        folder = found[version] = tmp_path_factory.mktemp(version)
+        holder = source if (upstream_files / source / file).is_file() else "chatglm2_realvocab"
+        shutil.copyfile(upstream_files / holder / file, folder / file)
+        shutil.copyfile(golden_folder / config / "config.json", folder / "config.json")
+        settings = json.loads((upstream_files / source / "tokenizer_config.json").read_text(encoding="utf-8"))
         (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "auto_map": AUTO_MAP}))
-        values = json.loads((goldens / source / "tokenizer_golden.json").read_text(encoding="utf-8"))
-        found[version] = (folder, values)
     return found
 
 
 @pytest.fixture(scope="module")
-def loaded(published):
-    return {version: AutoTokenizer.from_pretrained(folder) for version, (folder, _) in published.items()}
+def loaded(folders):
+    return {version: AutoTokenizer.from_pretrained(folder) for version, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def values(golden_folder: Path):
+    """What the published code made of each version's texts; only `text` and `prompt` hold for a stand-in."""
+    return {
+        version: json.loads((golden_folder / f"tokenizers/{version}.json").read_text(encoding="utf-8"))
+        for version in MODELS
+    }
+
+
+@pytest.fixture
+def published(published_file, version) -> None:
+    """The version's tokenizer is the published one; the test is skipped without it."""
+    published_file(MODELS[version][1])
 
 
 @every
-def test_ids_and_tokens_of_every_text(published, loaded, version):
-    tokenizer, texts = loaded[version], published[version][1]["texts"]
+def test_ids_and_tokens_of_every_text(published, loaded, values, version):
+    tokenizer, texts = loaded[version], values[version]["texts"]
     assert type(tokenizer) is ChatGLMTokenizer
     assert len(texts) == 44
     for case in texts:
@@ -66,11 +78,11 @@ def test_ids_and_tokens_of_every_text(published, loaded, version):
 
 
 @every
-def test_decoding(published, loaded, version):
+def test_decoding(published, loaded, values, version):
     """As published, with what differs between them said: ChatGLM-6B's tokenizer also removed spaces before punctuation."""
     tokenizer = loaded[version]
     clean = {"clean_up_tokenization_spaces": version == "v1"}
-    for case in published[version][1]["texts"]:
+    for case in values[version]["texts"]:
         assert tokenizer.decode(case["ids"], **clean) == case["decode_ids"], case["text"]
         shown = tokenizer.decode(case["ids_special"], **clean)
         hidden = tokenizer.decode(case["ids_special"], skip_special_tokens=True, **clean)
@@ -81,8 +93,8 @@ def test_decoding(published, loaded, version):
 
 
 @every
-def test_pairs_batches_and_vocabulary(published, loaded, version):
-    tokenizer, values = loaded[version], published[version][1]
+def test_pairs_batches_and_vocabulary(published, loaded, values, version):
+    tokenizer, values = loaded[version], values[version]
     for case in values["build_inputs"]:
         assert tokenizer.build_inputs_with_special_tokens(case["a"], case["b"]) == case["out"]
     for case in values["sft_pairs"]:
@@ -106,38 +118,42 @@ def test_pairs_batches_and_vocabulary(published, loaded, version):
         assert getattr(tokenizer, name) == props[name], name
 
 
-def test_prompts_of_the_published_chats(published, loaded):
-    for case in published["v2"][1]["build_prompt"]:
+def test_prompts_of_the_published_chats(loaded, values):
+    for case in values["v2"]["build_prompt"]:
         assert loaded["v2"].build_prompt(case["query"], case["history"]) == case["out"]
-    values = published["v3"][1]
-    for case in values["build_single_message"]:
-        assert loaded["v3"].build_single_message(case["role"], case["metadata"], case["message"]) == case["out"]
-    for case in values["build_chat_input"]:
-        found = loaded["v3"].build_chat_input(case["query"], case["history"], case["role"])
-        assert found.input_ids.tolist() == case["input_ids"]
-        assert loaded["v3"].decode(found.input_ids[0]) == case["decoded"]
-    parses = AutoTokenizer.from_pretrained(published["v3"][0], encode_special_tokens=True)
-    for case in values["encode_special_tokens_true"]:
-        assert parses(case["text"], add_special_tokens=False).input_ids == case["ids"]
     first = loaded["v1"]
     assert first.build_prompt("q") == "q"
     assert first.build_prompt("q", [("a", "b")]) == "[Round 0]\n问：a\n答：b\n[Round 1]\n问：q\n答："
 
 
-def texts_in(value: Any) -> list[str]:
-    """Every text anywhere in a record."""
-    if isinstance(value, str):
-        return [value]
-    return [text for part in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else [])
-            for text in texts_in(part)]  # fmt: skip
+@pytest.mark.parametrize("version", ["v3"])
+def test_ids_of_the_published_chats(published, folders, loaded, values, version):
+    tokenizer, values = loaded[version], values[version]
+    for case in values["build_single_message"]:
+        assert tokenizer.build_single_message(case["role"], case["metadata"], case["message"]) == case["out"]
+    for case in values["build_chat_input"]:
+        found = tokenizer.build_chat_input(case["query"], case["history"], case["role"])
+        assert found.input_ids.tolist() == case["input_ids"]
+        assert tokenizer.decode(found.input_ids[0]) == case["decoded"]
+    parses = AutoTokenizer.from_pretrained(folders[version], encode_special_tokens=True)
+    for case in values["encode_special_tokens_true"]:
+        assert parses(case["text"], add_special_tokens=False).input_ids == case["ids"]
+
+
+@every
+def test_control_tokens_stand_at_the_published_ids(loaded, values, version):
+    """Of a stand-in as well."""
+    for token, token_id in values[version]["token_ids"].items():
+        if token_id or token == "<unk>":  # v2 has no roles; one tokenizer serves v2 and v3
+            assert loaded[version].convert_tokens_to_ids(token) == token_id, token
+    assert len(loaded[version]) == (values[version]["props"]["len"] if version != "v2" else 64798)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_every_text_of_real_records_is_sentencepiece_s_own(published, loaded, shared, version):
-    texts = [text for path in sorted((shared / "data").glob("*.json")) if path.name != "dataset_info.json"
-             for text in texts_in(json.loads(path.read_text(encoding="utf-8")))]  # fmt: skip
-    assert len(texts) > 1000
-    plain = sentencepiece.SentencePieceProcessor(model_file=str(published[version][0] / MODELS[version][1]))
+def test_every_text_of_the_records_is_sentencepiece_s_own(folders, loaded, values, record_texts, version):
+    texts = record_texts + [case["text"] for case in values[version]["texts"]]
+    assert len(texts) > 400
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(folders[version] / MODELS[version][1]))
 
     def laid_out(text: str) -> str:
         if version == "v1":  # the published preprocessing: line breaks, tabs, runs of spaces from the longest down
@@ -191,13 +207,13 @@ def test_odd_text(loaded, version):
 
 
 @every
-def test_every_option_is_transformers_own(published, loaded, version):
+def test_every_option_is_transformers_own(folders, loaded, version):
     """The batches of ours give what transformers' own loop gives, whatever is asked for."""
 
     class RowByRow(ChatGLMTokenizer):
         _encode_plus = PythonBackend._encode_plus
 
-    own, texts = RowByRow.from_pretrained(published[version][0]), ["a b c d e f g h", "", "你好 [MASK]  x\n"]
+    own, texts = RowByRow.from_pretrained(folders[version]), ["a b c d e f g h", "", "你好 [MASK]  x\n"]
     inputs = [(texts,), (texts, texts[::-1]), ([(text, "b c") for text in texts],), (texts[0],), (texts[0], texts[2]),
               ([[5, 6, 7], [8]],), ([["a", "b"], ["c", "d"]],), ([["a"], ["b"]],), ([("a", "b"), "c"],)]  # fmt: skip
     padded = {"padding": True, "return_tensors": "pt"}
@@ -228,9 +244,9 @@ def _outcome(tokenizer: ChatGLMTokenizer, given: tuple, options: dict[str, Any])
     return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in encoding.items()}
 
 
-def test_chats_that_transformers_sanitizes(published):
+def test_chats_that_transformers_sanitizes(folders):
     """A control token that a user wrote is text in transformers' own chats too, and its marks are not seen."""
-    tokenizer = AutoTokenizer.from_pretrained(published["v1"][0])
+    tokenizer = AutoTokenizer.from_pretrained(folders["v1"])
     tokenizer.chat_template = "{{ messages[0]['content'] }}<eop>"
     turns = [{"role": "user", "content": "a [MASK] b"}]
     found = tokenizer.apply_chat_template(turns, sanitize_control_tokens=True).input_ids
@@ -267,16 +283,16 @@ def test_calls_as_transformers_users_make_them(loaded, version):
 
 @every
 def test_the_vocabulary_cannot_grow_silently(loaded, version):
-    with pytest.raises(ValueError, match="'<new>' is no token of this ChatGLM tokenizer"):
+    with pytest.raises(ValueError, match=r"'<new>' .* ChatGLM tokenizer"):
         loaded[version].add_tokens(["<new>"])
     assert loaded[version].add_special_tokens({"pad_token": "<unk>"}) == 0
     loaded[version].pad_token = {"v1": "<pad>"}.get(version, "<unk>")
 
 
 @every
-def test_saved_and_pickled(published, loaded, tmp_path, version):
-    tokenizer, (folder, values) = loaded[version], published[version]
-    texts = [case["text"] for case in values["texts"]]
+def test_saved_and_pickled(folders, loaded, values, tmp_path, version):
+    tokenizer, folder = loaded[version], folders[version]
+    texts = [case["text"] for case in values[version]["texts"]]
     tokenizer.save_pretrained(tmp_path)
     shutil.copyfile(folder / "config.json", tmp_path / "config.json")
     for again in (AutoTokenizer.from_pretrained(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
@@ -286,9 +302,9 @@ def test_saved_and_pickled(published, loaded, tmp_path, version):
     assert len(pickle.dumps(tokenizer)) < 1_000_000  # not the whole file
 
 
-def test_settings_are_kept(published, tmp_path):
+def test_settings_are_kept(folders, loaded, values, tmp_path):
     """Of later revisions of the published settings, which list some control tokens, and of a user."""
-    folder, values = published["v3"]
+    folder = folders["v3"]
     token = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": False}
     names = {"64790": "[gMASK]", "64792": "sop", "64795": "<|user|>", "64797": "<|observation|>"}
     settings = {
@@ -299,7 +315,8 @@ def test_settings_are_kept(published, tmp_path):
     shutil.copytree(folder, tmp_path / "later")
     (tmp_path / "later/tokenizer_config.json").write_text(json.dumps(settings))
     later = AutoTokenizer.from_pretrained(tmp_path / "later")
-    assert all(later(case["text"]).input_ids == case["ids_special"] for case in values["texts"])
+    texts = [case["text"] for case in values["v3"]["texts"]]
+    assert later(texts).input_ids == loaded["v3"](texts).input_ids
     assert len(later) == 64798
     mine = ChatGLMTokenizer.from_pretrained(
         folder, encode_special_tokens=True, padding_side="right", model_max_length=77
@@ -307,17 +324,16 @@ def test_settings_are_kept(published, tmp_path):
     mine.save_pretrained(tmp_path / "mine")
     again = ChatGLMTokenizer.from_pretrained(pretrained_model_name_or_path=tmp_path / "mine")
     assert (again.padding_side, again.model_max_length) == ("right", 77)
-    case = values["encode_special_tokens_true"][0]
-    assert again(case["text"], add_special_tokens=False).input_ids == case["ids"]
+    text = values["v3"]["encode_special_tokens_true"][0]["text"]
+    assert again(text).input_ids == mine(text).input_ids != loaded["v3"](text).input_ids
+    assert 64795 in again("<|user|>").input_ids
 
 
-def test_the_fast_version_gives_the_same_ids(published, loaded, shared, tmp_path):
+def test_the_fast_version_gives_the_same_ids(loaded, values, record_texts, tmp_path):
     as_fast(loaded["v2"]).save_pretrained(tmp_path)
     fast = AutoTokenizer.from_pretrained(tmp_path)  # as a tool without glmtuner would
     assert fast.is_fast and fast.padding_side == "left" and fast.pad_token_id == 0 and fast.eos_token_id == 2
-    texts = [case["text"] for case in published["v2"][1]["texts"]] + [
-        text for path in sorted((shared / "data").glob("*.json")) for text in texts_in(json.loads(path.read_text()))
-    ]
+    texts = [case["text"] for case in values["v2"]["texts"]] + record_texts
     wanted = loaded["v2"](texts, add_special_tokens=False, split_special_tokens=True).input_ids
     controls = [token for token in fast.get_added_vocab() if token != "<unk>"]
     assert len(controls) == 10
@@ -325,11 +341,12 @@ def test_the_fast_version_gives_the_same_ids(published, loaded, shared, tmp_path
         if not any(token in text for token in controls):
             assert ids == slow, text
     assert fast(texts, add_special_tokens=False, split_special_tokens=True).input_ids == wanted
-    for case in published["v2"][1]["sft_pairs"]:
+    for case in values["v2"]["sft_pairs"]:
         if case["answer"]:  # an empty one is no pair to `tokenizers`
-            assert fast(case["prompt"], case["answer"]).input_ids == case["input_ids"]
-    for case in published["v2"][1]["texts"]:
-        assert fast.decode(case["ids"]) == case["decode_ids"]
+            pair = (case["prompt"], case["answer"])
+            assert fast(*pair).input_ids == loaded["v2"](*pair).input_ids
+    for text, ids in zip(texts, wanted, strict=True):
+        assert fast.decode(ids) == loaded["v2"].decode(ids), text
     with pytest.raises(ValueError, match="no fast version"):
         as_fast(loaded["v1"])
 
@@ -378,8 +395,8 @@ def by_ranks(text: str, ranks: dict[bytes, int]) -> list[int]:
     return ids
 
 
-def test_glm4_s_byte_pairs(shared, golden_folder, tmp_path):
-    text = (shared / "data/alpaca_zh_demo.json").read_text(encoding="utf-8")
+def test_glm4_s_byte_pairs(record_texts, golden_folder, tmp_path):
+    text = json.dumps(record_texts[:600], ensure_ascii=False, indent=1)
     ranks = learn_pairs(text[:10_000], 200)
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     (tmp_path / "tokenizer.model").write_text("".join(lines))

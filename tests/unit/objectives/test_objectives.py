@@ -32,7 +32,7 @@ def adapted(method: str = "lora", seed: int = 0, moved: bool = True):
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny_glm", dtype=torch.float32)
     dropout = ["finetuning.lora_dropout=0.3"] if method == "lora" else []
     finetuning = run_of(f"finetuning={method}", *dropout).finetuning
-    finetuning.settle(FAMILIES["glm"], 4)
+    finetuning = finetuning.resolved(FAMILIES["glm"], 4)
     model = finetuning.attach(model, FAMILIES["glm"])
     if moved:
         move(model, seed)
@@ -78,12 +78,12 @@ def answer_logprobs(model, batch) -> list[list[float]]:
 def test_weights_in_place_of_others_and_back():
     model, _ = adapted()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    kept = Weights.trained_in(model)
+    kept = Weights.snapshot(model)
     move(model, 7)
     moved = {name: parameter.clone() for name, parameter in model.named_parameters()}
     model.train()
     for _ in range(2):
-        with pytest.raises(KeyError), kept.on(model):
+        with pytest.raises(KeyError), kept.applied_to(model):
             assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
             assert not model.training and not torch.is_grad_enabled()
             raise KeyError  # an error inside puts them back all the same
@@ -97,11 +97,11 @@ def test_weights_read_from_a_run_leave_the_model_alone(tmp_path, method):
     finetuning.save(other, tmp_path)
     model, finetuning = adapted(method, seed=4)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    found = Weights.saved_in(tmp_path, model, finetuning)
+    found = Weights.from_checkpoint(tmp_path, model, finetuning)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert found.values.keys() == trained_parameters(model).keys(), "nothing is held twice that is the same"
     ids = torch.tensor([[5, 6, 7, 8, 9]])
-    with found.on(model):
+    with found.applied_to(model):
         mine = model(input_ids=ids).logits
     torch.testing.assert_close(mine, other.eval()(input_ids=ids).logits.detach())
 
@@ -190,7 +190,7 @@ def test_the_reference_of_a_new_adapter_is_the_model_with_the_adapter_off():
     model, _ = adapted(moved=False)
     objective = DpoObjective(model, run_of("stage=dpo").stage)
     move(model, 5)
-    with objective.reference.on(model):
+    with objective.reference.applied_to(model):
         found = objective.answer_logprobs(model, PAIRS)
     with torch.no_grad(), model.disable_adapter():
         wanted = objective.answer_logprobs(model, PAIRS)
@@ -240,7 +240,7 @@ def ppo(tmp_path, *words: str, weight: float = 0.05):
     model, finetuning = adapted(seed=9)
     settings = run_of("stage=ppo", "model.reward_model=x", "trainer.per_device_train_batch_size=4", *words).stage
     objective = PpoObjective(
-        model, settings, reward=Weights.saved_in(tmp_path, model, finetuning), reward_head=tmp_path / "value_head.safetensors",
+        model, settings, reward=Weights.from_checkpoint(tmp_path, model, finetuning), reward_head=tmp_path / "value_head.safetensors",
         max_new_tokens=6, stop_ids=(2998,), pad_id=0,
     )  # fmt: skip
     return objective, rewarded, head
@@ -261,7 +261,7 @@ def test_a_rollout_is_what_policy_reference_and_reward_model_say(tmp_path):
         "labels": rollout.labels_RT,
     }
     policy = answer_logprobs(objective.model, batch)
-    with objective.reference.on(objective.model):
+    with objective.reference.applied_to(objective.model):
         reference = answer_logprobs(objective.model, batch)
     kls = [[p - r for p, r in zip(*rows, strict=True)] for rows in zip(policy, reference, strict=True)]
     assert kl == pytest.approx(sum(map(sum, kls)) / 4, abs=1e-3) and abs(kl) > 1e-3
@@ -309,7 +309,9 @@ def test_updates_raise_the_probability_of_better_answers(tmp_path):
         objective.update_loss(rollout)[0].backward()
         optimizer.step()
     with torch.no_grad():
-        logprobs, _, _ = objective._judged(rollout.input_ids_RT, rollout.attention_mask_RT, rollout.labels_RT)
+        logprobs, _, _ = objective._answer_statistics(
+            rollout.input_ids_RT, rollout.attention_mask_RT, rollout.labels_RT
+        )
     gained = ((logprobs - rollout.old_logprobs_RT) * rollout.advantages_RT).sum()
     assert gained > 0
 

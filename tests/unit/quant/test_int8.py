@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from glmtuner.quant.int8 import keep_no_inputs
+from glmtuner.quant.int8 import drop_saved_inputs
 
 
 def product() -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -35,7 +35,7 @@ def test_the_numbers_stay_and_nothing_is_kept() -> None:
     wanted = product()
     assert any(tensor is not None and tensor.shape == (10, 32) for tensor in wanted[2])
     for _ in range(2):  # once in a process, however many models are loaded
-        keep_no_inputs(MatMul8bitLt)
+        drop_saved_inputs(MatMul8bitLt)
         found = product()
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
         assert found[2] == (None, None, None)

@@ -1,4 +1,4 @@
-"""Sweep folders made by hand, as runs leave them."""
+"""Sweep folders as runs leave them, written by hand."""
 
 import json
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from glmtuner.metrics.rouge_bleu_zh import RougeBleuZh
 
 
 def nested(values: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     for key, value in values.items():
         *parents, leaf = key.split(".")
-        inner = found
+        inner = config
         for parent in parents:
             inner = inner.setdefault(parent, {})
         inner[leaf] = value
-    return found
+    return config
 
 
 BASE = {
@@ -40,12 +40,12 @@ def sweep(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def job(sweep: Path) -> Callable[..., Path]:
-    """Makes a job's folder: `values` over BASE, what was `typed`, metrics, answers, losses; None leaves a file out."""
+    """Writes a job's folder: config (`values` over BASE), overrides, metrics, answers, losses; None leaves a file out."""
 
     def make(
         name: str,
         values: dict[str, Any] | None = None,
-        typed: list[str] | None = None,
+        overrides: list[str] | None = None,
         metrics: dict[str, float] | None = None,
         answers: list[tuple[str, str, str]] = (),
         losses: list[tuple[float, int]] = (),
@@ -55,8 +55,8 @@ def job(sweep: Path) -> Callable[..., Path]:
         folder.mkdir()
         config = {key: value for key, value in {**BASE, **(values or {})}.items() if key not in without}
         (folder / "config.yaml").write_text(yaml.safe_dump(nested(config), allow_unicode=True))
-        words = typed if typed is not None else [f"{key}={value}" for key, value in (values or {}).items()]
-        (folder / "overrides.txt").write_text("".join(f"{word}\n" for word in words))
+        lines = overrides if overrides is not None else [f"{key}={value}" for key, value in (values or {}).items()]
+        (folder / "overrides.txt").write_text("".join(f"{line}\n" for line in lines))
         history = [{"step": 2, "epoch": 1.5, "loss": 3.0}, {"step": 2, "epoch": 1.5, "eval_loss": 3.5}]
         history.append({"step": 4, "epoch": 3.0, "loss": 2.0})
         (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
@@ -83,12 +83,12 @@ def job(sweep: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def failed(sweep: Path) -> Callable[..., Path]:
-    """Makes the folder of a job that failed before it wrote a config."""
+    """Writes the folder of a job that failed before it wrote its config."""
 
-    def make(name: str, words: list[str], kind: str = "error", reason: str = "a cable was pulled") -> Path:
+    def make(name: str, overrides: list[str], kind: str = "error", reason: str = "a cable was pulled") -> Path:
         folder = sweep / name
         folder.mkdir()
-        about = {"kind": kind, "reason": reason, "time": "2026-01-01T00:00:00+00:00", "words": words}
+        about = {"kind": kind, "reason": reason, "time": "2026-01-01T00:00:00+00:00", "words": overrides}
         (folder / "failed.json").write_text(json.dumps(about))
         return folder
 

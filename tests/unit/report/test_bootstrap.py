@@ -1,4 +1,4 @@
-"""Intervals: against all draws of a small case, and how often they hold the truth."""
+"""Intervals: against all resamples of a small case, and how often they contain the true value."""
 
 from itertools import product
 
@@ -19,38 +19,38 @@ def means(values):
     return [(float(value), 1.0) for value in values]
 
 
-def share_of_draws_below(bound, draws):
-    return numpy.mean(numpy.array(draws) <= bound)
+def share_of_resamples_below(bound, scores):
+    return numpy.mean(numpy.array(scores) <= bound)
 
 
-def test_the_bounds_are_quantiles_of_all_draws_of_a_small_case():
-    draws = [ratio([SMALL[place] for place in places]) for places in product(range(5), repeat=5)]
+def test_the_bounds_are_quantiles_of_all_resamples_of_a_small_case():
+    resampled = [ratio([SMALL[place] for place in places]) for places in product(range(5), repeat=5)]
     found = interval(SMALL)
-    assert found.value == pytest.approx(ratio(SMALL)) and found.samples == 5
-    # 2,000 draws estimate a share of 0.025 with a standard error of 0.0035
-    assert share_of_draws_below(found.low, draws) == pytest.approx(0.025, abs=0.014)
-    assert share_of_draws_below(found.high, draws) == pytest.approx(0.975, abs=0.014)
+    assert found.value == pytest.approx(ratio(SMALL)) and found.num_records == 5
+    # 2,000 resamples estimate a share of 0.025 with a standard error of 0.0035
+    assert share_of_resamples_below(found.low, resampled) == pytest.approx(0.025, abs=0.014)
+    assert share_of_resamples_below(found.high, resampled) == pytest.approx(0.975, abs=0.014)
 
 
-def test_a_difference_is_drawn_on_the_same_samples():
-    draws = [
+def test_a_difference_is_of_the_same_resamples():
+    resampled = [
         ratio([SMALL[place] for place in places]) - ratio([OTHER[place] for place in places])
         for places in product(range(5), repeat=5)
     ]
     found = interval(SMALL, OTHER)
     assert found.value == pytest.approx(ratio(SMALL) - ratio(OTHER))
-    assert share_of_draws_below(found.low, draws) == pytest.approx(0.025, abs=0.014)
-    assert share_of_draws_below(found.high, draws) == pytest.approx(0.975, abs=0.014)
+    assert share_of_resamples_below(found.low, resampled) == pytest.approx(0.025, abs=0.014)
+    assert share_of_resamples_below(found.high, resampled) == pytest.approx(0.975, abs=0.014)
 
 
 def test_a_gain_on_every_sample_is_certain_however_much_the_samples_differ():
     values = numpy.random.default_rng(1).normal(50, 30, 40)
     found = interval(means(values + 0.5), means(values))
-    assert (found.low, found.value, found.high) == pytest.approx((0.5, 0.5, 0.5)) and not found.holds_zero
+    assert (found.low, found.value, found.high) == pytest.approx((0.5, 0.5, 0.5)) and not found.contains_zero
     assert interval(means(values)).high - interval(means(values)).low > 10
 
 
-def test_an_interval_holds_the_truth_as_often_as_it_says():
+def test_an_interval_contains_the_true_value_as_often_as_it_says():
     random = numpy.random.default_rng(2)
     held = [found.low <= 10 <= found.high for found in (interval(means(random.normal(10, 4, 80))) for _ in range(400))]
     assert 0.91 <= numpy.mean(held) <= 0.98
@@ -62,8 +62,8 @@ def test_two_equal_runs_are_rarely_told_apart_and_a_better_one_mostly():
     for _ in range(300):
         hardness = random.normal(30, 20, 80)
         one, other = hardness + random.normal(0, 5, 80), hardness + random.normal(0, 5, 80)
-        equal.append(interval(means(one), means(other)).holds_zero)
-        better.append(interval(means(one + 4), means(other)).holds_zero)
+        equal.append(interval(means(one), means(other)).contains_zero)
+        better.append(interval(means(one + 4), means(other)).contains_zero)
     assert 0.90 <= numpy.mean(equal) <= 0.98
     assert numpy.mean(better) < 0.05
 

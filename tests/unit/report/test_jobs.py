@@ -1,11 +1,10 @@
-"""What a sweep's folders tell: states, what was varied, and folders in any condition."""
+"""The jobs of a sweep from its folders: states, varied knobs, and damaged folders."""
 
 import shutil
 
 import pytest
 
-from glmtuner.report import jobs as module
-from glmtuner.report.jobs import State, knobs_of, read_jobs, short_names, shown, value_of
+from glmtuner.report.jobs import State, format_value, read_jobs, short_names, unquoted, value_of, varied_knobs
 from glmtuner.run_folder.folder import RunFolder
 
 METRICS = {"train_loss": 1.0}
@@ -86,8 +85,8 @@ def test_the_typed_keys_that_differ_were_varied_in_the_order_they_were_typed(swe
         values = {"trainer.learning_rate": rate, "finetuning.lora_rank": rank, "trainer.max_steps": 4}
         job(f"{rate}_{rank}", values)
     found = read_jobs(sweep)
-    assert knobs_of(found) == ["trainer.learning_rate", "finetuning.lora_rank"]
-    assert short_names(knobs_of(found)) == {
+    assert varied_knobs(found) == ["trainer.learning_rate", "finetuning.lora_rank"]
+    assert short_names(varied_knobs(found)) == {
         "trainer.learning_rate": "learning_rate",
         "finetuning.lora_rank": "lora_rank",
     }
@@ -105,16 +104,20 @@ def methods(job):
 def test_a_method_is_shown_as_the_method_and_not_as_its_keys(sweep, job):
     methods(job)
     found = {each.name: each for each in read_jobs(sweep)}
-    assert knobs_of([*found.values()]) == ["finetuning", "finetuning.lora_rank"]
-    assert [shown(value_of(found[name], "finetuning.lora_rank")) for name in ("l8", "l16", "f")] == ["8", "16", "-"]
-    assert knobs_of([found["l8"], found["f"]]) == ["finetuning"]
+    assert varied_knobs([*found.values()]) == ["finetuning", "finetuning.lora_rank"]
+    assert [format_value(value_of(found[name], "finetuning.lora_rank")) for name in ("l8", "l16", "f")] == [
+        "8",
+        "16",
+        "-",
+    ]
+    assert varied_knobs([found["l8"], found["f"]]) == ["finetuning"]
 
 
-def test_without_the_typed_words_the_configs_tell(sweep, job):
+def test_without_overrides_the_knobs_are_of_the_configs(sweep, job):
     methods(job)
     for path in sweep.glob("*/overrides.txt"):
         path.unlink()
-    assert knobs_of(read_jobs(sweep)) == ["finetuning", "finetuning.lora_rank"]
+    assert varied_knobs(read_jobs(sweep)) == ["finetuning", "finetuning.lora_rank"]
 
 
 def test_the_model_and_the_quantization_are_shown_by_their_names(sweep, job):
@@ -122,8 +125,8 @@ def test_the_model_and_the_quantization_are_shown_by_their_names(sweep, job):
         ["model=chatglm_6b", "quant=int4"])  # fmt: skip
     job("b", {"finetuning.lora_target": ["q_proj"]}, [])
     found = read_jobs(sweep)
-    assert knobs_of(found) == ["model", "quant"]
-    assert [[shown(value_of(each, knob)) for knob in ("model", "quant")] for each in found] == [
+    assert varied_knobs(found) == ["model", "quant"]
+    assert [[format_value(value_of(each, knob)) for knob in ("model", "quant")] for each in found] == [
         ["chatglm_6b", "int4"], ["tiny_glm", "none"],
     ]  # fmt: skip
 
@@ -131,13 +134,13 @@ def test_the_model_and_the_quantization_are_shown_by_their_names(sweep, job):
 def test_what_an_experiment_brings_along_is_the_experiment(sweep, job):
     job("a", {"trainer.weight_decay": 0.1, "trainer.learning_rate": 0.1}, ["experiment=one"])
     job("b", {"trainer.weight_decay": 0.2, "trainer.learning_rate": 0.2}, ["experiment=two"])
-    assert knobs_of(read_jobs(sweep)) == ["experiment"]
+    assert varied_knobs(read_jobs(sweep)) == ["experiment"]
 
 
 def test_a_preset_that_was_edited_between_two_commands_shows(sweep, job):
     job("a", {"trainer.weight_decay": 0.1}, ["trainer.learning_rate=0.001"])
     job("b", {"trainer.weight_decay": 0.2, "trainer.learning_rate": 0.1}, ["trainer.learning_rate=0.1"])
-    assert knobs_of(read_jobs(sweep)) == ["trainer.learning_rate", "trainer.weight_decay"]
+    assert varied_knobs(read_jobs(sweep)) == ["trainer.learning_rate", "trainer.weight_decay"]
 
 
 def test_what_changes_no_number_and_seeds_are_no_knobs(sweep, job):
@@ -145,29 +148,29 @@ def test_what_changes_no_number_and_seeds_are_no_knobs(sweep, job):
         typed = [f"trainer.seed={seed}", f"name=n{seed}", f"trainer.output_dir=o{seed}", f"hydra.job.num={seed}"]
         job(f"s{seed}", {"trainer.seed": seed, "trainer.output_dir": f"o{seed}", "name": f"n{seed}"}, typed)
     found = read_jobs(sweep)
-    assert knobs_of(found) == [] and [each.seed for each in found] == ["1", "2"]
+    assert varied_knobs(found) == [] and [each.seed for each in found] == ["1", "2"]
 
 
-def test_a_failed_job_has_its_knobs_from_its_words(sweep, job, failed):
+def test_a_failed_job_has_its_knobs_from_its_overrides(sweep, job, failed):
     job("a", {"trainer.learning_rate": 1e-3, "data.dataset": ["one", "two"]},
         ["trainer.learning_rate=1e-3", "data.dataset=[one,two]", "trainer.max_steps=4"])  # fmt: skip
     failed("b", ["trainer.learning_rate=1e-2", "data.dataset=['three 3']", "hub_token=<hidden>", "strange", 7])
     found = {each.name: each for each in read_jobs(sweep)}
-    assert knobs_of([*found.values()]) == ["trainer.learning_rate", "data.dataset"]
-    assert [shown(value_of(found["b"], knob)) for knob in ("trainer.learning_rate", "data.dataset")] == [
+    assert varied_knobs([*found.values()]) == ["trainer.learning_rate", "data.dataset"]
+    assert [format_value(value_of(found["b"], knob)) for knob in ("trainer.learning_rate", "data.dataset")] == [
         "0.01",
         "three 3",
     ]
-    assert shown(value_of(found["a"], "data.dataset")) == "one,two"
+    assert format_value(value_of(found["a"], "data.dataset")) == "one,two"
     assert value_of(found["b"], "trainer.learning_rate") == 0.01
 
 
 def test_a_number_typed_in_two_ways_is_one_value(sweep, job, failed):
     job("a", {"trainer.learning_rate": 0.001}, ["trainer.learning_rate=1e-3"])
     failed("b", ["trainer.learning_rate=0.001"])
-    assert knobs_of(read_jobs(sweep)) == []
+    assert varied_knobs(read_jobs(sweep)) == []
 
 
-def test_values_are_shown_as_they_are_typed():
-    assert [shown(value) for value in (None, True, 1e-05, 2.0, 3, ["a", "b"], "x")] == ["-", "true", "1e-05", "2", "3", "a,b", "x"]  # fmt: skip
-    assert module.plain([True, None, 1.5]) == [True, None, 1.5]
+def test_values_are_formatted_as_in_an_override():
+    assert [format_value(value) for value in (None, True, 1e-05, 2.0, 3, ["a", "b"], "x")] == ["-", "true", "1e-05", "2", "3", "a,b", "x"]  # fmt: skip
+    assert unquoted([True, None, 1.5]) == [True, None, 1.5]

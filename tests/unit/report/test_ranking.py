@@ -1,11 +1,11 @@
-"""Who wins, by how much, and when that cannot be said."""
+"""The ranking: the winner, differences to it, and when there are none."""
 
 import json
 
 import pytest
 
-from glmtuner.report.ranking import ranking, score
-from glmtuner.report.samples import samples_of
+from glmtuner.report.ranking import format_score, rank_sweep
+from glmtuner.report.record_scores import record_scores
 
 ASKED = [(f"第{number}题", f"第{number}题的答案是{number * 7}，很简单。") for number in range(30)]
 RIGHT = [(prompt, label, label) for prompt, label in ASKED]
@@ -22,24 +22,26 @@ def rated(job, name, rate, **more):
     return job(name, values, [f"trainer.learning_rate={rate}"], **more)
 
 
-def test_a_score_wants_more_and_a_loss_less(sweep, job):
+def test_a_higher_score_and_a_lower_loss_is_better(sweep, job):
     for rate, loss, rouge in ((0.1, 3.0, 30.0), (0.2, 1.0, 10.0), (0.3, 2.0, 20.0)):
         rated(job, f"r{rate}", rate, metrics={"eval_loss": loss, "predict_rouge-l": rouge, "train_loss": 1.0})
-    board = ranking(sweep)
-    assert board.objective == "predict_rouge-l" and [rate_of(row) for row in board.rows] == ["0.1", "0.3", "0.2"]
+    ranking = rank_sweep(sweep)
+    assert ranking.objective == "predict_rouge-l" and [rate_of(row) for row in ranking.rows] == ["0.1", "0.3", "0.2"]
     for path in sweep.glob("*/config.yaml"):
         path.write_text(path.read_text().replace("objective: null", "objective: eval_loss"))
-    board = ranking(sweep)
-    assert board.objective == "eval_loss" and [rate_of(row) for row in board.rows] == ["0.2", "0.3", "0.1"]
-    assert board.way == "less is better" and rate_of(board.winner) == "0.2" and board.chosen.name == "r0.2"
+    ranking = rank_sweep(sweep)
+    assert ranking.objective == "eval_loss" and [rate_of(row) for row in ranking.rows] == ["0.2", "0.3", "0.1"]
+    assert (
+        ranking.direction == "lower is better" and rate_of(ranking.winner) == "0.2" and ranking.best_job.name == "r0.2"
+    )
 
 
-def test_an_objective_nobody_measured_is_told_and_replaced(sweep, job):
+def test_an_objective_that_was_not_measured_is_replaced_with_a_note(sweep, job):
     rated(job, "a", 0.1, metrics={"train_loss": 2.0}, objective="rouge-l")
     rated(job, "b", 0.2, metrics={"train_loss": 1.0}, objective="rouge-l")
-    board = ranking(sweep)
-    assert board.objective == "train_loss" and rate_of(board.winner) == "0.2"
-    assert board.notes[0] == "No job measured the objective rouge-l; they are ranked by train_loss."
+    ranking = rank_sweep(sweep)
+    assert ranking.objective == "train_loss" and rate_of(ranking.winner) == "0.2"
+    assert "objective rouge-l" in ranking.notes[0] and "train_loss" in ranking.notes[0]
 
 
 def test_what_the_objective_of_a_stage_measured_has_intervals(sweep, job):
@@ -49,42 +51,42 @@ def test_what_the_objective_of_a_stage_measured_has_intervals(sweep, job):
         folder = rated(job, f"r{rate}", rate, metrics=metrics, objective="accuracy")
         rows = [{"index": place, "loss": loss[place], "accuracy": float(right[place])} for place in range(20)]
         (folder / "losses.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    first, second = ranking(sweep).rows
-    assert first.intervals["eval_accuracy"].value == 0.75 and first.intervals["eval_loss"].samples == 20
-    assert second.difference.value == pytest.approx(-0.5) and not second.difference.holds_zero
+    first, second = rank_sweep(sweep).rows
+    assert first.intervals["eval_accuracy"].value == 0.75 and first.intervals["eval_loss"].num_records == 20
+    assert second.difference.value == pytest.approx(-0.5) and not second.difference.contains_zero
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_no_number_comes_last_and_never_wins(sweep, job, value):
+def test_non_finite_scores_are_ranked_last_and_never_win(sweep, job, value):
     rated(job, "a", 0.1, metrics={"eval_loss": value})
-    assert ranking(sweep).winner is None and ranking(sweep).chosen is None
+    assert rank_sweep(sweep).winner is None and rank_sweep(sweep).best_job is None
     rated(job, "b", 0.2, metrics={"eval_loss": 9.0})
     rated(job, "c", 0.3, metrics={})
-    board = ranking(sweep)
-    assert rate_of(board.winner) == "0.2" and len(board.rows) == 3
+    ranking = rank_sweep(sweep)
+    assert rate_of(ranking.winner) == "0.2" and len(ranking.rows) == 3
 
 
 def test_a_sweep_that_measured_nothing_has_no_winner(sweep, job, failed):
-    assert ranking(sweep).rows == [] and ranking(sweep).told == "no job yet"
+    assert rank_sweep(sweep).rows == [] and rank_sweep(sweep).summary == "no job yet"
     rated(job, "a", 0.1)
     failed("b", ["trainer.learning_rate=0.2"], kind="infeasible")
-    board = ranking(sweep)
-    assert board.winner is None and board.export is None
-    assert board.told == "1 unfinished, 1 did not fit into memory"
+    ranking = rank_sweep(sweep)
+    assert ranking.winner is None and ranking.export_command is None
+    assert ranking.summary == "1 unfinished, 1 did not fit into memory"
 
 
-def test_differences_are_paired_and_what_is_not_told_apart_is_marked(sweep, job):
+def test_differences_are_paired_and_ties_are_marked(sweep, job):
     rated(job, "right", 0.1, answers=RIGHT)
     rated(job, "half", 0.2, answers=HALF)
     rated(job, "nearly", 0.3, answers=[*RIGHT[:-1], WRONG[-1]])
-    board = ranking(sweep)
-    assert [rate_of(row) for row in board.rows] == ["0.1", "0.3", "0.2"]
-    winner, nearly, half = board.rows
-    assert winner.difference is None and winner.intervals["predict_rouge-l"].samples == 30
-    assert nearly.tied and nearly.difference.samples == 30
+    ranking = rank_sweep(sweep)
+    assert [rate_of(row) for row in ranking.rows] == ["0.1", "0.3", "0.2"]
+    winner, nearly, half = ranking.rows
+    assert winner.difference is None and winner.intervals["predict_rouge-l"].num_records == 30
+    assert nearly.tied and nearly.difference.num_records == 30
     assert not half.tied and half.difference.high < -20
     assert half.difference.value == pytest.approx(half.metrics["predict_rouge-l"] - winner.metrics["predict_rouge-l"])
-    for row in board.rows:
+    for row in ranking.rows:
         for name, bounds in row.intervals.items():
             assert bounds.value == pytest.approx(row.metrics[name]) and bounds.low <= bounds.value <= bounds.high
 
@@ -93,11 +95,11 @@ def test_a_loss_is_per_token(sweep, job):
     losses = [(float(tokens * 2), tokens) for tokens in range(1, 31)]
     rated(job, "a", 0.1, losses=losses)
     rated(job, "b", 0.2, losses=[(loss + 5.0, tokens) for loss, tokens in losses])
-    board = ranking(sweep)
-    assert board.objective == "eval_loss" and board.rows[0].metrics["eval_loss"] == 2.0
-    assert board.rows[0].intervals["eval_loss"].low == pytest.approx(2.0)
-    assert board.rows[1].difference.value == pytest.approx(30 * 5 / sum(range(1, 31)))
-    assert not board.rows[1].tied
+    ranking = rank_sweep(sweep)
+    assert ranking.objective == "eval_loss" and ranking.rows[0].metrics["eval_loss"] == 2.0
+    assert ranking.rows[0].intervals["eval_loss"].low == pytest.approx(2.0)
+    assert ranking.rows[1].difference.value == pytest.approx(30 * 5 / sum(range(1, 31)))
+    assert not ranking.rows[1].tied
 
 
 @pytest.mark.parametrize(
@@ -109,9 +111,9 @@ def test_losses_of_other_records_are_not_compared(sweep, job, values):
     losses = [(float(tokens), tokens) for tokens in range(1, 11)]
     job("a", {"trainer.learning_rate": 0.1}, losses=losses)
     job("b", {"trainer.learning_rate": 0.2, **values}, losses=[(loss + 1, tokens) for loss, tokens in losses])
-    board = ranking(sweep)
-    assert board.rows[1].difference is None and "eval_loss" in board.rows[1].intervals
-    assert "1 of the 2 settings were evaluated on other records" in board.notes[0]
+    ranking = rank_sweep(sweep)
+    assert ranking.rows[1].difference is None and "eval_loss" in ranking.rows[1].intervals
+    assert "1 of the 2 settings" in ranking.notes[0] and "data.eval_dataset" in ranking.notes[0]
 
 
 def test_the_training_data_does_not_matter_where_the_evaluation_data_is_named(sweep, job):
@@ -119,17 +121,17 @@ def test_the_training_data_does_not_matter_where_the_evaluation_data_is_named(sw
     held = {"data.eval_dataset": ["held"], "data.dev_ratio": 0.0}
     job("a", {"data.dataset": ["one"], "trainer.seed": 1, **held}, losses=losses)
     job("b", {"data.dataset": ["two"], "trainer.seed": 2, **held}, losses=[(loss * 2, n) for loss, n in losses])
-    assert ranking(sweep).rows[1].difference is not None
+    assert rank_sweep(sweep).rows[1].difference is not None
 
 
 def test_answers_to_other_questions_are_not_compared(sweep, job):
     rated(job, "a", 0.1, answers=RIGHT)
     rated(job, "b", 0.2, answers=[(f"{prompt}？", label, said) for prompt, label, said in HALF])
     rated(job, "c", 0.3, answers=WRONG[:20])
-    board = ranking(sweep)
-    by_label = {rate_of(row): row for row in board.rows}
+    ranking = rank_sweep(sweep)
+    by_label = {rate_of(row): row for row in ranking.rows}
     assert by_label["0.2"].difference is None
-    assert by_label["0.3"].difference.samples == 20  # a part of the winner's questions
+    assert by_label["0.3"].difference.num_records == 20  # a part of the winner's questions
 
 
 def test_seeds_are_grouped_and_stay_listed(sweep, job):
@@ -137,42 +139,42 @@ def test_seeds_are_grouped_and_stay_listed(sweep, job):
         for seed, loss in ((1, 1.0), (2, 2.0), (10, 6.0)):
             values = {"trainer.learning_rate": rate, "trainer.seed": seed}
             job(f"{rate}_{seed}", values, metrics={"eval_loss": loss + rate, "train_loss": 1.0})
-    board = ranking(sweep)
-    assert [rate_of(row) for row in board.rows] == ["0.1", "0.2"]
-    best = board.winner
+    ranking = rank_sweep(sweep)
+    assert [rate_of(row) for row in ranking.rows] == ["0.1", "0.2"]
+    best = ranking.winner
     assert best.metrics["eval_loss"] == pytest.approx(3.1) and best.std_devs["eval_loss"] == pytest.approx(7**0.5)
-    assert [each.jobs[0].seed for each in best.seeds] == ["1", "2", "10"] and board.chosen.name == "0.1_1"
-    assert board.told == "6 finished" and "± is the standard deviation" in board.notes[0]
+    assert [each.jobs[0].seed for each in best.seeds] == ["1", "2", "10"] and ranking.best_job.name == "0.1_1"
+    assert ranking.summary == "6 finished" and "± is the standard deviation" in ranking.notes[0]
 
 
 def test_seeds_that_hold_out_other_records_are_compared_seed_by_seed(sweep, job):
     for rate, answers in ((0.1, RIGHT), (0.2, HALF)):
         for seed, part in ((1, slice(0, 12)), (2, slice(8, 20))):
             job(f"{rate}_{seed}", {"trainer.learning_rate": rate, "trainer.seed": seed}, answers=answers[part])
-    winner, half = ranking(sweep).rows
-    assert winner.intervals["predict_rouge-l"].samples == 20
-    assert half.difference.samples == 20
+    winner, half = rank_sweep(sweep).rows
+    assert winner.intervals["predict_rouge-l"].num_records == 20
+    assert half.difference.num_records == 20
     assert half.difference.value == pytest.approx(half.metrics["predict_rouge-l"] - winner.metrics["predict_rouge-l"])
-    assert [each.difference.samples for each in half.seeds] == [12, 12]
+    assert [each.difference.num_records for each in half.seeds] == [12, 12]
     assert all(each.difference is None for each in winner.seeds)
 
 
-def test_a_file_of_samples_that_is_not_what_was_measured_gives_no_interval(sweep, job):
+def test_record_scores_that_contradict_metrics_json_give_no_interval(sweep, job):
     rated(job, "a", 0.1, answers=RIGHT, metrics={"predict_rouge-l": 55.0})
-    board = ranking(sweep)
-    assert "predict_rouge-l" not in board.winner.intervals and "predict_rouge-1" in board.winner.intervals
-    assert any("metrics.json says 55.00" in note for note in board.notes)
+    ranking = rank_sweep(sweep)
+    assert "predict_rouge-l" not in ranking.winner.intervals and "predict_rouge-1" in ranking.winner.intervals
+    assert any("metrics.json says 55.00" in note for note in ranking.notes)
 
 
-def test_half_written_samples_are_left_out(sweep, job):
+def test_truncated_record_scores_are_skipped(sweep, job):
     folder = rated(job, "a", 0.1, answers=RIGHT, losses=[(1.0, 2), (2.0, 2)])
     for name in ("predictions.jsonl", "losses.jsonl"):
         with (folder / name).open("a") as file:
             file.write(
                 '{"index": "x", "loss": null}\n{"index": [1], "loss": 1.0, "tokens": 2}\n[1]\n{"index": 99, "prom'
             )
-    (row,) = ranking(sweep).rows
-    assert row.intervals["predict_rouge-l"].samples == 30 and row.intervals["eval_loss"].samples == 2
+    (row,) = rank_sweep(sweep).rows
+    assert row.intervals["predict_rouge-l"].num_records == 30 and row.intervals["eval_loss"].num_records == 2
 
 
 @pytest.mark.parametrize(
@@ -180,16 +182,16 @@ def test_half_written_samples_are_left_out(sweep, job):
 )
 def test_a_metric_that_is_not_known_here_gives_no_interval(sweep, job, values):
     rated(job, "a", 0.1, answers=RIGHT, values=values)
-    assert not ranking(sweep).winner.intervals
+    assert not rank_sweep(sweep).winner.intervals
 
 
-def test_sample_scores_are_what_the_metric_averages(sweep, job):
+def test_record_scores_are_what_the_metric_averages(sweep, job):
     from glmtuner.run_folder.folder import RunFolder
     from glmtuner.run_folder.redaction import flatten
 
     folder = rated(job, "a", 0.1, answers=[*HALF, *HALF[:3]])  # three questions were asked twice
     metrics = json.loads((folder / "metrics.json").read_text())
-    found = samples_of(RunFolder(folder), flatten({"metric": {"name": "rouge_bleu_zh"}}), metrics)
+    found = record_scores(RunFolder(folder), flatten({"metric": {"name": "rouge_bleu_zh"}}), metrics)
     assert found.keys() == metrics.keys()
     for name, samples in found.items():
         assert sum(weight for _, weight in samples.values()) == 33
@@ -198,20 +200,23 @@ def test_sample_scores_are_what_the_metric_averages(sweep, job):
 
 def test_the_export_command_names_what_was_trained(sweep, job):
     folder = rated(job, "it's", 0.1, metrics={"eval_loss": 1.0})
-    assert ranking(sweep).export is None
+    assert rank_sweep(sweep).export_command is None
     (folder / "adapter").mkdir()
     (folder / "adapter/adapter_config.json").write_text("{}")
-    command = ranking(sweep).export
+    command = rank_sweep(sweep).export_command
     assert command.startswith("python -m glmtuner export '") and command.endswith(f"--to {sweep.name}_best")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"typed": 7}'])
-def test_a_damaged_sweep_json_costs_only_what_was_typed(sweep, job, text):
+def test_a_damaged_sweep_json_costs_only_the_commands(sweep, job, text):
     (sweep / "sweep.json").write_text(text)
     rated(job, "a", 0.1, metrics={"eval_loss": 1.0})
-    assert ranking(sweep).commands == [] and ranking(sweep).winner.label == "a"
+    assert rank_sweep(sweep).commands == [] and rank_sweep(sweep).winner.label == "a"
 
 
 def test_numbers_are_shown_with_decimals_that_fit():
-    assert score("eval_loss", 1.23456) == "1.2346" and score("predict_rouge-l", 28.864) == "28.86"
-    assert score("predict_accuracy", 0.51239) == "0.5124" and score("predict_rouge-l", 0.5, like=28.0) == "0.50"
+    assert format_score("eval_loss", 1.23456) == "1.2346" and format_score("predict_rouge-l", 28.864) == "28.86"
+    assert (
+        format_score("predict_accuracy", 0.51239) == "0.5124"
+        and format_score("predict_rouge-l", 0.5, like=28.0) == "0.50"
+    )

@@ -1,14 +1,16 @@
-"""Run folders: which checkpoints are whole, when a folder may be used, what is never written down."""
+"""Run folders: which checkpoints are complete, when a folder may be used, how it is locked, what is redacted."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from omegaconf import OmegaConf
 
-from glmtuner.errors import CheckpointError
-from glmtuner.run_folder import folder as run_folder
+from glmtuner.errors import CheckpointError, FolderBusy
+from glmtuner.run_folder import files, locks
 from glmtuner.run_folder.acquire import acquire_run_folder, default_folder, differing_keys
 from glmtuner.run_folder.checkpoints import (
     checkpoint_problem,
@@ -19,7 +21,7 @@ from glmtuner.run_folder.checkpoints import (
 )
 from glmtuner.run_folder.files import read_json, read_lines, write_json, write_text
 from glmtuner.run_folder.folder import RunFolder
-from glmtuner.run_folder.names import MARKER, OURS
+from glmtuner.run_folder.names import LOCK, MARKER, RUN_ENTRIES
 from glmtuner.run_folder.provenance import git_state, provenance
 from glmtuner.run_folder.redaction import flatten, redact_config, redact_overrides
 
@@ -42,65 +44,75 @@ def checkpoint(run, step, files=FILES, complete=True):
 # Checkpoints
 
 
-def test_a_whole_checkpoint_has_no_flaw(tmp_path):
+def test_a_complete_checkpoint_has_no_problem(tmp_path):
     folder = checkpoint(tmp_path, 10)
     about = read_json(folder / MARKER)
     assert checkpoint_problem(folder) is None
     assert about["step"] == 10 and about["files"] == {name: len(text) for name, text in FILES.items()}
 
 
-def test_a_checkpoint_of_several_ranks_is_whole(tmp_path):
+def test_a_checkpoint_of_several_ranks_is_complete(tmp_path):
     files = {name: text for name, text in FILES.items() if not name.startswith("rng")}
     assert (
         checkpoint_problem(checkpoint(tmp_path, 10, {**files, "rng_state_0.pth": "a", "rng_state_1.pth": "b"})) is None
     )
 
 
-def test_a_checkpoint_without_its_marker_is_half_written(tmp_path):
-    assert checkpoint_problem(checkpoint(tmp_path, 10, complete=False)) == f"half-written: it has no {MARKER}"
+def test_a_checkpoint_without_its_marker_is_incomplete(tmp_path):
+    problem = checkpoint_problem(checkpoint(tmp_path, 10, complete=False))
+    assert "incomplete" in problem and MARKER in problem
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"step": 10}', '"text"', "\udcff"])
-def test_a_damaged_marker_is_a_flaw(tmp_path, text):
+def test_a_damaged_marker_is_a_problem(tmp_path, text):
     folder = checkpoint(tmp_path, 10)
     (folder / MARKER).write_bytes(text.encode("utf-8", "surrogateescape"))
-    assert checkpoint_problem(folder) == f"its {MARKER} is damaged"
+    problem = checkpoint_problem(folder)
+    assert MARKER in problem and "damaged" in problem
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_a_truncated_file_is_a_flaw(tmp_path, name):
+def test_a_truncated_file_is_a_problem(tmp_path, name):
     folder = checkpoint(tmp_path, 10)
-    whole = (folder / name).read_bytes()
-    (folder / name).write_bytes(whole[:-1])
-    assert checkpoint_problem(folder) == f"{name} is truncated ({len(whole) - 1} of {len(whole)} bytes)"
-    (folder / name).write_bytes(b"")
-    assert "truncated (0 of" in checkpoint_problem(folder)
+    content = (folder / name).read_bytes()
+    for kept in (content[:-1], b""):
+        (folder / name).write_bytes(kept)
+        problem = checkpoint_problem(folder)
+        assert name in problem and "truncated" in problem and f"{len(kept)} of {len(content)} bytes" in problem
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_a_lost_file_is_a_flaw(tmp_path, name):
+def test_a_missing_file_is_a_problem(tmp_path, name):
     folder = checkpoint(tmp_path, 10)
     (folder / name).unlink()
-    assert name.partition(".")[0] in checkpoint_problem(folder) and (
-        "lacks" in checkpoint_problem(folder) or "is missing" in checkpoint_problem(folder)
-    )
+    problem = checkpoint_problem(folder)
+    assert name.partition(".")[0] in problem and ("it has no" in problem or "is missing" in problem)
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "content"),
     [
-        ("optimizer.pt", "it lacks its optimizer state (optimizer.pt)"),
-        ("scheduler.pt", "it lacks its scheduler state (scheduler.pt)"),
-        ("trainer_state.json", "it lacks its step (trainer_state.json)"),
-        ("rng_state.pth", "it lacks its random states (rng_state.pth)"),
+        ("optimizer.pt", "optimizer"),
+        ("scheduler.pt", "scheduler"),
+        ("trainer_state.json", "trainer state"),
+        ("rng_state.pth", "RNG state"),
     ],
 )
-def test_a_checkpoint_that_never_had_what_a_resume_needs(tmp_path, name, told):
+def test_a_checkpoint_that_never_had_what_a_resume_needs(tmp_path, name, content):
     files = {other: text for other, text in FILES.items() if other != name}
-    assert checkpoint_problem(checkpoint(tmp_path, 10, files)) == told
+    problem = checkpoint_problem(checkpoint(tmp_path, 10, files))
+    assert "it has no" in problem and content in problem and name in problem
 
 
-def test_the_newest_whole_checkpoint_is_taken_and_the_others_are_told_of(tmp_path):
+def test_a_checkpoint_is_resumed_by_as_many_ranks_as_saved_it(tmp_path):
+    folder = checkpoint(tmp_path, 10, complete=False)
+    mark_complete(folder, {"step": 10, "ranks": 4})
+    assert checkpoint_problem(folder, ranks=4) is None and checkpoint_problem(folder) is None
+    problem = checkpoint_problem(folder, ranks=2)
+    assert "4 processes" in problem and "2" in problem
+
+
+def test_the_latest_complete_checkpoint_is_chosen_and_later_ones_are_reported(tmp_path):
     assert latest_complete_checkpoint(tmp_path) == (None, [])
     good = checkpoint(tmp_path, 9)
     checkpoint(tmp_path, 100, complete=False)
@@ -108,16 +120,21 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_others_are_told_of(tmp_pat
     checkpoint(tmp_path, 3)
     (tmp_path / "checkpoints" / ".partial-checkpoint-110").mkdir()
     (tmp_path / "checkpoints" / "checkpoint-best").mkdir()
-    found, passed = latest_complete_checkpoint(tmp_path)
+    found, skipped = latest_complete_checkpoint(tmp_path)
     assert found == good
-    assert passed == [
-        ".partial-checkpoint-110 is passed over: half-written",
-        f"checkpoint-100 is passed over: half-written: it has no {MARKER}",
-        "checkpoint-20 is passed over: optimizer.pt is truncated (5 of 7 bytes)",
-    ]
+    for sentence, facts in zip(
+        skipped,
+        [
+            (".partial-checkpoint-110", "incomplete"),
+            ("checkpoint-100", "incomplete", MARKER),
+            ("checkpoint-20", "optimizer.pt", "truncated", "5 of 7 bytes"),
+        ],
+        strict=True,
+    ):
+        assert "skipped" in sentence and all(fact in sentence for fact in facts)
 
 
-def test_no_whole_checkpoint_is_none(tmp_path):
+def test_no_complete_checkpoint_is_none(tmp_path):
     checkpoint(tmp_path, 1, complete=False)
     assert latest_complete_checkpoint(tmp_path)[0] is None and len(latest_complete_checkpoint(tmp_path)[1]) == 1
 
@@ -129,7 +146,7 @@ def test_steps_are_numbers(tmp_path):
     assert [step_of(tmp_path / name) for name in ("checkpoint-x", "checkpoint-", "other-3")] == [-1] * 3
 
 
-# Whose folder is it?
+# Which folders may be used
 
 
 def config(**changed):
@@ -189,7 +206,7 @@ def test_an_unfinished_run_of_the_same_config_is_resumed(tmp_path):
     ],
     ids=str,
 )
-def test_what_changes_no_number_may_differ(tmp_path, changed):
+def test_keys_that_no_result_depends_on_may_differ(tmp_path, changed):
     run(tmp_path, config(**changed))
     assert acquire_run_folder(tmp_path, config(), overwrite=False) is True
 
@@ -216,8 +233,10 @@ def test_a_model_folder_may_be_written_in_another_way(tmp_path, monkeypatch):
 def test_an_unfinished_run_of_another_config_is_refused(tmp_path, changed):
     key = next(iter(changed)).replace("__", ".")
     before = files_of(run(tmp_path))
-    told = rf"trainer\.output_dir=.* unfinished run of another configuration \(different: {key}\); type another"
-    with pytest.raises(CheckpointError, match=told):
+    facts = (
+        rf"trainer\.output_dir=.* unfinished run of another configuration .*{key}.* trainer\.overwrite_output_dir=true"
+    )
+    with pytest.raises(CheckpointError, match=facts):
         acquire_run_folder(tmp_path, config(**changed), overwrite=False)
     assert files_of(tmp_path) == before
 
@@ -232,15 +251,14 @@ time.sleep(60)
 """
 
 
-def test_a_folder_that_another_process_runs_in_is_refused_until_that_one_is_gone(tmp_path):
+def test_a_folder_that_another_process_uses_is_refused_until_that_process_ends(tmp_path):
     before = files_of(run(tmp_path))
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     assert RunFolder(tmp_path).is_running
-    with pytest.raises(CheckpointError, match=r"another process runs the run in it right now; wait .* or type another"):
-        acquire_run_folder(tmp_path, config(), overwrite=False)
-    with pytest.raises(CheckpointError, match="right now"):
-        acquire_run_folder(tmp_path, config(), overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(FolderBusy, match=r"trainer\.output_dir=.* another process .* trainer\.output_dir"):
+            acquire_run_folder(tmp_path, config(), overwrite)
     assert files_of(tmp_path) == before
     other.kill()
     other.communicate()
@@ -249,6 +267,39 @@ def test_a_folder_that_another_process_runs_in_is_refused_until_that_one_is_gone
     assert RunFolder(tmp_path).is_running
     RunFolder(tmp_path).unlock()
     assert not RunFolder(tmp_path).is_running
+
+
+def test_a_lock_file_of_an_earlier_process_means_nothing(tmp_path):
+    (run(tmp_path) / LOCK).write_text("of an earlier version, or of a process that was killed", encoding="utf-8")
+    assert not RunFolder(tmp_path).is_running
+    assert acquire_run_folder(tmp_path, config(), overwrite=False) is True
+    assert RunFolder(tmp_path).is_running
+    RunFolder(tmp_path).unlock()
+    assert (tmp_path / LOCK).is_file() and not RunFolder(tmp_path).is_running
+
+
+def test_checks_do_not_take_each_other_for_the_process_that_runs(tmp_path):
+    path = tmp_path / LOCK
+    path.touch()
+    path.chmod(0o444)
+    with path.open("rb") as file:
+        assert locks._try_lock_shared(file.fileno())  # another process is checking
+        assert not RunFolder(tmp_path).is_running
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_on_a_disk_without_locks_a_run_goes_unlocked(tmp_path, monkeypatch, number):
+    def unsupported(*_):
+        raise OSError(number, os.strerror(number))
+
+    run(tmp_path)
+    (tmp_path / LOCK).touch()
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    assert acquire_run_folder(tmp_path, config(), overwrite=False) is True
+    assert not RunFolder(tmp_path).is_running
+    RunFolder(tmp_path).unlock()
+    with pytest.raises(locks.LocksUnsupported):
+        locks.try_lock(tmp_path / "other.lock")
 
 
 def test_the_failure_of_an_earlier_attempt_is_gone_with_the_next(tmp_path):
@@ -262,7 +313,7 @@ def test_the_failure_of_an_earlier_attempt_is_gone_with_the_next(tmp_path):
 def test_a_finished_run_is_refused(tmp_path):
     before = files_of(run(tmp_path, finished=True))
     with pytest.raises(
-        CheckpointError, match=r"holds a finished run; type another .* or trainer\.overwrite_output_dir=true"
+        CheckpointError, match=r"trainer\.output_dir=.* finished run; .*trainer\.overwrite_output_dir=true"
     ):
         acquire_run_folder(tmp_path, config(), overwrite=False)
     assert files_of(tmp_path) == before
@@ -274,7 +325,7 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path, overwrite):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("mine", encoding="utf-8")
     before = files_of(tmp_path)
-    with pytest.raises(CheckpointError, match=r"thesis\.tex.*; type another trainer\.output_dir|another"):
+    with pytest.raises(CheckpointError, match=r"trainer\.output_dir=.*thesis\.tex.*type another trainer\.output_dir"):
         acquire_run_folder(tmp_path, config(), overwrite)
     assert files_of(tmp_path) == before
 
@@ -290,13 +341,13 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tmp_path, finishe
     (tmp_path / "wandb").symlink_to(outside)
     assert acquire_run_folder(tmp_path, config(), overwrite=True) is False
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
-    assert (outside / "kept").is_file() and {"config.yaml", "checkpoints", "wandb"} <= {*OURS}
+    assert (outside / "kept").is_file() and {"config.yaml", "checkpoints", "wandb"} <= {*RUN_ENTRIES}
 
 
 def test_only_a_run_with_numbers_is_finished(tmp_path):
     folder = RunFolder(tmp_path)
     assert (folder.is_run, folder.is_finished, folder.metrics(), folder.history()) == (False, False, {}, [])
-    with pytest.raises(CheckpointError, match=r"holds no run: it has no config\.yaml; name a folder"):
+    with pytest.raises(CheckpointError, match=r"no run.* config\.yaml; name a folder under outputs/"):
         folder.config()
     run(tmp_path)
     assert (folder.is_run, folder.is_finished, folder.trained()) == (True, False, None)
@@ -319,7 +370,7 @@ def test_two_runs_of_one_second_have_two_folders(tmp_path):
 # Secrets
 
 
-def test_secrets_are_left_out_of_the_config_and_of_the_words():
+def test_secrets_are_redacted_in_the_config_and_in_the_overrides():
     made = OmegaConf.create(
         {
             "trainer": {"hub_token": "hf_abc", "hub_model_id": "me/m", "include_num_input_tokens_seen": "no"},
@@ -333,12 +384,12 @@ def test_secrets_are_left_out_of_the_config_and_of_the_words():
     assert kept["tracker"] == {"api_key": None, "password": None, "nested": {"client_secret": None}}
     assert kept["model"] == {"use_auth_token": True, "tokenizer_name": "t"}
     assert OmegaConf.to_yaml(made) == before
-    words = ["trainer.hub_token=hf_abc", "+tracker.api_key=k=l", "trainer.seed=3", "model.tokenizer_name=t"]
-    assert redact_overrides(words) == ["trainer.hub_token=<hidden>", "+tracker.api_key=<hidden>", *words[2:]]
-    assert "hf_abc" not in json.dumps(provenance(words))
+    overrides = ["trainer.hub_token=hf_abc", "+tracker.api_key=k=l", "trainer.seed=3", "model.tokenizer_name=t"]
+    assert redact_overrides(overrides) == ["trainer.hub_token=<hidden>", "+tracker.api_key=<hidden>", *overrides[2:]]
+    assert "hf_abc" not in json.dumps(provenance(overrides))
 
 
-def test_provenance_says_where_a_run_came_from(tmp_path, monkeypatch):
+def test_provenance_has_command_versions_and_start_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = provenance(["a=b"], seed=3)
     assert found["command"] == "python -m glmtuner a=b" and found["seed"] == 3
@@ -366,7 +417,7 @@ def test_the_state_of_the_repository(tmp_path):
 # Files
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_written_atomically(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "file.json"
     write_text(path, "前")
     assert path.read_text(encoding="utf-8") == "前"
@@ -374,7 +425,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def killed(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_folder.os, "fsync", killed)
+    monkeypatch.setattr(files.os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         write_text(path, "half of something longer")
     assert path.read_text(encoding="utf-8") == "前"
@@ -391,7 +442,7 @@ def test_text_that_cannot_be_written_leaves_the_old_file(tmp_path):
     assert path.read_text(encoding="utf-8") == "old"
 
 
-def test_json_reads_back_and_a_damaged_file_is_an_error_of_ours(tmp_path):
+def test_json_reads_back_and_a_damaged_file_is_a_checkpoint_error(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"词": [1, 2.5, None]})
     assert read_json(path) == {"词": [1, 2.5, None]} and "词" in path.read_text(encoding="utf-8")
@@ -401,7 +452,7 @@ def test_json_reads_back_and_a_damaged_file_is_an_error_of_ours(tmp_path):
             read_json(path)
 
 
-def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
+def test_a_truncated_line_is_skipped(tmp_path):
     path = tmp_path / "history.jsonl"
     assert list(read_lines(path)) == []
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
@@ -419,7 +470,7 @@ def test_flat_keys_are_dotted():
 
 
 @pytest.mark.parametrize(
-    ("word", "shown"),
+    ("override", "redacted"),
     [
         ("a.kwargs={api_key: hf_1, n: 2}", "a.kwargs={api_key: <hidden>, n: 2}"),
         ("a.kwargs={'hub_token': 'hf_1', n: 2}", "a.kwargs={'hub_token': <hidden>, n: 2}"),
@@ -427,5 +478,5 @@ def test_flat_keys_are_dotted():
         ("a.kwargs={mytoken: 3, tokens: 4}", "a.kwargs={mytoken: 3, tokens: 4}"),
     ],
 )
-def test_a_token_inside_a_dictionary_is_hidden(word, shown):
-    assert redact_overrides([word]) == [shown]
+def test_a_secret_inside_a_dictionary_is_redacted(override, redacted):
+    assert redact_overrides([override]) == [redacted]

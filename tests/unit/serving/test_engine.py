@@ -10,9 +10,9 @@ import transformers
 from small_models import MODELS, STOP, alone, built, prompt
 
 from glmtuner.errors import ConfigError
-from glmtuner.inference.decoding import PREFILL
+from glmtuner.inference.decoding import PREFILL_TOKENS
 from glmtuner.models.prefix import add_prefix
-from glmtuner.serving.engine import Busy, Engine, Request, Sampling
+from glmtuner.serving.engine import Engine, QueueFullError, Request, Sampling
 
 
 def engine_of(model: Any, name: str, rows: int = 32, waiting: int = 1000) -> Engine:
@@ -30,7 +30,7 @@ class Asked:
         self.reason = ""
         self.done = threading.Event()
         self.request = Request(
-            words, room, Sampling(**{"temperature": 0.0, **sampling}), take=self.take, end=self.end
+            words, room, Sampling(**{"temperature": 0.0, **sampling}), on_token=self.take, on_end=self.end
         )  # fmt: skip
 
     def take(self, token: int) -> bool:
@@ -134,18 +134,18 @@ def test_a_model_without_a_cache_of_its_steps_is_refused() -> None:
     config = transformers.Mamba2Config(
         hidden_size=32, num_hidden_layers=1, vocab_size=400, head_dim=8, num_heads=8, state_size=8, n_groups=1
     )
-    with pytest.raises(ConfigError, match="Mamba2ForCausalLM gives no transformers Cache"):
+    with pytest.raises(ConfigError, match="Mamba2ForCausalLM returns no transformers Cache"):
         engine_of(transformers.Mamba2ForCausalLM(config).eval(), "Mamba2").start()
 
 
 def test_long_prompts_are_read_a_few_at_a_time() -> None:
     engine = engine_of(built("Llama"), "Llama")
-    for length in (PREFILL // 2, PREFILL // 2, 10, PREFILL * 2, 10):
+    for length in (PREFILL_TOKENS // 2, PREFILL_TOKENS // 2, 10, PREFILL_TOKENS * 2, 10):
         engine.submit(Asked([20] * length).request)
     taken = []
     while engine.waiting:
-        taken.append([len(row.request.prompt) for row in engine._admitted()])
-    assert taken == [[PREFILL // 2] * 2, [10], [PREFILL * 2], [10]]
+        taken.append([len(row.request.prompt) for row in engine._admit()])
+    assert taken == [[PREFILL_TOKENS // 2] * 2, [10], [PREFILL_TOKENS * 2], [10]]
 
 
 def test_busy_cancelled_failed_and_closed() -> None:
@@ -155,7 +155,7 @@ def test_busy_cancelled_failed_and_closed() -> None:
     waiting = [Asked(prompt("Llama", number), room=10_000) for number in range(2)]
     for one in (*long, *waiting):
         engine.submit(one.request)
-    with pytest.raises(Busy):
+    with pytest.raises(QueueFullError):
         engine.submit(Asked([20, 21]).request)
     engine.start()
     long[0].request.cancelled = True

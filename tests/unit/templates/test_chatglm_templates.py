@@ -1,4 +1,4 @@
-"""ChatGLM's templates over its real tokenizers: the ids that its published code and ChatGLM-Efficient-Tuning make."""
+"""ChatGLM's templates over its tokenizers: the ids that its published code and ChatGLM-Efficient-Tuning make."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stand_ins import write_parity
 
 from glmtuner.data.encode import Encoder
 from glmtuner.data.prepare import as_arrow, with_earlier_answers
@@ -29,10 +30,9 @@ TURNS = [
 
 
 @pytest.fixture(scope="module")
-def tokenizers(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    goldens = shared / "goldens"
-    first = ChatGLMTokenizer.from_pretrained(goldens / "tokenizer_v1")
-    second = ChatGLMTokenizer.from_pretrained(goldens / "chatglm2_realvocab")
+def tokenizers(upstream_files: Path) -> dict[str, Any]:
+    first = ChatGLMTokenizer.from_pretrained(upstream_files / "tokenizer_v1")
+    second = ChatGLMTokenizer.from_pretrained(upstream_files / "chatglm2_realvocab")
     return {"chatglm": first, "chatglm2": second, "chatglm3": second}
 
 
@@ -42,7 +42,7 @@ def encoder(tokenizers: dict[str, Any], name: str, **options: Any) -> Encoder:
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer.sp.encode(tokenizer._prepared(text))
+    return tokenizer.sp.encode(tokenizer._prepare(text))
 
 
 def test_chatglm_puts_its_control_tokens_between_prompt_and_answer(tokenizers):
@@ -54,22 +54,29 @@ def test_chatglm_puts_its_control_tokens_between_prompt_and_answer(tokenizers):
     assert row["prompt_ids"] == [*prompt, 130001, 130004]
 
 
-def test_chatglm2_trains_on_what_the_original_project_trained_on(tokenizers, shared):
-    records = json.loads((shared / "data/self_cognition.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("words", ["its own", "spelled in ids"])
+def test_chatglm2_trains_on_what_the_original_project_trained_on(request, golden_folder, tmp_path, words):
+    """On its own records with the published tokenizer, and on the ids alone (see `stand_ins.write_parity`)."""
+    if words == "its own":
+        request.getfixturevalue("published_file")("tokenizer.model")
+        path = request.getfixturevalue("real_records")("self_cognition")
+        tokenizers = request.getfixturevalue("tokenizers")
+    else:
+        path = write_parity(tmp_path / "parity", golden_folder)
+        tokenizers = {"chatglm2": ChatGLMTokenizer.from_pretrained(path.parent)}
+    records = json.loads(path.read_text(encoding="utf-8"))
     examples = [Example([ASK(record["instruction"] + record["input"]), TOLD(record["output"])]) for record in records]
     rows, counts = encoder(tokenizers, "chatglm2", max_source_length=64, max_target_length=64).encode(examples)
-    batches = json.loads((shared / "goldens/parity_v2/batches.json").read_text(encoding="utf-8"))
-    golden = [
-        [[token for token in row if token], [label for token, label in zip(row, labels, strict=True) if token]]
-        for batch in batches for row, labels in zip(batch["input_ids"], batch["labels"], strict=True)
-    ]  # fmt: skip
-    assert len(golden) == len(rows) == 80
-    assert [[row["input_ids"], row["labels"]] for row in rows] == golden
-    assert counts.answers_cut > 0  # the truncation is the original's as well
+    golden = json.loads((golden_folder / "parity_v2/rows.json").read_text(encoding="utf-8"))
+    assert len(golden["input_ids"]) == len(rows) == 80
+    assert [row["input_ids"] for row in rows] == golden["input_ids"]
+    assert [row["labels"] for row in rows] == golden["labels"]
+    assert (counts.answers_cut > 0) is (words == "its own")  # the truncation is the original's as well
 
 
-def test_chatglm3_asks_as_its_published_code_does(tokenizers, shared):
-    golden = json.loads((shared / "goldens/tokenizer_v3/tokenizer_golden.json").read_text(encoding="utf-8"))
+def test_chatglm3_asks_as_its_published_code_does(published_file, tokenizers, golden_folder):
+    published_file("tokenizer.model")
+    golden = json.loads((golden_folder / "tokenizers/v3.json").read_text(encoding="utf-8"))
     assert golden["build_chat_input"]
     for case in golden["build_chat_input"]:
         messages = [
@@ -168,16 +175,16 @@ def test_the_jinja_template_gives_the_same_prompts(tokenizers, name):
         assert fast.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) == found.input_ids
 
 
-def test_a_jinja_template_on_a_tokenizer_without_offsets_is_refused(shared):
-    tokenizer = ChatGLMTokenizer.from_pretrained(shared / "goldens/chatglm2_realvocab", chat_template="{{ messages }}")
-    with pytest.raises(ConfigError, match=r"model\.template=tokenizer: ChatGLMTokenizer cannot tell.*chatglm3"):
+def test_a_jinja_template_on_a_tokenizer_without_offsets_is_refused(upstream_files):
+    tokenizer = ChatGLMTokenizer.from_pretrained(upstream_files / "chatglm2_realvocab", chat_template="{{ messages }}")
+    with pytest.raises(ConfigError, match=r"model\.template=tokenizer: ChatGLMTokenizer .*offsets.*chatglm3"):
         template_named("tokenizer", tokenizer)
 
 
-def test_the_cache_s_key_changes_with_the_tokenizer_s_file(tokenizers, shared, tmp_path):
-    from glmtuner.data.prepare import description_of
+def test_the_cache_s_key_changes_with_the_tokenizer_s_file(tokenizers, upstream_files, tmp_path):
+    from glmtuner.data.prepare import serialized
 
-    first, second = description_of(tokenizers["chatglm"]), description_of(tokenizers["chatglm2"])
+    first, second = serialized(tokenizers["chatglm"]), serialized(tokenizers["chatglm2"])
     assert first != second
-    shutil.copyfile(shared / "goldens/chatglm2_realvocab/tokenizer.model", tmp_path / "tokenizer.model")
-    assert description_of(ChatGLMTokenizer.from_pretrained(tmp_path)) == second
+    shutil.copyfile(upstream_files / "chatglm2_realvocab/tokenizer.model", tmp_path / "tokenizer.model")
+    assert serialized(ChatGLMTokenizer.from_pretrained(tmp_path)) == second

@@ -88,8 +88,8 @@ def test_a_prompt_is_where_its_answer_begins(tokenizer, template, name):
 def test_labels_are_the_answers_and_their_stop_tokens(tokenizer, template, name):
     template, messages = template_named(template, tokenizer), CONVERSATIONS[name]
     encoded = encode(template, tokenizer, messages)
-    told = [message.content for message in messages if message.role == "assistant"]
-    assert [text.strip() for text in answer_texts(tokenizer, encoded)] == told
+    answers = [message.content for message in messages if message.role == "assistant"]
+    assert [text.strip() for text in answer_texts(tokenizer, encoded)] == answers
     every, last = encoded.labels(every_answer=True), encoded.labels(every_answer=False)
     assert len(every) == len(last) == len(encoded.input_ids)
     places = {place for start, end in encoded.answers for place in range(start, end + 1)}
@@ -134,8 +134,8 @@ def test_text_never_becomes_a_control_token(tokenizer, template, literal):
     assert encoded.input_ids != encode(template, tokenizer, clean).input_ids
     text = tokenizer.decode(encoded.input_ids)
     assert all(turn.content in text for turn in dirty)
-    told = [turn.content for turn in dirty if turn.role == "assistant"]
-    assert [text.strip() for text in answer_texts(tokenizer, encoded)] == told
+    answers = [turn.content for turn in dirty if turn.role == "assistant"]
+    assert [text.strip() for text in answer_texts(tokenizer, encoded)] == answers
     assert literal in tokenizer.decode([label for _, label in sorted(learned(encoded.labels(True)))])
 
 
@@ -179,15 +179,15 @@ def test_own_template_leaves_rewritten_history_as_context(chatml):
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "reason"),
     [
         ("{{ raise_exception('no system turns') }}", "refuses these turns .*no system turns"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not render an answer"),
     ],
 )
-def test_own_template_that_cannot_be_used_says_what_to_type(chatml, source, told):
+def test_own_template_that_cannot_be_used_says_what_to_type(chatml, source, reason):
     chatml.chat_template = source
-    with pytest.raises(ConfigError, match=f"model.template=tokenizer: .*{told}.*; choose a template of ours"):
+    with pytest.raises(ConfigError, match=f"model.template=tokenizer: .*{reason}.*; choose a template of ours"):
         encode(template_named("tokenizer", chatml), chatml, CONVERSATIONS["single"])
 
 

@@ -3,7 +3,9 @@
 import random
 import sys
 import unicodedata
+from array import array
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -80,12 +82,26 @@ def in_use(tokenizer: PreTrainedTokenizerFast) -> bpe.Engine | None:
 
 
 def same(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> bool:
-    """Whether the engine, which must be there, gives the tokenizer's own ids."""
-    own = encode_text(tokenizer, texts)
-    assert in_use(tokenizer) is not None
-    found = encode_text(tokenizer, texts)
+    """Whether the engine, which must exist and stay in use, gives the tokenizer's own ids."""
+    expected = encode_text(tokenizer, texts)
+    engine = in_use(tokenizer)
+    assert engine is not None
+    encoded = encode_text(tokenizer, texts)
     bpe.leave_engine(tokenizer)
-    return [list(ids) for ids in found] == own
+    return not engine.rejected and [list(ids) for ids in encoded] == expected
+
+
+def differing_engine(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, text: str) -> bpe.Engine:
+    """The tokenizer's engine, in use, with other ids for one text."""
+    engine = in_use(tokenizer)
+    assert engine is not None
+    encode = engine._encode_supported
+
+    def encode_wrongly(texts: Sequence[str]) -> list[array]:
+        return [array("i", [0]) if each == text else ids for each, ids in zip(texts, encode(texts), strict=True)]
+
+    monkeypatch.setattr(engine, "_encode_supported", encode_wrongly)
+    return engine
 
 
 @pytest.mark.parametrize("pattern", sorted(bpe.SPLITS))
@@ -102,11 +118,11 @@ def test_composed_characters_and_tokens_that_are_read_in_any_text() -> None:
     tokenizer = trained()
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_tokens(["<tool>"])
-    found = fast(tokenizer)
-    engine = in_use(found)
-    bpe.leave_engine(found)
-    assert not engine.takes("e\u0301") and not engine.takes("a <tool>") and engine.takes("é <|user|>")
-    assert same(found, odd_texts())
+    wrapped = fast(tokenizer)
+    engine = in_use(wrapped)
+    bpe.leave_engine(wrapped)
+    assert not engine.supports("e\u0301") and not engine.supports("a <tool>") and engine.supports("é <|user|>")
+    assert same(wrapped, odd_texts())
 
 
 def test_a_text_that_would_be_too_long_to_search() -> None:
@@ -129,7 +145,7 @@ def test_both_libraries_cut_every_character_alike(pattern: str) -> None:
     assert same(fast(tokenizer), [f"a{it}b 1{it}2 {it} !{it}!\n{it}\n{it}{it} '{it}" for it in characters])
 
 
-def test_an_engine_is_there_exactly_where_every_token_comes_out_of_its_text() -> None:
+def test_an_engine_exists_exactly_where_every_token_is_what_its_text_is_encoded_to() -> None:
     drawn, engines = random.Random(1), 0
     for _ in range(400):
         names, pairs = ["a", "b", "c"], []
@@ -139,10 +155,10 @@ def test_an_engine_is_there_exactly_where_every_token_comes_out_of_its_text() ->
                 names.append("".join(pair))
                 pairs.append(pair)
         tokenizer = fast(of_pairs(pairs))
-        comes_out = all(len(tokenizer.encode(name)) == 1 for name in names)
+        proven = all(len(tokenizer.encode(name)) == 1 for name in names)
         engine = in_use(tokenizer)
         bpe.leave_engine(tokenizer)
-        assert (engine is not None) == comes_out, pairs
+        assert (engine is not None) == proven, pairs
         if engine is not None:
             engines += 1
             assert same(tokenizer, ["".join(drawn.choices("abc", k=drawn.randrange(1, 30))) for _ in range(200)])
@@ -163,8 +179,59 @@ def changed(**parts: object) -> Tokenizer:
     return tokenizer
 
 
+NUMBERED = [f"{number} 保持健康 the fox" for number in range(1500)]
+
+
+@pytest.mark.parametrize("batch", [1, 60, 1500])
+def test_an_engine_that_differs_on_the_700th_text_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], batch: int
+) -> None:
+    tokenizer = fast(trained())
+    expected = encode_text(tokenizer, NUMBERED)
+    engine = differing_engine(tokenizer, monkeypatch, NUMBERED[699])
+    encoded = []
+    for start in range(0, len(NUMBERED), batch):
+        encoded += encode_text(tokenizer, NUMBERED[start : start + batch])
+    assert engine.rejected and [list(ids) for ids in encoded] == expected
+    assert {type(ids) for ids in encoded} == {array}  # the rows of a dataset are of one type
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and repr(NUMBERED[699]) in printed and "data.tiktoken_engine=false" in printed
+    bpe.leave_engine(tokenizer)
+    assert in_use(tokenizer) is None  # the next dataset of the run is the tokenizer's from its first text
+    assert encode_text(tokenizer, NUMBERED) == expected
+
+
+def test_threads_return_no_ids_before_enough_texts_were_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = fast(trained())
+    texts = NUMBERED[:950]  # whichever thread comes first, all of them are compared
+    expected = encode_text(tokenizer, texts)
+    differing_engine(tokenizer, monkeypatch, NUMBERED[699])
+    batches = [texts[start : start + 25] for start in range(0, len(texts), 25)]
+    with ThreadPoolExecutor(8) as pool:
+        encoded = [list(ids) for part in pool.map(lambda texts: encode_text(tokenizer, texts), batches) for ids in part]
+    assert encoded == expected
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_thousand_distinct_texts_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = fast(trained())
+    engine = in_use(tokenizer)
+    by_tokenizer: list[str] = []
+
+    def encode(texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        by_tokenizer.extend(texts)
+        return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(list(texts))]
+
+    for start in range(0, len(NUMBERED), 30):
+        engine.encode([*NUMBERED[start : start + 30], *NUMBERED[:5]], encode)
+    assert by_tokenizer == NUMBERED[: bpe.COMPARED_TEXTS] and bpe.COMPARED_TEXTS == 1000
+    assert not engine.rejected
+
+
 UNPROVEN = {
-    "a token of other parts than its text comes to": lambda: of_pairs([("a", "b"), ("b", "c"), ("a", "bc")]),
+    "a token of other parts than its text is encoded to": lambda: of_pairs([("a", "b"), ("b", "c"), ("a", "bc")]),
     "another order of numbers": lambda: of_pairs([("a", "b"), ("b", "c")], order=("bc", "ab")),
     "dropout": lambda: of_pairs([("a", "b")], dropout=0.1),
     "bytes without a token": without_a_byte,

@@ -1,4 +1,4 @@
-"""The W&B tracker on folders that the tests write: a sweep's report, and what is remembered, cut, named and hidden."""
+"""The W&B tracker on folders that the tests write: a sweep's report, names, ids, truncation and redaction."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from matplotlib import pyplot
 
 from glmtuner.config.compose import compose
 from glmtuner.launch.register import register_presets
-from glmtuner.trackers.wandb import MOST_ANSWERS, Wandb, hidden_secrets, sessions, sweep_of
+from glmtuner.trackers.wandb import MAX_PREDICTIONS, Wandb, redacted_argv, sessions, sweep_of
 
 register_presets()
 
@@ -73,7 +73,7 @@ def test_a_sweeps_report_is_one_run_of_its_group(tmp_path: Path) -> None:
         (["sweep", "name=mine"], {"WANDB_RUN_GROUP": "g"}, ("job", "g", "train", "glmtuner")),
     ],
 )  # fmt: skip
-def test_what_is_typed_wins_over_the_environment_and_that_over_the_rest(
+def test_overrides_win_over_the_environment_and_that_over_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], env: dict[str, str], expected: tuple
 ) -> None:
     for name, value in env.items():
@@ -91,7 +91,7 @@ def test_what_is_typed_wins_over_the_environment_and_that_over_the_rest(
     assert (sweep_of(folder) == folder.parent) == (words[:1] == ["sweep"])
 
 
-def test_the_id_of_the_environment_is_taken_by_a_single_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_run_uses_the_id_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     used, _ = a_run(tmp_path / "run")
     used.abandon()
@@ -99,15 +99,15 @@ def test_the_id_of_the_environment_is_taken_by_a_single_run(tmp_path: Path, monk
     assert session.run.run_id == "mine" and session.exit_code == 1 and not session.preempting
 
 
-def test_the_table_of_predictions_is_cut(tmp_path: Path) -> None:
+def test_the_table_of_predictions_is_truncated(tmp_path: Path) -> None:
     used, _ = a_run(tmp_path / "run")
-    lines = [{"index": i, "prompt": "p", "label": "l", "predict": f"答{i}"} for i in range(MOST_ANSWERS + 5)]
+    lines = [{"index": i, "prompt": "p", "label": "l", "predict": f"答{i}"} for i in range(MAX_PREDICTIONS + 5)]
     (tmp_path / "run/predictions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     used.finish(tmp_path / "run", {"predict_rouge-l": 1.5})
     (session,) = wandb_file.sessions(tmp_path / "run")
-    assert session.summary["predictions/nrows"] == MOST_ANSWERS and session.summary["predict_rouge-l"] == 1.5
+    assert session.summary["predictions/nrows"] == MAX_PREDICTIONS and session.summary["predict_rouge-l"] == 1.5
     table = json.loads((tmp_path / "run/wandb/latest-run/files" / session.summary["predictions/path"]).read_text())
-    assert table["data"][-1] == [MOST_ANSWERS - 1, "p", "l", f"答{MOST_ANSWERS - 1}"]
+    assert table["data"][-1] == [MAX_PREDICTIONS - 1, "p", "l", f"答{MAX_PREDICTIONS - 1}"]
 
 
 def test_nothing_is_logged_before_the_start(tmp_path: Path) -> None:
@@ -120,13 +120,13 @@ def test_nothing_is_logged_before_the_start(tmp_path: Path) -> None:
 def test_the_command_line_shows_no_secret_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     typed = ["glmtuner", "trainer.hub_token=hf_abc", "trainer.seed=1"]
     monkeypatch.setattr(sys, "argv", typed)
-    with pytest.raises(KeyError), hidden_secrets():
+    with pytest.raises(KeyError), redacted_argv():
         assert sys.argv == ["glmtuner", "trainer.hub_token=<hidden>", "trainer.seed=1"]
         raise KeyError
     assert sys.argv is typed
 
 
-def test_a_run_outlives_wandbs_own_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_survives_the_end_of_wandbs_own_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, _ = a_run(tmp_path / "run")
     first.log({"step": 1, "loss": 2.0})
     for child in psutil.Process().children(recursive=True):
@@ -136,7 +136,7 @@ def test_a_run_outlives_wandbs_own_process(tmp_path: Path, capsys: pytest.Captur
     first.log({"step": 2, "loss": 1.0})
     first.abandon(preempted=True)
     assert first.finish(tmp_path / "run", {"train_loss": 1.5}) is None
-    assert capsys.readouterr().out.count("W&B is lost (") == 1
+    assert capsys.readouterr().out.count("W&B failed (") == 1
     (tmp_path / "run/history.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     second, _ = a_run(tmp_path / "run", again=True)
     for line in ({"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}):

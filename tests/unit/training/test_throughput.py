@@ -37,22 +37,22 @@ def small(tied: bool = False) -> GlmForCausalLM:
 def test_full_training_computes_six_flops_a_weight_and_the_embedding_is_looked_up(tied):
     found = model_flops(Full(finetuning_type="full").attach(small(tied), family_named("glm")))
     # attention: 2 products of 2 FLOPs over 8 numbers, forward and twice that backward, half of them masked, 3 blocks
-    assert found == ModelFlops(a_token=6 * (3 * BLOCK + HEAD), a_square=3 * (2 * 2 * 8) * 3 // 2)
+    assert found == ModelFlops(per_token=6 * (3 * BLOCK + HEAD), per_squared_length=3 * (2 * 2 * 8) * 3 // 2)
 
 
 def test_lora_computes_four_flops_a_frozen_weight_and_six_a_trained_one():
     lora = Lora(finetuning_type="lora", lora_rank=2, lora_alpha=4, lora_dropout=0, lora_target=["q_proj"])
     found = model_flops(lora.attach(small(), family_named("glm")))
     adapters = 3 * (2 * 8 + 8 * 2)
-    assert found.a_token == 4 * (3 * BLOCK + HEAD) + 6 * adapters
+    assert found.per_token == 4 * (3 * BLOCK + HEAD) + 6 * adapters
 
 
 def test_no_gradient_passes_below_the_first_trained_block():
     freeze = Freeze(finetuning_type="freeze", num_layer_trainable=1, name_module_trainable=LayerPart.mlp)
     found = model_flops(freeze.attach(small(), family_named("glm")))
     mlp = 256 + 128
-    assert found.a_token == 2 * 2 * BLOCK + 4 * (BLOCK - mlp) + 6 * mlp + 4 * HEAD
-    assert found.a_square == (2 * 2 * 8) * (3 + 2 * 1) // 2
+    assert found.per_token == 2 * 2 * BLOCK + 4 * (BLOCK - mlp) + 6 * mlp + 4 * HEAD
+    assert found.per_squared_length == (2 * 2 * 8) * (3 + 2 * 1) // 2
 
 
 def test_experts_are_not_counted():
@@ -87,7 +87,9 @@ def test_a_gpu_is_known_by_whole_words_of_its_name(gpu, tflops):
 
 
 def test_utilization_is_the_share_of_all_gpus():
-    flops = ModelFlops(a_token=10**9, a_square=10**6).of(tokens=31_200, squares=31_200_000)  # 6.24e13
+    flops = ModelFlops(per_token=10**9, per_squared_length=10**6).of(
+        tokens=31_200, squared_lengths=31_200_000
+    )  # 6.24e13
     assert utilization(flops, seconds=2.0, gpu="NVIDIA A100-SXM4-80GB", gpus=1) == pytest.approx(0.1)
     assert utilization(flops, seconds=2.0, gpu="NVIDIA A100-SXM4-80GB", gpus=2) == pytest.approx(0.05)
     assert utilization(flops, seconds=2.0, gpu="Riva TNT2", gpus=1) is None
