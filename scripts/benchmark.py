@@ -28,9 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CHILD = ROOT / "scripts/benchmark_child.py"
 FOLDER = ROOT / "outputs/benchmark"
-DATA = (
-    ROOT.parent / "shared/data/alpaca_zh_demo.json"
-)  # of LLaMA-Factory's data/; the sample is used where it is missing
+DATA = ROOT.parent / "shared/data/alpaca_zh_demo.json"  # of LLaMA-Factory; SAMPLE where it is missing
 SAMPLE = ROOT / "glmtuner/assets/data/alpaca_zh_sample.json"
 DOCS = ROOT / "docs"
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
