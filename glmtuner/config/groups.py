@@ -28,9 +28,15 @@ SCHEMA_CLASSES: dict[str, dict[str, type]] = {}
 
 
 def preset(group: str, name: str) -> Callable[[type[T]], type[T]]:
-    """Register a class as the schema of `conf/<group>/<name>.yaml`."""
+    """Register a class as the schema of `conf/<group>/<name>.yaml`; raises ConfigError for a name that another module has."""
 
     def register(cls: type[T]) -> type[T]:
+        registered = SCHEMA_CLASSES.get(group, {}).get(name)
+        if registered is not None and registered.__module__ != cls.__module__:
+            raise ConfigError(
+                f"{cls.__module__} registers {group}={name}, which {registered.__module__} has registered already; give it "
+                "another name"
+            )
         ConfigStore.instance().store(group=f"schema/{group}", name=name, node=cls)
         SCHEMA_CLASSES.setdefault(group, {})[name] = cls
         return cls

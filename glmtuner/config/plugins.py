@@ -76,8 +76,6 @@ def plugin_presets() -> dict[str, list[str]]:
 
 
 def _imported(name: str) -> Plugin:
-    before = {(group, preset) for group, classes in SCHEMA_CLASSES.items() for preset in classes}
-    classes_before = {key: SCHEMA_CLASSES[key[0]][key[1]] for key in before}
     if (working_dir := str(Path.cwd())) not in sys.path:  # `python -m` adds it, the console script does not
         sys.path.append(working_dir)
     try:
@@ -89,18 +87,18 @@ def _imported(name: str) -> Plugin:
             f"plugins=[{name}]: no such module; put {name.replace('.', '/')}.py into the working directory ({Path.cwd()}), or "
             "install its package"
         ) from None
-    except ConfigError:
-        raise
+    except ConfigError as error:  # of a preset's registration
+        raise ConfigError(f"plugins=[{name}]: {error}") from None
     except Exception as error:
         raise _failed(name, error) from error
-    replaced = [key for key, cls in classes_before.items() if SCHEMA_CLASSES[key[0]][key[1]] is not cls]
-    if replaced:
-        group, preset = replaced[0]
-        SCHEMA_CLASSES[group][preset] = classes_before[replaced[0]]
-        raise ConfigError(
-            f"plugins=[{name}]: it registers {group}={preset}, which exists already; give it another name"
-        )
-    added = sorted({(group, preset) for group, classes in SCHEMA_CLASSES.items() for preset in classes} - before)
+    # not what this import added: the module may be imported already, as in a process that unpickles one of its classes
+    package = name.partition(".")[0]
+    added = sorted(
+        (group, preset)
+        for group, classes in SCHEMA_CLASSES.items()
+        for preset, cls in classes.items()
+        if cls.__module__.partition(".")[0] == package
+    )
     for group, preset in added:
         node = {"defaults": [f"/schema/{group}/{preset}@_here_"], preset_key(group): preset}
         ConfigStore.instance().store(group=group, name=preset, node=node)

@@ -25,7 +25,8 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
     """
     parsed = parse(overrides)
     user_keys = user_keys_of(parsed)
-    unswept = [override.key_or_group for override in parsed if not override.is_sweep_override()]
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    unswept = [override.key_or_group for override in parsed if override.key_or_group not in swept]
     folders = {
         "hydra.sweep.dir": f"'{sweep_folder(overrides)}'",
         "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(unswept)}]",
