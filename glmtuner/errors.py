@@ -6,7 +6,8 @@ GlmtunerError                exit code 2; the message is one paragraph: what is 
 ├── DataError                a dataset: its file, its entry, its records
 ├── CheckpointError          a checkpoint or a run folder
 │   └── FolderBusy           a run folder that another process is using
-└── PreflightError           a run that would train nothing, or produce garbage
+├── PreflightError           a run that would train nothing, or produce garbage
+└── TrainingError            a training that diverged, or took no optimizer step
 """
 
 from collections.abc import Iterable
@@ -34,6 +35,10 @@ class FolderBusy(CheckpointError):
 
 class PreflightError(GlmtunerError):
     """A run that would train nothing, or produce garbage."""
+
+
+class TrainingError(GlmtunerError):
+    """A training that diverged, or took no optimizer step."""
 
 
 class UnknownName(ConfigError):

@@ -1,6 +1,5 @@
 """Generates and scores the answers to a run's evaluation records."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -10,10 +9,11 @@ from glmtuner.config.groups import Engine
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.distributed import ranks
+from glmtuner.errors import CheckpointError
 from glmtuner.families.stop_tokens import stop_ids
 from glmtuner.inference.context import RunContext
 from glmtuner.inference.scoring import Scorer
-from glmtuner.run_folder.files import read_lines, write_text
+from glmtuner.run_folder.files import read_lines, strict_json, write_text
 from glmtuner.run_folder.names import EVALUATIONS, PREDICTIONS
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def answer_all(context: RunContext, path: Path, is_prediction: bool = False) -> 
             file.put(line)
             scorer.put(line["index"], *pair_of(line))
     ranks.barrier()
-    return ranks.broadcast_from_rank0(lambda: merge_and_score(scorer, path, [early, *others]))
+    return ranks.broadcast_from_rank0(lambda: merge_and_score(scorer, path, [early, *others], len(rows)))
 
 
 def batch_size_of(run: Run, model: "PreTrainedModel", prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
@@ -103,7 +103,7 @@ def pair_of(line: Mapping[str, Any]) -> tuple[str, str]:
 
 def text_of(lines: Iterable[Mapping[str, Any]]) -> str:
     """The lines in JSON Lines format."""
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return "".join(strict_json(line) + "\n" for line in lines)
 
 
 class LineFile:
@@ -164,9 +164,18 @@ def recover_answers(path: Path, early: Path, others: list[Path], kept: bool) -> 
     return done
 
 
-def merge_and_score(scorer: Scorer, path: Path, others: list[Path]) -> dict[str, float]:
-    """Merge the answers of all ranks into `path`, in order, and remove the other files; returns the scores."""
+def merge_and_score(scorer: Scorer, path: Path, others: list[Path], records: int) -> dict[str, float]:
+    """Merge the answers of all ranks into `path`, in order, and remove the other files; returns the scores.
+
+    Raises CheckpointError, and removes nothing, unless there is one answer for each of the `records`.
+    """
     done = {line["index"]: line for part in (path, *others) for line in read_lines(part)}
+    if done.keys() != set(range(records)):
+        missing = sorted(set(range(records)) - done.keys())
+        raise CheckpointError(
+            f"{path}: {len(done)} answers for {records} records (record {missing[0] if missing else max(done)} is the first that "
+            "does not fit); run the same command again, or with trainer.overwrite_output_dir=true"
+        )
     ordered = [done[index] for index in sorted(done)]
     write_text(path, text_of(ordered))
     for part in others:

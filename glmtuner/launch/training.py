@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.console import say
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import capture_signals
-from glmtuner.errors import CheckpointError
+from glmtuner.errors import CheckpointError, TrainingError
 from glmtuner.inference.context import RunContext
 from glmtuner.inference.predict import answer_all
 from glmtuner.launch.optimizations import TrainingBatches
-from glmtuner.run_folder.checkpoints import latest_complete_checkpoint
+from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, step_of
+from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import EVALUATIONS
 from glmtuner.stages.stage import learning_stage
 from glmtuner.templates.base import IGNORE_INDEX
@@ -61,6 +62,7 @@ def make_trainer(
 def train(context: RunContext, trainer: "GlmTrainer", resumes: bool) -> dict[str, float]:
     """Train, from the latest complete checkpoint if the run is resumed, then save and verify; returns the training's metrics."""
     from glmtuner.training.callbacks import StopOnSignal
+    from glmtuner.training.divergence import require_finite_weights, require_steps
     from glmtuner.training.preflight import check_first_batch
 
     run, data = context.run, context.data
@@ -95,8 +97,25 @@ def train(context: RunContext, trainer: "GlmTrainer", resumes: bool) -> dict[str
     if capture.signum is not None and trainer.state.global_step < trainer.state.max_steps:
         context.tracker.abandon(preempted=True)
         raise capture.preempted(trainer.state.global_step)
+    first = step_of(checkpoint) if checkpoint is not None else 0
+    if trainer.state.global_step == 0:
+        raise TrainingError(
+            f"trainer.max_steps={trainer.args.max_steps}: the training ended before its first step; check "
+            "trainer.num_train_epochs, trainer.per_device_train_batch_size and trainer.dataloader_drop_last against the number of "
+            "records"
+        )
+    last = trainer.state.global_step
+    if last == first and trainer.args.eval_strategy == "epoch" and not evaluated_at(context.folder, last):
+        trainer.evaluate()  # the run was killed between its last checkpoint and this
+    require_steps(trainer.optimizer_steps.steps, last - first)
+    require_finite_weights(trainer.model.parameters(), trainer.args)
     save_trained(context, trainer.objective)
     return numeric(out.metrics)
+
+
+def evaluated_at(folder: RunFolder, step: int) -> bool:
+    """Whether the history has an evaluation at that step."""
+    return any(line["step"] == step and any(name.startswith("eval_") for name in line) for line in folder.history())
 
 
 def require_resumable(checkpoint: Path) -> None:

@@ -136,7 +136,7 @@ def read_overrides(folder: RunFolder, failure: dict[str, Any]) -> dict[str, Any]
     """The values of the job's overrides by key, from overrides.txt, else from failed.json; redacted ones are left out."""
     overrides = failure.get("words") or []
     if (folder / OVERRIDES).is_file():
-        overrides = (folder / OVERRIDES).read_text(encoding="utf-8", errors="replace").splitlines()
+        overrides = (folder / OVERRIDES).read_text(encoding="utf-8", errors="replace").split("\n")
     values: dict[str, Any] = {}
     for override in map(str, overrides):
         key, equals, text = override.partition("=")

@@ -1,8 +1,8 @@
 """Callbacks that write the history and stop a training on a signal."""
 
-import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from glmtuner.config.schema import Tracker
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import SignalCapture
 from glmtuner.run_folder.checkpoints import step_of
+from glmtuner.run_folder.files import strict_json
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import HISTORY
 
@@ -27,6 +28,7 @@ class TrainerInProgress(Protocol):
     tokens: torch.Tensor
     squared_lengths: torch.Tensor
     resumed_from: Path | None
+    history_lines: int | None
 
     def restore_progress(self) -> None: ...
 
@@ -70,8 +72,10 @@ class History(TrainerCallback):
         kept = []
         if self.trainer.resumed_from is not None:
             last = step_of(self.trainer.resumed_from)
-            kept = [line for line in self.trainer.folder.history() if line["step"] <= last]
-        self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+            kept = [line for line in self.trainer.folder.history() if line["step"] <= last][
+                : self.trainer.history_lines
+            ]
+        self.path.write_text("".join(f"{strict_json(line)}\n" for line in kept), encoding="utf-8")
         for line in kept:
             self.trainer.tracker.log(line)
 
@@ -81,10 +85,21 @@ class History(TrainerCallback):
             return
         line = {"step": state.global_step, "epoch": values.pop("epoch", state.epoch), **values}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(strict_json(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.trainer.tracker.log(line | self._speed() if "loss" in values else line)
+
+
+class CountOptimizerSteps(TrainerCallback):
+    """Counts the optimizer steps of this session that were not skipped, as fp16's scaler does when a gradient overflows."""
+
+    def __init__(self, was_skipped: Callable[[], bool]) -> None:
+        self.was_skipped = was_skipped
+        self.steps = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += not self.was_skipped()
 
 
 class StopOnSignal(TrainerCallback):

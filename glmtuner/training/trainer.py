@@ -1,6 +1,5 @@
 """transformers' Trainer with crash-safe checkpoints and a history that reads the same after a resume."""
 
-import json
 import math
 import shutil
 import time
@@ -21,11 +20,12 @@ from glmtuner.data.segments import lengths_of
 from glmtuner.distributed import ranks
 from glmtuner.finetuning.trained import gathered
 from glmtuner.run_folder.checkpoints import checkpoints, mark_complete
-from glmtuner.run_folder.files import read_json, write_json, write_text
+from glmtuner.run_folder.files import read_json, strict_json, write_json, write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import CHECKPOINTS, LOSSES
 from glmtuner.templates.base import IGNORE_INDEX
-from glmtuner.training.callbacks import History
+from glmtuner.training.callbacks import CountOptimizerSteps, History
+from glmtuner.training.divergence import require_finite
 from glmtuner.training.measurements import Measurements, forget_peak, peak_memory_gib, token_losses
 from glmtuner.training.samplers import EvenBatches, PaddedRows
 from glmtuner.training.throughput import model_flops, size_of, utilization
@@ -39,9 +39,7 @@ if TYPE_CHECKING:
     from glmtuner.objectives.objective import Objective
 
 
-PROGRESS = (
-    "progress.json"  # what trainer_state.json leaves out: the loss since the last logged step, and the time so far
-)
+PROGRESS = "progress.json"  # what trainer_state.json lacks: the loss since the last logged step, and the time so far
 
 
 class GlmTrainer(Trainer):
@@ -83,6 +81,8 @@ class GlmTrainer(Trainer):
                 **(config.gradient_accumulation_kwargs or {}),
                 "sync_each_batch": True,
             }
+        # it would log 0.0 for a loss that is not finite; `_require_finite` ends such a run
+        args.logging_nan_inf_filter = False
         with _quantization_check_skipped(model):
             super().__init__(model, args, **kwargs)
         if sharded and not self.is_deepspeed_enabled:
@@ -102,13 +102,14 @@ class GlmTrainer(Trainer):
             self.model_accepts_loss_kwargs = False  # an objective's loss is a mean over rows, whatever their lengths
         # of this rank: the number of tokens without padding, and the sum of the rows' squared lengths
         self.tokens, self.squared_lengths = torch.zeros(2, dtype=torch.long, device=self.args.device)
-        self.evaluated_batches: list[
-            dict[str, torch.Tensor]
-        ] = []  # of this evaluation: metric -> values of a batch's rows
+        self.evaluated_batches: list[dict[str, torch.Tensor]] = []  # metric -> values of a batch's rows
         self.seconds_before_resume = 0.0
         self.train_seconds = 0.0
         self.resumed_from: Path | None = None
+        self.history_lines: int | None = None  # at the checkpoint that is resumed from
+        self.optimizer_steps = CountOptimizerSteps(lambda: self.accelerator.optimizer_step_was_skipped)
         self.add_callback(History(self))
+        self.add_callback(self.optimizer_steps)
 
     def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
         """Sharded weights are on their device already."""
@@ -183,6 +184,7 @@ class GlmTrainer(Trainer):
             "loss_logged": self._total_loss_scalar,
             "step_logged": self._globalstep_last_logged,
             "seconds": self.seconds_before_resume + time.time() - self._session_start,
+            "history_lines": len(self.folder.history()),  # what comes later, a resumed run writes again
         }
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -235,6 +237,7 @@ class GlmTrainer(Trainer):
         self._total_loss_scalar = progress["loss_logged"]
         self._globalstep_last_logged = progress["step_logged"]
         self.seconds_before_resume = progress["seconds"]
+        self.history_lines = progress.get("history_lines")  # checkpoints of earlier versions have none
         self.measured.load_state_dict(progress["measured"][ranks.rank()], self.args.device)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> "TrainOutput":
@@ -273,7 +276,7 @@ class GlmTrainer(Trainer):
                 }
                 for index, row in enumerate(rows)
             ]
-            write_text(self.folder / LOSSES, "".join(f"{json.dumps(line)}\n" for line in lines))
+            write_text(self.folder / LOSSES, "".join(f"{strict_json(line)}\n" for line in lines))
         if self.objective is None:
             means = {"loss": (columns["loss"].sum() / columns["tokens"].sum()).item()}
         else:
@@ -320,7 +323,7 @@ class GlmTrainer(Trainer):
         """transformers' step, with the tokens counted; an objective that takes its own optimizer steps replaces it."""
         if self.objective is not None and self.objective.takes_optimizer_steps:
             model.train()
-            return self.objective.update(self, model, self._prepare_inputs(inputs))
+            return self._require_finite("loss", self.objective.update(self, model, self._prepare_inputs(inputs)))
         if "segments" in inputs:
             taught = inputs["segments"].taught
             self.tokens += sum(taught)
@@ -330,7 +333,27 @@ class GlmTrainer(Trainer):
             tokens_B = (inputs["attention_mask"] * is_taught_B[:, None]).sum(1).to(self.tokens.device)
             self.tokens += tokens_B.sum()
             self.squared_lengths += tokens_B.square().sum()
-        return super().training_step(model, inputs, num_items_in_batch)
+        return self._require_finite("loss", super().training_step(model, inputs, num_items_in_batch))
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient norm before clipping; raises TrainingError unless it is finite, or fp16's scaler skips such steps."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+            self._require_finite("gradient norm", torch.as_tensor(norm))
+        return norm
+
+    def _require_finite(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        return require_finite(name, value, self.state.global_step, self.args)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """An epoch, unless the last step was taken before: transformers would take one more before it looks.
+
+        So a run that was killed after its last checkpoint, in its final evaluation or prediction, ends with the same weights.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own loss, or the mean of an objective's over the rows."""

@@ -179,3 +179,26 @@ def test_vllm_must_be_installed_and_know_the_model(glmtuner: Callable, tmp_path:
     assert "type pip install 'glmtuner[vllm]', or type generation.engine=transformers" in message
     with pytest.raises(ConfigError, match=r"does not know the first ChatGLM-6B; type generation\.engine=transformers"):
         next(vllm_answers(built("ChatGLM"), [[20]], None, 0))  # type: ignore[arg-type]
+
+
+def test_texts_with_other_line_separators_are_one_line_each(glmtuner: Callable, tmp_path: Path) -> None:
+    """U+2028, U+2029 and U+0085 end no line of JSON; they did, and the answers beside them vanished with their scores."""
+    texts = ["a\u2028b", "c\u2029d", "e\x85f", "g\x0b\x0ch"]
+    records = [{"instruction": text, "output": text} for text in texts]
+    (tmp_path / "records.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    words = [
+        "trainer=predict",
+        "model=tiny_glm",
+        "tracker=none",
+        "data.dataset=records.json",
+        "data.max_target_length=4",
+    ]
+    done = glmtuner(*words, "trainer.disable_tqdm=true", "trainer.output_dir=run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "run/predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["label"] for line in lines] == texts and "left out" not in done.stdout
+    assert glmtuner("report", "run").returncode == 0
+    kept = (tmp_path / "run/predictions.jsonl").read_bytes()
+    (tmp_path / "run/metrics.json").unlink()
+    again = glmtuner(*words, "trainer.disable_tqdm=true", "trainer.output_dir=run")
+    assert again.returncode == 0 and (tmp_path / "run/predictions.jsonl").read_bytes() == kept

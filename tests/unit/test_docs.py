@@ -48,6 +48,7 @@ OURS = [command for command in ALL if command.arguments is not None]
 @pytest.fixture(scope="module", autouse=True)
 def plugins_stay_here() -> Iterator[None]:
     """What documented plugins register is forgotten afterwards: other tests of this process list all presets."""
+    register_presets()
     before = {group: dict(classes) for group, classes in SCHEMA_CLASSES.items()}
     yield
     for group, classes in SCHEMA_CLASSES.items():

@@ -1,0 +1,45 @@
+"""The end of a training that diverged: at the first number that is not finite, before it reaches the saved weights."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from glmtuner.errors import TrainingError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def require_finite(name: str, value: torch.Tensor, step: int, args: "TrainingArguments") -> torch.Tensor:
+    """The value; raises TrainingError where it is not finite. `step` counts the optimizer steps before it."""
+    if not bool(torch.isfinite(value).all()):
+        raise TrainingError(
+            f"the {name} is {value.item()} in step {step + 1}: the training diverged with trainer.learning_rate="
+            f"{args.learning_rate:g} and trainer.max_grad_norm={args.max_grad_norm:g}; type a smaller trainer.learning_rate, "
+            "trainer.warmup_ratio=0.03, trainer.max_grad_norm=1, or a higher precision (trainer.bf16=true instead of fp16, "
+            "model.dtype=float32)"
+        )
+    return value
+
+
+def require_finite_weights(parameters: Iterable[torch.nn.Parameter], args: "TrainingArguments") -> None:
+    """Raise TrainingError where a trained weight is not finite after the last step; of a shard, this rank's part counts."""
+    for parameter in parameters:
+        values = parameter.detach()
+        local = values.to_local() if isinstance(values, DTensor) else values
+        if parameter.requires_grad and not bool(torch.isfinite(local).all()):
+            raise TrainingError(
+                f"a trained weight is not finite after the last step: the training diverged with trainer.learning_rate="
+                f"{args.learning_rate:g}; type a smaller trainer.learning_rate, or trainer.warmup_ratio=0.03"
+            )
+
+
+def require_steps(taken: int, trained: int) -> None:
+    """Raise TrainingError where none of the `trained` steps updated the weights, or where there was none to train."""
+    if trained and not taken:
+        raise TrainingError(
+            f"no optimizer step was taken in {trained} steps: every gradient overflowed in half precision; type trainer.bf16=true "
+            "instead of trainer.fp16=true, or a smaller trainer.learning_rate"
+        )

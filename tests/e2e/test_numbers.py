@@ -1,0 +1,108 @@
+"""Runs that diverge are failures and never results; a run that was killed behind its last step takes no more steps."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TINY = (
+    "model=tiny_glm", "tracker=none", "trainer.disable_tqdm=true", "trainer.logging_steps=1", "data.max_source_length=64",
+    "data.max_target_length=24",
+)  # fmt: skip
+DIVERGING = {
+    "lora": ("data.dataset=identity_sample", "trainer.max_steps=4"),
+    "full": ("data.dataset=identity_sample", "trainer.max_steps=4", "finetuning=full"),
+    "freeze": ("data.dataset=identity_sample", "trainer.max_steps=4", "finetuning=freeze"),
+    "p_tuning": ("data.dataset=identity_sample", "trainer.max_steps=6", "finetuning=p_tuning"),
+    "no clipping": ("data.dataset=identity_sample", "trainer.max_steps=4", "trainer.max_grad_norm=0"),
+    "pt": ("stage=pt", "data.dataset=text_sample", "trainer.max_steps=6"),
+    "dpo": ("stage=dpo", "data.dataset=preference_sample", "trainer.max_steps=4"),
+    "kto": ("stage=kto", "data.dataset=feedback_sample", "trainer.max_steps=4"),
+    "rm": ("stage=rm", "data.dataset=preference_sample", "trainer.max_steps=4"),
+    "the last step": (
+        "data.dataset=identity_sample",
+        "trainer.max_steps=1",
+        "finetuning=full",
+        "trainer.warmup_steps=0",
+    ),
+}
+
+
+def strict_files(folder: Path) -> None:
+    """Every JSON file of a folder holds JSON."""
+    for path in [*folder.rglob("*.json"), *folder.rglob("*.jsonl")]:
+        text = path.read_text(encoding="utf-8")
+        for document in text.split("\n") if path.suffix == ".jsonl" else [text]:
+            if document.strip():
+                json.loads(document, parse_constant=lambda name, path=path: pytest.fail(f"{path} holds {name}"))
+
+
+@pytest.mark.parametrize("kind", DIVERGING)
+def test_a_run_that_diverges_fails(glmtuner: Callable, tmp_path: Path, kind: str) -> None:
+    done = glmtuner(*TINY, *DIVERGING[kind], "trainer.learning_rate=1e38", "trainer.output_dir=run")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "diverged" in done.stderr and "trainer.learning_rate=1e+38" in done.stderr and "Traceback" not in done.stderr
+    run = tmp_path / "run"
+    assert not any((run / name).exists() for name in ("metrics.json", "adapter", "model", "report.md"))
+    assert "diverged" in json.loads((run / "failed.json").read_text())["reason"]
+    strict_files(run)
+
+
+def test_a_diverged_job_is_never_ranked(glmtuner: Callable, tmp_path: Path) -> None:
+    done = glmtuner(
+        "-m", *TINY, "data.dataset=identity_sample", "trainer.max_steps=4", "trainer.learning_rate=1e-3,1e30",
+        "objective=train_loss", "name=rates",
+    )  # fmt: skip
+    assert done.returncode == 1 and "diverged" in done.stderr
+    board = (tmp_path / "outputs/sweeps/rates/leaderboard.csv").read_text(encoding="utf-8")
+    rows = [row for row in board.splitlines() if "1e+30" in row or "1e30" in row]
+    assert "(1 finished" in done.stdout and all("failed" in row for row in rows)
+    strict_files(tmp_path / "outputs/sweeps/rates")
+
+
+@pytest.mark.parametrize(
+    "ends", [("trainer.max_steps=5",), ("trainer.num_train_epochs=1.5",), ("trainer.num_train_epochs=1",)]
+)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_that_was_killed_behind_its_last_checkpoint_trains_nothing(
+    glmtuner: Callable, tmp_path: Path, method: str, ends: tuple[str, ...]
+) -> None:
+    words = [
+        *TINY, f"finetuning={method}", "data.dataset=identity_sample", "data.dev_ratio=0.1", "trainer.do_eval=true", "trainer.do_predict=true",
+        "trainer.predict_with_generate=true", "trainer.eval_strategy=epoch", *ends, "trainer.output_dir=run",
+    ]  # fmt: skip
+    done = glmtuner(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run, saved = tmp_path / "run", "adapter" if method == "lora" else "model"
+    weights = next((run / saved).glob("*.safetensors")).read_bytes()
+    history, answers = (run / "history.jsonl").read_text(), (run / "predictions.jsonl").read_text()
+    metrics = json.loads((run / "metrics.json").read_text())
+    for _ in range(2):  # as often as it is killed
+        shutil.rmtree(run / saved)
+        (run / "metrics.json").unlink()
+        (run / "predictions.jsonl").unlink()
+        done = glmtuner(*words)
+        assert done.returncode == 0 and "resumed from checkpoint-" in done.stdout, done.stdout + done.stderr
+        assert next((run / saved).glob("*.safetensors")).read_bytes() == weights
+        assert (run / "history.jsonl").read_text() == history and (run / "predictions.jsonl").read_text() == answers
+        again = json.loads((run / "metrics.json").read_text())
+        assert again["train_loss"] == metrics["train_loss"] and again["predict_rouge-l"] == metrics["predict_rouge-l"]
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(glmtuner: Callable, tmp_path: Path) -> None:
+    words = [
+        *TINY, "data.dataset=identity_sample", "data.dev_ratio=0.1", "trainer.eval_strategy=epoch", "trainer.save_strategy=steps",
+        "trainer.save_steps=2", "trainer.max_steps=4", "trainer.output_dir=run",
+    ]  # fmt: skip
+    assert glmtuner(*words).returncode == 0
+    run = tmp_path / "run"
+    history = (run / "history.jsonl").read_text()
+    lines = history.splitlines(keepends=True)
+    assert "eval_loss" in lines[-1]
+    shutil.rmtree(run / "adapter")
+    (run / "metrics.json").unlink()
+    (run / "history.jsonl").write_text("".join(lines[:-1]))
+    assert glmtuner(*words).returncode == 0
+    assert (run / "history.jsonl").read_text() == history
