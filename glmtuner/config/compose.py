@@ -257,7 +257,7 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
         return config
     saved = OmegaConf.load(source / "config.yaml")
     assert isinstance(saved, DictConfig)
-    load_plugins(saved.get("plugins", []))
+    load_plugins(saved.get("plugins", []), named_by_run=True)
     bits = saved.quant.get("quantization_bit")
     chosen = {"finetuning": saved.finetuning.finetuning_type, "quant": f"int{bits}" if bits else "none"}
     config = recompose([f"{group}={name}" for group, name in chosen.items() if group not in user_keys])

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,11 +49,27 @@ class Plugin:
 _loaded: dict[str, Plugin] = {}
 
 
-def load_plugins(names: Sequence[str]) -> None:
-    """Import these modules and those of the entry points, once each; raises ConfigError if an import fails."""
+def load_plugins(names: Sequence[str], *, named_by_run: bool = False) -> None:
+    """Import these modules and those of the entry points, once each; raises ConfigError if an import fails.
+
+    `named_by_run` says that a run folder names them, not the user: code that came with a run folder is not executed then.
+    """
     for name in (*installed_plugins(), *names):
         if name not in _loaded:
+            if named_by_run and _lies_in_a_run(name):
+                raise ConfigError(
+                    f"plugins=[{name}]: the run names it, and the module lies in a run folder; code that came with a run is not "
+                    f"executed: type plugins={name} if you trust it"
+                )
             _loaded[name] = _imported(name)
+
+
+def _lies_in_a_run(name: str) -> bool:
+    """Whether the module, or the package it is in, would be imported from a run folder."""
+    spec = find_spec(name.partition(".")[0])  # of the package: a submodule's would import it
+    places = [*(spec.submodule_search_locations or ()), spec.origin or ""] if spec else []
+    folders = [folder for place in places for folder in (Path(place).resolve(), *Path(place).resolve().parents)]
+    return any((folder / "config.yaml").is_file() and (folder / "provenance.json").is_file() for folder in folders)
 
 
 @cache

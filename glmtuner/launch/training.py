@@ -107,7 +107,7 @@ def train(context: RunContext, trainer: "GlmTrainer", resumes: bool) -> dict[str
     last = trainer.state.global_step
     if last == first and trainer.args.eval_strategy == "epoch" and not evaluated_at(context.folder, last):
         trainer.evaluate()  # the run was killed between its last checkpoint and this
-    require_steps(trainer.optimizer_steps.steps, last - first)
+    require_steps(trainer.optimizer_steps.steps, last)
     require_finite_weights(trainer.model.parameters(), trainer.args)
     save_trained(context, trainer.objective)
     return numeric(out.metrics)

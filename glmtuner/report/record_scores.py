@@ -77,7 +77,7 @@ def build_metric(values: Mapping[str, Any]) -> Metric | None:
     import glmtuner.metrics  # noqa: F401  (registers the metrics)
 
     try:
-        load_plugins(values.get("plugins") or [])
+        load_plugins(values.get("plugins") or [], named_by_run=True)
     except ConfigError as error:
         say(f"answers are not scored again: {error}")
         return None

@@ -92,7 +92,7 @@ class History(TrainerCallback):
 
 
 class CountOptimizerSteps(TrainerCallback):
-    """Counts the optimizer steps of this session that were not skipped, as fp16's scaler does when a gradient overflows."""
+    """Counts the optimizer steps of the training that fp16's scaler did not skip; it skips one when a gradient overflows."""
 
     def __init__(self, was_skipped: Callable[[], bool]) -> None:
         self.was_skipped = was_skipped

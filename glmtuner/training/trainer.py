@@ -90,9 +90,7 @@ class GlmTrainer(Trainer):
             # wrap it into DDP. Set after __init__, which refuses checkpoints of such models; ours hold full weights.
             self.is_distributed_loading_by_transformers = True
         forget_peak(self.args.device)
-        self.finetuning = finetuning
-        self.tracker = tracker
-        self.folder = folder
+        self.finetuning, self.tracker, self.folder = finetuning, tracker, folder
         self.score = score
         self.objective = objective
         self.derived = derived
@@ -184,6 +182,7 @@ class GlmTrainer(Trainer):
             "loss_logged": self._total_loss_scalar,
             "step_logged": self._globalstep_last_logged,
             "seconds": self.seconds_before_resume + time.time() - self._session_start,
+            "optimizer_steps": self.optimizer_steps.steps,
             "history_lines": len(self.folder.history()),  # what comes later, a resumed run writes again
         }
 
@@ -237,7 +236,8 @@ class GlmTrainer(Trainer):
         self._total_loss_scalar = progress["loss_logged"]
         self._globalstep_last_logged = progress["step_logged"]
         self.seconds_before_resume = progress["seconds"]
-        self.history_lines = progress.get("history_lines")  # checkpoints of earlier versions have none
+        self.history_lines = progress.get("history_lines")  # checkpoints of earlier versions have neither
+        self.optimizer_steps.steps = progress.get("optimizer_steps", 1)
         self.measured.load_state_dict(progress["measured"][ranks.rank()], self.args.device)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> "TrainOutput":

@@ -113,3 +113,16 @@ def test_mistakes_are_told_in_a_paragraph(glmtuner_process: Callable, here: Path
     assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
     assert all(fact in done.stderr for fact in facts), done.stderr
     assert not (here / "outputs").exists()
+
+
+def test_code_that_came_with_a_run_is_not_executed(glmtuner_process: Callable, here: Path) -> None:
+    done = glmtuner_process(*SHORT, "trainer.output_dir=run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    code = (here / "my_plugin.py").read_text(encoding="utf-8")
+    (here / "my_plugin.py").unlink()
+    (here / "run/my_plugin.py").write_text(f"open('executed', 'w').close()\n{code}", encoding="utf-8")
+    for words in (["chat", "run"], ["trainer=predict", "model.checkpoint_dir=run", "data.dataset=identity_sample"]):
+        done = glmtuner_process(*words, env={"PYTHONPATH": f"{PLUGIN.parent.parent}:{here / 'run'}"})
+        assert done.returncode == 2 and "plugins=my_plugin" in done.stderr and "Traceback" not in done.stderr
+    done = glmtuner_process("report", "run", env={"PYTHONPATH": f"{PLUGIN.parent.parent}:{here / 'run'}"})
+    assert done.returncode == 0 and not (here / "executed").exists()

@@ -33,6 +33,6 @@ def test_weights_that_are_not_finite_are_never_saved():
 
 def test_steps_that_were_all_skipped_are_an_error():
     require_steps(taken=1, trained=4)
-    require_steps(taken=0, trained=0)  # resumed behind the last step
+    require_steps(taken=0, trained=0)
     with pytest.raises(TrainingError, match=r"trainer\.bf16=true"):
         require_steps(taken=0, trained=4)
