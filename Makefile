@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIGER := .liger
 
-.PHONY: setup quickstart test test-slurm test-liger check format schema wheel clean
+.PHONY: setup quickstart test test-attack test-slurm test-liger check format schema wheel clean
 
 setup: $(READY)
 
@@ -20,6 +20,10 @@ quickstart: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# fuzzed records and requests, damaged folders, SIGKILL at random moments
+test-attack: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attack --numprocesses 2 --dist loadfile
 
 test-slurm: $(READY)
 	SLURM_CONF=$$(scripts/local_slurm.sh start .slurm) $(BIN)/python -m pytest tests/slurm; \
