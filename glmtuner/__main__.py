@@ -1,13 +1,26 @@
 """`python -m glmtuner …`; the command line is in cli/."""
 
+import os
 import sys
 
-from glmtuner.cli.main import main
+from glmtuner.cli import streams
+from glmtuner.cli.main import SIGPIPE, main
 
 
 def run() -> None:
     """The console script."""
-    sys.exit(main())
+    streams.prepare()
+    code = main()
+    try:
+        sys.stdout.flush()
+    except streams.ReaderGone:
+        code = code or 128 + SIGPIPE
+    except OSError as error:  # `> file` on a full disk
+        if not code:
+            print(f"glmtuner: standard output cannot be written ({os.strerror(error.errno or 0)})", file=sys.stderr)
+        streams.discard(1)
+        code = code or 1
+    sys.exit(code)
 
 
 if __name__ == "__main__":

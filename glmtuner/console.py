@@ -1,7 +1,28 @@
-"""Terminal output of a run; with several ranks, only rank 0 prints."""
+"""Terminal output; with several ranks, only rank 0 prints.
+
+Texts may come from a data set, a model or a stranger's folder. Whatever is printed is plain text: no markup, and no character
+that a terminal obeys.
+"""
 
 import os
+import re
+import sys
 from collections.abc import Iterable, Sequence
+
+# What a terminal obeys instead of showing: control characters (ESC, BEL, a carriage return, and the C1 controls, which many
+# terminals take for ESC sequences), and the characters that change the direction of the text after them (CVE-2021-42574).
+# Lone surrogates, as in file names that are not UTF-8, cannot be encoded.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\ud800-\udfff]")
+
+
+def plain(text: str) -> str:
+    r"""The text with \x1b, \u202e and so on in place of characters that a terminal obeys; line breaks and tabs remain."""
+    return UNPRINTABLE.sub(_escaped, text.replace("\r\n", "\n"))
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def is_silent() -> bool:
@@ -12,7 +33,12 @@ def is_silent() -> bool:
 def say(text: str) -> None:
     """Print one line of plain text."""
     if not is_silent():
-        print(text, flush=True)
+        print(plain(text), flush=True)
+
+
+def complain(text: str) -> None:
+    """Print one line of plain text on standard error, whatever the rank."""
+    print(plain(text), file=sys.stderr, flush=True)
 
 
 def width() -> int:
@@ -33,15 +59,18 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
+    def cell(value: object) -> Text:  # a string would be parsed as markup
+        return Text(plain(str(value)))
+
     grid = Table(
-        title=title or None,
+        title=cell(title) if title else None,
         title_justify="left",
         box=box.ROUNDED,
         show_header=show_header,
         show_lines=show_header and lines,
     )
     for column in columns:
-        grid.add_column(column, overflow="fold")
+        grid.add_column(cell(column), overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(str(cell)) for cell in row))  # a plain string would be parsed as markup
+        grid.add_row(*map(cell, row))
     Console(soft_wrap=False).print(grid)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glmtuner.config.objective import measured_as
+from glmtuner.console import complain, say
 from glmtuner.errors import ConfigError, GlmtunerError
 from glmtuner.report.jobs import PRESET_KEYS, read_jobs, varied_knobs
 from glmtuner.report.ranking import resolve_objective
@@ -116,9 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", type=Path, metavar="FILE", help="write the workspace's JSON, and ask no server")
     given = parser.parse_args(argv)
     try:
-        print(make(given))
+        say(make(given))
     except GlmtunerError as error:
-        print(f"wandb_dashboard: {error}", file=sys.stderr)
+        complain(f"wandb_dashboard: {error}")
         return 2
     return 0
 

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def answer_line(conversation: "Conversation", line: str) -> bool:
     """Run the line if it is a command, else print the model's answer to it; False for /exit."""
-    from glmtuner.console import say
+    from glmtuner.console import plain, say
     from glmtuner.errors import ConfigError, did_you_mean
 
     command, _, rest = line.partition(" ")
@@ -63,7 +63,7 @@ def answer_line(conversation: "Conversation", line: str) -> bool:
         say(f"unknown command {command!r}{did_you_mean(command, COMMANDS, 'known: ' + ', '.join(COMMANDS))}")
     else:
         try:
-            _, dropped = conversation.ask(line, lambda text: print(text, end="", flush=True))
+            _, dropped = conversation.ask(line, lambda text: print(plain(text), end="", flush=True))
         except ConfigError as error:
             say(f"({error})")
             return True
@@ -74,17 +74,27 @@ def answer_line(conversation: "Conversation", line: str) -> bool:
 
 
 def read_line() -> str | None:
-    """The next line of standard input; None at its end. Ctrl-C discards the current line."""
+    """The next line of standard input; None at its end. Ctrl-C discards the current line.
+
+    A pipe is read as UTF-8, whatever the locale. A line that is not valid UTF-8 is named and left out.
+    """
     while True:
         try:
-            return input("> " if sys.stdin.isatty() else "").strip()
+            if sys.stdin.isatty() or not hasattr(sys.stdin, "buffer"):
+                line = input("> " if sys.stdin.isatty() else "")
+                line.encode()  # what is not UTF-8 may be in it as lone surrogates
+            elif raw := sys.stdin.buffer.readline():
+                line = raw.decode("utf-8-sig")
+            else:
+                raise EOFError
+            return line.strip()
         except KeyboardInterrupt:
             print()
         except EOFError:
             print()
             return None
-        except UnicodeDecodeError:
-            print("(the line is not valid UTF-8)")
+        except UnicodeError:
+            print("(the line is not valid UTF-8 and is left out)")
 
 
 def history_file() -> Path:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.errors import CheckpointError, ConfigError
+from glmtuner.finetuning.adapter import ROUNDING, allowed_difference
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from glmtuner.finetuning.start import Checkpoint
     from glmtuner.inference.finished import Finished
 
 HELP = "its model as a standalone folder, merged and checked"
@@ -19,8 +21,6 @@ RECEIPT = "export.json"  # written last: its presence marks a complete export
 VALUE_HEAD_FILE = "value_head.safetensors"  # of a reward model
 PROMPT = "你好，请用一句话介绍你自己。Hello, who are you?"
 NEW_TOKENS = 16
-# The largest difference of a logit that rounding explains, relative to the largest logit; absolute for float32.
-DRIFT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--layout", choices=("transformers", "published"), default="transformers",
         help="ChatGLM2, ChatGLM3 and GLM-4: transformers' own names, or those of their first release",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=tuple(DRIFT), help="of the written weights; by default that of the base")
+    parser.add_argument("--dtype", choices=tuple(ROUNDING), help="of the written weights; by default that of the base")
     parser.add_argument("--shard", default="5GB", metavar="SIZE", help="the largest file")
     parser.add_argument("--push-to", metavar="ORG/NAME", help="a Hugging Face repository to upload to")
 
@@ -45,7 +45,7 @@ class Answer:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from glmtuner.console import say
-    from glmtuner.finetuning.start import checkpoint_in
+    from glmtuner.finetuning.start import LORA, checkpoint_in, checkpoints_of
     from glmtuner.launch.build import finished_run, is_policy
     from glmtuner.run_folder.files import write_json
     from glmtuner.run_folder.provenance import version_of
@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # merged in float32 on the unquantized base, also if the adapter was trained on a quantized one
     finished = finished_run(arguments.run, ["quant=none", "model.dtype=float32", *overrides], generates=False)
     dtype = arguments.dtype or stored_dtype(finished)
-    expected = answer(finished, finished.model)
+    adapters = checkpoints_of(finished.run.model)
+    expected = answer_of_peft(finished, adapters) or answer(finished, finished.model)
     partial = to.with_name(f".{to.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -76,13 +77,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         shutil.copyfile(checkpoint_in(str(arguments.run[-1])).folder / VALUE_HEAD_FILE, partial / VALUE_HEAD_FILE)
     actual = answer(finished, reloaded(finished, partial, prefix))
     drift = (actual.logits - expected.logits).abs().max().item()
-    allowed = DRIFT["float32" if prefix else dtype]
-    if dtype != "float32" and not prefix:
-        allowed *= expected.logits.abs().max().item()
+    allowed = allowed_difference(expected.logits, "float32" if prefix else dtype)
     same = actual.ids == expected.ids
     if not drift <= allowed or (dtype == "float32" and not same):
         raise CheckpointError(
-            f"the export in {partial} differs from the run's model: a logit by {drift:.2g} (rounding explains {allowed:.2g} at "
+            f"the export in {partial} differs from the run's model{', as PEFT loads it' if adapters[-1].kind is LORA else ''}: a logit "
+            f"by {drift:.2g} (rounding explains {allowed:.2g} at "
             f"most), and the greedy answers are {'equal' if same else 'different'}; the folder is kept for inspection, do not use it"
         )
     receipt = {
@@ -113,7 +113,7 @@ def stored_dtype(finished: "Finished") -> str:
 
     config = read_config(finished.run.model)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return dtype if dtype in DRIFT else "float32"
+    return dtype if dtype in ROUNDING else "float32"
 
 
 def answer(finished: "Finished", model: "PreTrainedModel") -> Answer:
@@ -132,6 +132,36 @@ def answer(finished: "Finished", model: "PreTrainedModel") -> Answer:
         pad_id=finished.tokenizer.pad_token_id,
     )  # fmt: skip
     return Answer(logits, next(iter(answers(model, [prompt.input_ids], decoding, batch_size=1)))[1])
+
+
+def answer_of_peft(finished: "Finished", checkpoints: "list[Checkpoint]") -> Answer | None:
+    """The answer of the base with the adapters as PEFT itself loads them from their files, the last one unmerged.
+
+    None where a checkpoint is not a LoRA adapter: PEFT has no such checkpoint, or computes another prefix.
+    """
+    import dataclasses
+
+    import torch
+    from peft import LoraConfig, PeftModel
+
+    from glmtuner.finetuning.start import LORA, base_folder
+    from glmtuner.launch.device import device_of
+    from glmtuner.models.load import load_model
+
+    adapters = [checkpoint for checkpoint in checkpoints if not checkpoint.kind.is_whole_model]
+    if not adapters or any(checkpoint.kind is not LORA for checkpoint in adapters):
+        return None
+    source, device = finished.run.model, device_of(finished.run)
+    if folder := base_folder(checkpoints):
+        source = dataclasses.replace(source, model_name_or_path=str(folder), config_name=None)
+    model: Any = load_model(source, finished.family, finished.run.quant, device, torch.float32).to(device)  # type: ignore[arg-type]
+    for checkpoint in adapters:
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        config = LoraConfig.from_pretrained(str(checkpoint.folder))
+        config.task_type = "CAUSAL_LM"
+        model = PeftModel.from_pretrained(model, str(checkpoint.folder), config=config)
+    return answer(finished, model.eval())
 
 
 def write_model(finished: "Finished", folder: Path, layout: str, dtype: str, shard: str) -> None:

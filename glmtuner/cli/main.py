@@ -7,15 +7,18 @@ stopped, with a checkpoint.
 import argparse
 import errno
 import os
+import re
 import select
 import sys
 from collections.abc import Sequence
 
 from glmtuner import __version__
 from glmtuner.cli.options import hydra_flags, parse_options
+from glmtuner.cli.streams import ReaderGone, results_in_files
+from glmtuner.console import complain, plain
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import Preempted
-from glmtuner.errors import GlmtunerError
+from glmtuner.errors import ConfigError, GlmtunerError
 
 SIGPIPE = 13  # signal.SIGPIPE, which Windows does not have
 
@@ -25,32 +28,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     ranks.adopt_slurm_env()
     try:
+        check_encodable(arguments)
         return run_command(arguments)
     except GlmtunerError as error:
         if ranks.should_report(error):
-            print(f"glmtuner: {error}", file=sys.stderr)
+            complain(f"glmtuner: {error}")
         return 2
     except ranks.RankFailed as failed:
         if failed.code not in (1, 2):  # otherwise the rank has reported its error
-            print(f"glmtuner: {failed}; the same command with the same trainer.output_dir resumes", file=sys.stderr)
+            complain(f"glmtuner: {failed}; the same command with the same trainer.output_dir resumes")
         return 2 if failed.code == 2 else 1
+    except ReaderGone:
+        return 128 + SIGPIPE
     except BrokenPipeError:
         if not stdout_closed():
             raise
         return 128 + SIGPIPE
     except Exception as error:
-        if not out_of_space(error):
+        problem = system_problem(error)
+        if problem is None:
             raise
-        print(f"glmtuner: the disk is full ({error}); free some space and type the same command again", file=sys.stderr)
-        return 1
+        message, code = problem
+        complain(f"glmtuner: {message}")
+        return code
     except Preempted as stopped:
         if ranks.is_main() and not ranks.is_started_by_glmtuner():
-            print(f"glmtuner: {stopped}; the same command with the same trainer.output_dir resumes", file=sys.stderr)
+            complain(f"glmtuner: {stopped}; the same command with the same trainer.output_dir resumes")
         stopped.call_previous_handler()
         return stopped.exit_code
     except KeyboardInterrupt:
         if ranks.is_main() and not ranks.is_started_by_glmtuner():
-            print("glmtuner: stopped; the same command with the same trainer.output_dir resumes", file=sys.stderr)
+            complain("glmtuner: stopped; the same command with the same trainer.output_dir resumes")
         return 130
 
 
@@ -71,10 +79,72 @@ def stdout_closed() -> bool:
     return is_closed
 
 
+def check_encodable(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for an argument, or a current folder, that no file of a run can name: what is not UTF-8."""
+    for argument in arguments:
+        if not is_encodable(argument):
+            raise ConfigError(
+                f"{escaped(argument)}: the argument is not valid UTF-8; rename the file, or type it in UTF-8"
+            )
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the current folder has been removed; change to another one") from None
+    if not is_encodable(folder):
+        raise ConfigError(
+            f"{escaped(folder)}: the name of the current folder is not valid UTF-8; change to another one"
+        )
+    variable = "GLMTUNER_CACHE" if os.environ.get("GLMTUNER_CACHE") else "HOME"
+    if not is_encodable(cache := os.environ.get(variable, "")):
+        raise ConfigError(f"{variable}={escaped(cache)} is not valid UTF-8; set GLMTUNER_CACHE to a folder that is")
+
+
+def is_encodable(text: str) -> bool:
+    """Whether the text holds no lone surrogate, by which Python represents bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def escaped(text: str) -> str:
+    """The text with \\udcff in place of a byte that is not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+BAD_PATH = (  # of a file that the user named, or below a folder that the user named
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTEMPTY,
+)  # fmt: skip
+FAILED_SYSTEM = {errno.EMFILE: "close some files, or raise `ulimit -n`", errno.ENFILE: "close some files of other programs",
+                 errno.EIO: "check the disk", errno.EFBIG: "check `ulimit -f`"}  # fmt: skip
+
+
+def system_problem(error: Exception) -> tuple[str, int] | None:
+    """The message and the exit code for an error of the operating system that is no fault of glmtuner's; None for others."""
+    again = "type the same command again"
+    if out_of_space(error):
+        return f"the disk is full ({error}); free some space and {again}", 1
+    in_rust = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors and tokenizers report it
+    number = error.errno if isinstance(error, OSError) else int(in_rust.group(1)) if in_rust else None
+    if number is None:
+        return None
+    reason = os.strerror(number).lower()
+    filename = getattr(error, "filename", None)
+    name = escaped(os.fsdecode(filename)) if isinstance(filename, (str, bytes)) else ""
+    if number in FAILED_SYSTEM:
+        return f"{name or 'a file'}: {reason}; {FAILED_SYSTEM[number]}, and {again}", 1
+    if number in BAD_PATH and name:
+        return f"{name}: {reason}; check the path and its permissions, or name another one", 2
+    if number == errno.ENOENT and name and os.path.dirname(name) and not os.path.exists(os.path.dirname(name)):
+        return f"{name}: the folder has been removed meanwhile; {again}", 1
+    return None
+
+
 def out_of_space(error: Exception) -> bool:
     """Whether a write failed because the disk or the user's quota is full."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if (isinstance(error, OSError) and error.errno in full) or os.strerror(errno.ENOSPC) in str(error):
+    if (isinstance(error, OSError) and error.errno in FULL_DISK) or os.strerror(errno.ENOSPC) in str(error):
         return True
     # torch.save raises no errno: its writer only sees that the file is shorter than what it wrote
     return isinstance(error, RuntimeError) and ("unexpected pos" in str(error) or "PytorchStreamWriter" in str(error))
@@ -104,11 +174,11 @@ def run_command(arguments: list[str]) -> int:
         return hydra_main(arguments)
     if options.cfg:
         return show_config(options, rest)
+    if multirun and not options.check:
+        with results_in_files("the sweep goes on"):
+            return sweep(options, rest)
     if multirun:
-        from glmtuner.sweep.multirun import run_sweep
-
-        source = {"config_dir": options.config_dir, "config_name": options.config_name}
-        return run_sweep(rest, hydra_flags(options), **source, check=options.check)
+        return sweep(options, rest)
     from glmtuner.config.compose import compose
 
     composed = compose(rest, config_dir=options.config_dir, config_name=options.config_name)
@@ -119,9 +189,18 @@ def run_command(arguments: list[str]) -> int:
         return 0
     from glmtuner.launch.run import launch
 
-    launch(composed)
+    with results_in_files("the run goes on"):
+        launch(composed)
     ranks.destroy_process_group()
     return 0
+
+
+def sweep(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Run the sweep, or with --check estimate the memory of its first job; returns the exit code."""
+    from glmtuner.sweep.multirun import run_sweep
+
+    source = {"config_dir": options.config_dir, "config_name": options.config_name}
+    return run_sweep(overrides, hydra_flags(options), **source, check=options.check)
 
 
 def show_config(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -139,7 +218,7 @@ def show_config(options: argparse.Namespace, overrides: list[str]) -> int:
 
         config = compose(overrides, config_dir=options.config_dir, config_name=options.config_name).config
         part = OmegaConf.select(config, options.package) if options.package else config
-        print(OmegaConf.to_yaml(part), end="")
+        print(plain(OmegaConf.to_yaml(part)), end="")
         return 0
     normalized, _ = parse_and_check(overrides, searched_dirs(options.config_dir), multirun=False)
     return hydra_main([*hydra_flags(options), *normalized])

@@ -5,13 +5,16 @@ executes it and returns the exit code. The overrides follow the run, such as gen
 """
 
 import argparse
-from pathlib import Path
+import os
+from contextlib import nullcontext
 from typing import NoReturn
 
+from glmtuner.cli.streams import results_in_files
 from glmtuner.errors import ConfigError, did_you_mean
 from glmtuner.launch.register import register_presets
 
 VERBS = ("chat", "export", "report", "serve", "show")
+WRITING = ("export", "report", "serve")  # they go on when nobody reads what they print
 
 
 def run_verb(argv: list[str]) -> int:
@@ -25,10 +28,11 @@ def run_verb(argv: list[str]) -> int:
     module = import_module(f"glmtuner.cli.{verb}")
     parser = _VerbParser(prog=f"python -m glmtuner {verb}", description=module.__doc__, allow_abbrev=False)
     module.arguments(parser)
-    overrides = [item for item in rest if not item.startswith("-") and "=" in item and not Path(item).exists()]
+    overrides = [item for item in rest if not item.startswith("-") and "=" in item and not os.path.exists(item)]
     arguments = parser.parse_args([item for item in rest if item not in overrides])
     register_presets()
-    return module.run(arguments, overrides)
+    with results_in_files() if verb in WRITING else nullcontext():
+        return module.run(arguments, overrides)
 
 
 class _VerbParser(argparse.ArgumentParser):

@@ -1,5 +1,6 @@
 """Overrides -> one validated `Run`, or one ConfigError; nothing is loaded or written here."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
@@ -20,9 +21,14 @@ from glmtuner.config.explain import explain
 from glmtuner.config.overrides import bracket_lists, check_overrides, parse, user_keys_of
 from glmtuner.config.paths import conf_dir
 from glmtuner.config.plugins import load_plugins, plugin_presets
+from glmtuner.config.run_rules import run_errors
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import WORDS
+from glmtuner.config.trainer_fields import field_errors
+from glmtuner.config.trainer_rules import trainer_errors
 from glmtuner.errors import CheckpointError, ConfigError
+from glmtuner.run_folder.names import CONFIG, OVERRIDES, PROVENANCE
+from glmtuner.run_folder.saved_config import read_config
 
 MOST_SWEEP_JOBS_CHECKED = 64
 # Groups whose values come from a checkpoint's own run, and the keys in them that are the new run's all the same.
@@ -144,6 +150,8 @@ def validate(config: DictConfig, overrides: list[str], user_keys: set[str]) -> C
     except (OmegaConfBaseException, ConfigError) as error:
         raise ConfigError(explain(error)) from None
     assert isinstance(run, Run)
+    if wrong := [*field_errors(run.trainer), *trainer_errors(run.trainer), *run_errors(run)]:
+        raise ConfigError("; also: ".join(wrong))
     resolved = OmegaConf.create(config)
     OmegaConf.resolve(resolved)
     for name in WORDS:
@@ -231,10 +239,15 @@ def _jobs(overrides: Sequence[str], parsed: Sequence[Override], known: Mapping[s
 
 
 def run_folder_of(checkpoint: str) -> Path | None:
-    """The run folder that a checkpoint is, or is inside of: the one with config.yaml and provenance.json; None for others."""
+    """The run folder that a checkpoint is, or is inside of; None for others.
+
+    It is the one with at least two of the three files that describe a run: a damaged run folder is none of another program,
+    whose checkpoint would be taken for one of the default model.
+    """
     folder = Path(checkpoint).expanduser()
     for candidate in (folder, folder.parent, folder.parent.parent):
-        if (candidate / "config.yaml").is_file() and (candidate / "provenance.json").is_file():
+        described_by = [name for name in (CONFIG, OVERRIDES, PROVENANCE) if os.path.lexists(candidate / name)]
+        if len(described_by) >= 2:
             return candidate
     return None
 
@@ -255,8 +268,7 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
     source = run_folder_of(checkpoints[-1]) if checkpoints else None
     if source is None:
         return config
-    saved = OmegaConf.load(source / "config.yaml")
-    assert isinstance(saved, DictConfig)
+    saved = read_config(source / "config.yaml")
     load_plugins(saved.get("plugins", []), named_by_run=True)
     bits = saved.quant.get("quantization_bit")
     chosen = {"finetuning": saved.finetuning.finetuning_type, "quant": f"int{bits}" if bits else "none"}
@@ -269,7 +281,10 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
         for name, value in saved[group].items():
             key = f"{group}.{name}"
             if key not in user_keys and key not in NOT_FROM_CHECKPOINT and name in config[group]:
-                OmegaConf.update(config, key, value)
+                try:
+                    OmegaConf.update(config, key, value)
+                except OmegaConfBaseException as error:
+                    raise CheckpointError(f"{source / 'config.yaml'} is damaged ({key}: {explain(error)})") from None
     trained_on, base = saved.model.model_name_or_path, config.model.model_name_or_path
     if base != trained_on and not Path(base).expanduser().is_dir():
         raise CheckpointError(

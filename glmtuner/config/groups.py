@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hydra.core.config_store import ConfigStore
 
-from glmtuner.config.ranges import range_errors
+from glmtuner.config.ranges import range_errors, trainer_range_errors
 from glmtuner.config.trainer_arguments import UNIONS, WORDS, TrainerArguments
+from glmtuner.config.trainer_fields import REDIRECTED, REFUSED
 from glmtuner.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -142,6 +143,8 @@ class Data:
     eval_num_beams: int | None = None
     ignore_pad_token_for_loss: bool = True
     source_prefix: str | None = None
+    input_separator: str = "\n"
+    ignore_columns: list[str] = field(default_factory=list)
     dev_ratio: float = 0.0
     eval_dataset: list[str] = field(default_factory=list)
     mix_probabilities: list[float] = field(default_factory=list)
@@ -162,7 +165,11 @@ class Data:
                     ("max_target_length", self.max_target_length >= 2, "at least 2 tokens"),
                     ("max_samples", self.max_samples is None or self.max_samples > 0, "1 or more, or null"),
                     ("max_bad_records", self.max_bad_records >= 0, "0 or more"),
-                    ("eval_num_beams", (self.eval_num_beams or 1) > 0, "1 or more, or null for greedy"),
+                    (
+                        "eval_num_beams",
+                        self.eval_num_beams is None or self.eval_num_beams > 0,
+                        "1 or more, or null for greedy",
+                    ),
                     (
                         "preprocessing_num_workers",
                         self.preprocessing_num_workers is None or self.preprocessing_num_workers > 0,
@@ -296,7 +303,7 @@ class Generation:
                     ("top_k", self.top_k >= 0, "0 or more; 0 keeps every token"),
                     ("num_beams", self.num_beams >= 1, "1 or more"),
                     ("max_length", self.max_length >= 2, "2 tokens or more"),
-                    ("max_new_tokens", (self.max_new_tokens or 1) >= 1, "1 or more, or null"),
+                    ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "1 or more, or null"),
                     ("max_batch_size", self.max_batch_size is None or self.max_batch_size >= 1, "1 or more, or null"),
                     ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 changes nothing"),
                 ),
@@ -318,8 +325,8 @@ class Trainer(TrainerArguments):
     logging_dir: str | None = None
 
     def __post_init__(self) -> None:
-        wrong = [*self._wrong_choices(), *self._wrong_types(), *self._wrong_values()]
-        if wrong:
+        wrong = [*self._wrong_choices(), *self._wrong_types()]
+        if wrong := wrong or list(self._wrong_values()):
             raise ConfigError("; ".join(wrong))
         if self.no_cuda:
             self.use_cpu = True
@@ -327,6 +334,8 @@ class Trainer(TrainerArguments):
             self.train_sampling_strategy = "group_by_length"
         if self.warmup_ratio:
             self.warmup_steps = self.warmup_ratio  # transformers 5 reads a warmup_steps below 1 as a share
+        if self.torch_compile_backend is not None or self.torch_compile_mode is not None:
+            self.torch_compile = True  # as in transformers
 
     def _wrong_choices(self) -> Iterator[str]:
         for name, legal in WORDS.items():
@@ -342,37 +351,22 @@ class Trainer(TrainerArguments):
             value = getattr(self, name)
             type_name = "null" if value is None else type(value).__name__
             if type_name not in legal_types:
-                yield f"trainer.{name}={value}: expected {' or '.join(legal_types) or 'null'}, not {type_name}"
+                instead = (REDIRECTED | REFUSED).get(name)
+                advice = f"; {instead.replace('{value}', '…')}" if instead else ""
+                yield f"trainer.{name}={value}: expected {' or '.join(legal_types) or 'null'}, not {type_name}{advice}"
 
     def _wrong_values(self) -> Iterator[str]:
+        yield from trainer_range_errors(self)
         yield from range_errors(
             "trainer",
             self,
             (
-                ("learning_rate", self.learning_rate >= 0, "0 or more"),
-                ("num_train_epochs", self.num_train_epochs > 0, "above 0; a fraction trains part of the last epoch"),
-                ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "1 or more"),
-                ("per_device_eval_batch_size", self.per_device_eval_batch_size >= 1, "1 or more"),
-                ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "1 or more"),
-                (
-                    "warmup_ratio",
-                    self.warmup_ratio is None or 0 <= self.warmup_ratio < 1,
-                    "a share of the steps in [0, 1)",
-                ),
                 ("save_safetensors", self.save_safetensors, "always true: glmtuner writes nothing but safetensors"),
                 ("logging_dir", self.logging_dir is None, "the run folder holds the logs (tensorboard/); leave it out"),
-                ("seed", 0 <= self.seed < 2**32, "0 to 4294967295"),
             ),
         )
-        if self.fp16 and self.bf16:
-            yield "trainer.fp16=true with trainer.bf16=true: choose one"
         if self.warmup_ratio and self.warmup_steps:
             yield f"trainer.warmup_ratio={self.warmup_ratio} with trainer.warmup_steps={self.warmup_steps:g}: choose one"
-        if self.auto_find_batch_size:
-            yield (
-                "trainer.auto_find_batch_size=true: a run that changes its batch size cannot be resumed or compared; "
-                "set trainer.per_device_train_batch_size and trainer.gradient_accumulation_steps"
-            )
 
 
 def as_override(values: list[Any]) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from glmtuner.config.schema import legal_keys, list_keys
@@ -23,13 +23,7 @@ MOVED = {
     "stage.name": "the preset is the stage: type stage={value}",
     "tracker.name": "the preset is the tracker: type tracker={value}",
     "metric.name": "the preset is the metric: type metric={value}",
-    "trainer.report_to": "type tracker=wandb, tracker=tensorboard or tracker=none",
-    "trainer.fsdp": "type parallel=fsdp2",
-    "trainer.fsdp_config": "type parallel=fsdp2, and parallel.reshard_after_forward or parallel.cpu_offload",
-    "trainer.deepspeed": "type parallel=zero2 or parallel=zero3; with your own file, parallel.deepspeed_config={value}",
     "parallel.name": "the preset is the strategy: type parallel={value}",
-    "trainer.generation_num_beams": "type data.eval_num_beams={value}",
-    "trainer.generation_max_length": "answers have up to data.max_target_length tokens: type data.max_target_length={value}",
     "trainer.evaluation_strategy": "transformers calls it eval_strategy: type trainer.eval_strategy={value}",
     "trainer.per_gpu_train_batch_size": "type trainer.per_device_train_batch_size={value}",
     "trainer.per_gpu_eval_batch_size": "type trainer.per_device_eval_batch_size={value}",
@@ -74,6 +68,11 @@ def parse(overrides: Iterable[str]) -> list[Override]:
                 "as in 'name=\"a, b\"'"
             ) from None
     return parsed
+
+
+def quoted_value(text: str) -> str:
+    """The text as a value in an override, whatever quotes, commas and brackets it holds."""
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""

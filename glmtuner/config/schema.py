@@ -2,7 +2,7 @@
 
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
@@ -19,6 +19,7 @@ from glmtuner.config.groups import (
     Trainer,
     as_override,
 )
+from glmtuner.config.ranges import infinite_values
 from glmtuner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ class Stage:
 
     policy: typing.ClassVar[bool] = True  # does it train a model that generates answers? (a reward model scores them)
     models_loss: typing.ClassVar[bool] = False  # is the loss the model's own, of one sample at a time?
+    evaluates: typing.ClassVar[tuple[str, ...] | None] = (
+        None  # what its evaluations measure; None if that is not declared
+    )
     packs: typing.ClassVar[bool] = False  # can several of its samples be packed into one row?
     supports_sharding: typing.ClassVar[bool] = True  # can it be trained with sharded weights or gradients?
     uses_reward_model: typing.ClassVar[bool] = False
@@ -145,6 +149,9 @@ class Run:
 
     def impossible(self) -> Iterator[str]:
         """One sentence for each pair of incompatible values; all of them are reported at once."""
+        for declared in fields(self):
+            if is_dataclass(owner := getattr(self, declared.name)) and declared.name != "trainer":  # has its own ranges
+                yield from infinite_values(declared.name, owner)
         trainer, method, bits = self.trainer, self.finetuning, self.quant.quantization_bit
         if bits is not None and trainer.do_train and not method.on_quantized:
             yield (
@@ -184,13 +191,6 @@ class Run:
             yield (
                 f"data.dev_ratio={self.data.dev_ratio:g} with data.eval_dataset={as_override(self.data.eval_dataset)}: "
                 "choose one source of evaluation records"
-            )
-        if trainer.load_best_model_at_end and (
-            trainer.eval_strategy == "no" or trainer.eval_strategy != trainer.save_strategy
-        ):
-            yield (
-                f"trainer.load_best_model_at_end=true with trainer.eval_strategy={trainer.eval_strategy} and "
-                f"trainer.save_strategy={trainer.save_strategy}: both must be the same, steps or epoch"
             )
         yield from self.parallel.impossible(self)
         if self.data.packing and not self.stage.packs:
@@ -255,6 +255,18 @@ def legal_keys() -> dict[str, Any]:
             hints = typing.get_type_hints(cls)
             keys |= {f"{declared.name}.{inner.name}": hints[inner.name] for inner in fields(cls)}
     return keys
+
+
+def key_defaults() -> dict[str, Any]:
+    """The defaults of the dotted keys that have one, enums as text; where several classes have the key, the first one's."""
+    defaults: dict[str, Any] = {}
+    for declared in fields(Run):
+        for cls in classes_of(declared.name).values():
+            for inner in fields(cls):
+                made = inner.default_factory() if inner.default_factory is not MISSING else inner.default
+                if made is not MISSING:
+                    defaults.setdefault(f"{declared.name}.{inner.name}", getattr(made, "value", made))
+    return defaults
 
 
 def list_keys() -> set[str]:

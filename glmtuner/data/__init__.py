@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from glmtuner.data.catalog import find
+from glmtuner.data.columns import adds_something, looks_needed, needed_message, turn_keys
 from glmtuner.data.formats import parser
 from glmtuner.data.raw import Row
 from glmtuner.data.read import read
-from glmtuner.data.records import BadRecord, Example, Message
+from glmtuner.data.records import BadRecord, Example, Message, is_empty, mark_of
 from glmtuner.data.spec import DatasetSpec
 from glmtuner.errors import DataError
 
@@ -50,13 +51,14 @@ class SkippedRecord:
 class Loaded:
     """A dataset's examples, and what is known of its sources.
 
-    `examples` is lazy, and `bad` grows as it is consumed, so that a dataset is never in memory as a whole.
+    `examples` is lazy, and `bad` and `columns` grow as it is consumed, so that a dataset is never in memory as a whole.
     """
 
     examples: Iterator[Example]
     bad: list[SkippedRecord]
     files: dict[str, str]  # file or hub id -> sha256 or commit
     size: int  # bytes
+    columns: dict[str, None] = field(default_factory=dict)  # those that hold something, of turns as <column>.<key>
 
 
 def load(
@@ -78,22 +80,42 @@ def load(
     )
     max_examples = min((limit for limit in (max_samples, spec.num_samples) if limit is not None), default=None)
     bad: list[SkippedRecord] = []
-    return Loaded(_examples(spec, source, max_examples, bad), bad, source.fingerprint(), source.size())
+    columns: dict[str, None] = {}
+    examples = _examples(spec, source, max_examples, bad, columns)
+    return Loaded(examples, bad, source.fingerprint(), source.size(), columns)
 
 
 def _examples(
-    spec: DatasetSpec, source: Iterable[Row], max_examples: int | None, bad: list[SkippedRecord]
+    spec: DatasetSpec,
+    source: Iterable[Row],
+    max_examples: int | None,
+    bad: list[SkippedRecord],
+    columns: dict[str, None],
 ) -> Iterator[Example]:
-    parse = parser(spec.formatting)
+    parse, mark = parser(spec.formatting), spec.columns.get("weight", "")
+    has_turns = spec.formatting in ("sharegpt", "messages")
+    # an entry that names its columns has chosen what to leave out, and a path was looked through before
+    allowed = {*spec.columns.values(), *spec.ignore_columns} if spec.default_columns else None
     num_examples = 0
     for label, number, raw in source:
         try:
             if isinstance(raw, BadRecord):
                 raise raw
             example = parse(raw, spec)
+            if mark and mark_of(raw.get(mark), mark) is False:
+                example = replace(example, learned=False)
         except BadRecord as error:
             bad.append(SkippedRecord(spec.name, label, number, error.field, error.reason))
             continue
+        for name, value in raw.items():
+            if name not in columns and not is_empty(value):
+                columns[name] = None
+        if has_turns:
+            columns.update(dict.fromkeys(turn_keys(raw, spec)))
+        if allowed is not None and (others := raw.keys() - allowed):
+            needed = [name for name in others if looks_needed(name) and not is_empty(raw[name])]
+            if needed := [name for name in needed if adds_something(name, raw[name], example)]:
+                raise DataError(needed_message(spec, label, number, sorted(needed)))
         yield example
         num_examples += 1
         if num_examples == max_examples:

@@ -1,32 +1,36 @@
 """From a dataset's name to its entry: the source of its records, their format, and the names of their columns.
 
 A name is looked up in `<dataset_dir>/dataset_info.json`, in the catalogue folders (a YAML file for each dataset), and last
-as the path of a file or a folder. An entry may have every key of `DatasetSpec` except `name`, `kind` and `origin`, and those
+as the URL of a file, or as the path of a file or a folder. An entry may have every key of `DatasetSpec` except those of `INTERNAL`, and those
 of `FOREIGN`. A file that exists takes precedence over `url`, and `url` over `hf_hub_url`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from glmtuner.data.files import NOT_RECORDS, LocalFiles, data_files
+from glmtuner.console import say
+from glmtuner.data.addresses import AddressRefused, check_literal_host, trusted_origins, url_problem
+from glmtuner.data.fetch import SUFFIX_RULE, download_typed, is_sha256, readable_suffix, refused_address
 from glmtuner.data.formats import ALIASES, default_columns
-from glmtuner.data.raw import listed
-from glmtuner.data.readers import READERS
-from glmtuner.data.records import BadRecord, shown
+from glmtuner.data.inferred import existing_path, neighbours, spec_of_path
+from glmtuner.data.records import shown
 from glmtuner.data.spec import DatasetSpec
 from glmtuner.errors import DataError, UnknownName, did_you_mean
 
 COLUMNS = (
-    *("prompt", "query", "response", "history", "messages", "system", "chosen", "rejected", "kto_tag"),
+    *("prompt", "query", "response", "history", "messages", "system", "chosen", "rejected", "kto_tag", "weight"),
     *("tools", "images", "videos", "audios"),
 )
 TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "system_tag", "observation_tag", "function_tag")
 NOT_TEXT = {"tools": "tool calls", "images": "images", "videos": "videos", "audios": "sounds"}
+INTERNAL = ("name", "kind", "origin", "input_separator", "default_columns")  # fields that no entry has
 FOREIGN = {  # keys of LLaMA-Factory's format that are ignored beside a file or a Hugging Face id
     "script_url": "a dataset script is code and is not run",
     "ms_hub_url": "ModelScope is not read",
@@ -41,6 +45,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "columns": (dict,),
     "tags": (dict,),
     "data_files": (str, list),
+    "ignore_columns": (list,),
 }  # of an entry's keys; all others are text
 TYPE_NAMES: dict[type, str] = {
     str: "text",
@@ -51,24 +56,41 @@ TYPE_NAMES: dict[type, str] = {
 }
 
 
-def find(name: str, dataset_dir: str | Path, catalogue: Iterable[Path]) -> DatasetSpec:
-    """The entry of a dataset; `catalogue` are folders of YAML files, earlier ones first. Raises UnknownName, DataError."""
+def find(
+    name: str,
+    dataset_dir: str | Path,
+    catalogue: Iterable[Path],
+    cache_dir: str | Path | None = None,
+    *,
+    split: str = "train",
+    ignore_columns: Sequence[str] = (),
+) -> DatasetSpec:
+    """The entry of a dataset; `catalogue` are folders of YAML files, earlier ones first. Raises UnknownName, DataError.
+
+    A path without an entry gets one by the records of its `split`; see `spec_of_path` for `ignore_columns`.
+
+    A URL as the name is downloaded to `cache_dir`, the hub's by default, since the format is inferred from its records.
+    """
     info = Path(dataset_dir) / "dataset_info.json"
     folders = list(catalogue)
     entries = info_entries(info)
     presets = {path.stem: path for folder in reversed(folders) for path in sorted(folder.glob("*.yaml"))}
     if name in entries:
         hint = f"; or remove the entry: {presets[name]} has one that works" if name in presets else ""
-        return spec_of(name, entries[name], kind="dataset_info", origin=str(info), hint=hint)
+        spec = spec_of(name, entries[name], kind="dataset_info", origin=str(info), hint=hint)
+        return check_places(spec, Path(dataset_dir))
     if name in presets:
-        return spec_of(name, preset_entry(presets[name]), kind="catalogue", origin=str(presets[name]))
+        spec = spec_of(name, preset_entry(presets[name]), kind="catalogue", origin=str(presets[name]))
+        return check_places(spec, Path(dataset_dir))
+    if name.lower().startswith(("http://", "https://")):
+        return spec_of_path(name, download_typed(name, cache_dir), split, ignore_columns)
     if path := existing_path(name, Path(dataset_dir)):
-        return spec_of_path(name, path)
+        return spec_of_path(name, path, split, ignore_columns)
     raise UnknownName(
         "dataset",
         name,
         known={*entries, *presets, *neighbours(name, Path(dataset_dir))},
-        add_one=f"conf/dataset/<name>.yaml, an entry in {info}, or a path to a json, jsonl, csv or parquet file",
+        add_one=f"conf/dataset/<name>.yaml, an entry in {info}, or a path to a json, jsonl, csv, parquet or arrow file",
     )
 
 
@@ -115,13 +137,13 @@ def spec_of(name: str, entry: Any, *, kind: str, origin: str, hint: str = "") ->
         formatting, columns = format_and_columns(known.pop("formatting", "alpaca"), named, ranking)
     except (UnknownName, ValueError) as error:
         raise DataError(f"{label}: {error}{hint}") from None
-    known |= {"kind": kind, "origin": origin}
+    known |= {"kind": kind, "origin": origin, "default_columns": not named}
     return DatasetSpec(name=name, formatting=formatting, ranking=ranking, columns=columns, tags=tags, **known)
 
 
 def key_errors(entry: dict[str, Any]) -> Iterator[str]:
     """Errors of an entry's keys and of the types of its values."""
-    legal = [spec_field.name for spec_field in fields(DatasetSpec) if spec_field.name not in ("name", "kind", "origin")]
+    legal = [spec_field.name for spec_field in fields(DatasetSpec) if spec_field.name not in INTERNAL]
     yield from unknown_keys("key", entry, [*legal, *FOREIGN])
     for key, value in entry.items():
         types = TYPES.get(key, (str,))
@@ -146,13 +168,72 @@ def unknown_keys(what: str, given: Iterable[str], legal: Iterable[str]) -> Itera
             yield f"unknown {what} {key!r}{did_you_mean(str(key), legal) or '; known: ' + ', '.join(legal)}"
 
 
+def check_places(spec: DatasetSpec, dataset_dir: Path) -> DatasetSpec:
+    """The entry itself, after its file and its URL were checked; raises DataError. A file outside of `dataset_dir` is printed."""
+    label = f"dataset {spec.name!r} ({spec.origin})"
+    if spec.file_name:
+        file = Path(spec.file_name).expanduser()
+        if file.is_absolute():
+            say(f"{label}: its file_name is not in data.dataset_dir={dataset_dir}: {file}")
+        if file.exists() or (dataset_dir / file).exists():
+            return spec
+    if spec.url:
+        try:
+            check_literal_host(spec.url, trusted_origins())
+        except AddressRefused as error:
+            raise refused_address(label, spec.url, error) from None
+    return spec
+
+
 def source_errors(entry: dict[str, Any]) -> Iterator[str]:
-    """Errors of an entry that does not tell where its records are."""
+    """Errors of an entry that does not tell where its records are, or names a place that an entry may not name."""
     if not any(entry.get(key) for key in ("file_name", "url", "hf_hub_url")):
         foreign = [f"{key}={entry[key]}: {why}" for key, why in FOREIGN.items() if key in entry]
         yield "; ".join([*foreign, "add file_name (a file in data.dataset_dir) or hf_hub_url (a Hugging Face id)"])
+    text = {key: value for key, value in entry.items() if isinstance(value, str)}
     if "url" in entry and "sha256" not in entry:
         yield "url needs sha256, the checksum that `sha256sum` prints for the file"
+    if "sha256" in text and not is_sha256(text["sha256"]):
+        yield f"sha256={shown(text['sha256'])}: 64 hexadecimal digits are expected"
+    if "url" in text:
+        if problem := url_problem(text["url"]):
+            yield f"url={text['url'][:200]!r}: {problem}"
+        elif not readable_suffix(text["url"], text.get("file_name")):
+            yield f"url={text['url'][:200]}: {SUFFIX_RULE}"
+    hub_id = text.get("hf_hub_url", "")
+    if "hf_hub_url" in text and (not HUB_ID.fullmatch(hub_id) or is_loader(hub_id)):
+        yield f"hf_hub_url={hub_id[:200]!r}: the id of a dataset of the hub is expected, organisation/name"
+    files = entry.get("data_files")
+    inside = [*(files if isinstance(files, list) else [files]), *(entry.get(key) for key in ("folder", "revision"))]
+    for key, value in [
+        ("file_name", entry.get("file_name")),
+        *(("data_files, folder, revision", each) for each in inside),
+    ]:
+        if isinstance(value, str) and (problem := path_problem(value, may_be_absolute=key == "file_name")):
+            yield f"{key}: {value[:200]!r} {problem}"
+
+
+HUB_ID = re.compile(r"(?:[\w.-]*\w[\w.-]*/)?[\w.-]*\w[\w.-]*", re.ASCII)
+
+
+def is_loader(name: str) -> bool:
+    """Whether `datasets.load_dataset` takes the name for one of its loaders, which read files of any place, not for a hub id."""
+    found = find_spec("datasets")  # imports nothing
+    return bool(found and found.origin and (Path(found.origin).parent / "packaged_modules" / name).is_dir())
+
+
+def path_problem(path: str, *, may_be_absolute: bool) -> str:
+    """Why an entry may not name this path: it leads out of its folder, or is an address. Empty for a legal one."""
+    parts = re.split(r"[/\\]", path)
+    if "\0" in path:
+        return "holds a NUL character"
+    if ".." in parts:
+        return "leads out of its folder by `..`; put the file there, or type its path instead of the name"
+    if "://" in path or path.startswith(("\\\\", "//")):
+        return "is an address, and a path is expected"
+    if not may_be_absolute and (path.startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[/\\]", path)):
+        return "is absolute, and a path in the dataset is expected"
+    return ""
 
 
 def format_and_columns(formatting: str, named: dict[str, str], ranking: bool) -> tuple[str, dict[str, str]]:
@@ -180,90 +261,11 @@ def format_and_columns(formatting: str, named: dict[str, str], ranking: bool) ->
             f"formatting={formatting} does not support ranked pairs; use alpaca, sharegpt, messages or transcript"
         )
     pair = {"chosen": "chosen", "rejected": "rejected"} if ranking and formatting != "alpaca" else {}
+    if not named:  # these two have one name everywhere
+        optional = ("history", "system") if formatting == "alpaca" else ("system",) if main == "messages" else ()
+        named = {name: name for name in optional}
     if not named.keys() & {*default, "chosen"}:
         return formatting, {**({} if pair and formatting == "transcript" else default), **pair, **named}
     if formatting in ("messages", "transcript") and "chosen" in named:
         return formatting, named  # without `main` the two columns are whole dialogues
     return formatting, {main: default[main], **pair, **named}
-
-
-PROMPTS = ("instruction", "prompt", "question", "query", "input")
-ANSWERS = ("output", "response", "answer", "completion")
-DIALOGUES = ("conversations", "conversation", "messages", "turns")
-
-
-def existing_path(name: str, dataset_dir: Path) -> Path | None:
-    """The data file or folder with this path, relative to the working directory or else to `dataset_dir`."""
-    relative = Path(name).expanduser()
-    for path in (relative, dataset_dir / relative) if name.strip() else ():
-        if path.is_file() or (path.is_dir() and ("/" in name or data_files(path))):
-            return path.absolute()
-    return None
-
-
-def neighbours(name: str, dataset_dir: Path) -> list[str]:
-    """The paths of the data files in the folder of `name`, if it looks like the path of one."""
-    path = Path(name).expanduser()
-    if "/" not in name and path.suffix not in READERS:
-        return []
-    folders = [folder for folder in (path.parent, dataset_dir / path.parent) if folder.is_dir()]
-    files = [file for folder in folders for file in folder.iterdir()]
-    return [str(path.parent / file.name) for file in files if file.suffix in READERS and file.name not in NOT_RECORDS]
-
-
-def spec_of_path(name: str, path: Path) -> DatasetSpec:
-    """An entry for a file or folder without one, inferred from its first record. Raises DataError."""
-    files = data_files(path) if path.is_dir() else [""]
-    suffixes = [(path / file).suffix.lower() for file in files]
-    if not suffixes or suffixes[0] not in READERS:
-        problem = f"ends in {suffixes[0] or 'nothing'}" if suffixes else "holds no data file"
-        raise DataError(
-            f"dataset {name!r} {problem}; {', '.join(READERS)} files can be read, convert it to one of them"
-        )
-    label = f"{name.rstrip('/')}/{files[0]}" if files[0] else name
-    first = next(iter(LocalFiles(name, {label: path / files[0]})))
-    if isinstance(first.raw, BadRecord):
-        raise DataError(f"dataset {name!r}: {label}: record {first.number}: {first.raw.reason}")
-    formatting, columns = infer_format(first.raw)
-    if not formatting:
-        raise DataError(
-            f"dataset {name!r}: {label}: the first record has {listed(list(first.raw)) or 'no keys'}, which is not "
-            "a known format; legal: instruction and output (alpaca; also input, history, system), conversations "
-            "(sharegpt), messages (OpenAI), instruction with chosen and rejected, or text; name other columns in an "
-            "entry of dataset_info.json in data.dataset_dir"
-        )
-    ranking = "chosen" in columns or isinstance(first.raw.get(columns.get("response", "")), list)
-    return DatasetSpec(
-        name=name, file_name=str(path), formatting=formatting, ranking=ranking, columns=columns, origin=name
-    )
-
-
-def infer_format(raw: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """The format and the columns that a record's keys imply; ("", {}) if they imply none."""
-    extras = {key: key for key in ("system",) if key in raw}
-    tag = next((key for key in ("kto_tag", "label") if isinstance(raw.get(key), bool)), None)
-    extras |= {"kto_tag": tag} if tag else {}
-    pair = {key: key for key in ("chosen", "rejected") if "chosen" in raw and "rejected" in raw}
-    for column in DIALOGUES:
-        if isinstance(turns := raw.get(column), list) and turns:
-            return infer_dialogue_format(turns[0]), {"messages": column, **pair, **extras}
-    prompt = next((key for key in PROMPTS if key in raw), "")
-    if pair and isinstance(raw.get(prompt), list):
-        return "messages", {"messages": prompt, **pair, **extras}
-    if pair and not prompt and isinstance(raw["chosen"], list):
-        return "messages", {**pair, **extras}
-    if pair and not prompt and "Human:" in str(raw["chosen"]):
-        return "transcript", {**pair, **extras}
-    answer = next(({"response": key} for key in ANSWERS if key in raw), {})
-    if prompt and (pair or answer):
-        query = next(({"query": key} for key in ("input", "query") if key in raw and key != prompt), {})
-        history = {"history": "history"} if "history" in raw else {}
-        return "alpaca", {"prompt": prompt, **query, **history, **(pair or answer), **extras}
-    return ("text", {"prompt": "text"}) if "text" in raw else ("", {})
-
-
-def infer_dialogue_format(turn: Any) -> str:
-    """The format of a conversation, inferred from its first turn."""
-    if isinstance(turn, str):
-        return "turns"
-    return "messages" if isinstance(turn, dict) and "role" in turn and "content" in turn else "sharegpt"

@@ -4,13 +4,14 @@ The template is passed in: it alone defines how turns become tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.data.records import Example, Message
+from glmtuner.data.records import REASONING, Example, Message
 from glmtuner.errors import ConfigError
-from glmtuner.templates.base import Encoded, Template
+from glmtuner.templates.base import IGNORE_INDEX, Encoded, Template
+from glmtuner.templates.base import Message as Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,9 @@ class Counts:
     answers_cut: int = 0  # answers that lost their end
     tokens_cut: int = 0
     bad_records: int = 0
+    undesirable: int = 0  # records left out because their answer is marked as a bad one
+    unlearned: int = 0  # records left out because their marks leave no answer to learn
+    reasoning_dropped: int = 0  # thoughts of earlier answers, which the chat template leaves out
 
     def __add__(self, other: "Counts") -> "Counts":
         left, right = asdict(self), asdict(other)
@@ -48,6 +52,12 @@ class Counts:
             parts.append(f"{self.tokens_cut:,} tokens cut in all")
         if self.bad_records:
             parts.append(f"{self.bad_records:,} broken records skipped")
+        if self.undesirable:
+            parts.append(f"{self.undesirable:,} records with an answer marked false left out")
+        if self.unlearned:
+            parts.append(f"{self.unlearned:,} records without an answer to learn left out")
+        if self.reasoning_dropped:
+            parts.append(f"{self.reasoning_dropped:,} thoughts of earlier answers left out by the chat template")
         return "; ".join(parts)
 
 
@@ -70,6 +80,7 @@ class Encoder:
     usage_hint: ClassVar[str] = "stage=sft learns single answers; name a dataset of instructions or conversations"
     columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
     batch_size: ClassVar[int] = 250  # examples encoded at a time
+    learns_undesirable: ClassVar[bool] = False  # are answers that are marked as bad ones learned from, too?
     learns: ClassVar[bool] = True  # are tokens of the records learned? (False: only their prompts are read)
 
     def settings(self) -> dict[str, Any]:
@@ -82,9 +93,11 @@ class Encoder:
 
         A row has `input_ids` and `labels` of the whole conversation, and `prompt_ids`, `prompt` and `answer` of its last
         turn. If the template teaches one answer a row, `earlier` holds the rows (`input_ids`, `labels`) of the answers
-        before.
+        before. Records with nothing to learn, by their marks, have no row and are counted.
         """
-        counts = Counts(records=len(examples))
+        examples, counts = self._with_something_to_learn(examples)
+        if not examples:
+            return [], counts
         conversations, encoded = self._encode_fitting([example.messages for example in examples], counts)
         prompts = self.template.prompts(self.tokenizer, [self._prefixed(turns) for turns in conversations], encoded)
         rows = [
@@ -98,7 +111,25 @@ class Encoder:
         ]
         if self.every_answer and self.template.one_answer_a_row:
             self._add_earlier(rows, examples, counts)
-        return rows, counts
+        taught = [row for row in rows if any(label != IGNORE_INDEX for label in row["labels"])]
+        counts.unlearned += len(rows) - len(taught)  # their learned answers were dropped to shorten the prompt
+        return taught, counts
+
+    def _with_something_to_learn(self, examples: Sequence[Example]) -> tuple[list[Example], Counts]:
+        """The examples with an answer that is learned, and counts of all; an undesirable answer is none."""
+        counts, kept = Counts(), []
+        for example in examples:
+            learned = [end for end, message in enumerate(example.messages, 1) if is_learned(message)]
+            if example.desirable is False and not self.learns_undesirable:
+                counts.undesirable += 1
+            elif not learned or (not self.every_answer and learned[-1] < len(example.messages)):
+                counts.unlearned += 1
+            elif self.template.one_answer_a_row:  # a row teaches its last answer
+                kept.append(replace(example, messages=example.messages[: learned[-1]]))
+            else:
+                kept.append(example)
+        counts.records = len(kept)
+        return kept, counts
 
     def _add_earlier(self, rows: list[dict[str, Any]], examples: Sequence[Example], counts: Counts) -> None:
         """Add the rows of its conversation's earlier answers to each row."""
@@ -106,7 +137,7 @@ class Encoder:
         for index, example in enumerate(examples):
             rows[index]["earlier"] = []
             for end, message in enumerate(example.messages[:-1], 1):
-                if message.role == "assistant":
+                if is_learned(message):
                     owners.append(index)
                     parts.append(example.messages[:end])
         _, encoded = self._encode_fitting(parts, counts)
@@ -117,6 +148,7 @@ class Encoder:
         """`input_ids` and `labels`, the last answer truncated to `max_target_length`."""
         num_removed = conversation.cut_answer(self.max_target_length)
         counts.answers_cut += num_removed > 0
+        counts.reasoning_dropped += conversation.dropped_reasoning
         counts.tokens_cut += num_removed
         labels = conversation.labels(self.every_answer)
         counts.tokens += len(conversation.input_ids)
@@ -139,19 +171,20 @@ class Encoder:
                 conversations[index], encoded[index] = shorter, again
         return conversations, encoded
 
-    def _prefixed(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The turns with `source_prefix` before the source, that is, before the first question."""
-        if not self.source_prefix:
-            return messages
-        turns = list(messages)
-        first = next(index for index, message in enumerate(turns) if message.role == "user")
-        turns[first] = Message("user", self.source_prefix + turns[first].content)
-        return turns
+    def _prefixed(self, messages: Sequence[Message]) -> Sequence[Turn]:
+        """The turns with `source_prefix`, where the template puts it."""
+        return self.template.prefixed(messages, self.source_prefix) if self.source_prefix else messages
 
     def _source_length(self, messages: Sequence[Message]) -> int:
         return self._encode([messages])[0].source_length
 
     def _encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+        if self.template.reasoning_key is None and any(turn.reasoning for turns in conversations for turn in turns):
+            raise ConfigError(
+                f"model.template={self.template.name}: it does not render the reasoning that answers of the data have "
+                f"({', '.join(REASONING)}); write it into their content, type model.template=tokenizer if the tokenizer's "
+                f"chat template renders it, or data.ignore_columns={','.join(REASONING)} to learn the answers without it"
+            )
         return self.template.encode(self.tokenizer, [self._prefixed(messages) for messages in conversations])
 
     def _fits(self, messages: Sequence[Message]) -> bool:
@@ -184,10 +217,15 @@ class Encoder:
         )
 
 
+def is_learned(message: Message) -> bool:
+    """Whether a turn is an answer that is learned."""
+    return message.role == "assistant" and message.learned
+
+
 def without_end(turns: list[Message], index: int, count: int) -> list[Message]:
     """The turns without the last `count` characters of one of them."""
     text = turns[index].content
-    return [*turns[:index], Message(turns[index].role, text[: len(text) - count]), *turns[index + 1 :]]
+    return [*turns[:index], replace(turns[index], content=text[: len(text) - count]), *turns[index + 1 :]]
 
 
 def bisect_min(limit: int, holds: Callable[[int], bool]) -> int:
@@ -202,8 +240,10 @@ def bisect_min(limit: int, holds: Callable[[int], bool]) -> int:
     return low
 
 
-def prompt_text(messages: Sequence[Message]) -> str:
+def prompt_text(messages: Sequence[Turn]) -> str:
     """The turns of a prompt as readable text."""
+    if messages[0].role == "prefix":
+        return messages[0].content + prompt_text(messages[1:])
     if len(messages) == 1:
         return messages[0].content
     return "\n".join(f"{message.role}: {message.content}" for message in messages)

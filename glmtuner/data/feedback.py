@@ -24,10 +24,12 @@ class FeedbackEncoder(Encoder):
         "the dataset's entry names; name such a dataset, or type stage=sft"
     )
     columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels", "other_ids", "is_desirable")
+    learns_undesirable: ClassVar[bool] = True
 
     def encode(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Counts]:
         rows, counts = super().encode(examples)
-        for row, example in zip(rows, examples, strict=True):
+        taught, _ = self._with_something_to_learn(examples)
+        for row, example in zip(rows, taught, strict=True):
             row["is_desirable"] = example.desirable
         return rows, counts
 

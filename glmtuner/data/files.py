@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from glmtuner.console import say
 from glmtuner.data.fetch import digest
-from glmtuner.data.raw import Row, Unreadable, listed
-from glmtuner.data.readers import READERS
+from glmtuner.data.raw import Row, Unreadable, reason_of
+from glmtuner.data.readers import Columns, file_records, is_data_file, legal_suffixes
+from glmtuner.data.records import names_of
+from glmtuner.data.streams import check_regular, data_suffix
 from glmtuner.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -24,27 +27,32 @@ SPLIT_WORDS = {
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-NOT_RECORDS = {"dataset_info.json", "dataset_infos.json"}  # they describe the data beside them
+NOT_RECORDS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}  # they describe the data beside them
+SAVED = "state.json"  # names the files of a dataset that datasets saved to the disk, which may stand beside older ones
 
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """The records of files, one file after the other; `paths` are the files by the labels that errors use."""
+    """The records of files, one file after the other; `paths` are the files by the labels that errors use.
+
+    Of file types in which columns are stored apart, only `columns` are decoded; None is all.
+    """
 
     name: str
     paths: dict[str, Path]
+    columns: Columns = None
 
     def __iter__(self) -> Iterator[Row]:
         is_empty = True
         for label, path in self.paths.items():
             try:
-                if not path.stat().st_size:
-                    raise Unreadable("is empty")
-                for number, raw in READERS[path.suffix.lower()](path):
+                for number, raw in file_records(path, self.columns):
                     is_empty = False
                     yield Row(label, number, raw)
-            except (Unreadable, OSError) as error:
+            except Unreadable as error:
                 raise DataError(f"dataset {self.name!r}: {label} {error}") from error
+            except OSError as error:
+                raise DataError(f"dataset {self.name!r}: {label} cannot be read: {reason_of(error)}") from error
         if is_empty:
             raise DataError(f"dataset {self.name!r}: no records in {', '.join(self.paths)}")
 
@@ -73,8 +81,12 @@ def local_files(spec: DatasetSpec, path: Path, split: str) -> dict[str, Path]:
         root = path / spec.folder if spec.folder else path
         label = f"{label}/{spec.folder}" if spec.folder else label
         return {f"{label}/{name}": root / name for name in of_split(spec, data_files(root), split)}
-    if path.suffix.lower() not in READERS:
-        raise DataError(f"dataset {spec.name!r}: {label} is not a {', '.join(READERS)} file; convert it to one of them")
+    if not is_data_file(path):
+        raise DataError(f"dataset {spec.name!r}: {label} is not a {legal_suffixes()} file; convert it to one of them")
+    try:
+        check_regular(path)
+    except Unreadable as error:
+        raise DataError(f"dataset {spec.name!r}: {label} {error}") from None
     if split != "train" and not spec.split:
         raise DataError(
             f"dataset {spec.name!r}: {label} is one file and has no split {split!r}; type data.split=train, "
@@ -89,30 +101,51 @@ def data_files(folder: Path) -> list[str]:
     return [
         str(file.relative_to(folder))
         for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in READERS.keys() - {".txt"}
+        if is_data_file(file)
+        and data_suffix(file) != ".txt"
         and file.name not in NOT_RECORDS
+        and not file.is_dir()
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and _is_in_saved_dataset(file)
     ]
 
 
-def of_split(spec: DatasetSpec, files: list[str], split: str) -> list[str]:
-    """The files of a folder that belong to a split, by the words in their names.
+def _is_in_saved_dataset(file: Path) -> bool:
+    """Whether a file is one of those that `save_to_disk` of datasets wrote, where it wrote the folder; else True."""
+    state = file.with_name(SAVED)
+    if not state.is_file() or not file.with_name("dataset_info.json").is_file():
+        return True
+    try:
+        saved = json.loads(state.read_text(encoding="utf-8"))
+        return file.name in {entry["filename"] for entry in saved["_data_files"]}
+    except (ValueError, KeyError, TypeError):
+        return file.name != SAVED
+
+
+def split_files(files: list[str], split: str) -> list[str]:
+    """The files of a folder that belong to a split, by a word in their names or by the name of their folder.
 
     If no name says that its file is for training, the files whose names tell no split are.
     """
-    split = spec.split or split
-    words = {file: set(re.split(r"[^a-z]+", file.lower())) for file in files}
+    words = {file: {*re.split(r"[^a-z]+", file.lower()), *Path(file).parts, Path(file).stem} for file in files}
     own = [file for file in files if words[file] & SPLIT_WORDS.get(split, {split})]
     if not own and split == "train":
         own = [file for file in files if not words[file] & set().union(*SPLIT_WORDS.values())]
+    return own
+
+
+def of_split(spec: DatasetSpec, files: list[str], split: str) -> list[str]:
+    """The files of a folder that belong to a split; raises DataError if there is none, and prints which are left out."""
+    split = spec.split or split
+    own = split_files(files, split)
     if not own:
         raise DataError(
-            f"dataset {spec.name!r}: no file of its folder belongs to the split {split!r}; "
-            f"it holds {listed(files) or 'no ' + ', '.join(READERS)}"
+            f"dataset {spec.name!r}: no file of its folder belongs to the split {split!r}; it holds "
+            f"{names_of(files) or 'no ' + legal_suffixes()}{'; type data.split=<its split>' if files else ''}"
         )
     if len(own) < len(files):
         left_out = [file for file in files if file not in own]
-        say(f"dataset {spec.name!r}: the split {split} leaves out {listed(left_out)}")
+        say(f"dataset {spec.name!r}: the split {split} leaves out {names_of(left_out)}")
     return own
 
 
@@ -120,8 +153,10 @@ def missing_file(spec: DatasetSpec, dataset_dir: Path) -> DataError:
     """The error for an entry whose file does not exist."""
     path = dataset_dir / str(spec.file_name)
     folder = path.parent
-    names = sorted(file.name for file in folder.iterdir() if file.suffix in READERS) if folder.is_dir() else []
-    content = f"{folder} holds {listed(names) or 'no data file'}" if folder.is_dir() else f"there is no folder {folder}"
+    names = sorted(file.name for file in folder.iterdir() if is_data_file(file)) if folder.is_dir() else []
+    content = (
+        f"{folder} holds {names_of(names) or 'no data file'}" if folder.is_dir() else f"there is no folder {folder}"
+    )
     return DataError(
         f"dataset {spec.name!r} ({spec.origin}): no file {path}{did_you_mean(path.name, names, then=content)}; put the "
         f"file there, fix file_name in {spec.origin}, or type data.dataset_dir=<the folder it is in>"

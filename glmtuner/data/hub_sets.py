@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.data.arrow_files import ROWS_AT_A_TIME, rows_of_table
 from glmtuner.data.raw import Row, reason_of
+from glmtuner.data.readers import Columns
 from glmtuner.errors import DataError
+from glmtuner.families.hub import is_transient, with_retries
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,12 +31,16 @@ class HubSet:
     label: str  # the hub id, with the subset
     dataset: Dataset
     commit: str | None
+    columns: Columns = None  # those that are decoded; None is all
 
     def __iter__(self) -> Iterator[Row]:
         if not len(self.dataset):
             raise DataError(f"dataset {self.name!r}: no records in {self.label}")
-        for number, raw in enumerate(self.dataset, start=1):
-            yield Row(self.label, number, raw)
+        number = 0
+        for table in self.dataset.with_format("arrow").iter(ROWS_AT_A_TIME):
+            for _, raw in rows_of_table(table, self.columns):
+                number += 1
+                yield Row(self.label, number, raw)
 
     def size(self) -> int:
         """The size of all records in bytes, as Arrow stores them."""
@@ -45,7 +52,9 @@ class HubSet:
         return {self.label: f"commit {self.commit}" if self.commit else f"fingerprint {self.dataset._fingerprint}"}
 
 
-def hub_set(spec: DatasetSpec, split: str, cache_dir: str | Path | None, token: bool) -> HubSet:
+def hub_set(
+    spec: DatasetSpec, split: str, cache_dir: str | Path | None, token: bool, columns: Columns = None
+) -> HubSet:
     """A split of a hub dataset, downloaded to the hub's cache; dataset scripts are never run. Raises DataError."""
     import datasets
 
@@ -58,16 +67,24 @@ def hub_set(spec: DatasetSpec, split: str, cache_dir: str | Path | None, token: 
         "cache_dir": str(cache_dir) if cache_dir else None,
     }
     commit = None
+
+    def load() -> Dataset:
+        loaded: Dataset = datasets.load_dataset(
+            str(spec.hf_hub_url), revision=spec.revision, token=token or None, **options
+        )
+        return loaded
+
     try:
         try:
-            dataset = datasets.load_dataset(
-                str(spec.hf_hub_url), revision=spec.revision, token=token or None, **options
-            )
-        except (ConnectionError, ValueError):
-            copy = downloaded_copy(spec, cache_dir)
-            if copy is None:
+            dataset = load()
+        except Exception as error:
+            copy = downloaded_copy(spec, cache_dir) if isinstance(error, (ConnectionError, ValueError)) else None
+            if copy is not None:
+                dataset, commit = datasets.load_dataset(str(copy), **options), copy.name
+            elif is_transient(error):
+                dataset = with_retries(f"dataset {spec.name!r}", load)
+            else:
                 raise
-            dataset, commit = datasets.load_dataset(str(copy), **options), copy.name
     except Exception as error:  # the network, the hub and third-party files can raise anything
         raise DataError(f"dataset {spec.name!r} ({spec.origin}): {failure_message(spec, split, error)}") from error
     commit = commit or commit_of(dataset)
@@ -76,7 +93,7 @@ def hub_set(spec: DatasetSpec, split: str, cache_dir: str | Path | None, token: 
             f"dataset {spec.name!r} ({spec.origin}): revision {spec.revision} of {label} could not be reached, and the "
             f"cache holds {commit}; check the network, or fix revision in the entry"
         )
-    return HubSet(spec.name, label, dataset, commit)
+    return HubSet(spec.name, label, dataset, commit, columns)
 
 
 def commit_of(dataset: Dataset) -> str | None:

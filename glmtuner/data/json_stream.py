@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from codecs import getincrementaldecoder
 from typing import Any, BinaryIO
 
-from glmtuner.data.raw import Numbered, Unreadable, as_record, message_of, not_utf8
+from glmtuner.data.raw import DECODER, Numbered, Unreadable, as_record, message_of, not_utf8
 
 
 def array_records(file: BinaryIO) -> Numbered:
     """The objects of the array in a file, parsed one by one while the file is read in chunks; raises Unreadable."""
-    decoder = json.JSONDecoder()
     text = JsonWindow(file)
     text.skip_space()
     text.advance(1)
     number, ended = 0, text.skip_space() == "]"
     while not ended:
         number += 1
-        yield number, as_record(text.parse(decoder, number))
+        yield number, as_record(text.parse(number))
         if text.skip_comma():
             continue
         character = text.skip_space()
@@ -40,6 +38,7 @@ class JsonWindow:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
+        self.num_read = 0  # bytes
         self.decoder = getincrementaldecoder("utf-8-sig")()
         self.text, self.position = "", 0
         self.lines, self.columns = 0, 0  # whole lines before the window, and characters of the line it begins in
@@ -53,7 +52,8 @@ class JsonWindow:
         self.lines += parsed.count("\n")
         self.columns = len(parsed) - 1 - parsed.rfind("\n") + (0 if "\n" in parsed else self.columns)
         data = self.file.read(max(CHUNK_BYTES, 2 * (len(self.text) - self.position)))
-        offset = self.file.tell() - len(data) - len(self.decoder.getstate()[0])
+        offset = self.num_read - len(self.decoder.getstate()[0])
+        self.num_read += len(data)
         try:
             self.text = self.text[self.position :] + self.decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
@@ -80,17 +80,19 @@ class JsonWindow:
         """Move on by `count` characters."""
         self.position += count
 
-    def parse(self, decoder: json.JSONDecoder, number: int) -> Any:
+    def parse(self, number: int) -> Any:
         """Parse the JSON value at `position`, record `number`, and move past it."""
         while True:
             try:
-                value, end = decoder.raw_decode(self.text, self.position)
+                value, end = DECODER.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
                 # more text can only help if the error is at the window's end: inside a string, or in the last characters
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - LONGEST_ESCAPE
                 if is_cut and self.read_more():
                     continue
                 raise self.broken(error, number) from None
+            except RecursionError:
+                raise Unreadable(f"is nested too deeply in record {number}") from None
             if end > len(self.text) - LONGEST_ESCAPE and self.read_more():  # a number may continue: 12 as 12.5e+10
                 continue
             self.position = end
@@ -101,9 +103,9 @@ class JsonWindow:
         error.colno += self.columns if error.lineno == 1 else 0
         error.lineno += self.lines
         end = self.text
-        if not self.at_end:
-            self.file.seek(-min(os.fstat(self.file.fileno()).st_size, 4096), os.SEEK_END)
-            end = self.file.read().decode(errors="replace")
+        while not self.at_end:  # a decompressed stream cannot be read from its end
+            data = self.file.read(CHUNK_BYTES)
+            end, self.at_end = end[-4096:] + data.decode(errors="replace"), not data
         return Unreadable(f"is {broken(error, end, number)}")
 
 

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.groups import Data
 from glmtuner.config.paths import PACKAGE, PACKAGE_DATA
+from glmtuner.console import say
 from glmtuner.data import DatasetSpec, Loaded, SkippedRecord, check_bad_record_limit, load
+from glmtuner.data.columns import description
 from glmtuner.data.encode import Counts, Encoder
 from glmtuner.data.formats import format_source
 from glmtuner.data.records import Example
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-    Batch = tuple[pyarrow.RecordBatch, Counts]
+    Batch = tuple[pyarrow.RecordBatch | None, Counts]  # None: no example of the batch has a row
     EncodeBatch = Callable[[list[Example]], Batch]
 
 THREADS = min(4, os.cpu_count() or 1)  # more would only wait for the GIL
@@ -57,11 +59,14 @@ class Prepared:
     counts: Counts
     files: dict[str, str]  # file or hub id -> sha256 or commit
     bad: list[SkippedRecord]
+    columns: list[str]  # those that hold something
 
     def about(self) -> dict[str, Any]:
         """The dataset's entry in provenance.json."""
         skipped = [str(record) for record in self.bad]
-        return {"origin": self.spec.origin, "sha256": self.files, **asdict(self.counts), "skipped": skipped}
+        read = description(self.spec, self.columns)
+        about = {"origin": self.spec.origin, "sha256": self.files, "read": read}
+        return {**about, **asdict(self.counts), "skipped": skipped}
 
 
 def cache_root() -> Path:
@@ -90,7 +95,9 @@ def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str |
     cached = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
     bad = [SkippedRecord(**record) for record in cached["bad"]]
     check_bad_record_limit(bad, data.max_bad_records)
-    return Prepared(spec, Dataset.from_file(str(folder / ROWS)), Counts(**cached["counts"]), loaded.files, bad)
+    say(f"dataset {spec.name!r}: {description(spec, cached['columns'])}")
+    rows = Dataset.from_file(str(folder / ROWS))
+    return Prepared(spec, rows, Counts(**cached["counts"]), loaded.files, bad, cached["columns"])
 
 
 def _encode_into(
@@ -117,14 +124,19 @@ def _encode_into(
             encoded = files.enter_context(closing(_encoded(batches, encoder, workers, engine_json)))
             writer = None
             for rows, batch_counts in encoded:
+                counts += batch_counts
+                if rows is None:
+                    continue
                 if writer is None:
                     file = files.enter_context((partial / ROWS).open("wb"))
                     writer = files.enter_context(ipc.new_stream(file, rows.schema))
                 writer.write_batch(rows)
-                counts += batch_counts
         check_bad_record_limit(loaded.bad, data.max_bad_records)
         counts.bad_records = len(loaded.bad)
-        cached = {"counts": asdict(counts), "bad": [asdict(record) for record in loaded.bad]}
+        if writer is None:
+            raise DataError(f"data.dataset={spec.name}: nothing is left to learn from: {counts.summary()}")
+        bad = [asdict(record) for record in loaded.bad]
+        cached = {"counts": asdict(counts), "bad": bad, "columns": list(loaded.columns)}
         (partial / COUNTS).write_text(json.dumps(cached), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # the remains of an interrupted removal
         partial.rename(folder)
@@ -226,8 +238,10 @@ def _encode_in_worker(examples: list[Example]) -> "Batch":
 
 
 def _encode(encoder: Encoder, examples: list[Example]) -> "Batch":
-    rows, counts = encoder.encode(examples)
-    return as_arrow(rows), counts
+    kept = [example for example in examples if example.learned or not encoder.learns]
+    rows, counts = encoder.encode(kept) if kept else ([], Counts())
+    counts.unlearned += len(examples) - len(kept)
+    return as_arrow(rows) if rows else None, counts
 
 
 def as_arrow(rows: Sequence[dict[str, Any]]) -> "pyarrow.RecordBatch":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from glmtuner.data.records import BadRecord, shown
+from glmtuner.data.records import BadRecord, printable, shown
 
 Raw = dict[str, Any] | BadRecord
 Numbered = Iterator[tuple[int, Raw]]
@@ -24,6 +25,35 @@ class Unreadable(Exception):
     """What is wrong with a whole file; the caller adds the file's name."""
 
 
+@dataclass(frozen=True)
+class LongInteger:
+    """An integer with more digits than Python converts; harmless in a column that is not read."""
+
+    num_digits: int
+
+    def __repr__(self) -> str:
+        return f"an integer of {self.num_digits:,} digits"
+
+
+def integer(digits: str) -> int | LongInteger:
+    """The integer of a JSON text."""
+    try:
+        return int(digits)
+    except ValueError:
+        return LongInteger(len(digits))
+
+
+DECODER = json.JSONDecoder(parse_int=integer)
+
+
+def parsed(text: str) -> Any:
+    """The value of a JSON text; raises JSONDecodeError, and Unreadable if it is nested too deeply for Python."""
+    try:
+        return DECODER.decode(text)
+    except RecursionError:
+        raise Unreadable("nested too deeply") from None
+
+
 def as_record(value: Any) -> Raw:
     """The value if it is an object, else what is wrong with it."""
     return value if isinstance(value, dict) else BadRecord("", f"an object is expected, got {shown(value)}")
@@ -32,7 +62,7 @@ def as_record(value: Any) -> Raw:
 def decoded(data: bytes, of_line: str = "") -> str:
     """The text of UTF-8 bytes, without a byte order mark; raises Unreadable."""
     try:
-        return data.decode("utf-8-sig")
+        return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise not_utf8(error, f" at offset {error.start}{of_line}") from None
 
@@ -51,10 +81,4 @@ def message_of(error: json.JSONDecodeError) -> str:
 def reason_of(error: BaseException) -> str:
     """An error in one line of at most 300 characters."""
     line = " ".join(str(error).split())
-    return f"{type(error).__name__}: {line if len(line) <= 300 else line[:297] + '...'}"
-
-
-def listed(names: list[str], limit: int = 10) -> str:
-    """The names separated by commas; of a long list the first `limit`."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{', '.join(names[:limit])}{more}"
+    return printable(f"{type(error).__name__}: {line if len(line) <= 300 else line[:297] + '...'}")

@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING
 
 from glmtuner.data.fetch import download
 from glmtuner.data.files import LocalFiles, local_files, local_path, missing_file
+from glmtuner.data.formats import format_source
 from glmtuner.data.hub_sets import HubSet, hub_set
 
 if TYPE_CHECKING:
     from glmtuner.data.spec import DatasetSpec
+
+
+def columns_of(spec: DatasetSpec) -> frozenset[str] | None:
+    """The columns that a dataset's records are read by; None, all of them, for a plugin's format, which may read any."""
+    return None if format_source(spec.formatting) else frozenset(spec.columns.values()) or None
 
 
 def read(
@@ -34,7 +40,7 @@ def read(
     if path is None and spec.url:
         path = download(spec, cache_dir)
     if path is not None:
-        return LocalFiles(spec.name, local_files(spec, path, split))
+        return LocalFiles(spec.name, local_files(spec, path, split), columns_of(spec))
     if spec.hf_hub_url:
-        return hub_set(spec, split, cache_dir, token)
+        return hub_set(spec, split, cache_dir, token, columns_of(spec))
     raise missing_file(spec, Path(dataset_dir))

@@ -1,125 +1,126 @@
-"""Readers, one for each file type; each yields (number, record)."""
+"""Readers, one for each file type; each yields (number, record), with the columns that are asked for if the type allows it."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
+from glmtuner.data.arrow_files import arrow_records, parquet_records
+from glmtuner.data.csv_files import csv_records
 from glmtuner.data.json_stream import array_records, broken
-from glmtuner.data.raw import Numbered, Unreadable, as_record, decoded, listed, message_of, not_utf8, reason_of
+from glmtuner.data.raw import Numbered, Unreadable, as_record, decoded, message_of, parsed, reason_of
 from glmtuner.data.records import BadRecord, shown
+from glmtuner.data.streams import check_regular, data_suffix, open_utf8, read_errors
+
+Columns = Collection[str] | None  # None: all
+BLANK = b"\xef\xbb\xbf \t\r\n"  # white space, and the byte order mark before it
 
 
-def json_records(path: Path) -> Numbered:
-    """The objects of an array, by itself or as `data` of an object; a .json file with an object on each line works, too.
-
-    An array by itself is read lazily; one inside an object is read as a whole.
-    """
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
-        if head.startswith(b"["):
-            yield from array_records(file)
-            return
-        if head.startswith(b"{"):
-            lines = (line for line in file if line.strip())
-            if is_object(next(lines)) and next(lines, None):
-                yield from jsonl_records(path)
-                return
-    text = decoded(path.read_bytes())
+def file_records(path: Path, columns: Columns = None) -> Numbered:
+    """The records of a file; of `columns` at least, where only these need to be decoded. Raises Unreadable."""
+    check_regular(path)
     try:
-        document = json.loads(text)
+        yield from READERS[data_suffix(path)](path, columns)
+    except read_errors() as error:
+        raise Unreadable(f"is not a readable {path.suffix.lower()} file: {reason_of(error)}") from None
+
+
+def json_records(path: Path, columns: Columns = None) -> Numbered:
+    """The objects of an array, on a line each, or of an array that is `data` of an object; the content tells which it is.
+
+    An array by itself is read lazily; an object that goes over several lines is read as a whole.
+    """
+    read = _layout(path)
+    with open_utf8(path, is_json=True) as file:
+        yield from read(file)
+
+
+def _layout(path: Path) -> Callable[[BinaryIO], Numbered]:
+    """The function that reads a JSON file, by its first two lines that are not blank."""
+    with open_utf8(path, is_json=True) as file:
+        first = list(islice((line for line in file if line.strip(BLANK)), 2))
+    is_json = [_is_json(line) for line in first]
+    is_named_json = data_suffix(path) == ".json"
+    if first and first[0].lstrip(BLANK).startswith(b"["):
+        return _line_records if not is_named_json and len(first) == 2 and is_json[0] else array_records
+    if is_named_json:
+        return _line_records if len(first) == 2 and is_json[0] else _document_records
+    if len(first) == 2 and not any(is_json):
+        with open_utf8(path, is_json=True) as file:
+            return _document_records if _is_json(file.read()) else _line_records
+    return _line_records
+
+
+def _line_records(file: BinaryIO) -> Numbered:
+    """The object on each line; a line that is not an object is a bad record, and blank lines are skipped."""
+    for number, line in enumerate(file, start=1):
+        text = decoded(line, f" of line {number}").strip(" \t\r\n")
+        if not text:
+            continue
+        try:
+            yield number, as_record(parsed(text))
+        except json.JSONDecodeError as error:
+            yield number, BadRecord("", f"not JSON: {message_of(error)} at column {error.colno}")
+        except Unreadable as error:
+            yield number, BadRecord("", str(error))
+
+
+def _document_records(file: BinaryIO) -> Numbered:
+    """The objects of the array that is `data` of one object; an object without it is one record."""
+    text = decoded(file.read())
+    if not text.strip():
+        raise Unreadable("is empty")
+    try:
+        document = parsed(text)
     except json.JSONDecodeError as error:
-        raise Unreadable(f"is {'empty' if not text.strip() else broken(error, text)}") from None
+        raise Unreadable(f"is {broken(error, text)}") from None
+    except Unreadable:
+        raise Unreadable("is nested too deeply") from None
     if isinstance(document, dict):
-        document = document.get("data", document)
+        document = document["data"] if isinstance(document.get("data"), list) else [document]
     if not isinstance(document, list):
-        raise Unreadable(
-            f"holds {kind_of(json.loads(text))} where an array of objects is expected; put it in [ ], or rename the file "
-            "to .jsonl if each line is a record"
-        )
+        raise Unreadable(f"holds {shown(document)} where an array of objects is expected")
     yield from ((number, as_record(value)) for number, value in enumerate(document, start=1))
 
 
-def jsonl_records(path: Path) -> Numbered:
-    """The object on each line; a line that is not an object is a bad record, and blank lines are skipped."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = decoded(line, f" of line {number}").strip()
-            if not text:
-                continue
-            try:
-                yield number, as_record(json.loads(text))
-            except json.JSONDecodeError as error:
-                yield number, BadRecord("", f"not JSON: {message_of(error)} at column {error.colno}")
-
-
-def csv_records(path: Path) -> Numbered:
-    """The rows under a header line; quoting is strict, since a stray quote would swallow the rows after it."""
-    csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 128 KiB
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        try:
-            header = list(rows.fieldnames or [])
-            if len(set(header)) < len(header):
-                raise Unreadable(f"names a column twice in its header: {', '.join(header)}")
-            for number, row in enumerate(rows, start=1):
-                complete = None not in row and None not in row.values()
-                yield (
-                    number,
-                    row if complete else BadRecord("", f"the row does not have the {len(header)} cells of the header"),
-                )
-        except csv.Error as error:
-            raise Unreadable(f"is not CSV at line {rows.reader.line_num}: {error}") from None
-        except UnicodeDecodeError as error:
-            raise not_utf8(error) from None
-
-
-def parquet_records(path: Path) -> Numbered:
-    """The rows of a parquet file, a batch at a time."""
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        number = 0
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except pyarrow.ArrowException as error:
-        raise Unreadable(f"is not a readable parquet file: {reason_of(error)}") from None
-
-
-def text_records(path: Path) -> Numbered:
+def text_records(path: Path, columns: Columns = None) -> Numbered:
     """The lines of a plain text file as records with one column, `text`; blank lines are skipped."""
-    with path.open("rb") as file:
+    with open_utf8(path) as file:
         for number, line in enumerate(file, start=1):
             text = decoded(line, f" of line {number}").rstrip("\n")
             if text.strip():
                 yield number, {"text": text.rstrip("\r")}
 
 
-READERS: dict[str, Callable[[Path], Numbered]] = {
+READERS: dict[str, Callable[[Path, Columns], Numbered]] = {
     ".json": json_records,
-    ".jsonl": jsonl_records,
+    ".jsonl": json_records,
+    ".ndjson": json_records,
     ".csv": csv_records,
+    ".tsv": csv_records,
     ".parquet": parquet_records,
+    ".arrow": arrow_records,
+    ".feather": arrow_records,
     ".txt": text_records,
 }
 
 
-def is_object(line: bytes) -> bool:
-    """Whether a line is a JSON object by itself."""
+def _is_json(line: bytes) -> bool:
+    """Whether a line, or a whole file, is a JSON object or array by itself."""
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
+        return isinstance(parsed(decoded(line)), dict | list)
+    except (ValueError, Unreadable):
         return False
 
 
-def kind_of(document: Any) -> str:
-    """What a JSON document is, for an error."""
-    return f"one object ({listed(list(document))})" if isinstance(document, dict) else shown(document)
+def is_data_file(path: str | Path) -> bool:
+    """Whether a file of this name is read."""
+    return data_suffix(path) in READERS
+
+
+def legal_suffixes() -> str:
+    """The suffixes of the files that are read, for an error."""
+    return ", ".join(READERS)

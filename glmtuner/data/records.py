@@ -1,5 +1,6 @@
 """Examples, the error of a record that cannot become one, and the checks that all formats share."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,16 +12,21 @@ class BadRecord(Exception):
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(field, reason)
-        self.field = field
-        self.reason = reason
+        self.field = printable(field)
+        self.reason = printable(reason)
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn; `role` is system, user or assistant."""
+    """One turn; `role` is system, user or assistant.
+
+    An answer that is not `learned` is context for those after it. `reasoning` is the thought before an answer.
+    """
 
     role: str
     content: str
+    learned: bool = True
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,8 @@ class Example:
     ranked pair     messages end with the user's turn; `chosen` and `rejected` are the two answers to it
     feedback        messages end with the assistant's answer; `desirable` is whether it is a good one
     plain text      no messages; `text` is learned
+
+    A record that is not `learned`, by a mark of its own, is left out.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -40,6 +48,7 @@ class Example:
     rejected: str | None = None
     desirable: bool | None = None
     text: str | None = None
+    learned: bool = True
 
     @property
     def kind(self) -> str:
@@ -52,27 +61,38 @@ class Example:
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+)  # control characters, line breaks, halves of pairs
+MARKS = ("weight", "loss", "train", "training")  # of OpenAI, ms-swift, axolotl: whether an answer is learned
+REASONING = ("reasoning_content", "reasoning", "thinking")  # the thought before an answer, by its names
+MARK_WORDS = {"": None, "true": True, "false": False, "1": True, "0": False}
 Turn = tuple[str, Message]  # the place of a turn in its record, such as conversations[3], and the turn
 
 
 def value_of(raw: Mapping[str, Any], column: str) -> Any:
     """The record's value in a required column; raises BadRecord."""
     if raw.get(column) is None:
-        raise BadRecord(column, f"missing; the record has {', '.join(map(str, raw)) or 'nothing'}")
+        raise BadRecord(column, f"missing; the record has {names_of(raw) or 'nothing'}")
     return raw[column]
 
 
-def text_of(value: Any, place: str, what: str) -> str:
-    """`value` if it is text that is not blank, else raises BadRecord; `what` names it in the error, such as answer."""
+def text_of(value: Any, place: str, what: str, *, may_be_blank: bool = False) -> str:
+    """`value` if it is text (not blank unless it may be), else raises BadRecord; `what` names it in the error, such as answer."""
     if value is None:
         raise BadRecord(place, f"missing {what}")
     if not isinstance(value, str):
         raise BadRecord(place, f"text is expected, got {shown(value)}")
-    if not value.strip():
+    if not may_be_blank and not value.strip():
         raise BadRecord(place, f"empty {what}")
     if SURROGATE.search(value):
         raise BadRecord(place, "half of a surrogate pair, which is not a character and cannot be tokenized")
     return value
+
+
+def answer_turn(content: str, *, learned: bool = True, reasoning: str = "") -> Message:
+    """The assistant's turn; an empty answer, which only stands before other turns, is context and is not learned."""
+    return Message("assistant", content, learned and bool(content.strip()), reasoning)
 
 
 def optional_text(raw: Mapping[str, Any], column: str | None, what: str) -> str:
@@ -83,8 +103,32 @@ def optional_text(raw: Mapping[str, Any], column: str | None, what: str) -> str:
     return text_of(value, str(column), what)
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a value holds nothing: null, blank text, an empty list or object."""
+    return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())
+
+
+def as_rows(value: Any) -> Any:
+    """Turns stored as one list for each of their keys, as `Sequence` of datasets does, as a list of turns; else the value."""
+    if not isinstance(value, dict) or not value or not all(isinstance(column, list) for column in value.values()):
+        return value
+    if len({len(column) for column in value.values()}) > 1:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+
+
 def list_of(value: Any, place: str, what: str) -> list[Any]:
-    """`value` if it is a list, else raises BadRecord; `what` names its items in the error."""
+    """`value` if it is a list or the JSON text of one (a cell of CSV), else raises BadRecord; `what` names its items."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadRecord(
+                place,
+                f"a list of {what} is expected, got {shown(value)}, which is not JSON; CSV cannot hold lists: save the "
+                "dataset as jsonl or parquet",
+            ) from None
+    value = as_rows(value)
     if not isinstance(value, list | tuple):
         raise BadRecord(place, f"a list of {what} is expected, got {shown(value)}")
     return list(value)
@@ -108,11 +152,28 @@ def feedback_of(raw: Mapping[str, Any], column: str | None) -> bool | None:
     return value
 
 
+def mark_of(value: Any, place: str) -> bool | None:
+    """Whether an answer is learned, by its mark (`weight`, `loss`, `train`); None without a mark. Raises BadRecord."""
+    if isinstance(value, str):
+        value = MARK_WORDS.get(value.strip().lower(), value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    raise BadRecord(
+        place,
+        f"a mark of what is learned is 0, 1, true or false, got {shown(value)}; type "
+        f"data.ignore_columns={place.rpartition('.')[2]} to learn without these marks",
+    )
+
+
 def answered(turns: Iterable[Turn], desirable: bool | None = None) -> Example:
     """The example of a conversation whose last turn is the answer; raises BadRecord."""
     places, messages = checked_turns(turns)
     if messages[-1].role == "user":
         raise BadRecord(places[-1], "the last user turn has no answer")
+    if not messages[-1].content.strip():
+        raise BadRecord(places[-1], "empty answer")
     return Example(messages, desirable=desirable)
 
 
@@ -153,5 +214,18 @@ def checked_turns(turns: Iterable[Turn]) -> tuple[list[str], list[Message]]:
 
 def shown(value: Any) -> str:
     """A value as errors show it: at most 40 characters of it, and its type."""
-    text = repr(value)
+    text = repr(value[:100] if isinstance(value, str | bytes) else value)
     return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what breaks a line, controls a terminal, or cannot be encoded."""
+    return UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+def names_of(names: Iterable[Any], limit: int = 10) -> str:
+    """Names from a file, separated by commas, as errors show them; of many the first `limit`, of a long one its start."""
+    listing = [str(name) for name in names]
+    cut = [name if len(name) <= 60 else f"{name[:57]}..." for name in listing[:limit]]
+    more = f" and {len(listing) - limit} more" if len(listing) > limit else ""
+    return printable(", ".join(cut)) + more

@@ -25,6 +25,9 @@ class DatasetSpec:
     ranking: bool = False
     columns: dict[str, str] = field(default_factory=dict)  # those that records are read by, and no others
     tags: dict[str, str] = field(default_factory=dict)  # those named in the entry; each format has defaults
+    default_columns: bool = False  # has the entry named no columns itself?
+    ignore_columns: list[str] = field(default_factory=list)  # columns, and keys of turns, that may stay unread
+    input_separator: str = "\n"  # between prompt and query; data.input_separator
     license: str | None = None
     gated: bool = False
     description: str | None = None

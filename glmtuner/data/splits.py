@@ -1,11 +1,12 @@
 """From the datasets that a run names to its training and evaluation data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.schema import Run
+from glmtuner.console import say
 from glmtuner.data import DatasetSpec, find
 from glmtuner.data.encode import Encoder
 from glmtuner.data.prepare import Prepared, held_out, mixed, prepare
@@ -38,7 +39,14 @@ class Datasets:
 
 def dataset_entries(run: Run, catalogue: Sequence[Path]) -> dict[str, DatasetSpec]:
     """The entries of all datasets that the run names; raises UnknownName and DataError before anything is loaded."""
-    return {name: find(name, run.data.dataset_dir, catalogue) for name in (*run.data.dataset, *run.data.eval_dataset)}
+    data, specs = run.data, {}
+    for name in (*data.dataset, *data.eval_dataset):
+        spec = find(
+            name, data.dataset_dir, catalogue, run.model.cache_dir, split=data.split, ignore_columns=data.ignore_columns
+        )
+        ignored = list(dict.fromkeys((*spec.ignore_columns, *data.ignore_columns)))
+        specs[name] = replace(spec, ignore_columns=ignored, input_separator=data.input_separator)
+    return specs
 
 
 def datasets_of(run: Run, specs: dict[str, DatasetSpec], encoder: Encoder) -> Datasets:
@@ -53,6 +61,9 @@ def datasets_of(run: Run, specs: dict[str, DatasetSpec], encoder: Encoder) -> Da
         name: prepare(specs[name], data, encoder, hub_cache=run.model.cache_dir, token=run.model.use_auth_token)
         for name in dict.fromkeys(names)
     }
+    held = {name.rpartition(".")[2] for part in prepared.values() for name in part.columns}
+    if unknown := [name for name in data.ignore_columns if name not in held]:
+        say(f"data.ignore_columns={','.join(unknown)}: no record that was read holds anything there")
     for part in prepared.values():
         if encoder.learns and part.counts.learned_tokens == 0:
             raise DataError(

@@ -299,5 +299,7 @@ def all_reduce_mean(value: "torch.Tensor") -> "torch.Tensor":
 
 def command_of(flags: Sequence[str], overrides: Sequence[str], folder: Path) -> list[str]:
     """The command line of a rank of the run in this folder, or of a sweep job."""
+    from glmtuner.config.overrides import quoted_value  # takes Hydra's time to import
+
     kept = [override for override in overrides if not override.startswith("trainer.output_dir=")]
-    return [sys.executable, "-m", "glmtuner", *flags, *kept, f"trainer.output_dir='{folder}'"]
+    return [sys.executable, "-m", "glmtuner", *flags, *kept, f"trainer.output_dir={quoted_value(str(folder))}"]

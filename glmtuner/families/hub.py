@@ -11,6 +11,7 @@ from glmtuner.config.groups import Model
 from glmtuner.config.paths import model_source
 from glmtuner.console import say
 from glmtuner.errors import CheckpointError
+from glmtuner.families.config_json import check_config, check_weights
 
 T = TypeVar("T")
 RETRY_WAITS_S = (1.0, 2.0, 4.0)  # before each further attempt after a transient network error
@@ -41,9 +42,11 @@ def read_config(model: Model) -> dict[str, Any]:
 
         path = Path(from_hub(model, lambda: hf_hub_download(source, "config.json", **hub_options(model))))
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        config = check_config(json.loads(path.read_text(encoding="utf-8")), path)
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a JSON file ({error}); download the model again") from None
+    if source == model_source(model.model_name_or_path) and path.parent == Path(source):
+        check_weights(config, path.parent)
     return config
 
 
@@ -61,7 +64,7 @@ def from_hub(model: Model, fetch: Callable[[], T]) -> T:
     name = f"model.model_name_or_path={model.model_name_or_path}"
     load_errors: tuple[type[BaseException], ...] = (*http_errors(HfHubHTTPError), OSError, ValueError)
     try:
-        return _with_retries(name, fetch)
+        return with_retries(name, fetch)
     except GatedRepoError:
         raise CheckpointError(
             f"{name}: the hub asks you to accept the model's terms; accept them on its page, run `hf auth login`, "
@@ -88,7 +91,7 @@ def from_hub(model: Model, fetch: Callable[[], T]) -> T:
         raise _not_loaded(model, error) from None
 
 
-def _with_retries(name: str, fetch: Callable[[], T]) -> T:
+def with_retries(name: str, fetch: Callable[[], T]) -> T:
     """What `fetch` returns, called again after each of `RETRY_WAITS_S` while it fails with a transient network error.
 
     huggingface_hub retries most requests itself, for about half a minute, but not all of them. After that there is no
@@ -101,31 +104,46 @@ def _with_retries(name: str, fetch: Callable[[], T]) -> T:
         except Exception as error:
             if not is_transient(error) or time.monotonic() - start > RETRY_WITHIN_S:
                 raise
-            reason = " ".join(str(error).split())
-            say(f"{name}: {type(error).__name__}: {reason[:200]}; trying again in {wait_s:g} s")
+            cause = transient_cause(error) or error
+            reason = " ".join(str(cause).split())
+            say(f"{name}: {type(cause).__name__}: {reason[:200]}; trying again in {wait_s:g} s")
         time.sleep(wait_s)
     return fetch()
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether another attempt may succeed: the connection failed or timed out, or the server has a problem.
+    """Whether another attempt may succeed: the connection failed, was lost or timed out, or the server has a problem."""
+    return transient_cause(error) is not None
 
-    transformers and huggingface_hub wrap the client's error in errors of their own, so its chain of causes is followed.
+
+def transient_cause(error: BaseException) -> BaseException | None:
+    """The error of the network or of the server that caused this one; None if another attempt would fail as well.
+
+    transformers and huggingface_hub wrap the client's error in errors of their own, or raise them while they handle it.
     """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OfflineModeIsEnabled):  # a ConnectionError
-            return False
+    for cause in (chain := _causes(error)):
+        if any(isinstance(each, OfflineModeIsEnabled) for each in chain):  # a ConnectionError
+            return None
         if isinstance(cause, HfHubHTTPError):
-            return cause.response.status_code >= 500 or cause.response.status_code in TRANSIENT_STATUS_CODES
+            status = cause.response.status_code
+            return cause if status >= 500 or status in TRANSIENT_STATUS_CODES else None
         if isinstance(cause, ConnectionError | TimeoutError):
-            return True
+            return cause
         if not TRANSIENT_HTTP_ERRORS.isdisjoint(base.__name__ for base in type(cause).__mro__):
-            return True
-        cause = cause.__cause__
-    return False
+            return cause
+    return None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and those that it was raised from, the last cause at the end."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return chain
 
 
 def http_errors(hub_error: type[Exception]) -> tuple[type[BaseException], ...]:
@@ -138,6 +156,8 @@ def http_errors(hub_error: type[Exception]) -> tuple[type[BaseException], ...]:
 
 def _not_loaded(model: Model, error: BaseException) -> CheckpointError:
     reason = " ".join(str(error).split())
+    if (cause := transient_cause(error)) not in (None, error):  # transformers only says that it cannot load the files
+        reason = f"{' '.join(str(cause).split())[:200]}: {reason}"
     return CheckpointError(
         f"model.model_name_or_path={model.model_name_or_path} (revision {model.model_revision}) cannot be loaded: "
         f"{reason[:400]}; name a local folder with model.model_name_or_path=…, or set HF_ENDPOINT to a mirror that answers"

@@ -1,19 +1,25 @@
 """LoRA, by PEFT."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from glmtuner.config.groups import Finetuning, ModelFamily, preset
 from glmtuner.config.ranges import range_errors
-from glmtuner.errors import ConfigError, did_you_mean
-from glmtuner.finetuning.trained import assign, load_tensors, trained_parameters
+from glmtuner.errors import CheckpointError, ConfigError, did_you_mean
+from glmtuner.finetuning.adapter import (
+    adapter_parameters,
+    is_pattern,
+    load_adapter,
+    lora_settings,
+    peft_config,
+    read_lora_config,
+    sort_names,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-ADAPTER = "adapter_model.safetensors"
 
 
 @preset("finetuning", "lora")
@@ -51,6 +57,8 @@ class Lora(Finetuning):
         return self
 
     def _check(self, linears: "tuple[str, ...]") -> None:
+        if is_pattern(self.lora_target):
+            return
         unknown = [name for name in self.lora_target if name.rpartition(".")[2] not in linears]
         if unknown:
             known = f"this model's blocks have {', '.join(linears)}; `all` selects all of them"
@@ -66,23 +74,67 @@ class Lora(Finetuning):
             r=self.lora_rank,
             lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # PEFT accepts fractions, too
             lora_dropout=self.lora_dropout,
-            target_modules=list(self.lora_target),
+            target_modules=self.lora_target[0] if is_pattern(self.lora_target) else list(self.lora_target),
             task_type=TaskType.CAUSAL_LM,
         )
-        adapted: Any = get_peft_model(model, config)  # PEFT keeps adapters in float32 on a half-precision base
+        if not is_pattern(self.lora_target):
+            adapted: Any = get_peft_model(model, config)  # PEFT keeps adapters in float32 on a half-precision base
+            return adapted
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:  # no module's path matches, or one that is no linear layer
+            raise ConfigError(
+                f"finetuning.lora_target=[{self.lora_target[0]}]: {' '.join(str(error).split())[:300]}; name linear layers, or type a "
+                "regular expression that matches their whole paths"
+            ) from None
         return adapted
 
     def save(self, model: "PreTrainedModel", folder: Path) -> None:
-        from peft import get_peft_model_state_dict
-
-        if not get_peft_model_state_dict(model):
+        if not adapter_parameters(model):
             raise AssertionError("an adapter without tensors")
         model.save_pretrained(folder)
+        sort_names(folder)
 
     def save_trained(self, model: "PreTrainedModel", folder: Path) -> None:
         self.save(model, folder)
 
     def restore(self, model: "PreTrainedModel", folder: Path) -> None:
-        saved = load_tensors(folder / ADAPTER)
-        parameters = {name.replace(".default.", "."): value for name, value in trained_parameters(model).items()}
-        assign(parameters, saved, folder)
+        load_adapter(model, folder)
+
+
+class SavedLora(Lora):
+    """The LoRA of a saved adapter, with all settings of its adapter_config.json, also those without a key."""
+
+    saved: Mapping[str, Any]  # not fields, which config.yaml would list
+    folder: Path
+
+    @classmethod
+    def of(cls, folder: Path, finetuning_type: str = "lora") -> Self:
+        """The method that a saved adapter was trained with; raises CheckpointError."""
+        method = cls(finetuning_type=finetuning_type, **lora_settings(folder))
+        method.saved, method.folder = read_lora_config(folder), folder
+        return method
+
+    def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
+        import torch
+        from peft import get_peft_model
+
+        on_meta = any(parameter.is_meta for parameter in model.parameters())
+        config = peft_config(self.saved, self.folder, on_meta=on_meta)
+        try:
+            adapted: Any = get_peft_model(model, config)
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            IndexError,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise CheckpointError(
+                f"the adapter in {self.folder} does not fit this model: {' '.join(str(error).split())[:300]}"
+            ) from None
+        return adapted

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.groups import Finetuning, ModelFamily, preset
 from glmtuner.errors import CheckpointError, ConfigError
+from glmtuner.families.weight_files import file_metadata, tensor_shapes
+from glmtuner.finetuning.adapter import read_adapter_config
 from glmtuner.finetuning.trained import assign, freeze_all, load_folder, load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 ADAPTER = "adapter_model.safetensors"
 RAW = "prefix_encoder.safetensors"  # the trained parameters, before projection; PEFT's file holds the projected prefix
 PUBLISHED_PREFIX = "transformer.prefix_encoder."  # of the parameter names in checkpoints of ChatGLM's own trainer
+POSITIONS = {"positions": "not shifted by the prefix"}  # in the file's metadata; PEFT trains prefixes that shift them
 DROPOUT = 0.1  # as in the published ChatGLM code; in training only
 
 
@@ -51,7 +54,7 @@ class PTuning(Finetuning):
         from peft import PrefixTuningConfig, TaskType
 
         encoder: Any = model.get_submodule("prefix_encoder")
-        save_tensors({"prompt_embeddings": encoder.folded()}, folder / ADAPTER)
+        save_tensors({"prompt_embeddings": encoder.folded()}, folder / ADAPTER, **POSITIONS)
         save_tensors(dict(encoder.named_parameters()), folder / RAW)
         PrefixTuningConfig(
             task_type=TaskType.CAUSAL_LM,
@@ -88,9 +91,26 @@ def prefix_settings(folder: Path) -> dict[str, Any]:
     if not (folder / "adapter_config.json").is_file():
         saved = published_prefix(folder)
         return {"pre_seq_len": len(saved["embedding.weight"]), "prefix_projection": "trans.0.weight" in saved}
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    projected = (folder / RAW).is_file() and any(name.startswith("trans") for name in load_tensors(folder / RAW))
-    return {"pre_seq_len": config["num_virtual_tokens"], "prefix_projection": projected}
+    config = read_adapter_config(folder)
+    tokens, raw, folded = config.get("num_virtual_tokens"), folder / RAW, folder / ADAPTER
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise CheckpointError(
+            f"{folder / 'adapter_config.json'} is damaged: num_virtual_tokens={json.dumps(tokens)}, where a whole number of at least 1 "
+            "is expected; use another checkpoint"
+        )
+    if not raw.is_file() and folded.is_file() and not POSITIONS.items() <= file_metadata(folded).items():
+        raise CheckpointError(
+            f"the prefix in {folder} was trained by PEFT, where it shifts the positions of all tokens; here it shifts none, so it would "
+            f"compute something else. It is not supported (a prefix of glmtuner has {RAW} beside it: copy that file, too)"
+        )
+    shapes = tensor_shapes(raw if raw.is_file() else folded) if raw.is_file() or folded.is_file() else {}
+    rows = shapes.get("embedding.weight", shapes.get("prompt_embeddings", ()))
+    if shapes and rows[:1] != (tokens,):
+        raise CheckpointError(
+            f"{folder} does not fit together: num_virtual_tokens={tokens} in adapter_config.json, and the weights hold "
+            f"{rows[0] if rows else 'no'} prefix tokens; use another checkpoint"
+        )
+    return {"pre_seq_len": tokens, "prefix_projection": raw.is_file() and "trans.0.weight" in shapes}
 
 
 def published_prefix(folder: Path) -> "dict[str, torch.Tensor]":

@@ -1,18 +1,28 @@
 """The model that a run starts from: the base with the checkpoints of `model.checkpoint_dir` applied in order."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig
 
 from glmtuner.config.compose import run_folder_of
 from glmtuner.config.groups import Finetuning, Model, ModelFamily
+from glmtuner.console import say
 from glmtuner.errors import CheckpointError, ConfigError
+from glmtuner.finetuning.adapter import (
+    ADAPTER_CONFIG,
+    adapter_notices,
+    check_trainable,
+    lora_settings,
+    read_adapter_config,
+)
+from glmtuner.finetuning.lora import SavedLora
+from glmtuner.finetuning.merge import merged_adapter
 from glmtuner.finetuning.p_tuning import PUBLISHED_PREFIX, prefix_settings
-from glmtuner.finetuning.trained import TRAINED, assign, load_folder, load_tensors
+from glmtuner.finetuning.trained import TRAINED, assign, load_folder, load_tensors, names_in
+from glmtuner.run_folder.folder import RunFolder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,22 +42,6 @@ class CheckpointKind:
     settings: Callable[[Path], dict[str, Any]] = lambda folder: {}
     is_whole_model: bool = False
     is_mergeable: bool = True
-
-
-def lora_settings(folder: Path) -> dict[str, Any]:
-    """Rank, alpha, dropout and targets of a saved adapter."""
-    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    targets = saved["target_modules"]
-    if isinstance(targets, str):
-        raise CheckpointError(
-            f"{folder} names its targets by the pattern {targets!r}; only adapters with a list of names can be loaded"
-        )
-    return {
-        "lora_rank": saved["r"],
-        "lora_alpha": float(saved["lora_alpha"]),
-        "lora_dropout": float(saved["lora_dropout"]),
-        "lora_target": sorted(targets),
-    }
 
 
 LORA = CheckpointKind("lora", method="lora", settings=lora_settings)  # a PEFT adapter
@@ -70,14 +64,20 @@ class Checkpoint:
         """The settings of the method that it was trained with, by configuration key."""
         return self.kind.settings(self.folder)
 
+    def resumed(self, finetuning: Finetuning) -> Finetuning:
+        """The method that continues to train it: `finetuning` with its settings, for a LoRA with all of its adapter_config.json."""
+        if self.kind is LORA:
+            return SavedLora.of(self.folder, finetuning.finetuning_type)
+        return replace(finetuning, **self.settings())
+
 
 def checkpoint_in(path: str) -> Checkpoint:
     """The weights in a run folder or checkpoint folder; raises CheckpointError if there are none, or of an unknown kind."""
     folder = Path(path).expanduser()
     for candidate in (folder, folder / "adapter", folder / "model"):
-        if (candidate / "adapter_config.json").is_file():
-            settings = json.loads((candidate / "adapter_config.json").read_text(encoding="utf-8"))
-            kind = PEFT_KINDS.get(settings.get("peft_type"))
+        if (candidate / ADAPTER_CONFIG).is_file():
+            settings = read_adapter_config(candidate)
+            kind = PEFT_KINDS.get(settings["peft_type"])
             if kind is None:
                 raise CheckpointError(
                     f"model.checkpoint_dir={path} holds a {settings.get('peft_type')} adapter; only LoRA adapters and prefixes can be loaded"
@@ -86,7 +86,7 @@ def checkpoint_in(path: str) -> Checkpoint:
         if (candidate / TRAINED).is_file():
             return Checkpoint(CHANGED, candidate)
         if [*candidate.glob("model*.safetensors"), *candidate.glob("pytorch_model*.bin")]:
-            return Checkpoint(_kind_by_names(load_folder(candidate)), candidate)
+            return Checkpoint(_kind_by_names(names_in(candidate)), candidate)
     raise CheckpointError(
         f"model.checkpoint_dir={path} holds no trained weights: no adapter/, no model/, no adapter_config.json; "
         "name a finished run's folder or one of its checkpoints/"
@@ -111,20 +111,49 @@ def checkpoints_of(model: Model) -> list[Checkpoint]:
     return checkpoints[first:]
 
 
-def lineage(path: str) -> list[Checkpoint]:
-    """A checkpoint, preceded by those that its run started from.
+def lineage(path: str, later: tuple[Path, ...] = ()) -> list[Checkpoint]:
+    """A checkpoint, preceded by those that its run started from; `later` are the runs that started from it.
 
     The adapter or prefix that its run continued to train is left out: the checkpoint contains it.
     """
     last, source = checkpoint_in(path), run_folder_of(path)
     if source is None or last.kind.is_whole_model:
         return [last]
-    saved = OmegaConf.load(source / "config.yaml").model
-    earlier = [checkpoint for start in saved.checkpoint_dir for checkpoint in lineage(start)]
-    continued = last.kind.method is not None and (saved.resume_lora_training or not last.kind.is_mergeable)
+    if source.resolve() in later:
+        raise CheckpointError(
+            f"{source} started from itself, by its config.yaml and those of the runs in between; correct model.checkpoint_dir in it"
+        )
+    starts, resumes = _started_from(source)
+    earlier = [checkpoint for start in starts for checkpoint in lineage(start, (*later, source.resolve()))]
+    continued = last.kind.method is not None and (resumes or not last.kind.is_mergeable)
     if earlier and earlier[-1].kind == last.kind and continued:
         earlier.pop()
     return [*earlier, last]
+
+
+def _started_from(source: Path) -> tuple[list[str], bool]:
+    """`model.checkpoint_dir` and `model.resume_lora_training` in a run's config.yaml; raises CheckpointError."""
+    model = RunFolder(source).config().get("model")
+    starts = model.get("checkpoint_dir") if isinstance(model, DictConfig) else None
+    if not isinstance(starts, ListConfig):
+        raise CheckpointError(f"{source / 'config.yaml'} is damaged (it has no list model.checkpoint_dir)")
+    return [str(start) for start in starts], bool(model.get("resume_lora_training", True))
+
+
+def check_checkpoints(model: Model) -> None:
+    """Read all checkpoints' settings, and print where an adapter names another base; raises CheckpointError.
+
+    No weights are loaded and torch is not imported, except for .bin files.
+    """
+    checkpoints = checkpoints_of(model)
+    base = base_folder(checkpoints)
+    for checkpoint in checkpoints:
+        checkpoint.settings()
+        if (checkpoint.folder / ADAPTER_CONFIG).is_file():
+            for notice in adapter_notices(
+                checkpoint.folder, str(base or model.model_name_or_path), model.model_revision
+            ):
+                say(notice)
 
 
 def base_folder(checkpoints: list[Checkpoint]) -> Path | None:
@@ -159,7 +188,7 @@ def build_trainable_model(
     resumed = adapter_to_resume(checkpoints, finetuning, resume_lora, trains)
     for checkpoint in applied:
         if checkpoint is not resumed:
-            model = _merged(model, checkpoint)
+            model = _merged(model, family, checkpoint)
     if resumed is None:
         model = finetuning.attach(model, family)
         if not trains and finetuning.saved_as == "model":
@@ -174,9 +203,11 @@ def build_trainable_model(
                 f"finetuning.{name}={current} does not fit {resumed.folder}, which has {value}; leave it out to resume that "
                 "adapter, or type model.resume_lora_training=false to merge it and start a new adapter"
             )
-    finetuning = replace(finetuning, **settings)
+    finetuning = resumed.resumed(finetuning)
     model = finetuning.attach(model, family)
     finetuning.restore(model, resumed.folder)
+    if trains and resumed.kind is LORA:
+        check_trainable(model, resumed.folder)
     return model, finetuning
 
 
@@ -201,18 +232,11 @@ def adapter_to_resume(
     return last if resume_lora or not trains or not last.kind.is_mergeable else None
 
 
-def _merged(model: "PreTrainedModel", checkpoint: Checkpoint) -> "PreTrainedModel":
-    if checkpoint.kind is CHANGED:
-        trained = checkpoint.folder / TRAINED
-        saved = load_tensors(trained) if trained.is_file() else load_folder(checkpoint.folder)
-        parameters = dict(model.named_parameters())
-        assign({name: parameters[name] for name in saved if name in parameters}, saved, checkpoint.folder)
-        return model
-    from peft import PeftModel
-
-    try:
-        adapted = PeftModel.from_pretrained(model, str(checkpoint.folder))
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the adapter in {checkpoint.folder} does not fit this model: {reason}") from None
-    return adapted.merge_and_unload()
+def _merged(model: "PreTrainedModel", family: ModelFamily, checkpoint: Checkpoint) -> "PreTrainedModel":
+    if checkpoint.kind is not CHANGED:
+        return merged_adapter(model, family, checkpoint.folder)
+    trained = checkpoint.folder / TRAINED
+    saved = load_tensors(trained) if trained.is_file() else load_folder(checkpoint.folder)
+    parameters = dict(model.named_parameters())
+    assign({name: parameters[name] for name in saved if name in parameters}, saved, checkpoint.folder)
+    return model

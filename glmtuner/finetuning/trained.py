@@ -1,13 +1,13 @@
 """Trained parameters in files, for every method: by name, bit-exact, and never as pickles."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.errors import CheckpointError
+from glmtuner.families.weight_files import tensor_shapes, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -39,13 +39,15 @@ def own_parameters(model: "nn.Module") -> "dict[str, nn.Parameter]":
     return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(f"{VALUE_HEAD}.")}
 
 
-def save_tensors(tensors: "Mapping[str, torch.Tensor]", path: Path) -> None:
-    """Write a safetensors file; missing folders are created."""
+def save_tensors(tensors: "Mapping[str, torch.Tensor]", path: Path, **metadata: str) -> None:
+    """Write a safetensors file, with `metadata` in its header; missing folders are created."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt", **metadata},
     )
 
 
@@ -64,10 +66,9 @@ def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
     if not path.is_file() and old.is_file():
         path = old
     try:
-        if path.suffix == ".bin":
-            tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return tensors
-        return load_file(path)
+        if path.suffix != ".bin":
+            return load_file(path)
+        tensors = read_bin(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"no {path.name} in {path.parent}; the checkpoint is incomplete, use another one"
@@ -76,21 +77,38 @@ def load_tensors(path: Path) -> "dict[str, torch.Tensor]":
         raise CheckpointError(
             f"{path} holds more than tensors, or is damaged; it is not read, use another checkpoint"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint") from None
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path} is damaged ({reason}); use another checkpoint") from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        held = ", ".join(map(str, [*tensors][:4])) if isinstance(tensors, dict) else type(tensors).__name__
+        raise CheckpointError(
+            f"{path} is not a checkpoint of named tensors (it holds {held}); save the tensors alone, as state_dict() gives them"
+        )
+    return tensors
+
+
+def read_bin(path: Path) -> Any:
+    """What torch.load returns with `weights_only`, mapped into memory unless it is a file of torch before 1.6."""
+    import zipfile
+
+    import torch
+
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def names_in(folder: Path) -> set[str]:
+    """The names of all tensors of a model folder; torch is imported for .bin files only. Raises CheckpointError."""
+    files = weight_files(folder) or [folder / "model.safetensors"]
+    return {name for path in files for name in (tensor_shapes(path) if path.suffix != ".bin" else load_tensors(path))}
 
 
 def load_folder(folder: Path) -> "dict[str, torch.Tensor]":
     """All tensors of a model folder, from one file or from its shards; raises CheckpointError."""
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            shards = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
-            saved: dict[str, Any] = {}
-            for shard in shards:
-                saved |= load_tensors(folder / shard)
-            return saved
-    old = folder / "pytorch_model.bin"
-    return load_tensors(old if old.is_file() else folder / "model.safetensors")
+    saved: dict[str, Any] = {}
+    for path in weight_files(folder) or [folder / "model.safetensors"]:
+        saved |= load_tensors(path)
+    return saved
 
 
 def save_trained(model: "nn.Module", folder: Path) -> None:
@@ -109,6 +127,7 @@ def assign(parameters: "Mapping[str, torch.Tensor]", saved: "Mapping[str, torch.
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     check_fit(parameters, saved, folder)
+    require_finite(saved, folder)
     with torch.no_grad():
         for name, parameter in parameters.items():
             value = saved[name]
@@ -134,6 +153,18 @@ def check_fit(parameters: "Mapping[str, torch.Tensor]", saved: "Mapping[str, tor
         ]
         raise CheckpointError(
             f"{folder} does not fit this model: of its parameters {', '.join(differences)}; use another checkpoint"
+        )
+
+
+def require_finite(tensors: "Mapping[str, torch.Tensor]", source: object) -> None:
+    """Raise CheckpointError if any of these values is NaN or infinite."""
+    from glmtuner.models.load import is_finite
+
+    spoiled = [name for name, value in tensors.items() if not is_finite(value)]
+    if spoiled:
+        raise CheckpointError(
+            f"{source} holds values that are NaN or infinite, in {len(spoiled)} of {len(tensors)} tensors (such as "
+            f"{spoiled[0]}); nothing can be computed with them, use another checkpoint"
         )
 
 

@@ -125,6 +125,12 @@ class Batch:
         self.lengths += other.lengths
         self._trim()
 
+    def clear(self, rows: Iterable[int]) -> None:
+        """Set the keys and values of these rows to 0; the rows must be removed next."""
+        for index in rows:
+            for buffer in self._all_buffers()[len(self.buffers) :]:
+                buffer[index] = 0
+
     def remove(self, finished: Iterable[int]) -> None:
         """Remove the rows with these indices, and columns that are padding in all others; last rows take their places.
 

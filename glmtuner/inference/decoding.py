@@ -22,7 +22,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.cache_utils import Cache
 
 from glmtuner.console import say
-from glmtuner.errors import ConfigError
+from glmtuner.errors import ConfigError, PreflightError
 from glmtuner.inference.batch import Batch
 from glmtuner.inference.replay import Recorder, can_replay
 from glmtuner.models.unwrap import unwrapped
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 8192  # prompt tokens of one prefill, padding included: bounds memory, and how long other rows wait
 PADDING_TOLERANCE = 0.05  # largest difference that padding may make, relative to the largest logit: rounding makes less
+FAILED = -1  # in place of the token of a row whose logits are not finite
 RECORDED_STEP = 3  # which step on the same buffers is recorded: many batches end earlier
 
 
@@ -119,6 +120,12 @@ class Decoder:
         return logits_BV
 
 
+def most_likely(logits_BV: torch.Tensor) -> torch.Tensor:
+    """The most likely token of each row, [B]; FAILED where the largest logit is NaN or infinite."""
+    best_B = logits_BV.argmax(-1)  # NaN counts as the largest
+    return best_B.where(logits_BV.gather(-1, best_B[:, None])[:, 0].isfinite(), FAILED)
+
+
 def greedy(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -130,7 +137,8 @@ def greedy(
 ) -> Iterator[tuple[int, list[int]]]:
     """(index in `prompts`, its greedy continuation up to and including the first stop token), in the order they finish.
 
-    At most `max_rows` prompts are in the batch at once, and they start in their order.
+    At most `max_rows` prompts are in the batch at once, and they start in their order. Raises PreflightError for logits that
+    are not finite.
     """
     processor = RepetitionPenaltyLogitsProcessor(repetition_penalty) if repetition_penalty != 1 else None
     batch: Batch | None = None
@@ -142,14 +150,20 @@ def greedy(
             # padding is replaced by the row's last token, so that only its own tokens are penalized
             context_BW = rows.ids.where(rows.mask.bool(), rows.ids[:, -1:])
             logits_BV = processor(context_BW, logits_BV)
-        tokens_B = logits_BV.argmax(-1)
+        tokens_B = most_likely(logits_BV)
         finished: list[int] = []
         for row_id, (row, token) in enumerate(zip(rows.rows, tokens_B.tolist(), strict=True)):
             if row is not None:
+                if token == FAILED:
+                    raise PreflightError(
+                        f"the model's logits are not finite for prompt {row[0] + 1} of {len(prompts)}, so there is no most "
+                        f"likely token: its weights are damaged, or too large for {decoder.model.dtype}; type "
+                        "model.dtype=float32, or choose another checkpoint"
+                    )
                 row[1].append(token)
                 if token in stop_ids or len(row[1]) == max_new_tokens:
                     finished.append(row_id)
-        rows.append(tokens_B)
+        rows.append(tokens_B.clamp(min=0))  # rows that have finished may have FAILED
         continuations = [rows.rows[row_id] for row_id in finished]
         rows.remove(finished)
         return continuations

@@ -184,6 +184,32 @@ def until_stop(tokens: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
     return list(tokens[:end])
 
 
+class StopText:
+    """Finds the first occurrence of a text in a stream of characters, in constant time for each (Knuth, Morris, Pratt 1977)."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0  # how many of the last characters are the beginning of the text
+        # of each prefix: the length of its longest proper suffix that is a prefix, too
+        self.fallbacks = [0] * len(text)
+        for index in range(1, len(text)):
+            self.fallbacks[index] = self._extended(self.fallbacks[index - 1], text[index])
+
+    def feed(self, characters: str) -> int | None:
+        """How many of these characters the first occurrence takes to its end; None if it has not ended."""
+        for index, character in enumerate(characters):
+            self.matched = self._extended(self.matched, character)
+            if self.matched == len(self.text):
+                return index + 1
+        return None
+
+    def _extended(self, length: int, character: str) -> int:
+        """The length of the longest prefix that ends with `character`, after a prefix of `length` characters."""
+        while length and self.text[length] != character:
+            length = self.fallbacks[length - 1]
+        return length + (self.text[length] == character)
+
+
 class AnswerText:
     """Incremental detokenization: the text of an answer in pieces that are never taken back.
 
@@ -197,7 +223,7 @@ class AnswerText:
     )
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stops = tokenizer, tuple(stops)
+        self.tokenizer, self.stops = tokenizer, [StopText(stop) for stop in stops]
         self.tokens: list[int] = []
         # A tokenizer may join a token to the ones before it, so new text is the difference of two decoded windows:
         # tokens[prefix_start:] against tokens[prefix_start:read_end], whose text is `prefix_text`.
@@ -220,28 +246,27 @@ class AnswerText:
         unread = len(self.tokens) - self.read_end
         if not final and text.endswith("\ufffd") and unread < self.MAX_CHARACTER_TOKENS:
             return ""
-        self.pending += text[len(self.prefix_text) :]
+        new = text[len(self.prefix_text) :]
         self.prefix_start, self.read_end = self.read_end, len(self.tokens)
         self.prefix_text = self._decode(self.prefix_start)
         if self.stopped:
             return ""
         if not self.started:
-            self.pending = self.pending.lstrip()
-            self.started = bool(self.pending)
-        stop_starts = [start for start in map(self.pending.find, self.stops) if start >= 0]
+            new = new.lstrip()
+            self.started = bool(new)
+        known = len(self.pending)
+        self.pending += new
+        ends = [(stop, stop.feed(new)) for stop in self.stops]
+        stop_starts = [known + end - len(stop.text) for stop, end in ends if end is not None]
         if stop_starts:
             self.stopped = True
             shown = self.pending[: min(stop_starts)]
         else:
-            shown = self.pending if final else self.pending[: len(self.pending) - self._possible_stop_length()]
+            possible_stop = 0 if final else max((stop.matched for stop in self.stops), default=0)
+            shown = self.pending[: len(self.pending) - possible_stop]
         shown = shown.rstrip()
         self.pending = self.pending[len(shown) :]
         return shown
-
-    def _possible_stop_length(self) -> int:
-        """How many of the last pending characters are the beginning of a stop text."""
-        lengths = range(1, min(max(map(len, self.stops), default=0), len(self.pending) + 1))
-        return max((n for n in lengths if any(stop.startswith(self.pending[-n:]) for stop in self.stops)), default=0)
 
     def _decode(self, start: int) -> str:
         text = self.tokenizer.decode(self.tokens[start:], skip_special_tokens=True)

@@ -1,6 +1,6 @@
 """Generates and scores the answers to a run's evaluation records."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Self
 from glmtuner.config.groups import Engine
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import TrainerArguments
+from glmtuner.console import say
 from glmtuner.distributed import ranks
 from glmtuner.errors import CheckpointError
 from glmtuner.families.stop_tokens import stop_ids
 from glmtuner.inference.context import RunContext
+from glmtuner.inference.reference import answer_text, reference_of
 from glmtuner.inference.scoring import Scorer
 from glmtuner.run_folder.files import read_lines, strict_json, write_text
 from glmtuner.run_folder.names import EVALUATIONS, PREDICTIONS
@@ -49,7 +51,19 @@ def answer_all(context: RunContext, path: Path, is_prediction: bool = False) -> 
     )
     early = folder / EVALUATIONS / f"{path.stem}.early.jsonl"
     others = [folder / EVALUATIONS / f"{path.stem}.rank{rank}.jsonl" for rank in range(1, ranks.world_size())]
-    done = ranks.broadcast_from_rank0(lambda: recover_answers(path, early, others, path.name == PREDICTIONS))
+    tokenizer, max_target_length = context.tokenizer, run.data.max_target_length
+
+    def reference(index: int) -> str:
+        return reference_of(rows[index], tokenizer, decoding.stop_ids, max_target_length)
+
+    def restored(line: dict[str, Any]) -> dict[str, Any] | None:
+        index, answer = line["index"], line.get("predict")
+        if not isinstance(answer, str) or index >= len(rows):
+            return None
+        expected = line_of(rows[index], index, line.get("reference") or reference(index), answer)
+        return expected if all(line.get(name) == expected[name] for name in ("prompt", "label")) else None
+
+    done = ranks.broadcast_from_rank0(lambda: recover_answers(path, early, others, path.name == PREDICTIONS, restored))
     remaining = [index for index in range(len(rows)) if index not in done]
     is_sharded = run.parallel.sharded and ranks.world_size() > 1
     indices = remaining if is_sharded else remaining[ranks.rank() :: ranks.world_size()]
@@ -66,11 +80,10 @@ def answer_all(context: RunContext, path: Path, is_prediction: bool = False) -> 
     )
     with output as file:
         shows_progress = is_prediction and ranks.is_main() and not run.trainer.disable_tqdm
+        answered = tqdm(produced, total=len(indices), desc="predict", disable=not shows_progress)
         lines = (
-            line_of(
-                rows[indices[place]], indices[place], str(context.tokenizer.decode(tokens, skip_special_tokens=True))
-            )
-            for place, tokens in tqdm(produced, total=len(indices), desc="predict", disable=not shows_progress)
+            line_of(rows[index], index, reference(index), answer_text(tokenizer, tokens))
+            for index, tokens in ((indices[place], tokens) for place, tokens in answered)
         )
         for line in chain(done.values() if ranks.is_main() else (), lines):
             file.put(line)
@@ -91,14 +104,16 @@ def batch_size_of(run: Run, model: "PreTrainedModel", prompts: Sequence[Sequence
     return ranks.broadcast_from_rank0(lambda: rows_that_fit(model, max(map(len, prompts)) + new_tokens))
 
 
-def line_of(row: Mapping[str, Any], index: int, text: str) -> dict[str, Any]:
-    """The record's line in predictions.jsonl; the answer is stripped, since ChatGLM3 begins it with a line break."""
-    return {"index": index, "prompt": row["prompt"], "label": row["answer"], "predict": text.strip()}
+def line_of(row: Mapping[str, Any], index: int, reference: str, answer: str) -> dict[str, Any]:
+    """The record's line in predictions.jsonl: `label` is the record's own text, `reference` what the answer is scored against."""
+    return {
+        "index": index, "prompt": row["prompt"], "label": row["answer"], "reference": reference, "predict": answer,
+    }  # fmt: skip
 
 
 def pair_of(line: Mapping[str, Any]) -> tuple[str, str]:
-    """The answer and the label, as they are scored."""
-    return line["predict"].strip(), line["label"].strip()
+    """The answer and its reference, as they are scored."""
+    return line["predict"].strip(), line["reference"].strip()
 
 
 def text_of(lines: Iterable[Mapping[str, Any]]) -> str:
@@ -146,17 +161,30 @@ class OrderedFile(LineFile):
             self.next_index = next(self.following, None)
 
 
-def recover_answers(path: Path, early: Path, others: list[Path], kept: bool) -> dict[int, dict[str, Any]]:
+def recover_answers(
+    path: Path,
+    early: Path,
+    others: list[Path],
+    kept: bool,
+    restored: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda line: line,
+) -> dict[int, dict[str, Any]]:
     """The answers of an interrupted prediction by index, in order; none unless `kept`.
 
-    They are moved to `early`, and the other files are removed.
+    `restored` returns the line to keep for a line of the files; None if it is not an answer to one of today's records. They are
+    moved to `early`, and the other files are removed.
     """
     folder = early.parent
     folder.mkdir(parents=True, exist_ok=True)
     # the interrupted prediction may have had more ranks
     parts = [path, early, *others, *folder.glob(f"{path.stem}.rank*.jsonl")]
-    lines = {line["index"]: line for part in parts for line in read_lines(part)} if kept else {}
-    done = {index: lines[index] for index in sorted(lines)}
+    lines = [line for part in parts for line in read_lines(part)] if kept else []
+    candidates = {line["index"]: restored(line) for line in lines if is_index(line.get("index"))}
+    done = {index: line for index in sorted(candidates) if (line := candidates[index]) is not None}
+    num_dropped = len(candidates) - len(done) + sum(not is_index(line.get("index")) for line in lines)
+    if num_dropped:
+        say(
+            f"{path}: lines that are not answers to the records as they are now, which are answered again: {num_dropped}"
+        )
     write_text(early, text_of(done.values()))
     for part in parts:
         if part != early:
@@ -164,12 +192,17 @@ def recover_answers(path: Path, early: Path, others: list[Path], kept: bool) -> 
     return done
 
 
+def is_index(value: object) -> bool:
+    """Whether the value can be the index of a record."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def merge_and_score(scorer: Scorer, path: Path, others: list[Path], records: int) -> dict[str, float]:
     """Merge the answers of all ranks into `path`, in order, and remove the other files; returns the scores.
 
     Raises CheckpointError, and removes nothing, unless there is one answer for each of the `records`.
     """
-    done = {line["index"]: line for part in (path, *others) for line in read_lines(part)}
+    done = {line["index"]: line for part in (*others, path) for line in read_lines(part)}
     if done.keys() != set(range(records)):
         missing = sorted(set(range(records)) - done.keys())
         raise CheckpointError(

@@ -7,11 +7,13 @@ not known here, such as a scale on the logits, an auxiliary loss of its router, 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.errors import ConfigError
+from glmtuner.kernels.fast_paths import FastPath
 from glmtuner.models.unwrap import unwrapped
+from glmtuner.run_folder.folder import is_out_of_memory
 from glmtuner.templates.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -25,15 +27,21 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Optimizations:
-    """The collator to use, whether the model's loss is computed in chunks, and whether its LoRA layers are fused.
-
-    `refused` has a line for each optimization that was tried and disabled again: its name and the reason.
-    """
+    """The collator to use, and which of the optimizations are enabled in the model."""
 
     collate: Collate
-    chunks_loss: bool = False
-    fuses_lora: bool = False
-    refused: tuple[str, ...] = ()
+    enabled: frozenset[FastPath] = frozenset()
+    left_out: Mapping[FastPath, str] = field(default_factory=dict)  # the others, with the reasons
+
+    @property
+    def chunks_loss(self) -> bool:
+        """Whether the model's loss is computed in chunks."""
+        return FastPath.chunked_loss in self.enabled
+
+    @property
+    def fuses_lora(self) -> bool:
+        """Whether the model's LoRA layers are fused."""
+        return FastPath.fused_lora in self.enabled
 
 
 def choose_optimizations(
@@ -42,68 +50,80 @@ def choose_optimizations(
     padded: Collate,
     *,
     autocast: Autocast = contextlib.nullcontext,
-    without_padding: bool = True,
-    on_weights: bool = True,
-    own_loss: bool = True,
+    excluded: Mapping[FastPath, str] | None = None,
 ) -> Optimizations:
     """Enable in the model the optimizations that keep the loss of the samples `rows`; returns which these are.
 
-    `padded` is the ordinary collator. `without_padding` allows batches of segments, `on_weights` optimizations that use
-    weights outside their own layer's forward pass, and `own_loss` one of these, the loss in chunks, in place of the model's.
+    `padded` is the ordinary collator. `excluded` are not tried, for the reasons given there. An optimization is left out where
+    the model's code has no place for it, where memory does not suffice for it, or where it changes the loss; any other error
+    is raised.
     """
     from glmtuner.data.segments import SegmentCollator
-    from glmtuner.kernels.chunked_loss import disable_chunked_loss, enable_chunked_loss, supports_chunked_loss
+    from glmtuner.kernels.chunked_loss import chunked_loss_problem, disable_chunked_loss, enable_chunked_loss
     from glmtuner.kernels.fused_lora import fuse_lora, unfuse_lora
     from glmtuner.kernels.segment_attention import (
         disable_segment_attention,
         enable_segment_attention,
         position_function,
-        supports_segment_attention,
+        segment_attention_problem,
     )
 
     base = unwrapped(model)
-    collate, chunks_loss, fuses_lora = padded, False, False
-    refused: list[str] = []
+    collate = padded
+    left_out = dict(excluded or {})
 
-    def keeps_loss(name: str, expected: float, collate: Collate) -> bool:
+    def keeps_loss(path: FastPath, collate: Collate) -> bool:
         try:
             loss = loss_of(model, collate(rows), autocast)
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            refused.append(f"{name}: the model's code does not support it ({reason[:200]})")
+        except Exception as error:
+            if (problem := problem_of(error)) is None:
+                error.add_note(f"raised when {path.value} were tried on two samples before step 1 (glmtuner/kernels)")
+                raise
+            left_out[path] = problem
             return False
         if is_same_loss(model, expected, loss, autocast):
             return True
-        refused.append(f"{name}: the loss of two samples would be {loss:.6g} instead of {expected:.6g}")
+        left_out[path] = f"the loss of two samples would be {loss:.6g} instead of {expected:.6g}"
         return False
 
+    def possible(path: FastPath, problem: Callable[[], str | None]) -> bool:
+        """Whether an optimization is to be tried; `problem` says why it cannot be."""
+        if path not in left_out and (reason := problem()) is not None:
+            left_out[path] = reason
+        return path not in left_out
+
     with evaluating(model):
-        expected = loss_of(model, padded(rows), autocast) if without_padding or on_weights else 0.0
-        if without_padding and supports_segment_attention(base):
+        expected = loss_of(model, padded(rows), autocast) if left_out.keys() != set(FastPath) else 0.0
+        if possible(FastPath.without_padding, lambda: segment_attention_problem(base)):
             enable_segment_attention(base)
             segmented = SegmentCollator(positions_of=position_function(base))
-            if keeps_loss("batches without padding", expected, segmented):
+            if keeps_loss(FastPath.without_padding, segmented):
                 collate = segmented
             else:
                 disable_segment_attention(base)
-        if on_weights and own_loss and supports_chunked_loss(base):
+        if possible(FastPath.chunked_loss, lambda: chunked_loss_problem(base)):
             enable_chunked_loss(base)
-            chunks_loss = keeps_loss("the loss in chunks", expected, collate)
-            if not chunks_loss:
+            if not keeps_loss(FastPath.chunked_loss, collate):
                 disable_chunked_loss(base)
-        if on_weights and fuse_lora(model):
-            fuses_lora = keeps_loss("fused LoRA layers", expected, collate)
-            if not fuses_lora:
-                unfuse_lora(model)
-    return Optimizations(collate, chunks_loss, fuses_lora, tuple(refused))
+        no_lora = "no plain LoRA on unquantized layers"
+        if possible(FastPath.fused_lora, lambda: None if fuse_lora(model) else no_lora) and not keeps_loss(
+            FastPath.fused_lora, collate
+        ):
+            unfuse_lora(model)
+    return Optimizations(collate, frozenset(FastPath) - left_out.keys(), left_out)
+
+
+def problem_of(error: Exception) -> str | None:
+    """Why an optimization is left out after this error; None where the error is a fault of the optimization.
+
+    What a model's code has no place for are arguments that it does not take; a shape that does not match is no such thing.
+    """
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    if is_out_of_memory(error):
+        return f"not enough memory for it ({reason})"
+    if isinstance(error, (TypeError, NotImplementedError)):
+        return f"the model's code does not support it ({reason})"
+    return None
 
 
 def short_samples(rows: Sequence[Any], count: int = 2) -> list[Any]:

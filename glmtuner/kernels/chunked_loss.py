@@ -91,17 +91,20 @@ def cross_entropy(
     return total, losses_BT
 
 
-def supports_chunked_loss(model: "PreTrainedModel") -> bool:
-    """Whether the model is a decoder with one plain linear head."""
+def chunked_loss_problem(model: "PreTrainedModel") -> str | None:
+    """Why the loss cannot be computed from the last hidden states; None for a decoder with one plain linear head on them."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return type(head) is nn.Linear and model.base_model is not model
+    if type(head) is not nn.Linear or model.base_model is model:
+        return "the model's logits do not come from one linear layer"
+    return None
 
 
 def enable_chunked_loss(model: "PreTrainedModel") -> None:
     """Let the model's forward pass compute the loss of `labels`, [B, T], by `cross_entropy`; it then returns no logits.
 
     The loss is the mean in nats over the labelled tokens, or their sum divided by `num_items_in_batch`. With `each=True` it is
-    that of each token, [B, T], without a gradient. Without labels the model computes as before.
+    that of each token, [B, T], without a gradient. Without labels the model computes as before. Raises NotImplementedError
+    where the head is not applied to the last hidden states, as where the model projects them first.
     """
 
     @functools.wraps(type(model).forward)
@@ -109,8 +112,11 @@ def enable_chunked_loss(model: "PreTrainedModel") -> None:
         if labels is None:
             return type(self).forward(self, *args, **options)
         num_items, each = options.pop("num_items_in_batch", None), options.pop("each", False)
-        hidden_BTH = self.base_model(*args, **{"use_cache": False, **options}).last_hidden_state
-        total, losses_BT = cross_entropy(hidden_BTH, self.get_output_embeddings(), labels)
+        hidden_BTH = getattr(self.base_model(*args, **{"use_cache": False, **options}), "last_hidden_state", None)
+        head = self.get_output_embeddings()
+        if hidden_BTH is None or hidden_BTH.shape[-1] != head.in_features:
+            raise NotImplementedError("the output layer is not applied to the last hidden states")
+        total, losses_BT = cross_entropy(hidden_BTH, head, labels)
         if each:
             return CausalLMOutputWithPast(loss=losses_BT)
         num_items = labels[:, 1:].ne(IGNORE_INDEX).sum() if num_items is None else num_items

@@ -25,14 +25,16 @@ SEGMENTED = "segments|"  # segments|sdpa is sdpa within each segment
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}  # values of `layer_types` in config.json
 
 
-def supports_segment_attention(model: "PreTrainedModel") -> bool:
-    """Whether every layer computes full or sliding-window attention through transformers' AttentionInterface."""
+def segment_attention_problem(model: "PreTrainedModel") -> str | None:
+    """Why segments cannot be kept apart; None where every layer has full or sliding-window attention by AttentionInterface."""
     config = model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
-        return False
+        return f"{type(model).__name__} does not compute attention through transformers' AttentionInterface"
     base = (model.config._attn_implementation or "eager").removeprefix(SEGMENTED)
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return base in ALL_MASK_ATTENTION_FUNCTIONS and base in ALL_ATTENTION_FUNCTIONS and layer_types <= SUPPORTED_LAYERS
+    if base not in ALL_MASK_ATTENTION_FUNCTIONS or base not in ALL_ATTENTION_FUNCTIONS:
+        return f"not for attention by {base}"
+    others = set(getattr(config, "layer_types", None) or []) - SUPPORTED_LAYERS
+    return f"not for layers of type {', '.join(sorted(others))}" if others else None
 
 
 def enable_segment_attention(model: "PreTrainedModel") -> None:

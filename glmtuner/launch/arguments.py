@@ -4,8 +4,10 @@ import dataclasses
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.config.schedules import AFTER_EVALUATIONS, dictionary
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import TrainerArguments
+from glmtuner.config.trainer_rules import is_greater_better
 from glmtuner.distributed import ranks
 from glmtuner.launch.device import has_bfloat16
 from glmtuner.run_folder.folder import RunFolder
@@ -58,7 +60,7 @@ def training_arguments(
         chosen.pop(name, None)
     chosen |= {"output_dir": str(folder.path), "report_to": "none", "run_name": run.name or folder.path.name}
     if ranks.world_size() > 1 and not for_estimate:  # DeepSpeed's configuration changes how models are built
-        chosen |= run.parallel.arguments()
+        chosen = run.parallel.arguments() | chosen
     half = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} & {
         torch.float16,
         torch.bfloat16,
@@ -74,5 +76,12 @@ def training_arguments(
             chosen["use_cpu"] = True  # accelerate does not detect CPU ranks by itself
     if for_estimate:
         chosen["use_cpu"] = not torch.cuda.is_available()  # transformers refuses bf16 without a GPU that has it
+    if (greater := is_greater_better(run.trainer)) is not None:
+        chosen["greater_is_better"] = greater
+        if run.trainer.lr_scheduler_type in AFTER_EVALUATIONS:  # by default they wait for a smaller value
+            mode = {"mode": "max" if greater else "min"}
+            chosen["lr_scheduler_kwargs"] = mode | (dictionary(run.trainer.lr_scheduler_kwargs) or {})
+    for name in ("push_to_hub", "hub_token", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy"):
+        chosen.pop(name, None)  # transformers' Trainer would upload checkpoints, see launch/upload.py
     chosen["eval_on_start"] = run.trainer.eval_on_start and run.trainer.do_train
     return Seq2SeqTrainingArguments(**{name: value for name, value in chosen.items() if value is not None})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.compose import Composed, compose, run_folder_of
 from glmtuner.config.groups import SCHEMA_CLASSES, Finetuning
+from glmtuner.config.overrides import quoted_value
 from glmtuner.config.schema import Run
 from glmtuner.console import say
 from glmtuner.errors import CheckpointError
@@ -116,7 +117,7 @@ def finished_run(folders: Sequence[Path], overrides: Sequence[str], *, generates
             f"{folders[-1]} holds a reward model, which scores answers and generates none; name the run that it was trained from, "
             "or one of stage=ppo"
         )
-    paths = ",".join(f"'{folder}'" for folder in folders)
+    paths = ",".join(quoted_value(str(folder)) for folder in folders)
     composed = compose(["trainer=predict", f"model.checkpoint_dir=[{paths}]", *overrides])
     run = composed.run
     model_config = read_config(run.model)

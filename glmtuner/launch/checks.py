@@ -10,6 +10,7 @@ from glmtuner.config.compose import run_folder_of
 from glmtuner.config.groups import Model
 from glmtuner.config.schema import Run
 from glmtuner.errors import CheckpointError, ConfigError
+from glmtuner.finetuning.start import check_checkpoints
 from glmtuner.launch.libraries import quieten_libraries
 from glmtuner.run_folder.folder import RunFolder
 
@@ -23,7 +24,8 @@ SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_layers", "vocab_
 
 
 def check_base(model: Model, model_config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a checkpoint's run was trained on a base of another shape."""
+    """Raise CheckpointError where a checkpoint cannot be read, or its run was trained on a base of another shape."""
+    check_checkpoints(model)
     for path in model.checkpoint_dir:
         source = run_folder_of(path)
         trained_on = RunFolder(source).provenance().get("base", {}) if source else {}

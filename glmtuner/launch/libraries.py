@@ -5,6 +5,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def load_libraries(*, compiles: bool, trains: bool) -> None:
@@ -31,7 +33,12 @@ def load_libraries(*, compiles: bool, trains: bool) -> None:
         import glmtuner.models  # noqa: F401
 
         if trains:
-            from transformers import Trainer  # noqa: F401
+            # draws a number from `random` when it is imported; after the seed is set, that would make the random states in
+            # the checkpoints of a process's first run differ from those of its later ones
+            import rich.style  # noqa: F401
+
+            with unused_trackers_hidden():
+                from transformers import Trainer  # noqa: F401
     finally:
         if user_setting is None:
             os.environ.pop("TORCHDYNAMO_DISABLE", None)
@@ -42,6 +49,24 @@ def load_libraries(*, compiles: bool, trains: bool) -> None:
             gc.enable()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def unused_trackers_hidden() -> Iterator[None]:
+    """Within it, transformers' Trainer can be imported without what its integrations do at once, whatever the tracker.
+
+    They import Comet if it is installed, which then hooks into torch, and print a line if W&B's mode is offline.
+    """
+    mode, is_hidden = os.environ.pop("WANDB_MODE", None), "comet_ml" not in sys.modules
+    if is_hidden:
+        sys.modules["comet_ml"] = None  # type: ignore[assignment]  # an import of it raises ModuleNotFoundError
+    try:
+        yield
+    finally:
+        if mode is not None:
+            os.environ["WANDB_MODE"] = mode
+        if is_hidden:
+            del sys.modules["comet_ml"]
 
 
 def quieten_libraries() -> None:

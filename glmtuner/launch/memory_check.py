@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.config.checkpointing import configured_checkpointing
 from glmtuner.config.compose import Composed
 from glmtuner.config.groups import Finetuning
 from glmtuner.console import say, table
@@ -13,13 +14,15 @@ from glmtuner.distributed import ranks
 from glmtuner.errors import ConfigError
 from glmtuner.families.family import Family
 from glmtuner.families.hub import read_config
+from glmtuner.kernels.fast_paths import FastPath
 from glmtuner.launch.arguments import training_arguments
 from glmtuner.launch.build import resolve_family
 from glmtuner.launch.checks import check_base, check_liger
 from glmtuner.launch.device import compute_dtype, device_of
 from glmtuner.launch.libraries import load_libraries
-from glmtuner.launch.optimizations import allowed_optimizations, needs_compiler
+from glmtuner.launch.optimizations import excluded_optimizations, needs_compiler
 from glmtuner.launch.places import catalogue_dirs
+from glmtuner.memory.checkpointing import check_offload
 from glmtuner.memory.estimate import Estimate, estimate, gib
 from glmtuner.memory.meta_model import build_meta_model
 from glmtuner.memory.policy import (
@@ -94,10 +97,11 @@ def estimate_run(composed: Composed, device: "torch.device", available: int | No
     check_liger(run, model_config)
     family, finetuning = resolve_family(run, model_config)
     load_libraries(compiles=needs_compiler(run), trains=True)  # the same as in a run, since their memory counts
+    check_offload(run.trainer, device)
     rows, longest = run.stage.largest_batch(run)
     estimate_of = estimator(composed, finetuning, family, device, rows, longest, ranks.processes_to_start(run.parallel))
     notice = checkpointing_notice(composed, estimate_of, available)
-    return estimate_of(run.trainer.gradient_checkpointing or notice is not None), notice
+    return estimate_of(bool(configured_checkpointing(run.trainer)) or notice is not None), notice
 
 
 def estimator(
@@ -120,7 +124,7 @@ def estimator(
         arguments = training_arguments(run, folder, model, device, checkpointing=checkpointing, for_estimate=True)
         estimated = estimate(
             model, arguments, device, rows=rows, longest=longest, baseline=baseline, without_logits=not run.stage.policy,
-            **allowed_optimizations(run),
+            fast_paths=frozenset(FastPath) - excluded_optimizations(run).keys(),
         )  # fmt: skip
         return estimated.per_process(run.parallel.shares, processes)
 
@@ -137,8 +141,10 @@ def needs_checkpointing(
 ) -> bool:
     """Whether gradient checkpointing is on: as configured, or because the longest batch of the data would not fit without it."""
     run = composed.run
-    if run.trainer.gradient_checkpointing or data.train is None or run.stage.memory_notice:
-        return bool(run.trainer.gradient_checkpointing)
+    check_offload(run.trainer, device)
+    configured = configured_checkpointing(run.trainer)
+    if configured is not None or data.train is None or run.stage.memory_notice:
+        return bool(configured)
     rows, longest = run.stage.largest_batch(run)[0], longest_row(data.train)
 
     def decide() -> str | None:
@@ -146,7 +152,11 @@ def needs_checkpointing(
         if available is None or upper_bound_fits(model_config, run, rows, longest, available):
             return None
         estimate_of = estimator(composed, finetuning, family, device, rows, longest, ranks.world_size())
-        return checkpointing_notice(composed, estimate_of, available)
+        try:
+            return checkpointing_notice(composed, estimate_of, available)
+        except ConfigError as error:
+            say(f"gradient checkpointing stays off (trainer.gradient_checkpointing=true turns it on): {error}")
+            return None
 
     notice = ranks.broadcast_from_rank0(decide)
     if notice:

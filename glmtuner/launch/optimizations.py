@@ -1,14 +1,15 @@
 """Optimizations that keep the loss: which a run allows, and their application to its model and batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.schema import Run
 from glmtuner.console import say
 from glmtuner.inference.context import RunContext
+from glmtuner.kernels.fast_paths import FastPath
 
 if TYPE_CHECKING:
     import torch
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBatches:
-    """The batches of training: rows, collator, sampling strategy, and whether the loss is computed in chunks."""
+    """The batches of training: rows, collator, sampling strategy, and whether the model can compute its loss in chunks."""
 
     rows: Any
     collator: Callable[[Any], dict[str, Any]]
     sampling: str
     chunks_loss: bool = False
+    left_out: Mapping[FastPath, str] = field(default_factory=dict)  # optimizations that training goes without, and why
 
 
 def needs_compiler(run: Run) -> bool:
@@ -31,13 +33,25 @@ def needs_compiler(run: Run) -> bool:
     return run.quant.bits is not None or run.trainer.torch_compile
 
 
-def allowed_optimizations(run: Run) -> dict[str, bool]:
-    """The optimizations that the configuration allows, as keyword arguments of `choose_optimizations` and `estimate`."""
-    plain = run.stage.models_loss
-    return {
-        "without_padding": plain and run.data.padding_free and run.data.ignore_pad_token_for_loss,
-        "on_weights": plain and run.parallel.whole_modules,
-    }
+def excluded_optimizations(run: Run, *, evaluation: bool = False) -> dict[FastPath, str]:
+    """The optimizations that the configuration excludes from the training, or from an `evaluation`, with the reasons."""
+    if not run.stage.models_loss:
+        return dict.fromkeys(FastPath, f"stage={run.stage.name} computes a loss of its own")
+    excluded = {}
+    for key in ("padding_free", "ignore_pad_token_for_loss"):
+        if not getattr(run.data, key):
+            excluded[FastPath.without_padding] = f"data.{key}=false"
+    if not run.parallel.whole_modules:
+        excluded |= dict.fromkeys(
+            (FastPath.chunked_loss, FastPath.fused_lora), f"parallel={run.parallel.name} gathers weights layer by layer"
+        )
+    elif (run.trainer.liger_kernel_config or {}).get("fused_linear_cross_entropy") and run.trainer.use_liger_kernel:
+        excluded[FastPath.chunked_loss] = "trainer.liger_kernel_config has a loss of its own"
+    elif run.trainer.label_smoothing_factor and not evaluation:  # evaluations report the loss without smoothing
+        excluded[FastPath.chunked_loss] = (
+            f"trainer.label_smoothing_factor={run.trainer.label_smoothing_factor:g} takes the logits of all tokens"
+        )
+    return excluded
 
 
 def autocast_of(arguments: "TrainingArguments", device: "torch.device") -> Callable[[], AbstractContextManager[Any]]:
@@ -59,7 +73,7 @@ def apply_optimizations(
     """Prepare the model for the optimizations that keep its loss, and return the batches to train on.
 
     These are batches without padding, packing, a loss in chunks, fused LoRA, Liger's kernels and compiled blocks. Before
-    step 1, optimizations are checked on a few samples; one that changes the loss is disabled, with a line that says why.
+    step 1, optimizations are checked on a few samples; one that changes the loss is left out, and the plan says why.
     """
     from glmtuner.data.segments import Packs
     from glmtuner.kernels.choose import apply_liger, choose_optimizations, short_samples
@@ -67,7 +81,13 @@ def apply_optimizations(
     run, model, data = context.run, context.model, context.data
     rows = data.train if data.train is not None else data.evaluation
     autocast = autocast_of(arguments, device)
-    plain = TrainingBatches(rows=data.train, collator=collator, sampling=arguments.train_sampling_strategy)
+    excluded = excluded_optimizations(run)
+    plain = TrainingBatches(
+        rows=data.train,
+        collator=collator,
+        sampling=arguments.train_sampling_strategy,
+        left_out=dict.fromkeys(FastPath, "no sample with a labelled token") | excluded,
+    )
     samples = short_samples(rows) if rows is not None and run.stage.models_loss else []
     kernels = (run.trainer.liger_kernel_config or {}) if run.trainer.use_liger_kernel else {}
     if run.trainer.use_liger_kernel:
@@ -78,13 +98,11 @@ def apply_optimizations(
             block.compile(dynamic=True, **{name: value for name, value in options.items() if value})
     if not samples:
         return plain
-    own_loss = not kernels.get("fused_linear_cross_entropy")  # otherwise Liger's kernel computes the loss
-    chosen = choose_optimizations(
-        model, samples, collator, autocast=autocast, own_loss=own_loss, **allowed_optimizations(run)
+    tried = excluded_optimizations(run, evaluation=True)
+    chosen = choose_optimizations(model, samples, collator, autocast=autocast, excluded=tried)
+    batches = replace(
+        plain, collator=chosen.collate, chunks_loss=chosen.chunks_loss, left_out={**chosen.left_out, **excluded}
     )
-    for reason in chosen.refused:
-        say(f"computed the plain way, {reason}")
-    batches = replace(plain, collator=chosen.collate, chunks_loss=chosen.chunks_loss)
     if not run.data.packing or data.train is None:
         return batches
     if chosen.collate is collator:

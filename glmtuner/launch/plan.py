@@ -13,6 +13,7 @@ from glmtuner.config.compose import Composed
 from glmtuner.config.plugins import loaded_plugins
 from glmtuner.console import table
 from glmtuner.inference.context import RunContext
+from glmtuner.kernels.fast_paths import FastPath
 from glmtuner.launch.checks import SHAPE
 from glmtuner.run_folder.files import write_json, write_text
 from glmtuner.run_folder.names import CONFIG, OVERRIDES, PROVENANCE, TEMPLATE
@@ -90,6 +91,8 @@ def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device"
             rows.append(("packed", f"{len(train_rows):,} rows of {train_rows.capacity:,} tokens, {filled:.1%} full"))
             kind = "packed rows"
         rows.append(("steps", steps_summary(arguments, len(train_rows), kind)))
+    if data.train is not None or run.trainer.do_eval:
+        rows.append(("fast paths", fast_paths_summary(trainer.left_out)))
     precision = (
         "bf16"
         if arguments.bf16
@@ -100,6 +103,17 @@ def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device"
     rows.append(("device", f"{device}, {precision}"))
     rows.append(("run folder", str(context.folder.path)))
     table("", ("", ""), rows, show_header=False)
+
+
+def fast_paths_summary(left_out: Mapping[FastPath, str]) -> str:
+    """The optimizations in use, and the others with the reasons, as one phrase."""
+    used = [path.value for path in FastPath if path not in left_out]
+    by_reason: dict[str, list[str]] = {}
+    for path in FastPath:
+        if path in left_out:
+            by_reason.setdefault(left_out[path], []).append(path.value)
+    without = [f"{' and '.join(names)} ({reason})" for reason, names in by_reason.items()]
+    return "; ".join([", ".join(used) or "none", *([f"left out: {', '.join(without)}"] if without else [])])
 
 
 def steps_summary(arguments: "TrainingArguments", records: int, kind: str) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glmtuner.config.compose import Composed
+from glmtuner.config.run_rules import unused_values
 from glmtuner.config.schema import Tracker
 from glmtuner.console import say
 from glmtuner.data.spec import DatasetSpec
@@ -21,7 +22,10 @@ from glmtuner.launch.memory_check import needs_checkpointing
 from glmtuner.launch.optimizations import apply_optimizations, needs_compiler
 from glmtuner.launch.places import catalogue_dirs, output_folder
 from glmtuner.launch.plan import show_plan, write_description
+from glmtuner.launch.rehearsal import rehearse
+from glmtuner.launch.resume import checkpoint_to_resume, differences, differences_when_continued
 from glmtuner.launch.training import make_trainer, numeric, train
+from glmtuner.launch.upload import create_repository, upload
 from glmtuner.run_folder.acquire import acquire_run_folder
 from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, step_of
 from glmtuner.run_folder.files import write_json
@@ -47,9 +51,13 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
         return launch_ranks(composed, RunFolder(output_dir or output_folder(composed)), count)
     ranks.init_process_group(run.trainer)
     tracker = run.tracker if ranks.is_main() else Tracker(name="none")
-    folder, resumes = ranks.broadcast_from_rank0(lambda: acquire(output_dir or output_folder(composed), composed))
+    folder, resumes, checkpoint = ranks.broadcast_from_rank0(
+        lambda: acquire(output_dir or output_folder(composed), composed, ranks.world_size())
+    )
+    for sentence in unused_values(run):
+        say(sentence)
     try:
-        return run_in_folder(composed, specs, folder, tracker, resumes)
+        metrics = run_in_folder(composed, specs, folder, tracker, resumes, checkpoint)
     except Exception as error:
         tracker.abandon()
         if folder.path.is_dir():
@@ -57,16 +65,30 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
         raise
     finally:
         folder.unlock()
+    if run.trainer.push_to_hub and ranks.is_main():
+        upload(run.trainer, folder, run.finetuning.saved_as)
+    return metrics
 
 
-def acquire(path: Path, composed: Composed) -> tuple[RunFolder, bool]:
-    """The run folder, locked by this process if it exists, and whether the run in it is to be resumed."""
-    return RunFolder(path), acquire_run_folder(path, composed.config, composed.run.trainer.overwrite_output_dir)
+def acquire(path: Path, composed: Composed, count: int) -> tuple[RunFolder, bool, Path | None]:
+    """The run folder, locked by this process if it exists, whether the run in it is to be resumed, and from which checkpoint.
+
+    The checkpoint is that of trainer.resume_from_checkpoint, or None; `count` is the number of processes.
+    """
+    run = composed.run
+    checkpoint = checkpoint_to_resume(run, composed.config, path, count)
+    is_own = checkpoint is not None and path.resolve() in checkpoint.resolve().parents
+    compare = differences_when_continued if is_own else differences
+    return (
+        RunFolder(path),
+        acquire_run_folder(path, composed.config, run.trainer.overwrite_output_dir, compare),
+        checkpoint,
+    )
 
 
 def launch_ranks(composed: Composed, folder: RunFolder, count: int) -> dict[str, float]:
     """Run as `count` processes on this machine; raises RankFailed for the first that fails, Preempted on a signal."""
-    acquire(folder.path, composed)
+    acquire(folder.path, composed, count)
     folder.unlock()
     try:
         ranks.run_ranks(ranks.command_of(composed.flags, composed.overrides, folder.path), count)
@@ -81,7 +103,12 @@ def launch_ranks(composed: Composed, folder: RunFolder, count: int) -> dict[str,
 
 
 def run_in_folder(
-    composed: Composed, specs: dict[str, DatasetSpec], folder: RunFolder, tracker: Tracker, resumes: bool
+    composed: Composed,
+    specs: dict[str, DatasetSpec],
+    folder: RunFolder,
+    tracker: Tracker,
+    resumes: bool,
+    checkpoint: Path | None,
 ) -> dict[str, float]:
     """From the configuration to the results: model, data, Trainer, training, evaluation, prediction, report."""
     run, stage = composed.run, learning_stage(composed.run)
@@ -94,11 +121,14 @@ def run_in_folder(
     from glmtuner.models.load import load_tokenizer
     from glmtuner.models.unwrap import unwrapped
 
+    device = device_of(run)
+    rehearse(run, folder, device, checkpoint)
+    if run.trainer.push_to_hub and ranks.is_main():
+        create_repository(run.trainer, folder)
+    check_liger_runs(run, device)
     tokenizer = load_tokenizer(run.model)
     template_name, template = resolve_template(run, family, tokenizer)
     data = stage.datasets(run, specs, template, tokenizer)
-    device = device_of(run)
-    check_liger_runs(run, device)
     checkpointing = needs_checkpointing(composed, model_config, finetuning, family, data, device)
     model, finetuning, family = load_trainable_model(composed, finetuning, family, device)
     context = RunContext(
@@ -108,7 +138,7 @@ def run_in_folder(
     objective = stage.objective(context)
 
     if ranks.is_main():
-        folder.lock()
+        folder.prepare(resumes=resumes, trains=run.trainer.do_train)
         write_description(composed, context, model_config, resumes)
     arguments = training_arguments(run, folder, model, device, checkpointing=checkpointing)
     tracker.start(run, folder.path)
@@ -124,7 +154,7 @@ def run_in_folder(
     show_plan(context, trainer, device)
     metrics: dict[str, float] = {}
     if run.trainer.do_train:
-        metrics |= train(context, trainer, resumes)
+        metrics |= train(context, trainer, resumes, checkpoint)
     if run.trainer.do_eval:
         metrics |= numeric(trainer.evaluate())
     if run.trainer.do_predict:

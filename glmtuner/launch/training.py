@@ -56,30 +56,41 @@ def make_trainer(
         objective=objective,
         derived=learning_stage(run).derived,
         chunks_loss=batches.chunks_loss,
+        left_out=batches.left_out,
     )
 
 
-def train(context: RunContext, trainer: "GlmTrainer", resumes: bool) -> dict[str, float]:
-    """Train, from the latest complete checkpoint if the run is resumed, then save and verify; returns the training's metrics."""
+def train(
+    context: RunContext, trainer: "GlmTrainer", resumes: bool, checkpoint: Path | None = None
+) -> dict[str, float]:
+    """Train, then save and verify; returns the training's metrics.
+
+    The training continues from `checkpoint`, and from the folder's latest complete one if the run is resumed and that one is
+    later or there is no other.
+    """
     from glmtuner.training.callbacks import StopOnSignal
     from glmtuner.training.divergence import require_finite_weights, require_steps
     from glmtuner.training.preflight import check_first_batch
+    from glmtuner.training.schedule import FollowSchedule
 
-    run, data = context.run, context.data
-    checkpoint = Path(run.trainer.resume_from_checkpoint) if run.trainer.resume_from_checkpoint else None
-    if resumes and checkpoint is None:
-        checkpoint, skipped = ranks.broadcast_from_rank0(
+    data = context.data
+    own = checkpoint is not None and context.folder.path.resolve() in checkpoint.resolve().parents
+    if resumes and not own:
+        latest, skipped = ranks.broadcast_from_rank0(
             lambda: latest_complete_checkpoint(context.folder.path, ranks.world_size())
         )
         for sentence in skipped:
             say(sentence)
+        if checkpoint is None or (latest is not None and step_of(latest) > step_of(checkpoint)):
+            checkpoint = latest
+        if checkpoint is None:
+            say("no complete checkpoint yet: training starts again from step 0")
+    if checkpoint is not None:
         say(
             f"resumed from {checkpoint.name}"
-            if checkpoint
-            else "no complete checkpoint yet: training starts again from step 0"
+            if checkpoint.is_relative_to(context.folder.path)
+            else f"resumed from {checkpoint}"
         )
-    if checkpoint is not None:
-        require_resumable(checkpoint)
         trainer.args.eval_on_start = False
     assert data.train is not None and trainer.train_dataset is not None
     first_row = data.train[0]
@@ -93,6 +104,7 @@ def train(context: RunContext, trainer: "GlmTrainer", resumes: bool) -> dict[str
     )
     with capture_signals() as capture:
         trainer.add_callback(StopOnSignal(capture))
+        trainer.add_callback(FollowSchedule())
         out = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if capture.signum is not None and trainer.state.global_step < trainer.state.max_steps:
         context.tracker.abandon(preempted=True)
@@ -116,18 +128,6 @@ def train(context: RunContext, trainer: "GlmTrainer", resumes: bool) -> dict[str
 def evaluated_at(folder: RunFolder, step: int) -> bool:
     """Whether the history has an evaluation at that step."""
     return any(line["step"] == step and any(name.startswith("eval_") for name in line) for line in folder.history())
-
-
-def require_resumable(checkpoint: Path) -> None:
-    """Raise CheckpointError where training cannot be resumed from the checkpoint."""
-    from glmtuner.run_folder.checkpoints import checkpoint_problem
-
-    reason = checkpoint_problem(checkpoint, ranks.world_size()) if checkpoint.is_dir() else "no such folder"
-    if reason:
-        raise CheckpointError(
-            f"trainer.resume_from_checkpoint={checkpoint} cannot be resumed from: {reason}; name another checkpoint, or leave "
-            "it out: the same command with the same trainer.output_dir resumes from the latest complete one"
-        )
 
 
 def generation_smoke_test(

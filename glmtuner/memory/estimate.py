@@ -9,12 +9,14 @@ therefore holds for any method, dropout and attention, and for any architecture 
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.kernels.fast_paths import FastPath
+from glmtuner.memory.checkpointing import enable_checkpointing
 from glmtuner.memory.ledger import Ledger
 from glmtuner.memory.meta_model import estimation_unsupported, materialize_fake, stored_nbytes
 
@@ -120,23 +122,21 @@ def estimate(
     rows: int,
     longest: int,
     baseline: int,
-    without_padding: bool = False,
-    on_weights: bool = False,
+    fast_paths: Collection[FastPath] = (),
     without_logits: bool = False,
 ) -> Estimate:
     """The peak of a meta model's training on batches of `rows` rows of `longest` tokens; the model is unusable afterwards.
 
-    `baseline` are the bytes of the process before anything is loaded, which count on a CPU only. `without_padding` and
-    `on_weights` are the optimizations that the run allows (glmtuner/kernels/choose.py), which nearly every model can use.
-    `without_logits`: the loss is one of hidden states, as a reward model's. Raises ConfigError if the forward pass depends on
+    `baseline` are the bytes of the process before anything is loaded, which count on a CPU only. `fast_paths` are the
+    optimizations that the run allows (glmtuner/kernels/choose.py), which nearly every model can use. `without_logits`: the loss is one of hidden states, as a reward model's. Raises ConfigError if the forward pass depends on
     values.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from glmtuner.kernels.chunked_loss import supports_chunked_loss
+    from glmtuner.kernels.chunked_loss import chunked_loss_problem
     from glmtuner.kernels.fused_lora import fuse_lora
-    from glmtuner.kernels.segment_attention import supports_segment_attention
+    from glmtuner.kernels.segment_attention import segment_attention_problem
     from glmtuner.models.unwrap import unwrapped
 
     parameters = list(model.parameters())
@@ -146,16 +146,17 @@ def estimate(
     trained_bytes = sum(map(stored_nbytes, trained))
     on_gpu = device.type == "cuda"
     base = unwrapped(model)
-    segments = without_padding and supports_segment_attention(base)
-    if on_weights:
+    segments = FastPath.without_padding in fast_paths and segment_attention_problem(base) is None
+    if FastPath.fused_lora in fast_paths:
         fuse_lora(model)
     if on_gpu and not torch.cuda.is_available():  # a GPU of another machine: traced with the operations of a CPU
         device = torch.device("cpu")
     mode = FakeTensorMode()
     materialize_fake(model, mode, device)
     checkpointing = bool(arguments.activation_checkpointing)
-    if checkpointing:
-        model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs or None)
+    options: dict[str, Any] = dict(arguments.activation_checkpointing_kwargs or {})  # type: ignore[arg-type]  # parsed, no longer a str
+    offloads = checkpointing and on_gpu and bool(options.pop("offload", False))
+    enable_checkpointing(model, dataclasses.replace(arguments, activation_checkpointing_kwargs=options))
     ledger = Ledger(model)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs the errors that are raised
     try:
@@ -163,7 +164,7 @@ def estimate(
             ids = torch.zeros(rows, longest, dtype=torch.long, device=device)
             ledger.ignore_existing([*model.parameters(), *model.buffers(), ids])
             batch = build_batch(base, ids, segments)
-            chunks = on_weights and supports_chunked_loss(base)
+            chunks = FastPath.chunked_loss in fast_paths and chunked_loss_problem(base) is None
             with ledger.counting():
                 own_loss = hidden_state_loss if without_logits else chunked_loss if chunks else None
                 compute_loss = (
@@ -176,6 +177,8 @@ def estimate(
     transient = ledger.peak - states - gradients  # activations and temporary memory
     kept = min(max(ledger.kept_at_peak - states, 0), transient)
     temporary = transient - kept
+    if offloads:  # to the host's memory, but for the block that is being computed
+        kept //= base.config.get_text_config().num_hidden_layers
     overhead = {"Python and libraries": baseline}
     if on_gpu:
         temporary += CUBLAS_WORKSPACE

@@ -59,7 +59,7 @@ def build_meta_model(
             finetuning = finetuning.resolved(family, len(family.blocks(model)))
         resumed = adapter_to_resume(checkpoints, finetuning, run.model.resume_lora_training, run.trainer.do_train)
         if resumed is not None:
-            finetuning = dataclasses.replace(finetuning, **resumed.settings())
+            finetuning = resumed.resumed(finetuning)
         model = finetuning.attach(model, family)
     model.config.use_cache = False
     return model.train()

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.config.checkpointing import configured_checkpointing
 from glmtuner.config.compose import Composed
 from glmtuner.config.schema import Run
 from glmtuner.errors import ConfigError
@@ -90,17 +91,16 @@ def checkpointing_notice(
 ) -> str | None:
     """The message that gradient checkpointing is turned on, or None if memory suffices without it.
 
-    An explicit setting is respected. `estimate_of` estimates the run without and with checkpointing; a model that cannot be
-    estimated, or cannot be checkpointed, stays as it is.
+    An explicit setting is respected. `estimate_of` estimates the run without and with checkpointing; raises ConfigError for a
+    model that cannot be estimated. One that cannot be checkpointed stays as it is.
     """
     trainer = composed.run.trainer
-    chosen = "trainer.gradient_checkpointing" in composed.user_keys or trainer.gradient_checkpointing
-    if chosen or not trainer.do_train or available is None:
+    if configured_checkpointing(trainer) is not None or not trainer.do_train or available is None:
+        return None
+    plain = estimate_of(False)
+    if plain.peak <= available:
         return None
     try:
-        plain = estimate_of(False)
-        if plain.peak <= available:
-            return None
         checkpointed = estimate_of(True)
     except ConfigError:
         return None

@@ -1,13 +1,17 @@
 """Loads a model's config, tokenizer and weights from a folder or a hub; code that comes with them is never run."""
 
 import os
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from glmtuner.config.groups import Dtype, Model, Quant
 from glmtuner.config.paths import model_source
 from glmtuner.console import say
-from glmtuner.errors import CheckpointError
-from glmtuner.families.hub import from_hub, hub_options
+from glmtuner.errors import CheckpointError, GlmtunerError
+from glmtuner.families.config_json import BLOCK
+from glmtuner.families.hub import from_hub, hub_options, read_config
+from glmtuner.run_folder.folder import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -16,13 +20,38 @@ if TYPE_CHECKING:
     from glmtuner.families.family import Family
 
 
+T = TypeVar("T")
+MOST_REASON = 300  # characters of an error of transformers that are repeated
+
+
+def from_files(model: Model, what: str, fetch: Callable[[], T]) -> T:
+    """What `fetch` returns: `what` of the model, by transformers; whatever its files make transformers raise is a CheckpointError.
+
+    Files of others can be broken in every way, and the exceptions that they cause are as many: bare ones of tokenizers,
+    validation errors of configs, KeyError, ZeroDivisionError.
+    """
+    try:
+        return from_hub(model, fetch)
+    except GlmtunerError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:MOST_REASON]
+        raise CheckpointError(
+            f"model.model_name_or_path={model.model_name_or_path}: {what} cannot be built from its files "
+            f"({type(error).__name__}: {reason}); download them again"
+        ) from error
+
+
 def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     """The tokenizer, with left padding and a padding token."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     source = model_source(model.tokenizer_name or model.model_name_or_path)
-    tokenizer: PreTrainedTokenizerBase = from_hub(
+    tokenizer: PreTrainedTokenizerBase = from_files(
         model,
+        "its tokenizer",
         lambda: AutoTokenizer.from_pretrained(
             source,
             use_fast=model.use_fast_tokenizer,
@@ -31,8 +60,18 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
             **hub_options(model),
         ),
     )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise CheckpointError(
+            f"model.model_name_or_path={model.model_name_or_path}: its files make no tokenizer ({type(tokenizer).__name__}); "
+            "download them again, or name another one with model.tokenizer_name="
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(
+            f"model.model_name_or_path={model.model_name_or_path}: its tokenizer has no pad_token, and no eos_token or unk_token that "
+            'could stand for it; add one to its tokenizer_config.json, such as "pad_token": "<pad>", or download the file again'
+        )
     return tokenizer
 
 
@@ -41,13 +80,16 @@ def load_config(model: Model, family: "Family | None") -> "PreTrainedConfig":
     from transformers import AutoConfig
 
     source = model_source(model.config_name or model.model_name_or_path)
-    config: PreTrainedConfig = from_hub(
-        model, lambda: AutoConfig.from_pretrained(source, trust_remote_code=False, **hub_options(model))
-    )
-    if family is not None and hasattr(config, "rope_interpolation"):
-        config.rope_interpolation = config.rope_interpolation or family.interpolates
-        config.set_rope()
-    return config
+    read_config(model)  # sizes that cannot be are refused before anything of that size is built
+
+    def load() -> "PreTrainedConfig":
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub_options(model))
+        if family is not None and hasattr(config, "rope_interpolation"):
+            config.rope_interpolation = config.rope_interpolation or family.interpolates
+            config.set_rope()
+        return config
+
+    return from_files(model, "its config.json", load)
 
 
 def dtype_of(model: Model, config: "PreTrainedConfig", device: "torch.device") -> "torch.dtype | str":
@@ -98,16 +140,62 @@ def load_model(
         loaded, loading_info = result  # a pair because of `output_loading_info`
         return loaded, loading_info
 
-    loaded, loading_info = from_hub(model, load)
-    missing, unexpected = sorted(loading_info["missing_keys"]), sorted(loading_info["unexpected_keys"])
-    if missing:
-        raise CheckpointError(
-            f"model.model_name_or_path={model.model_name_or_path}: the checkpoint lacks {len(missing)} of the model's weights "
-            f"(such as {missing[0]}), which would be initialized at random; its config.json and its weights do not belong "
-            "together, download it again"
-        )
-    if unexpected:
-        say(f"{len(unexpected)} weights of the checkpoint are not used by the model (such as {unexpected[0]})")
+    loaded, loading_info = from_files(model, "the model", load)
+    check_loading(loaded, loading_info, f"model.model_name_or_path={model.model_name_or_path}")
     if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16 and quant.bits is None:
         loaded = loaded.float()  # config.json did not state its half precision
     return loaded
+
+
+def check_loading(loaded: "PreTrainedModel", loading_info: Mapping[str, Any], name: str) -> None:
+    """Raise CheckpointError where weights are missing, not finite, or left over by a model that would compute without them.
+
+    Weights that only other parts of the model have, which are not built, are printed.
+    """
+    from torch import nn
+
+    missing, unexpected = sorted(loading_info["missing_keys"]), sorted(loading_info["unexpected_keys"])
+    depth = loaded.config.get_text_config().num_hidden_layers
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise CheckpointError(
+            f"{name}: an adapter_config.json stands beside the model, and transformers would add that adapter unchecked; move the "
+            "adapter's files to a folder of their own, and name that in model.checkpoint_dir="
+        )
+    if missing:
+        raise CheckpointError(
+            f"{name}: the checkpoint lacks {len(missing)} of the model's weights "
+            f"(such as {missing[0]}), which would be initialized at random; its config.json and its weights do not belong "
+            "together, download it again"
+        )
+    blocks = {key[: match.start(1)] for key, _ in loaded.named_parameters() for match in BLOCK.finditer(key)}
+    linears = {path for path, module in loaded.named_modules() if isinstance(module, nn.Linear)}
+    left_out = [
+        key
+        for key in unexpected
+        if re.sub(r"\.(weight|bias)$", "", key) in linears
+        or any(key[: match.start(1)] in blocks and int(match[1]) >= depth for match in BLOCK.finditer(key))
+    ]
+    if left_out:
+        raise CheckpointError(
+            f"{name}: the model of config.json, which has {depth} layers, leaves out {len(left_out)} of the checkpoint's weights "
+            f"(such as {left_out[0]}) and would compute something else; its config.json and its weights do not belong together, "
+            "download it again"
+        )
+    if unexpected:
+        say(f"{len(unexpected)} weights of the checkpoint are not used by the model (such as {unexpected[0]})")
+    spoiled = [path for path, value in loaded.named_parameters() if not is_finite(value)]
+    if spoiled:
+        raise CheckpointError(
+            f"{name}: {len(spoiled)} of the model's weights hold values that are NaN or infinite (such as {spoiled[0]}), with which "
+            "nothing can be computed; download it again"
+        )
+
+
+def is_finite(value: "torch.Tensor") -> bool:
+    """Whether no value is NaN or infinite; true for integers and 8-bit floats. One pass over the memory, nothing is allocated."""
+    import torch
+
+    compared = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8-bit ones have no minimum
+    if value.dtype not in compared or value.is_meta or not value.numel():
+        return True
+    return all(torch.isfinite(extreme).item() for extreme in torch.aminmax(value.detach()))

@@ -8,6 +8,7 @@ Shape letters: B batch, S tokens, K tokens in keys and values, N heads, D head d
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -315,6 +316,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
 
 
+def places_of(input_ids_S: torch.Tensor, config: ChatGLMConfig) -> tuple[torch.Tensor, int]:
+    """The position ids of one row without padding, [2, S] or [S], and the length of its bidirectional context."""
+    position_ids = positions(input_ids_S[None], None, config)
+    return position_ids[0], int((input_ids_S == config.sop_token_id).int().argmax())
+
+
 def _mask_2d(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """The mask if it is [B, S]; None for a prepared one of four dimensions."""
     return attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
@@ -331,10 +338,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def places(self, input_ids_S: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The position ids of one row without padding, [2, S] or [S], and the length of its bidirectional context."""
-        position_ids = positions(input_ids_S[None], None, self.config)
-        return position_ids[0], int((input_ids_S == self.config.sop_token_id).int().argmax())
+    @property
+    def places(self) -> Callable[[torch.Tensor], tuple[torch.Tensor, int]]:
+        """`places_of` for this model's config; processes that load batches get it without the model."""
+        return partial(places_of, config=self.config)
 
     @can_return_tuple
     def forward(

@@ -51,12 +51,24 @@ def save_head(head: nn.Module, folder: Path) -> None:
 def load_head(head: nn.Module, path: Path) -> None:
     """Load saved weights into the head: a file of `save_head`, or a value_head.bin of ChatGLM-Efficient-Tuning.
 
-    Raises CheckpointError for a file that does not fit.
+    Raises CheckpointError for a file that does not fit, or with values that are NaN or infinite.
     """
     try:
         saved = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-        head.load_state_dict({name.removeprefix(PUBLISHED_PREFIX): value for name, value in saved.items()})
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        values = {name.removeprefix(PUBLISHED_PREFIX): value for name, value in saved.items()}
+        if spoiled := [name for name, value in values.items() if not torch.isfinite(value).all()]:
+            raise ValueError(f"{spoiled[0]} is NaN or infinite")
+        head.load_state_dict(values)
+    except (
+        SafetensorError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path} is not a value head of this model ({reason}); use another reward model"

@@ -18,7 +18,7 @@ def find_head(path: str) -> Path | None:
 def stage_of(path: str) -> str | None:
     """The stage of the run that a checkpoint belongs to; None if it is not in a run folder."""
     source = run_folder_of(path)
-    return RunFolder(source).config().stage.name if source else None
+    return RunFolder(source).config(complete=True).stage.name if source else None
 
 
 def head_file(path: str, key: str) -> Path:

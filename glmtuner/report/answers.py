@@ -31,4 +31,4 @@ def best_answers(ranking: Ranking) -> tuple[list[str], list[list[str]]]:
 
 def answers_by_question(job: Job) -> dict[tuple[str, str], str]:
     """The job's answers by question and label, in the order of its predictions."""
-    return {(prompt, label): answer for prompt, label, answer in read_answers(job.folder)}
+    return {(line.prompt, line.label): line.answer for line in read_answers(job.folder)}

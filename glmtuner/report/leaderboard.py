@@ -2,13 +2,15 @@
 
 import csv
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from glmtuner.report.bootstrap import LEVEL, RESAMPLES
+from glmtuner.report.escape import markdown_cell, markdown_code, markdown_code_block, markdown_line, spreadsheet_cell
 from glmtuner.report.jobs import Job, format_value, is_number, value_of
 from glmtuner.report.ranking import Ranking, Row, format_score, metric_title
-from glmtuner.report.run import MISSING, markdown_cell, markdown_table, truncated
+from glmtuner.report.run import MISSING, markdown_table, truncated
 
 EXPORT = "export command"  # the name of that fact about the winner
 UNRANKED_HEADER = ("job", "settings", "state", "reason")
@@ -54,7 +56,7 @@ def format_cost(name: str, metrics: dict[str, float]) -> str:
 
 def format_duration(seconds: float) -> str:
     """8.2 s, 3 min 20 s, 2 h 05 min."""
-    if seconds < 60:
+    if seconds < 60 or not math.isfinite(seconds):
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
@@ -126,8 +128,8 @@ def leaderboard_csv(ranking: Ranking) -> str:
     header += [f"{name}_{bound}" for name in ranking.scores for bound in ("low", "high", "samples")]
     header += ["difference_to_winner", "difference_low", "difference_high", "told_apart"]
     out = io.StringIO()
-    writer = csv.DictWriter(out, header, restval="", lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(spreadsheet_cell, header))
     ranked = [(rank, each) for rank, row in enumerate(ranking.rows, 1) for each in row.seeds or [row]]
     for rank, row in ranked:
         line = {"rank": rank, **_job_columns(row.jobs[0], ranking), **row.metrics}
@@ -138,9 +140,10 @@ def leaderboard_csv(ranking: Ranking) -> str:
                 "difference_to_winner": row.difference.value, "difference_low": row.difference.low,
                 "difference_high": row.difference.high, "told_apart": str(not row.tied).lower(),
             }  # fmt: skip
-        writer.writerow({name: value for name, value in line.items() if name in header})
+        writer.writerow(spreadsheet_cell(line.get(name, "")) for name in header)
     for job in ranking.unranked:
-        writer.writerow(_job_columns(job, ranking))
+        columns = _job_columns(job, ranking)
+        writer.writerow(spreadsheet_cell(columns.get(name, "")) for name in header)
     return out.getvalue()
 
 
@@ -210,15 +213,19 @@ def sweep_markdown(
     ranking: Ranking, plots: Sequence[tuple[str, str]], answers: tuple[list[str], list[list[str]]]
 ) -> str:
     """The content of report.md; `plots` are file names and captions, `answers` a header and rows."""
-    lines = [f"# Sweep {ranking.root.resolve().name}", "", f"{ranking.summary}."]
-    lines += [f"Ranked by {metric_title(ranking.objective)}, {ranking.direction}."] if ranking.objective else []
+    lines = [f"# Sweep {markdown_cell(ranking.root.resolve().name)}", "", f"{ranking.summary}."]
+    lines += (
+        [f"Ranked by {markdown_cell(metric_title(ranking.objective))}, {ranking.direction}."]
+        if ranking.objective
+        else []
+    )
     facts = winner_facts(ranking)
     if facts:
         lines += ["", "## The winner", "", "| | |", "|---|---|"]
     for name, value in facts:
-        is_command = name == EXPORT and ranking.export_command
-        lines.append(f"| {name} | {f'`{value}`' if is_command else markdown_cell(value)} |")
-    lines += ["", *(f"- {markdown_cell(note)}" for note in ranking.notes)] if ranking.notes else []
+        shown = markdown_code if name == EXPORT and ranking.export_command else markdown_cell
+        lines.append(f"| {markdown_cell(name)} | {shown(value)} |")
+    lines += ["", *(f"- {markdown_line(note)}" for note in ranking.notes)] if ranking.notes else []
     header, rows = leaderboard_table(ranking, ranking.scores, knob_columns=True)
     if rows:
         lines += ["", "## Leaderboard", "", *markdown_table(header, rows)]
@@ -232,5 +239,5 @@ def sweep_markdown(
         unranked = [unranked_row(job, ranking) for job in ranking.unranked]
         lines += ["", "## Jobs without results", "", *markdown_table(UNRANKED_HEADER, unranked)]
     if ranking.commands:
-        lines += ["", "## Commands", "", "```text", *(line.replace("```", "'''") for line in ranking.commands), "```"]
+        lines += ["", "## Commands", "", *markdown_code_block(ranking.commands)]
     return "\n".join(lines) + "\n"

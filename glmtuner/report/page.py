@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from glmtuner import __version__
+from glmtuner.console import plain
 from glmtuner.errors import CheckpointError
 from glmtuner.report.answers import best_answers
 from glmtuner.report.jobs import read_job
@@ -25,12 +26,16 @@ from glmtuner.run_folder.folder import RunFolder
 
 
 def render(template: str, **variables: Any) -> str:
-    """The HTML of a template in this package; the variables are escaped."""
+    """The HTML of a template in this package; the variables are escaped, and hold nothing that a terminal obeys."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def without_controls(value: Any) -> Any:
+        return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, finalize=without_controls,
     )  # fmt: skip
     environment.filters["data_url"] = lambda png: f"data:image/png;base64,{b64encode(png).decode()}"
     written = f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, glmtuner {__version__}"
@@ -64,7 +69,7 @@ def sweep_page(ranking: Ranking, plots: list[Plot]) -> str:
 
 def run_page(folder: RunFolder) -> str:
     """The report of a run as HTML, finished or not; raises CheckpointError if the folder holds no run."""
-    config = folder.config()
+    config = folder.config(complete=True)
     job = read_job(folder)
     if job is None:
         raise CheckpointError(f"{folder.path} was removed while it was read")

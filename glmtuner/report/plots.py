@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.report.escape import one_line
 from glmtuner.report.jobs import Job, format_value, is_number, value_of
 from glmtuner.report.ranking import Ranking, metric_title
 from glmtuner.run_folder.files import write_bytes
@@ -57,7 +58,7 @@ def draw(name: str, caption: str, paint: "Callable[[Axes], None]", size: tuple[f
     for theme, (background, text, grid) in THEMES.items():
         style: Any = {  # matplotlib's type of it lists every key
             "font.family": [font for font in FONTS if font in installed],
-            "text.parse_math": False,  # a $ in a name is not mathematics
+            "text.parse_math": False, "text.usetex": False,  # a $ in a name is not mathematics
             "figure.facecolor": background, "axes.facecolor": background, "text.color": text, "axes.labelcolor": text,
             "axes.edgecolor": text, "xtick.color": text, "ytick.color": text, "grid.color": grid, "axes.grid": True,
             "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -101,7 +102,7 @@ def plot_run_loss(folder: RunFolder) -> Plot | None:
             axes.plot(*evaluation, color=COLOURS[1], linestyle="--", marker="s", markersize=4, label="evaluation loss")
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
-        axes.set_title(folder.path.name, fontsize=10, loc="left")
+        axes.set_title(one_line(folder.path.name), fontsize=10, loc="left")
         axes.legend()
 
     return draw("loss", "loss by step", paint)
@@ -150,7 +151,10 @@ def plot_sweep_losses(ranking: Ranking) -> Plot | None:
                 steps, losses = points(job.history, "loss")
                 (line,) = axes.plot(steps, smoothed(losses) if len(losses) >= MIN_SMOOTHED else losses, **style)
                 axes.plot(*points(job.history, "eval_loss"), linestyle="--", marker="o", markersize=3, **style)
-            legend[min(rank, num_coloured)] = (line, label[:MAX_LEGEND_LENGTH] if is_coloured else f"{num_others} more")
+            legend[min(rank, num_coloured)] = (
+                line,
+                one_line(label)[:MAX_LEGEND_LENGTH] if is_coloured else f"{num_others} more",
+            )
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.figure.legend(
@@ -193,6 +197,7 @@ def _plot_against(jobs: Sequence[Job], objective: str, knob: str, knob_name: str
     if len(jobs_by_value) < 2:
         return None
     values = [*jobs_by_value]
+    names = [one_line(format_value(value)) for value in values]
     positions: Sequence[float] = values if is_numeric else range(len(values))
 
     def paint(axes: "Axes") -> None:
@@ -214,7 +219,7 @@ def _plot_against(jobs: Sequence[Job], objective: str, knob: str, knob_name: str
             if min(values) > 0 and max(values) / min(values) > LOG_SCALE_RATIO:
                 axes.set_xscale("log")
             if len(values) <= 8:
-                axes.set_xticks(values, [format_value(value) for value in values])
+                axes.set_xticks(values, names)
                 axes.minorticks_off()
             axes.margins(x=0.08)
         else:
@@ -222,13 +227,13 @@ def _plot_against(jobs: Sequence[Job], objective: str, knob: str, knob_name: str
                 means, [position - 0.28 for position in positions], [position + 0.28 for position in positions],
                 color=COLOURS[2], linewidth=2, label="mean",
             )  # fmt: skip
-            is_slanted = sum(map(len, values)) > 60
-            axes.set_xticks(positions, [value if len(value) <= 32 else f"{value[:31]}…" for value in values],
+            is_slanted = sum(map(len, names)) > 60
+            axes.set_xticks(positions, [name if len(name) <= 32 else f"{name[:31]}…" for name in names],
                             rotation=20 if is_slanted else 0, ha="right" if is_slanted else "center")  # fmt: skip
             axes.set_xlim(-0.6, len(values) - 0.4)
             axes.grid(axis="x", visible=False)
-        axes.set_xlabel(knob_name)
-        axes.set_ylabel(metric_title(objective))
+        axes.set_xlabel(one_line(knob_name))
+        axes.set_ylabel(one_line(metric_title(objective)))
         axes.figure.legend(loc="outside upper right", ncols=2, fontsize=9)
 
     name = re.sub(r"[^\w.\-]+", "-", f"{objective}_by_{knob_name}")

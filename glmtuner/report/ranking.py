@@ -12,7 +12,7 @@ from typing import Any
 from glmtuner.config.objective import less_is_better, measured_as
 from glmtuner.report.bootstrap import Interval, interval
 from glmtuner.report.jobs import Job, State, comparable, read_jobs, short_names, value_of, varied_knobs
-from glmtuner.report.record_scores import RecordScores, common_records, pooled, record_scores
+from glmtuner.report.record_scores import RecordScores, common_records, pooled, read_answers, record_scores
 from glmtuner.run_folder.files import read_json
 from glmtuner.run_folder.names import SWEEP
 
@@ -242,7 +242,21 @@ def notes_on_differences(rows: Sequence[Row], objective: str) -> list[str]:
             f"{incomparable} of the {len(rows)} settings were evaluated on other records than the winner, so they have no "
             "paired difference (a dash); data.eval_dataset=… evaluates all jobs of a sweep on the same records."
         )
+    if objective.startswith("predict_"):
+        best = references_of(winner)
+        others = [references_of(row) for row in rest if row.difference is not None]
+        num_other = sum(any(best.get(record, text) != text for record, text in each.items()) for each in others)
+        if num_other:
+            notes.append(
+                f"{num_other} of the {len(rows)} settings were scored against other texts of the same labels than the winner: "
+                "tokenizers write them differently, and data.max_target_length cuts them."
+            )
     return notes
+
+
+def references_of(row: Row) -> dict[tuple[str, str], str]:
+    """What the answers of the row's first job were scored against, by question and label."""
+    return {(line.prompt, line.label): line.reference.strip() for line in read_answers(row.jobs[0].folder)}
 
 
 def read_commands(root: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """The contribution of each evaluated record to a run's scores, from the files in its folder."""
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from glmtuner.config.groups import SCHEMA_CLASSES, Metric
 from glmtuner.config.plugins import load_plugins
@@ -27,8 +27,8 @@ def record_scores(folder: RunFolder, values: Mapping[str, Any], measured: Iterab
     predicted = {name for name in measured if name.startswith("predict_")}
     metric = build_metric(values) if predicted else None
     if metric is not None:
-        for prompt, label, answer in read_answers(folder):
-            for name, score in metric.score(answer.strip(), label.strip()).items():
+        for prompt, label, reference, answer in read_answers(folder):
+            for name, score in metric.score(answer.strip(), reference.strip()).items():
                 if f"predict_{name}" in predicted:
                     _add(scores.setdefault(f"predict_{name}", {}), (prompt, label), score, 1.0)
     evaluated = evaluation_set(values)
@@ -64,12 +64,21 @@ def _add(scores: RecordScores, record: Hashable, total: float, weight: float) ->
     scores[record] = (before[0] + total, before[1] + weight)
 
 
-def read_answers(folder: RunFolder) -> Iterator[tuple[str, str, str]]:
-    """Question, label and answer of each line of predictions.jsonl, in its order."""
+class Answer(NamedTuple):
+    """One line of predictions.jsonl: the answer was scored against `reference`."""
+
+    prompt: str
+    label: str
+    reference: str
+    answer: str
+
+
+def read_answers(folder: RunFolder) -> Iterator[Answer]:
+    """The answers of predictions.jsonl, in its order; earlier versions scored against the label itself."""
     for line in read_lines(folder / PREDICTIONS):
-        prompt, label, answer = (line.get(name) for name in ("prompt", "label", "predict"))
-        if isinstance(prompt, str) and isinstance(label, str) and isinstance(answer, str):
-            yield prompt, label, answer
+        texts = [line.get("prompt"), line.get("label"), line.get("reference", line.get("label")), line.get("predict")]
+        if all(isinstance(text, str) for text in texts):
+            yield Answer(*map(str, texts))
 
 
 def build_metric(values: Mapping[str, Any]) -> Metric | None:

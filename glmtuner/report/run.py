@@ -8,6 +8,8 @@ from omegaconf import DictConfig
 
 from glmtuner.console import say, table
 from glmtuner.errors import CheckpointError
+from glmtuner.report.escape import markdown_cell, markdown_code, markdown_line
+from glmtuner.report.jobs import is_number
 from glmtuner.run_folder.checkpoints import checkpoint_problem, checkpoints
 from glmtuner.run_folder.files import read_lines, write_text
 from glmtuner.run_folder.folder import RunFolder
@@ -27,7 +29,7 @@ def show_run(path: Path) -> None:
     if not path.is_dir():
         raise CheckpointError(f"no folder {path}; run folders are under outputs/<date>/<time>_<name>")
     folder = RunFolder(path)
-    config = folder.config()
+    config = folder.config(complete=True)
     provenance = folder.provenance()
     state = "finished" if folder.is_finished else "unfinished: the same command resumes it"
     rows = [("run", f"{path} ({state})"), *run_facts(config, provenance)]
@@ -103,7 +105,11 @@ def scores_table(metrics: dict[str, float], before: dict[str, float]) -> tuple[l
 def scores_before_training(folder: RunFolder) -> dict[str, float]:
     """The scores of the evaluation at step 0 (trainer.eval_on_start), under the names that they have in metrics.json."""
     line = next((line for line in folder.history() if line.get("step") == 0), {})
-    scores = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+    scores = {
+        name.removeprefix("eval_"): value
+        for name, value in line.items()
+        if name.startswith("eval_") and is_number(value)
+    }
     return {f"{prefix}_{name}": value for name, value in scores.items() for prefix in ("eval", "predict")}
 
 
@@ -115,36 +121,53 @@ def format_number(value: float) -> str:
 def answers_table(folder: RunFolder) -> tuple[list[str], list[list[str]]]:
     """Header and rows of some answers: question, answer before training if there is one, answer, label.
 
-    For pairs that a reward model scored: question, both answers, their scores. Both are empty without predictions.
+    The references that the answers were scored against follow if they differ from the labels. For pairs that a reward model
+    scored: question, both answers, their scores. Both are empty without predictions.
     """
     after, before = read_predictions(folder / PREDICTIONS), read_predictions(folder / EVALUATIONS / "step-0.jsonl")
     if not after:
         return [], []
-    shown = [(index, after[index]) for index in evenly_spaced(sorted(after), MAX_ANSWERS)]
-    if "chosen_score" in shown[0][1]:
+    are_pairs = "chosen_score" in after[min(after)]
+    indices = [index for index in sorted(after) if ("chosen_score" in after[index]) is are_pairs]
+    shown = [(index, after[index]) for index in evenly_spaced(indices, MAX_ANSWERS)]
+    if are_pairs:
         header = ["question", "better answer", "score", "worse answer", "score"]
         columns = ("prompt", "chosen", "chosen_score", "rejected", "rejected_score")
         rows = [
             [format_number(line[column]) if "score" in column else line[column] for column in columns]
             for _, line in shown
         ]
-    elif before:
-        header = ["question", "before", "after", "label"]
-        rows = [
-            [line["prompt"], before.get(index, {}).get("predict", MISSING), line["predict"], line["label"]]
-            for index, line in shown
-        ]
     else:
-        header = ["question", "answer", "label"]
-        rows = [[line["prompt"], line["predict"], line["label"]] for _, line in shown]
+        header = ["question", *(["before", "after"] if before else ["answer"]), "label"]
+        rows = []
+        for index, line in shown:
+            earlier = [before.get(index, {}).get("predict", MISSING)] if before else []
+            rows.append([line["prompt"], *earlier, line["predict"], line["label"], reference_of(line)])
+        if all(label.split() == reference.split() for *_, label, reference in rows):
+            rows = [row[:-1] for row in rows]
+        else:
+            header.append("scored against")
     return header, [[truncated(text) for text in row] for row in rows]
 
 
 def read_predictions(path: Path) -> dict[int, dict[str, Any]]:
-    """The lines of a file of answers, or of scored pairs, by their index; lines without all the keys are left out."""
-    answer = {"index", "prompt", "label", "predict"}
-    pair = {"index", "prompt", "chosen", "rejected", "chosen_score", "rejected_score"}
-    return {line["index"]: line for line in read_lines(path) if answer <= line.keys() or pair <= line.keys()}
+    """The lines of a file of answers, or of scored pairs, by their index; lines that are neither are left out."""
+    texts, pair = ("prompt", "label", "predict"), ("prompt", "chosen", "rejected")
+    scores = ("chosen_score", "rejected_score")
+
+    def is_complete(line: dict[str, Any]) -> bool:
+        is_answer = all(isinstance(line.get(name), str) for name in texts)
+        is_pair = all(isinstance(line.get(name), str) for name in pair)
+        return is_answer or (is_pair and all(isinstance(line.get(name), (int, float)) for name in scores))
+
+    return {
+        line["index"]: line for line in read_lines(path) if isinstance(line.get("index"), int) and is_complete(line)
+    }
+
+
+def reference_of(line: dict[str, Any]) -> str:
+    """What the answer was scored against; earlier versions scored against the label itself."""
+    return str(line.get("reference", line["label"]))
 
 
 def evenly_spaced(items: Sequence[T], max_items: int) -> list[T]:
@@ -169,10 +192,12 @@ def _show_answers(folder: RunFolder) -> None:
 def write_run_markdown(folder: RunFolder, metrics: dict[str, float]) -> None:
     """Write report.md, the run on one page."""
     provenance = folder.provenance()
-    lines = [f"# {folder.path.name}", "", *markdown_table(("", ""), run_facts(folder.config(), provenance))]
+    lines = [f"# {markdown_line(folder.path.name)}", "", "|  |  |", "| --- | --- |"]
+    for name, value in run_facts(folder.config(complete=True), provenance):
+        lines.append(f"| {name} | {(markdown_code if name == 'command' else markdown_cell)(value)} |")
     if metrics:
         lines += ["", "## Results", "", *markdown_table(*scores_table(metrics, scores_before_training(folder)))]
-    losses = [line["loss"] for line in folder.history() if "loss" in line]
+    losses = [line["loss"] for line in folder.history() if is_number(line.get("loss"))]
     if losses:
         lines += ["", f"Training loss: {losses[0]:.4f} at the first logged step, {losses[-1]:.4f} at the last."]
     if (folder / LOSS_PLOT).is_file():
@@ -184,17 +209,14 @@ def write_run_markdown(folder: RunFolder, metrics: dict[str, float]) -> None:
     if skipped:
         lines += ["", "## Skipped records", ""]
         lines += [
-            f"- {name}: {record}" for name, records in skipped.items() for record in records[:MAX_SKIPPED_RECORDS]
+            f"- {markdown_line(f'{name}: {record}')}"
+            for name, records in skipped.items()
+            for record in records[:MAX_SKIPPED_RECORDS]
         ]
     write_text(folder / REPORT, "\n".join(lines) + "\n")
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
+    """The lines of a Markdown table, its texts escaped."""
     lines = [[markdown_cell(text) for text in cells] for cells in (header, *rows)]
     return [f"| {' | '.join(cells)} |" for cells in (lines[0], ["---"] * len(header), *lines[1:])]
-
-
-def markdown_cell(text: str) -> str:
-    """The text as one cell of a Markdown table; HTML in it is escaped."""
-    return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

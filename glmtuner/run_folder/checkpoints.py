@@ -32,16 +32,17 @@ def checkpoint_problem(folder: Path, ranks: int | None = None) -> str | None:
         return f"incomplete: it has no {MARKER}"
     try:
         about = read_json(folder / MARKER)
-        sizes = about["files"]
-    except (CheckpointError, KeyError, TypeError):
+        sizes, saved_by = about["files"], about.get("ranks", 1)
+        sizes = {str(name): int(size) for name, size in sizes.items()}
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
         return f"its {MARKER} is damaged"
     for name, content in REQUIRED_FILES.items():
         if not (folder / name).is_file():
             return f"it has no {content} ({name})"
     if not list(folder.glob("rng_state*.pth")):
         return "it has no RNG state (rng_state.pth)"
-    if ranks not in (None, about.get("ranks", 1)):
-        return f"it was saved by {about.get('ranks', 1)} processes, and this run has {ranks}"
+    if ranks not in (None, saved_by):
+        return f"it was saved by {saved_by} processes, and this run has {ranks}"
     for name, size in sizes.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

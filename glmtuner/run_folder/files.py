@@ -4,11 +4,14 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from glmtuner.console import say
+from glmtuner.console import UNPRINTABLE, say
 from glmtuner.errors import CheckpointError
+
+MAX_NAMED_LINES = 3  # of the lines of a file that are left out
 
 
 def write_text(path: Path, text: str) -> None:
@@ -20,15 +23,24 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: to a temporary name, flushed to the disk, then renamed. Parent folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()  # a full disk needs the space
+        raise
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:
-    """The value as JSON (RFC 8259), non-ASCII characters kept: NaN and the infinities, which JSON lacks, become null."""
+    """The value as JSON (RFC 8259): NaN and the infinities, which JSON lacks, become null.
+
+    Non-ASCII characters are kept, but for those that a terminal obeys (`console.UNPRINTABLE`): they are escaped, so that a file can
+    be looked at, and lone surrogates can be encoded.
+    """
 
     def finite(part: Any) -> Any:
         if isinstance(part, float):
@@ -37,7 +49,8 @@ def strict_json(value: Any, indent: int | None = None) -> str:
             return {key: finite(item) for key, item in part.items()}
         return [finite(item) for item in part] if isinstance(part, (list, tuple)) else part
 
-    return json.dumps(finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+    text = json.dumps(finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -46,11 +59,23 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The parsed value; raises CheckpointError if the file is damaged."""
+    """The parsed value; raises CheckpointError if the file is damaged or cannot be read."""
+    require_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise CheckpointError(f"{path} is damaged (it is nested too deeply)") from None
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def require_file(path: Path) -> None:
+    """Raise CheckpointError unless the path is a file: a folder, a dangling link, or a pipe, which would be read for ever."""
+    if not path.is_file():
+        problem = "it is not a file" if os.path.lexists(path) else "it is missing"
+        raise CheckpointError(f"{path} cannot be read ({problem})")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -62,17 +87,35 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a JSON Lines file; a truncated last line is skipped, any other that is none is skipped and named."""
-    if not path.is_file():
+    """The JSON objects of a JSON Lines file; a truncated last line is skipped, any other that is none is skipped and named.
+
+    Nothing if there is no such file; raises CheckpointError if it cannot be read.
+    """
+    if not os.path.lexists(path):
         return
+    require_file(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
     # not splitlines(): answers may hold U+2028, U+2029 or U+0085, which JSON does not escape
-    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    *lines, last = content.split(b"\n")
+    skipped = []
     for number, line in enumerate([*lines, last], start=1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        if isinstance(value, dict):
+        value = _object_or_none(line)
+        if value is not None:
             yield value
         elif line.strip() and number <= len(lines):
-            say(f"{path}: line {number} is not a JSON object and is left out")
+            skipped.append(number)
+    for number in skipped[:MAX_NAMED_LINES]:
+        say(f"{path}: line {number} is not a JSON object and is left out")
+    if len(skipped) > MAX_NAMED_LINES:
+        say(f"{path}: {len(skipped) - MAX_NAMED_LINES:,} more lines are not JSON objects and are left out")
+
+
+def _object_or_none(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line.decode())
+    except (ValueError, RecursionError):  # also what is not UTF-8
+        return None
+    return value if isinstance(value, dict) else None

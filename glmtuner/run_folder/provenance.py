@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from glmtuner.run_folder.redaction import redact_overrides
+from glmtuner.run_folder.redaction import redact_overrides, redact_value
 
 
 def provenance(overrides: list[str], **more: Any) -> dict[str, Any]:
@@ -20,6 +20,7 @@ def provenance(overrides: list[str], **more: Any) -> dict[str, Any]:
         "packages": {name: version_of(name) for name in PACKAGES},
         "git": git_state(Path.cwd()),
         **more,
+        **{name: redact_value(more[name], assignments=False) for name in ("data", "plugins") if name in more},
     }
 
 
@@ -34,6 +35,27 @@ PACKAGES = (
     "safetensors",
     "hydra-core",
 )
+
+
+TYPES: dict[str, tuple[type, ...]] = {
+    "command": (str,), "started": (str,), "packages": (dict,), "git": (dict, type(None)), "base": (dict,), "data": (dict,),
+    "resumed": (list,), "template": (dict, str),
+}  # fmt: skip
+
+
+def wrong_values(values: dict[str, Any]) -> list[str]:
+    """The values of a provenance.json that have another type than a run writes, each in a few words."""
+    wrong = [
+        f"{name} is of another type"
+        for name, types in TYPES.items()
+        if not isinstance(values.get(name, types[0]()), types)
+    ]
+    if not wrong:
+        counts = values.get("data", {})
+        wrong += [f"data.{name} is not a mapping" for name, count in counts.items() if not isinstance(count, dict)]
+        commit = (values.get("git") or {}).get("commit", "")
+        wrong += [] if isinstance(commit, str) else ["git.commit is not a text"]
+    return wrong
 
 
 def version_of(package: str) -> str | None:

@@ -1,107 +1,60 @@
 """The HTTP side of `serve`: routes, access, and the limits of a request."""
 
 import asyncio
-import hmac
 import json
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import Message as AsgiMessage
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
-from glmtuner.console import say
 from glmtuner.data.records import Message
-from glmtuner.errors import ConfigError
+from glmtuner.errors import GlmtunerError
 from glmtuner.inference.finished import Finished
-from glmtuner.inference.generate import AnswerText
+from glmtuner.serving.access import Gate, RequestFilter, error_response, is_json
+from glmtuner.serving.calls import Call, Choice, Delta
+from glmtuner.serving.description import ANSWER, Health, ModelInfo, ModelList, describe, errors, request_body
 from glmtuner.serving.engine import Engine, QueueFullError, Request, Sampling
-from glmtuner.serving.protocol import ApiError, ChatRequest, validation_error
+from glmtuner.serving.protocol import MAX_CHOICES, ApiError, ChatRequest, parse_request
 
 PAGE = Path(__file__).with_name("page.html")
+MAX_BODY_BYTES = 4 * 2**20
+OTHER_BYTES = 256 * 1024  # of a body, beside the characters of its messages
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the server accepts of one request."""
+    """What the server accepts of one request.
 
-    max_body_bytes: int = 4 * 2**20
+    `max_characters` of all messages together is what no conversation that fits into the context exceeds.
+    """
+
+    max_characters: int
     timeout_s: float = 300.0  # from a request's arrival to the end of its answer
 
-
-class Delta(NamedTuple):
-    """New text of one choice of a request; `finish_reason` is None until the choice ends."""
-
-    choice: int
-    text: str
-    finish_reason: str | None
-
-
-class Choice:
-    """One answer of a request: turns the engine's tokens into deltas and passes them to `emit`, in the engine's thread."""
-
-    def __init__(self, index: int, finished: Finished, stops: list[str], emit: Callable[[Delta], None]) -> None:
-        self.index, self.stop_ids, self.emit = index, finished.stops, emit
-        self.text = AnswerText(finished.tokenizer, stops)
-
-    def on_token(self, token: int) -> bool:
-        """Take the engine's next token; False if a stop token or a stop text ends the answer."""
-        if token in self.stop_ids:
-            return False
-        text = self.text.put(token)
-        if text:
-            self.emit(Delta(self.index, text, None))
-        return not self.text.stopped
-
-    def on_end(self, reason: str) -> None:
-        """Emit the remaining text and the finish reason."""
-        text = "" if self.text.stopped else self.text.finish()
-        self.emit(Delta(self.index, text, "stop" if self.text.stopped else reason))
-
-
-@dataclass
-class Call:
-    """A chat request in progress: its requests to the engine, one per choice, and the deltas that these produce."""
-
-    chat: ChatRequest
-    prompt: list[int]
-    requests: list[Request] = field(default_factory=list)
-    deltas: asyncio.Queue[Delta] = field(default_factory=asyncio.Queue)
-    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
-    created: int = field(default_factory=lambda: int(time.time()))
-    started: float = field(default_factory=time.monotonic)
-
     @property
-    def usage(self) -> dict[str, int]:
-        """Token counts in the API's form."""
-        generated = sum(len(request.generated) for request in self.requests)
-        return {
-            "prompt_tokens": len(self.prompt), "completion_tokens": generated,
-            "total_tokens": len(self.prompt) + generated,
-        }  # fmt: skip
+    def max_body_bytes(self) -> int:
+        """How many bytes a body may have: JSON may escape a character with 12 of them."""
+        return min(MAX_BODY_BYTES, 12 * self.max_characters + OTHER_BYTES)
 
-    def cancel(self) -> None:
-        """End all its answers at the engine's next step."""
-        for request in self.requests:
-            request.cancelled = True
 
-    def log(self, outcome: str) -> None:
-        """Print one line: time, token counts, seconds, and how the request ended."""
-        seconds = time.monotonic() - self.started
-        usage = self.usage
-        say(
-            f"{time.strftime('%H:%M:%S')} {self.id} {usage['prompt_tokens']} + {usage['completion_tokens']} tokens, "
-            f"{seconds:.1f} s, {outcome}"
-        )
+def max_characters(finished: Finished) -> int:
+    """As many characters as the context holds of the vocabulary's longest tokens."""
+    ids = list(finished.tokenizer.get_vocab().values())
+    texts = [*finished.tokenizer.get_vocab(), *finished.tokenizer.batch_decode([[token] for token in ids])]
+    return finished.run.generation.max_length * max(map(len, texts))
+
+
+ROLES = {"developer": "system"}  # the templates' names of the API's roles
 
 
 class Server:
@@ -110,58 +63,122 @@ class Server:
     def __init__(self, finished: Finished, engine: Engine, name: str, limits: Limits) -> None:
         self.finished, self.engine, self.name, self.limits = finished, engine, name, limits
         self.created = int(time.time())
+        self.gate = Gate()
+        self.calls: set[Call] = set()
+        # one thread reads bodies and tokenizes, so that neither delays the event loop; tokenizers are not made for several
+        self.reader = ThreadPoolExecutor(1, "reader")
+        self.reading = 0  # requests in that thread or in its queue
 
-    def start(self, chat: ChatRequest) -> Call:
-        """Submit the request to the engine. Raises ApiError if it cannot be answered."""
+    def close_reader(self) -> None:
+        """End the thread that reads bodies; what waits for it is dropped."""
+        self.reader.shutdown(wait=False, cancel_futures=True)
+
+    def stop(self) -> None:
+        """End all requests in progress with an error."""
+        self.gate.stopped = True
+        for call in self.calls:
+            call.cancel()
+            call.deltas.put_nowait(Delta(0, "", "cancelled"))
+        self.engine.wake()
+
+    async def start(self, http: HttpRequest) -> Call:
+        """Read the request and submit it to the engine. Raises ApiError if it cannot be answered."""
+        started = time.monotonic()
+        if not is_json(http.scope):
+            raise ApiError(415, "the body must be JSON: 'Content-Type: application/json'", "wrong_content_type")
+        try:
+            body = await http.body()
+        except ClientDisconnect:
+            raise ApiError(400, "the client disconnected before the end of the body") from None
+        if self.reading >= self.engine.max_waiting:
+            raise self.busy()
+        self.reading += 1
+        try:
+            chat, prompt = await asyncio.get_running_loop().run_in_executor(self.reader, self.read, body)
+        finally:
+            self.reading -= 1
+        if self.gate.stopped:
+            raise stopping()
+        return self.submit(Call(chat, prompt, started))
+
+    def read(self, body: bytes) -> tuple[ChatRequest, list[int]]:
+        """The request in a body, and the tokens of its conversation. Raises ApiError if it cannot be answered."""
+        max_length = self.finished.run.generation.max_length
+        chat = parse_request(body, max_items=max_length)
         if chat.model != self.name:
             raise self.unknown_model(chat.model)
-        if chat.messages[-1].role != "user":
+        for limit in ("max_tokens", "max_completion_tokens"):
+            if (getattr(chat, limit) or 0) > max_length:
+                raise ApiError(
+                    400, f"'{limit}': {getattr(chat, limit)} were requested, and this server's context holds {max_length} "
+                    "tokens (generation.max_length)", None, limit,
+                )  # fmt: skip
+        if (chat.n or 1) > self.max_choices:
             raise ApiError(
-                400, "the last of 'messages' must be the user's: it is what the model answers", None, "messages"
+                400, f"'n': at most {self.max_choices} requests may wait on this server (--waiting)", None, "n"
             )
-        roles = {"developer": "system"}
-        turns = [Message(roles.get(message.role, message.role), message.text) for message in chat.messages]
+        turns = [Message(ROLES.get(message.role, message.role), message.text) for message in chat.messages]
+        if turns[-1].role == "assistant":
+            turns.append(Message("user", ""))  # templates begin an answer after a turn of the user
+        characters = sum(len(turn.content) for turn in turns)
+        if characters > self.limits.max_characters:
+            raise ApiError(
+                400, f"this server's context holds {max_length} tokens (generation.max_length), at most "
+                f"{self.limits.max_characters} characters: the messages have {characters}",
+                "context_length_exceeded", "messages",
+            )  # fmt: skip
         try:
             (encoded,) = self.finished.template.encode(self.finished.tokenizer, [turns])
-        except ConfigError as error:  # a jinja template that rejects the order of the turns
+        except GlmtunerError as error:  # a jinja template that rejects the order of the turns
             raise ApiError(400, str(error), None, "messages") from None
         prompt = list(encoded.input_ids)
-        values = self.finished.run.generation
-        room = values.max_length - len(prompt)
-        max_new_tokens = chat.max_new_tokens or values.max_new_tokens
-        if room < (chat.max_new_tokens or 1):
+        if len(prompt) >= max_length:
             raise ApiError(
-                400,
-                f"this server's context holds {values.max_length} tokens (generation.max_length): the messages have "
-                f"{len(prompt)}, and {max_new_tokens or 1} were requested for the answer",
-                "context_length_exceeded",
-                "messages",
-            )
-        call = Call(chat, prompt)
+                400, f"this server's context holds {max_length} tokens (generation.max_length): the messages have "
+                f"{len(prompt)}, which leaves no room for an answer",
+                "context_length_exceeded", "messages",
+            )  # fmt: skip
+        return chat, prompt
+
+    @property
+    def max_choices(self) -> int:
+        """How many answers one request may ask for."""
+        return min(MAX_CHOICES, self.engine.max_waiting)
+
+    def submit(self, call: Call) -> Call:
+        """Give the call to the engine. Raises ApiError if too many requests are waiting."""
+        chat, values = call.chat, self.finished.run.generation
+        room = values.max_length - len(call.prompt)
         loop = asyncio.get_running_loop()
 
         def emit(delta: Delta) -> None:
+            if chat.stream:
+                call.emitted()
             with suppress(RuntimeError):  # the loop is closed when the server stops
                 loop.call_soon_threadsafe(call.deltas.put_nowait, delta)
 
+        for index in range(chat.n or 1):
+            choice = Choice(index, self.finished, chat.stops, emit)
+            max_new_tokens = min(chat.max_new_tokens or values.max_new_tokens or room, room)
+            call.requests.append(
+                Request(call.prompt, max_new_tokens, self.sampling(chat, index), choice.on_token, choice.on_end)
+            )
         try:
-            for index in range(chat.n or 1):
-                choice = Choice(index, self.finished, chat.stop or [], emit)
-                request = Request(
-                    prompt,
-                    min(max_new_tokens or room, room),
-                    self.sampling(chat, index),
-                    choice.on_token,
-                    choice.on_end,
-                )
-                self.engine.submit(request)
-                call.requests.append(request)
+            self.engine.submit(*call.requests)
         except QueueFullError:
-            call.cancel()
-            raise ApiError(
-                429, "too many requests are waiting for an answer; try again later", "rate_limit_exceeded"
-            ) from None
+            raise self.busy() from None
+        self.calls.add(call)
         return call
+
+    def busy(self) -> ApiError:
+        """The error for one request too many."""
+        return ApiError(429, "too many requests are waiting for an answer; try again later", "rate_limit_exceeded")
+
+    def close(self, call: Call) -> None:
+        """Forget a call whose response has ended."""
+        call.cancel()
+        self.calls.discard(call)
+        self.engine.wake()  # it may be paused
 
     def sampling(self, chat: ChatRequest, index: int) -> Sampling:
         """The request's values, and the run's where it has none; each choice of a seeded request has its own seed."""
@@ -184,7 +201,8 @@ class Server:
         while unfinished:
             remaining = self.limits.timeout_s - (time.monotonic() - call.started)
             try:
-                delta = await asyncio.wait_for(call.deltas.get(), max(remaining, 0))
+                async with asyncio.timeout(remaining):
+                    delta = await call.deltas.get()
             except TimeoutError:
                 raise ApiError(
                     504, f"the answer was not finished after {self.limits.timeout_s:g} s (--timeout)", "timeout"
@@ -192,7 +210,9 @@ class Server:
             if delta.finish_reason == "error":
                 raise ApiError(500, "the model failed on this request; the server's output says why", "model_error")
             if delta.finish_reason == "cancelled":
-                raise ApiError(503, "the server is stopping", "stopping")
+                raise stopping()
+            if call.chat.stream and call.taken():
+                self.engine.wake()
             unfinished -= delta.finish_reason is not None
             yield delta
 
@@ -210,7 +230,7 @@ class Server:
             raise
         finally:
             watcher.cancel()
-            call.cancel()
+            self.close(call)
         call.log(", ".join(dict.fromkeys(str(reason) for reason in reasons)))
         choices = [
             {
@@ -221,14 +241,16 @@ class Server:
         ]  # fmt: skip
         return {
             "id": call.id, "object": "chat.completion", "created": call.created, "model": self.name,
-            "choices": choices, "usage": call.usage,
+            "choices": choices, "usage": call.usage, **call.tier,
         }  # fmt: skip
 
     async def events(self, call: Call) -> AsyncIterator[str]:
         """The answer as server-sent events; an error after the first of them is an event, too."""
         options = call.chat.stream_options
         includes_usage = options is not None and options.include_usage
-        head = {"id": call.id, "object": "chat.completion.chunk", "created": call.created, "model": self.name}
+        head = {
+            "id": call.id, "object": "chat.completion.chunk", "created": call.created, "model": self.name, **call.tier
+        }  # fmt: skip
 
         def event(index: int, delta: dict[str, str], reason: str | None) -> str:
             choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -251,7 +273,6 @@ class Server:
             outcome = error.message
             yield _sse(error.body)
         finally:
-            call.cancel()
             call.log(outcome)
 
     def model_info(self) -> dict[str, Any]:
@@ -260,7 +281,7 @@ class Server:
 
     def unknown_model(self, name: str) -> ApiError:
         """The error for a request of another model."""
-        message = f"the model '{name}' does not exist; this server has '{self.name}'"
+        message = f"the model '{name[:200]}' does not exist; this server has '{self.name}'"
         return ApiError(404, message, "model_not_found", "model")
 
 
@@ -271,101 +292,69 @@ async def _cancel_on_disconnect(http: HttpRequest, call: Call) -> None:
     call.cancel()
 
 
+class EventStream(StreamingResponse):
+    """The answer of a call as server-sent events; the call is closed however the response ends."""
+
+    def __init__(self, server: Server, call: Call) -> None:
+        super().__init__(server.events(call), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.server, self.call = server, call
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.server.close(self.call)
+
+
+def stopping() -> ApiError:
+    """The error for requests that the server's end cuts off."""
+    return ApiError(503, "the server is stopping", "stopping")
+
+
 def _sse(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-class RequestFilter:
-    """Middleware that rejects, before the body is read, requests without the key, for another host, or too large.
+def application(
+    server: Server, key: str | None, hosts: tuple[str, ...] | None, abort: Callable[[Scope], None] = lambda scope: None
+) -> FastAPI:
+    """The routes: /v1/chat/completions, /v1/models, /health, /openapi.json, and the page at /.
 
-    `hosts` are the allowed host names; None allows any. On the loopback address they keep a web page from reaching the
-    server by a DNS name of its own (DNS rebinding). JSON is required for the same reason: a page may post plain text to any
-    address without a preflight request.
+    `abort` closes the connection of a client that stopped reading.
     """
-
-    def __init__(self, app: ASGIApp, *, key: str | None, hosts: tuple[str, ...] | None, max_body_bytes: int) -> None:
-        self.app, self.key, self.hosts, self.max_body_bytes = app, key, hosts, max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        error = self._error(scope, headers)
-        if error is not None:
-            return await _error_response(error)(scope, receive, send)
-        body_bytes = 0
-
-        async def receive_limited() -> AsgiMessage:
-            nonlocal body_bytes
-            message = await receive()
-            body_bytes += len(message.get("body", b""))
-            if body_bytes > self.max_body_bytes:
-                raise HTTPException(413)
-            return message
-
-        await self.app(scope, receive_limited, send)
-
-    def _error(self, scope: Scope, headers: dict[str, str]) -> ApiError | None:
-        """The reason to reject the request; None if there is none."""
-        host = headers.get("host", "")
-        if not host.endswith("]"):  # an IPv6 address without a port
-            host = host.rsplit(":", 1)[0]
-        if self.hosts is not None and host not in self.hosts:
-            return ApiError(403, f"this server answers to {', '.join(self.hosts)}, not to '{host}'", "wrong_host")
-        if self.key is not None and scope["path"].startswith("/v1/"):
-            scheme, _, token = headers.get("authorization", "").partition(" ")
-            is_known = hmac.compare_digest(token.strip().encode("latin-1"), self.key.encode("utf-8"))
-            if scheme.lower() != "bearer" or not is_known:
-                return ApiError(401, "an API key is needed: 'Authorization: Bearer KEY'", "invalid_api_key")
-        content_type = headers.get("content-type", "").partition(";")[0].strip()
-        if scope["method"] == "POST" and content_type != "application/json":
-            return ApiError(415, "the body must be JSON: 'Content-Type: application/json'", "wrong_content_type")
-        length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self.max_body_bytes:
-            return _too_large(self.max_body_bytes)
-        return None
-
-
-def _too_large(max_body_bytes: int) -> ApiError:
-    return ApiError(413, f"a request may have at most {max_body_bytes // 2**20} MiB", "request_too_large")
-
-
-def _error_response(error: ApiError) -> Response:
-    headers = (
-        {"WWW-Authenticate": "Bearer"} if error.status == 401 else {"Retry-After": "1"} if error.status == 429 else {}
+    app = FastAPI(docs_url=None, redoc_url=None)
+    app.add_middleware(
+        RequestFilter, key=key, hosts=hosts, max_body_bytes=server.limits.max_body_bytes, gate=server.gate, abort=abort
     )
-    return JSONResponse(error.body, error.status, headers)
+    refused = errors(*([401] if key else []), *([403] if hosts else []))
 
+    @app.post(
+        "/v1/chat/completions",
+        response_model=None,
+        openapi_extra=request_body(),
+        responses={200: ANSWER, **refused, **errors(400, 404, 408, 413, 415, 429, 500, 503, 504)},
+    )
+    async def chat_completions(http: HttpRequest) -> Response:
+        call = await server.start(http)
+        return EventStream(server, call) if call.chat.stream else JSONResponse(await server.completion(call, http))
 
-def application(server: Server, key: str | None, hosts: tuple[str, ...] | None) -> FastAPI:
-    """The routes: /v1/chat/completions, /v1/models, /health, and the page at /."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(RequestFilter, key=key, hosts=hosts, max_body_bytes=server.limits.max_body_bytes)
-
-    @app.post("/v1/chat/completions", response_model=None)
-    async def completions(chat: ChatRequest, http: HttpRequest) -> Response:
-        call = server.start(chat)
-        if chat.stream:
-            return StreamingResponse(
-                server.events(call), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-            )
-        return JSONResponse(await server.completion(call, http))
-
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=ModelList, responses={**refused, **errors(503)})
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [server.model_info()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=ModelInfo, responses={**refused, **errors(404, 503)})
     async def model(name: str) -> dict[str, Any]:
         if name != server.name:
             raise server.unknown_model(name)
         return server.model_info()
 
-    @app.get("/health")
+    @app.get("/health", response_model=Health, responses={**errors(*([403] if hosts else []), 503)})
     async def health() -> dict[str, str]:
+        if server.gate.is_closed:
+            raise stopping()
         return {"status": "ok"}
 
-    @app.get("/", response_class=HTMLResponse)
+    @app.get("/", response_class=HTMLResponse, responses={**errors(*([403] if hosts else []))})
     async def page() -> HTMLResponse:
         page_settings = {"name": server.name, "key": key is not None}
         embedded = json.dumps(page_settings, ensure_ascii=False).replace("<", "\\u003c")  # no tag inside the script
@@ -377,24 +366,27 @@ def application(server: Server, key: str | None, hosts: tuple[str, ...] | None) 
 
     @app.exception_handler(ApiError)
     async def api_error(_: HttpRequest, error: ApiError) -> Response:
-        return _error_response(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:
-        return _error_response(validation_error(list(error.errors())))
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def http_error(http: HttpRequest, error: HTTPException) -> Response:
-        if error.status_code == 413:
-            return _error_response(_too_large(server.limits.max_body_bytes))
-        if error.status_code in (404, 405):
-            return _error_response(
-                ApiError(error.status_code, f"{http.method} {http.url.path} does not exist", "unknown_url")
-            )
-        return _error_response(ApiError(error.status_code, str(error.detail)))
+        message, code = str(error.detail), None
+        if error.status_code == 404:
+            message, code = f"{http.url.path[:200]} does not exist", "unknown_url"
+        elif error.status_code == 405:
+            message, code = f"{http.url.path[:200]} does not take {http.method}", "method_not_allowed"
+        return error_response(ApiError(error.status_code, message, code), dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def crash(_: HttpRequest, error: Exception) -> Response:
-        return _error_response(ApiError(500, "the server failed on this request; its output says why"))
+        return error_response(ApiError(500, "the server failed on this request; its output says why"))
 
+    document = describe(
+        app,
+        server.name,
+        max_tokens=server.finished.run.generation.max_length,
+        max_choices=server.max_choices,
+        has_key=key is not None,
+    )
+    app.openapi = lambda: document  # type: ignore[method-assign]
     return app

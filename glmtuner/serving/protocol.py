@@ -1,17 +1,60 @@
 """The OpenAI chat-completions API as types: the fields of a request, and the form of errors.
 
-Source: the API reference at platform.openai.com, and what the official `openai` client reads.
+Every field of OpenAI's API is known. One that asks for something this server does not have is accepted with the values that
+ask for nothing, as many clients send them (`tools: null`), and refused by name with any other.
+Source: the API reference at developers.openai.com, and the request types of the official `openai` client.
 """
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-# Fields that are accepted and have no effect: they tell OpenAI's own service who asks, or what to store.
-IGNORED = (
-    "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "verbosity", "reasoning_effort",
-)  # fmt: skip
+MAX_STOP_LENGTH = 1024  # characters of a stop text
+MAX_LABEL_LENGTH = 1024  # characters of a text that only identifies something; OpenAI documents no limit
+ROLES = ("system", "developer", "user", "assistant")
+REASONS = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "input should be an object")
+MAX_CHOICES = 16
+MAX_ECHO = 100  # characters of a client's own text that an error message repeats
+
+# What is not there, and the values that do not ask for it.
+ABSENT = {
+    "audio": ("spoken answers are", "null"),
+    "function_call": ("function calls are", "null, 'none' or 'auto'"),
+    "functions": ("function calls are", "null or []"),
+    "logit_bias": ("a bias on tokens is", "null, {} or zeros"),
+    "logprobs": ("log probabilities are", "null or false"),
+    "top_logprobs": ("log probabilities are", "null or 0"),
+    "modalities": ("answers other than text are", 'null or ["text"]'),
+    "moderation": ("moderation is", "null"),
+    "prediction": ("predicted outputs are", "null"),
+    "reasoning_effort": ("a choice of reasoning effort is", "null or 'none'"),
+    "response_format": ("an answer format other than text is", 'null or {"type": "text"}'),
+    "service_tier": ("service tiers are", "null, 'auto' or 'default'"),
+    "store": ("storage of answers is", "null or false"),
+    "stream_options.include_obfuscation": ("obfuscation is", "null or false"),
+    "tool_choice": ("tool calls are", "null, 'none' or 'auto'"),
+    "tools": ("tool calls are", "null or []"),
+    "verbosity": ("a choice of verbosity is", "null or 'medium'"),
+    "web_search_options": ("web search is", "null"),
+}
+ABSENT_IN_MESSAGES = {
+    "annotations": ("annotations of earlier answers are", "null or []"),
+    "audio": ("spoken answers are", "null"),
+    "function_call": ("function calls are", "null"),
+    "refusal": ("refusals of other models are", "null"),
+    "tool_calls": ("tool calls are", "null or []"),
+}
 
 
 class ApiError(Exception):
@@ -35,50 +78,121 @@ class StrictModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def reject_unknown_fields(cls, body: Any) -> Any:
+        """Raises for the first unknown field alone: a body may have a hundred thousand of them."""
+        if isinstance(body, dict):
+            unknown = next((name for name in body if name not in cls.model_fields), None)
+            if unknown is not None:
+                raise PydanticCustomError("unknown_field", "unknown field", {"field": unknown})
+        return body
+
+
+def _text_or_list(value: Any) -> str:
+    return "list" if isinstance(value, list) else "text"
+
+
+def _reject_numbers(value: Any) -> Any:
+    """The value; raises ValueError for 0, which Python takes for False and JSON does not."""
+    if not isinstance(value, bool):
+        raise ValueError("input should be false")
+    return value
+
+
+def _as_integer(value: Any) -> Any:
+    """1 for 1.0, which are the same number in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+AS_INTEGER = BeforeValidator(_as_integer)  # after the bounds, or the schema loses them
+Label = Annotated[str, Field(max_length=MAX_LABEL_LENGTH)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+NoItems = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
+Off = Annotated[Literal[False], BeforeValidator(_reject_numbers)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+class CacheBreakpoint(StrictModel):
+    """A hint for OpenAI's prompt cache; it has no effect."""
+
+    mode: Literal["explicit"]
+
+
+class CacheOptions(StrictModel):
+    """Options of OpenAI's prompt cache; they have no effect."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Literal["30m"] | None = None
+
 
 class TextPart(StrictModel):
     """A piece of a message's content; only text is supported."""
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
 
 
-class ChatMessage(StrictModel):
-    """One turn; `developer` is another name for `system`, `name` and `refusal` have no effect."""
+Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("list")],
+    Discriminator(_text_or_list),
+]
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: list[TextPart]
-    name: str | None = None
-    refusal: None = None
 
-    @field_validator("content", mode="before")
-    @classmethod
-    def as_parts(cls, content: Any) -> Any:
-        """A string as a list of one text part."""
-        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+class _Turn(StrictModel):
+    """What all messages have; `name`, the participant's, has no effect: no chat template shows it to the model."""
+
+    content: Content
+    name: Label | None = None
 
     @property
     def text(self) -> str:
         """The text of all parts."""
-        return "".join(part.text for part in self.content)
+        content: Any = self.content
+        if isinstance(content, list):
+            return "".join(part.text for part in content)
+        return content or ""
 
-    @field_validator("content")
-    @classmethod
-    def reject_lone_surrogates(cls, content: list[TextPart]) -> list[TextPart]:
-        """Raises ValueError for half a surrogate pair, which JSON can hold and no tokenizer reads."""
-        for part in content:
-            try:
-                part.text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise ValueError(f"half a surrogate pair at {error.start} is not valid Unicode text") from None
-        return content
+
+class SystemMessage(_Turn):
+    """Instructions to the model."""
+
+    role: Literal["system"]
+
+
+class DeveloperMessage(_Turn):
+    """The newer name of a system message."""
+
+    role: Literal["developer"]
+
+
+class UserMessage(_Turn):
+    """A turn of the user."""
+
+    role: Literal["user"]
+
+
+class AssistantMessage(_Turn):
+    """An earlier answer, also as the official client returns it; without `content` it is empty."""
+
+    role: Literal["assistant"]
+    content: Content | None = None  # type: ignore[assignment]
+    refusal: None = None
+    tool_calls: NoItems | None = None
+    function_call: None = None
+    audio: None = None
+    annotations: NoItems | None = None
+
+
+ChatMessage = Annotated[SystemMessage | DeveloperMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
 class StreamOptions(StrictModel):
-    """Options of a streamed answer; `include_obfuscation` has no effect."""
+    """Options of a streamed answer."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Off | None = None
 
 
 class ResponseFormat(StrictModel):
@@ -90,55 +204,196 @@ class ResponseFormat(StrictModel):
 class ChatRequest(StrictModel):
     """A request for a chat completion; what is left out comes from the run's `generation` values.
 
-    `top_k` and `repetition_penalty` are not in OpenAI's API.
+    `top_k` and `repetition_penalty` are not in OpenAI's API. After a last message that is the assistant's, an empty one of the
+    user is read.
     """
 
-    model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    model: Label
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), AS_INTEGER] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), AS_INTEGER] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31), AS_INTEGER] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    n: Annotated[int, Field(ge=1, le=16)] | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), AS_INTEGER] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), AS_INTEGER] | None = None
+    stop: (
+        Annotated[
+            Annotated[StopText, Tag("text")]
+            | Annotated[list[StopText], Field(max_length=4, fail_fast=True), Tag("list")],
+            Discriminator(_text_or_list),
+        ]
+        | None
+    ) = None
+
+    # These identify the caller or tune OpenAI's own service: they have no effect on an answer.
+    user: Label | None = None
+    safety_identifier: Annotated[str, Field(max_length=128)] | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+        ]
+        | None
+    ) = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_options: CacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    parallel_tool_calls: bool | None = None
+
+    # These ask for something that this server does not have, except with the values listed (ABSENT).
+    audio: None = None
+    function_call: Literal["none", "auto"] | None = None
+    functions: NoItems | None = None
+    logit_bias: Annotated[dict[str, Zero], Field(max_length=1024)] | None = None
+    logprobs: Off | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0), AS_INTEGER] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
+    moderation: None = None
+    prediction: None = None
+    reasoning_effort: Literal["none"] | None = None
     response_format: ResponseFormat | None = None
-    logprobs: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Off | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    tools: NoItems | None = None
+    verbosity: Literal["medium"] | None = None
+    web_search_options: None = None
+
+    MAPPINGS: ClassVar[dict[str, int]] = {"metadata": 16, "logit_bias": 1024}
 
     @model_validator(mode="before")
     @classmethod
-    def drop_ignored(cls, body: Any) -> Any:
-        """The body without the fields that have no effect."""
-        return {name: value for name, value in body.items() if name not in IGNORED} if isinstance(body, dict) else body
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def as_list(cls, stop: Any) -> Any:
-        """One stop text as a list."""
-        return [stop] if isinstance(stop, str) else stop
+    def bound_mappings(cls, body: Any) -> Any:
+        """Raises for a mapping with too many entries, before each of them is validated."""
+        for name, most in cls.MAPPINGS.items() if isinstance(body, dict) else ():
+            value = body.get(name)
+            if isinstance(value, dict) and len(value) > most:
+                raise PydanticCustomError(
+                    "too_many_entries", "has {count} entries; at most {most} are legal",
+                    {"field": name, "count": len(value), "most": most},
+                )  # fmt: skip
+        return body
 
     @property
     def max_new_tokens(self) -> int | None:
-        """The limit on the answer's tokens, under either of its names."""
-        return self.max_completion_tokens or self.max_tokens
+        """The limit on the answer's tokens: the smaller of its two names' values."""
+        return min(
+            (value for value in (self.max_completion_tokens, self.max_tokens) if value is not None), default=None
+        )
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts that end the answer."""
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+
+def parse_request(body: bytes, max_items: int) -> ChatRequest:
+    """The request in a JSON body.
+
+    Raises ApiError for one that is not JSON or not a legal request, and for more messages, or more parts of their content,
+    than `max_items`.
+    """
+    try:
+        text = body.decode(json.detect_encoding(body))  # json.loads itself would let half a surrogate pair through
+        value = json.loads(text, object_pairs_hook=_unique_fields)
+        if "\\ud" in text.lower():
+            # JSON can hold half a surrogate pair, which is no text: no tokenizer reads it and no response can repeat it
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ApiError(
+            400, "the body holds half a surrogate pair (\\ud800 to \\udfff), which is no Unicode text"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not JSON: it is not {error.encoding.upper()} at byte {error.start}") from None
+    except RecursionError:
+        raise ApiError(400, "the body is not a chat request: it is nested too deeply") from None
+    except ValueError as error:
+        reason = "a number has too many digits" if "digits" in str(error) else str(error)
+        raise ApiError(400, f"the body is not JSON: {reason}") from None
+    _check_count(value, max_items)
+    try:
+        chat = ChatRequest.model_validate(value)
+    except ValidationError as error:
+        raise validation_error(error.errors(include_url=False, include_input=False)) from None
+    return chat
+
+
+def _check_count(body: Any, max_items: int) -> None:
+    """Raises ApiError for too many messages or parts, before each of them is validated."""
+    messages = body.get("messages") if isinstance(body, dict) else None
+    if not isinstance(messages, list):
+        return
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = sum(len(content) for content in contents if isinstance(content, list))
+    for count, what in ((len(messages), "messages"), (parts, "parts of content")):
+        if count > max_items:
+            raise ApiError(
+                400, f"'messages': {count} {what}; this server's context has room for {max_items} at most",
+                "context_length_exceeded", "messages",
+            )  # fmt: skip
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a dictionary. Raises ValueError if a name comes twice: one of its values would be lost."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the field {twice[:MAX_ECHO]!r} comes twice in one object")
+    return fields
 
 
 def validation_error(errors: list[Any]) -> ApiError:
     """The first of pydantic's errors as an error of the API."""
     first = errors[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "body")
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unsupported parameter: '{field}'", "unsupported_parameter", field)
-    reason = first["msg"].removeprefix("Value error, ")
+    return _described(first["type"], _without_tags(first["loc"]), first)
+
+
+def _without_tags(loc: tuple[Any, ...]) -> list[str]:
+    """The path of a value: pydantic's, without the names of the union members that it went through."""
+    path: list[Any] = []
+    for part in loc:
+        is_tag = (path[:1] == ["messages"] and len(path) == 2 and not isinstance(part, int) and part in ROLES) or (
+            path[-1:] in (["content"], ["stop"]) and part in ("text", "list")
+        )
+        if not is_tag:
+            path.append(part)
+    return [str(part) for part in path]
+
+
+def _described(kind: str, path: list[str], error: Any) -> ApiError:
+    context = error.get("ctx", {})
+    if kind in ("unknown_field", "too_many_entries"):
+        path = [*path, str(context["field"])]
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        path = [*path, "role"]
+    field = ".".join(path)
+    shown = field if len(field) <= 2 * MAX_ECHO else field[:MAX_ECHO] + "…"
+    if kind == "unknown_field":
+        return ApiError(400, f"unsupported parameter: '{shown}'", "unsupported_parameter", shown)
+    absent = _absent(path)
+    if absent is not None:
+        what, legal = absent
+        message = f"'{shown}': {what} not available on this server; leave it out, or send {legal}"
+        return ApiError(400, message, "unsupported_value", shown)
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return ApiError(400, f"'{shown}': legal are {', '.join(ROLES)}", None, shown)
+    reason = REASONS.get(kind) or error["msg"].removeprefix("Value error, ").partition(" after validation")[0]
     reason = reason[:1].lower() + reason[1:]
     return ApiError(
-        400, f"'{field}': {reason}" if field else f"the body is not a chat request: {reason}", None, field or None
+        400, f"'{shown}': {reason}" if shown else f"the body is not a chat request: {reason}", None, shown or None
     )
+
+
+def _absent(path: list[str]) -> tuple[str, str] | None:
+    """What the field at this path asks for in vain, and its values that do not ask for it."""
+    if path[:1] == ["messages"]:
+        return ABSENT_IN_MESSAGES.get(path[2]) if len(path) > 2 else None
+    return ABSENT.get(".".join(path[:2]), ABSENT.get(path[0])) if path else None

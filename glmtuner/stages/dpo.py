@@ -37,6 +37,9 @@ class Dpo(LearningStage):
     sft_weight: float = 0.0
 
     supports_sharding: ClassVar[bool] = False
+    evaluates: ClassVar[tuple[str, ...] | None] = (
+        "loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "nll_chosen",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         wrong = [

@@ -34,6 +34,7 @@ class Kto(LearningStage):
     undesirable_weight: float = 1.0
 
     supports_sharding: ClassVar[bool] = False
+    evaluates: ClassVar[tuple[str, ...] | None] = ("loss", "reward_desirable", "reward_undesirable", "kl", "margin")
 
     def __post_init__(self) -> None:
         names = ("beta", "desirable_weight", "undesirable_weight")

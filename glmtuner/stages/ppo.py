@@ -67,6 +67,7 @@ class Ppo(LearningStage):
     max_new_tokens: int | None = None
 
     supports_sharding: ClassVar[bool] = False
+    evaluates: ClassVar[tuple[str, ...] | None] = ("loss", "reward", "response_length")
     uses_reward_model: ClassVar[bool] = True
     memory_notice: ClassVar[str | None] = (
         "stage=ppo also generates answers and holds a value head and a reward model, which are not counted"
@@ -79,7 +80,11 @@ class Ppo(LearningStage):
                 self,
                 (
                     ("ppo_epochs", self.ppo_epochs >= 1, "1 or more"),
-                    ("minibatch_size", (self.minibatch_size or 1) >= 1, "1 or more, or null for the whole batch"),
+                    (
+                        "minibatch_size",
+                        self.minibatch_size is None or self.minibatch_size >= 1,
+                        "1 or more, or null for the whole batch",
+                    ),
                     ("clip_range", 0 < self.clip_range < 1, "in (0, 1)"),
                     ("value_clip_range", self.value_clip_range > 0, "above 0"),
                     ("value_coefficient", self.value_coefficient >= 0, "0 or more"),
@@ -94,7 +99,7 @@ class Ppo(LearningStage):
                     ("kl_horizon", self.kl_horizon >= 1, "1 answer or more"),
                     ("score_clip", self.score_clip is None or self.score_clip > 0, "above 0, or null"),
                     ("temperature", self.temperature > 0, "above 0"),
-                    ("max_new_tokens", (self.max_new_tokens or 1) >= 1, "1 or more, or null"),
+                    ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "1 or more, or null"),
                 ),
             )
         ]
@@ -138,7 +143,7 @@ class Ppo(LearningStage):
         source = run_folder_of(path)
         if source is None:
             return
-        saved = RunFolder(source).config()
+        saved = RunFolder(source).config(complete=True)
         for key, reward_value, value in (
             ("model.model_name_or_path", saved.model.model_name_or_path, _resolved(run.model.model_name_or_path)),
             ("finetuning", saved.finetuning.finetuning_type, run.finetuning.finetuning_type),
@@ -187,13 +192,14 @@ def _resolved(name: str) -> str:
 
 def reward_weights(context: RunContext, path: str) -> "Weights":
     """The reward model as parameter values for this run's model; raises CheckpointError where the weights below them differ."""
-    from glmtuner.finetuning.start import LORA, adapter_to_resume, checkpoints_of, lineage, lora_settings
+    from glmtuner.finetuning.adapter import further_settings, lora_settings, read_lora_config
+    from glmtuner.finetuning.start import LORA, adapter_to_resume, checkpoints_of, lineage
     from glmtuner.finetuning.trained import TRAINED
     from glmtuner.objectives.objective import Weights
 
     source = run_folder_of(path)
     misfit = f"model.reward_model={path} does not fit this run, whose layers it shares"
-    reward_template = RunFolder(source).config().model.template if source else context.template_name
+    reward_template = RunFolder(source).config(complete=True).model.template if source else context.template_name
     if reward_template != context.template_name:
         raise CheckpointError(
             f"{misfit}: model.template is {reward_template} in the reward model's run, {context.template_name} in this one; type "
@@ -219,6 +225,13 @@ def reward_weights(context: RunContext, path: str) -> "Weights":
             f"finetuning.{name} is {saved_settings[name]} in the reward model's run, {current} in this one"
             for name in ("lora_rank", "lora_alpha", "lora_target")
             if (current := _sorted(getattr(context.finetuning, name))) != _sorted(saved_settings[name])
+        ]
+        further = further_settings(read_lora_config(reward.folder))
+        own_further = further_settings(getattr(context.finetuning, "saved", {}))
+        different += [
+            f"{name} is {further.get(name)} in the reward model's adapter_config.json, {own_further.get(name)} in this run's"
+            for name in sorted(further.keys() | own_further.keys())
+            if further.get(name) != own_further.get(name)
         ]
         if different:
             raise CheckpointError(f"{misfit}: {'; '.join(different)}; train it with this run's finetuning values")

@@ -28,6 +28,7 @@ class Pt(LearningStage):
     block_length: int
 
     models_loss: ClassVar[bool] = True
+    evaluates: ClassVar[tuple[str, ...] | None] = ("loss", "perplexity")
 
     def __post_init__(self) -> None:
         if self.block_length < 8:

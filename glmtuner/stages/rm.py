@@ -34,6 +34,7 @@ class Rm(LearningStage):
 
     policy: ClassVar[bool] = False
     supports_sharding: ClassVar[bool] = False
+    evaluates: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "margin")
 
     def impossible(self, run: Run) -> Iterator[str]:
         if run.trainer.predict_with_generate:

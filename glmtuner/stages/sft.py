@@ -24,6 +24,7 @@ class Sft(LearningStage):
     """Learning the assistant's answers in instructions and conversations."""
 
     models_loss: ClassVar[bool] = True
+    evaluates: ClassVar[tuple[str, ...] | None] = ("loss",)
     packs: ClassVar[bool] = True
 
     def datasets(

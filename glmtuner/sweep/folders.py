@@ -9,8 +9,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from glmtuner.config.overrides import parse, user_keys_of
-from glmtuner.run_folder.files import read_json, write_json
+from glmtuner.config.overrides import parse, quoted_value, user_keys_of
+from glmtuner.errors import CheckpointError
+from glmtuner.run_folder.files import read_object, write_json
 from glmtuner.run_folder.names import SWEEP
 from glmtuner.run_folder.redaction import redact_overrides
 
@@ -28,7 +29,7 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
     swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
     unswept = [override.key_or_group for override in parsed if override.key_or_group not in swept]
     folders = {
-        "hydra.sweep.dir": f"'{sweep_folder(overrides)}'",
+        "hydra.sweep.dir": quoted_value(str(sweep_folder(overrides))),
         "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(unswept)}]",
     }
     kept = [override for override in overrides if not override.startswith("trainer.output_dir=")]
@@ -74,7 +75,14 @@ OmegaConf.register_new_resolver("job_slug", job_slug, replace=True)
 
 
 def record_command(root: Path, overrides: Sequence[str]) -> None:
-    """Add the sweep's command line, with secrets redacted, to those in sweep.json; a repeated one is listed once."""
-    known = read_json(root / SWEEP)["typed"] if (root / SWEEP).is_file() else []
+    """Add the sweep's command line, with secrets redacted, to those in sweep.json; a repeated one is listed once.
+
+    Raises CheckpointError if sweep.json is damaged.
+    """
+    known = read_object(root / SWEEP).get("typed") if os.path.lexists(root / SWEEP) else []
+    if not isinstance(known, list) or not all(isinstance(line, str) for line in known):
+        raise CheckpointError(
+            f"{root / SWEEP} is damaged (it has no list of command lines); remove it: no job depends on it"
+        )
     command = shlex.join(["python", "-m", "glmtuner", "-m", *redact_overrides(list(overrides))])
     write_json(root / SWEEP, {"typed": [*(line for line in known if line != command), command], "cwd": os.getcwd()})

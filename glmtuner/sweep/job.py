@@ -23,6 +23,7 @@ from glmtuner.launch.run import launch
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import FAILED, OUTPUT
 from glmtuner.sweep.launchers import one_gpu
+from glmtuner.sweep.placeholders import reveal
 
 REQUEUE_SECONDS = 120.0  # that SLURM may take to end a job that is requeued
 
@@ -41,9 +42,12 @@ def run_job(config: DictConfig) -> float | None:
     config_dir = next(
         (source.path for source in hydra.runtime.config_sources if source.provider == "command-line"), None
     )
-    overrides = [override for override in hydra.overrides.task if not override.startswith("trainer.output_dir=")]
+    public = [override for override in hydra.overrides.task if not override.startswith("trainer.output_dir=")]
+    overrides = public
     in_subprocess = hydra.runtime.choices.get("hydra/launcher") == "joblib"
     try:
+        overrides = [reveal(override) for override in public]
+        os.environ.update({name: reveal(str(value)) for name, value in hydra.job.env_set.items()})
         composed = compose(overrides, config_dir=config_dir, config_name=hydra.job.config_name or "config")
         overwrite = composed.run.trainer.overwrite_output_dir
         failure = folder.failure()

@@ -3,6 +3,7 @@
 Hydra looks for plugins in the package `hydra_plugins` only; `register` gives ours a name there.
 """
 
+import copy
 import os
 import shutil
 import subprocess
@@ -10,9 +11,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
@@ -24,6 +26,9 @@ from glmtuner.console import say
 from glmtuner.distributed.ranks import visible_gpus
 from glmtuner.errors import ConfigError
 from glmtuner.run_folder.locks import try_lock
+from glmtuner.run_folder.redaction import redact_value
+from glmtuner.sweep.placeholders import PLACEHOLDER, reveal, without_secrets
+from glmtuner.sweep.sweepers import BASIC_TARGET, OPTUNA_TARGET, BasicSweeper, OptunaSweeper
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -45,7 +50,9 @@ EXECUTOR_PARAMETERS = (  # of submitit's AutoExecutor; the others are of SLURM, 
 
 def register() -> None:
     """Register the launcher of this module and the resolvers that conf/hydra uses."""
-    Plugins.instance().class_name_to_class[SLURM_TARGET] = SlurmLauncher
+    Plugins.instance().class_name_to_class |= {
+        SLURM_TARGET: SlurmLauncher, BASIC_TARGET: BasicSweeper, OPTUNA_TARGET: OptunaSweeper,
+    }  # fmt: skip
     # Hydra would use the plugins' own presets of these names as schemas of those in conf/hydra.
     stored = ConfigStore.instance().repo["hydra"]
     stored["launcher"].pop("joblib.yaml", None)
@@ -103,7 +110,7 @@ class SlurmLauncher(SubmititSlurm):
             )
         root = Path(str(self.config.hydra.sweep.dir))
         root.mkdir(parents=True, exist_ok=True)
-        params = dict(self.params)
+        params = hide_setup(dict(self.params))
         executor = submitit.AutoExecutor(
             cluster="slurm", folder=params.pop("submitit_folder"), slurm_max_num_timeout=params.pop("max_num_timeout")
         )
@@ -115,9 +122,14 @@ class SlurmLauncher(SubmititSlurm):
             }
         )
         numbered = list(enumerate(job_overrides, initial_job_idx))
-        state = Singleton.get_state()
+        state = dict(Singleton.get_state())
+        if (hydra_config := state.get(HydraConfig)) is not None and hydra_config.cfg is not None:
+            state[HydraConfig] = copy.copy(hydra_config)
+            state[HydraConfig].cfg = without_secrets(hydra_config.cfg)
+        pickled = copy.copy(self)  # submitit writes it to disk
+        pickled.params, pickled.config = {}, without_secrets(self.config)
         jobs = executor.map_array(
-            self,
+            pickled,
             [list(overrides) for _, overrides in numbered],
             ["hydra.sweep.dir"] * len(numbered),
             [number for number, _ in numbered],
@@ -128,6 +140,43 @@ class SlurmLauncher(SubmititSlurm):
             say(f"job {number} is SLURM job {job.job_id}: {' '.join(filter_overrides(overrides))}")
         wait_for_jobs(jobs)
         return [job_return(job, overrides) for job, (_, overrides) in zip(jobs, numbered, strict=True)]
+
+    def __call__(self, *arguments: Any) -> JobReturn:
+        """Run a job, on the machine that SLURM gave it; its configuration, which may hold secrets, is not part of the result."""
+        done = super().__call__(*arguments)
+        return JobReturn(overrides=done.overrides, status=done.status, _return_value=done._return_value)
+
+
+SETUP_VARIABLE = "GLMTUNER_SETUP_{}"  # a shell line of the user that holds a secret
+
+
+def hide_setup(params: dict[str, Any]) -> dict[str, Any]:
+    """The launcher's parameters for submitit's script, in which shell lines with secrets are read from the environment.
+
+    SLURM passes this process's environment on to the jobs. Raises ConfigError for a secret in a parameter of sbatch or srun.
+    """
+    public = {**params, "setup": []}
+    for number, typed in enumerate(params.get("setup") or []):
+        line = (
+            str(typed).lower() if isinstance(typed, bool) else str(typed)
+        )  # YAML reads the command `true` as a boolean
+        if not _holds_secret(line):
+            public["setup"].append(line)
+            continue
+        variable = SETUP_VARIABLE.format(number)
+        os.environ[variable] = reveal(line)
+        public["setup"].append(f'eval "${variable}"')
+    public["setup"] = public["setup"] or None
+    if wrong := [name for name, value in public.items() if name != "setup" and _holds_secret(value)]:
+        raise ConfigError(
+            f"hydra.launcher.{wrong[0]} holds a secret, which would be in clear in the job's script; type it as "
+            "'hydra.launcher.setup=[\"export NAME=…\"]', or set it in the environment, which SLURM passes on"
+        )
+    return public
+
+
+def _holds_secret(value: Any) -> bool:
+    return bool(PLACEHOLDER.search(str(value))) or redact_value(value) != value
 
 
 def wait_for_jobs(jobs: Sequence["Job[JobReturn]"]) -> None:

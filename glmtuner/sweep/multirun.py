@@ -1,7 +1,6 @@
 """The command that runs a sweep, from its overrides to its report."""
 
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,12 +24,15 @@ def run_sweep(
     of the first job is estimated.
     """
     from glmtuner.config.compose import compose_every_job, first_job
-    from glmtuner.console import say
+    from glmtuner.console import complain, say
     from glmtuner.launch.memory_check import report_memory, report_remote_memory
     from glmtuner.report.jobs import State, read_jobs
+    from glmtuner.run_folder.acquire import require_usable
     from glmtuner.sweep.folders import hydra_overrides, record_command, sweep_folder
     from glmtuner.sweep.job import run_job
     from glmtuner.sweep.launchers import SLURM_TARGET, register
+    from glmtuner.sweep.placeholders import placeholders
+    from glmtuner.sweep.sweepers import check_storage
 
     overrides = [override for override in overrides if override.replace(" ", "").lower() != "hydra.mode=multirun"]
     register()
@@ -41,17 +43,21 @@ def run_sweep(
         return 0
     if shutil.which("sbatch") and (composed := first()).hydra.launcher._target_ == SLURM_TARGET:
         report_remote_memory(composed)
+    if any(override.startswith("hydra.sweeper.storage=") for override in bracketed):
+        check_storage(first().hydra)
     root = sweep_folder(bracketed)
+    require_usable(root)
     record_command(root, overrides)
     crash = None
     try:
-        hydra_main(["--multirun", *flags, *hydra_overrides(bracketed)], run_job)
+        with placeholders(hydra_overrides(bracketed)) as public:
+            hydra_main(["--multirun", *flags, *public], run_job)
     except ConfigError:
         raise
     except Exception as error:  # such as Optuna's if no trial of a search has completed
         crash = error
     finally:
-        (root / "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the overrides, secrets included
+        (root / "multirun.yaml").unlink(missing_ok=True)  # of Hydra
     jobs = read_jobs(root)  # their folders tell how they ended, whichever process ran them
     count = Counter(job.state for job in jobs)
     if crash is not None and count[State.finished] == len(jobs):
@@ -59,20 +65,20 @@ def run_sweep(
     failed = [job for job in jobs if job.state in (State.failed, State.unfinished, State.running)]
     for job in failed:
         reason = {State.unfinished: "interrupted", State.running: "still running"}.get(job.state, job.reason)
-        print(f"glmtuner: a job of the sweep failed: {job.name}: {reason[:300]}", file=sys.stderr)
+        complain(f"glmtuner: a job of the sweep failed: {job.name}: {reason[:300]}")
     _write_report(root, lambda: first().run.tracker)
     say(
         f"sweep folder: {root} ({count[State.finished]} finished, {count[State.infeasible]} did not fit into memory, "
         f"{len(failed)} failed)"
     )
     if failed:
-        print("glmtuner: the same command runs the failed jobs again and skips the finished ones", file=sys.stderr)
+        complain("glmtuner: the same command runs the failed jobs again and skips the finished ones")
     return 1 if failed else 0
 
 
 def _write_report(sweep: Path, get_tracker: "Callable[[], Tracker]") -> None:
     """Write, print and publish the sweep's report; an error is printed in one line and has no other effect."""
-    from glmtuner.console import say
+    from glmtuner.console import complain, say
     from glmtuner.report import write_report
 
     try:
@@ -81,4 +87,4 @@ def _write_report(sweep: Path, get_tracker: "Callable[[], Tracker]") -> None:
             say(message)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        print(f"glmtuner: the report was not written ({reason}); python -m glmtuner report {sweep}", file=sys.stderr)
+        complain(f"glmtuner: the report was not written ({reason}); python -m glmtuner report {sweep}")

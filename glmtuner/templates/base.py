@@ -20,7 +20,10 @@ OWN = "tokenizer"  # the name of the tokenizer's own chat_template
 
 
 class Message(Protocol):
-    """One turn: role is system, user or assistant, or observation (the result of a tool call)."""
+    """One turn: role is system, user or assistant, or observation (the result of a tool call).
+
+    It may also have `learned` (is this answer learned?) and `reasoning` (the thought before it).
+    """
 
     @property
     def role(self) -> str: ...
@@ -41,16 +44,20 @@ class Encoded:
     """Token ids of a conversation and the positions of its answers.
 
     An answer is the half-open range of its tokens; its stop token is learned at the position right after it: that of the
-    next turn's first token, or one appended after the last answer. `stop` is that token's id.
+    next turn's first token, or one appended after the last answer. `stop` is that token's id. `context` are the answers that
+    are marked as not learned, by their numbers in `answers`; `dropped_reasoning` counts thoughts that the template left out.
     """
 
     input_ids: Ids
     answers: list[tuple[int, int]]
     stop: int
+    context: frozenset[int] = frozenset()
+    dropped_reasoning: int = 0
 
     def learned(self, every_answer: bool) -> list[tuple[int, int]]:
         """The ranges of the answers that are learned."""
-        return self.answers if every_answer else self.answers[-1:]
+        first = 0 if every_answer else max(len(self.answers) - 1, 0)
+        return [self.answers[number] for number in range(first, len(self.answers)) if number not in self.context]
 
     def labels(self, every_answer: bool) -> Ids:
         """Labels as long as `input_ids`, not shifted: the token to be predicted at each position, IGNORE_INDEX on prompts."""
@@ -89,6 +96,9 @@ class Template:
     prefix: tuple[str, ...] = ()  # control tokens before everything
     answer_prefix: tuple[str, ...] = ()  # control tokens between the prompt and the answer
     one_answer_a_row: ClassVar[bool] = False
+    reasoning_key: str | None = (
+        None  # the key of a turn under which the template renders a thought; None if it does not
+    )
     calls_tokenizer: ClassVar[bool] = False  # does it call the tokenizer directly, so that threads cannot share one?
 
     def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
@@ -112,7 +122,7 @@ class Template:
         stop = id_of[self.stop]
         empty: Ids = next(iter(ids_of.values()), [])[:0]  # a list, or an array
         encoded = []
-        for pieces in pieces_of:
+        for pieces, messages in zip(pieces_of, conversations, strict=True):
             input_ids = empty[:]
             answers: list[tuple[int, int]] = []
             for piece in pieces:
@@ -127,8 +137,17 @@ class Template:
                     answers.append((start, len(input_ids)))
             if answers and answers[-1][1] == len(input_ids):
                 input_ids.append(stop)
-            encoded.append(Encoded(input_ids, answers, stop))
+            turns = [message for message in messages if message.role == "assistant"]
+            turns = turns[len(turns) - len(answers) :]  # a row that teaches one answer has the others in its prompt
+            encoded.append(Encoded(input_ids, answers, stop, context_answers(turns)))
         return encoded
+
+    def prefixed(self, messages: Sequence[Message], prefix: str) -> list[Message]:
+        """The turns with `data.source_prefix` before the first question."""
+        turns = list(messages)
+        first = next(index for index, message in enumerate(turns) if message.role == "user")
+        turns[first] = Turn("user", prefix + turns[first].content)
+        return turns
 
     def jinja(self) -> str | None:
         """The same template in jinja, for other programs; None where jinja cannot produce these tokens."""
@@ -161,7 +180,7 @@ class Template:
 
     def describe(self) -> dict[str, Any]:
         """The template as provenance.json stores it and the key of the cache is made of."""
-        pieces = self.pieces([_Turn("system", "{system}"), _Turn("user", "{user}"), _Turn("assistant", "{assistant}")])
+        pieces = self.pieces([Turn("system", "{system}"), Turn("user", "{user}"), Turn("assistant", "{assistant}")])
         return {
             "name": self.name,
             "example": "".join(piece.text for piece in pieces),
@@ -173,9 +192,16 @@ class Template:
 
 
 @dataclass(frozen=True)
-class _Turn:
+class Turn:
+    """A turn that stands in no record: of an example, or with a prefix."""
+
     role: str
     content: str
+
+
+def context_answers(answers: Iterable[Message]) -> frozenset[int]:
+    """The numbers of the answers that are marked as not learned."""
+    return frozenset(number for number, message in enumerate(answers) if not getattr(message, "learned", True))
 
 
 TEMPLATES: dict[str, Template] = {}  # ours, by name; filled by glm.py

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from glmtuner.templates.base import TEMPLATES, Message, Piece, Template
+from glmtuner.templates.base import TEMPLATES, Message, Piece, Template, Turn
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class Rounds(Template):
         has_answer = messages[-1].role == "assistant"
         text, number = "", 0
         for message in messages[:-1] if has_answer else messages:
-            if message.role == "user":
+            if message.role == "prefix":
+                text += message.content
+            elif message.role == "user":
                 number += 1
                 text += f"[Round {number}]\n\n问：{message.content}\n\n答："
             else:
@@ -71,6 +73,10 @@ class Rounds(Template):
         yield from (Piece(token, "control") for token in self.answer_prefix)
         if has_answer:
             yield Piece(messages[-1].content, "answer")
+
+    def prefixed(self, messages: Sequence[Message], prefix: str) -> list[Message]:
+        """The turns with the prefix before the whole prompt, as in ChatGLM-Efficient-Tuning: `<prefix>[Round 1]…`."""
+        return [Turn("prefix", prefix), *messages]
 
     def jinja(self) -> str | None:
         if self.answer_prefix:

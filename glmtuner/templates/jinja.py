@@ -4,16 +4,20 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.errors import ConfigError
-from glmtuner.templates.base import OWN, Encoded, Message, Template
+from glmtuner.templates.base import OWN, Encoded, Message, Template, context_answers
 from glmtuner.templates.encoding import Ids, encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     Offsets = list[tuple[int, int]]
+
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # names by which templates read a thought
 
 
 @dataclass(frozen=True)
@@ -26,21 +30,28 @@ class TokenizersOwn(Template):
     stop: str = "eos"
     prefix: tuple[str, ...] = ()
 
+    @cached_property
+    def reasoning_key(self) -> str | None:  # type: ignore[override]  # of this template's source
+        """The name by which the template reads the thought before an answer; None if it reads none."""
+        return next((key for key in REASONING_KEYS if re.search(rf"\b{key}\b", self.source)), None)
+
     def encode(self, tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
         rendered = [self._render(tokenizer, messages) for messages in conversations]
         tokens = tokenizer(
-            [text for text, _, _ in rendered],
+            [text for text, _, _, _ in rendered],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
         )
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         encoded = []
-        for (text, spans, guarded), ids, offsets in zip(rendered, tokens.input_ids, tokens.offset_mapping, strict=True):
+        for messages, (text, spans, guarded, dropped), ids, offsets in zip(
+            conversations, rendered, tokens.input_ids, tokens.offset_mapping, strict=True
+        ):
             if guarded:
                 ids, offsets = _encode_guarded(tokenizer, text, guarded)
-            answers, stop = [], tokenizer.eos_token_id
-            for start, end in spans:
+            answers, turns, stop = [], [], tokenizer.eos_token_id
+            for index, start, end in spans:
                 first, last = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
                 while first < last and offsets[first][1] == offsets[first][0]:  # a token of no text
                     first += 1
@@ -52,10 +63,11 @@ class TokenizersOwn(Template):
                 if stop_index is not None and stop_index - last <= 2:  # such as "<|im_end|>", or "\n</s>"
                     last, stop = stop_index, ids[stop_index]
                 answers.append((first, last))
+                turns.append(messages[index])
             ids = list(ids)
             if answers and spans and ends_in_answer(answers, ids):
                 ids = [*ids[: answers[-1][1]], stop]
-            encoded.append(Encoded(ids, answers, stop))
+            encoded.append(Encoded(ids, answers, stop, context_answers(turns), dropped))
         return encoded
 
     def prompts(
@@ -93,30 +105,53 @@ class TokenizersOwn(Template):
 
             return pattern.sub(new_mark, content) if pattern else content
 
-        return [{"role": message.role, "content": guard(message.content)} for message in messages], guarded
+        turns = []
+        for message in messages:
+            turn = {"role": message.role, "content": guard(message.content)}
+            reasoning = getattr(message, "reasoning", "")
+            if reasoning and self.reasoning_key:
+                turn[self.reasoning_key] = guard(reasoning)
+            turns.append(turn)
+        return turns, guarded
 
     def _render(
         self, tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]
-    ) -> "tuple[str, Offsets, dict[str, str]]":
-        """The text, the range of each answer in it, and the text of each mark that replaces a user's control token."""
+    ) -> "tuple[str, list[tuple[int, int, int]], dict[str, str], int]":
+        """The text, the turn and range of each answer in it, the text of each mark that replaces a user's control token, and
+        how many thoughts the template leaves out.
+
+        A thought belongs to its answer: both are what the model writes after the prompt.
+        """
         turns, guarded = self._guarded(tokenizer, messages)
         text = self._apply(tokenizer, turns, add_generation_prompt=messages[-1].role != "assistant")
-        spans = []
+        spans, num_dropped = [], 0
         for index, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
+            is_last, content = index == len(turns) - 1, turn["content"].strip()
+            thought = turn.get(self.reasoning_key or "", "").strip()
             before = self._apply(tokenizer, turns[:index], add_generation_prompt=True)
             prompt_end = len(before) if text.startswith(before) else -1
-            start = text.find(turn["content"].strip(), max(prompt_end, 0))
+            thought_start = text.find(thought, max(prompt_end, 0)) if thought else -1
+            start = text.find(content, max(prompt_end, 0) if thought_start < 0 else thought_start + len(thought))
+            if thought and not 0 <= thought_start < start:
+                thought_start, start = -1, text.find(content, max(prompt_end, 0))
+                if is_last:
+                    raise ConfigError(
+                        "model.template=tokenizer: the tokenizer's chat template does not render the reasoning of the last "
+                        f"answer ({self.reasoning_key}); write it into the content of the turn, or type "
+                        f"data.ignore_columns={','.join(REASONING_KEYS)} to learn the answers without it"
+                    )
+                num_dropped += 1
             if prompt_end < 0 or start < 0:
-                if index == len(turns) - 1:
+                if is_last:
                     raise ConfigError(
                         "model.template=tokenizer: the tokenizer's chat template does not render an answer right after its "
                         "prompt; choose a template of ours with model.template="
                     )
                 continue  # a template that rewrites history: such turns are context and are not learned
-            spans.append((start, start + len(turn["content"].strip())))
-        return text, spans, guarded
+            spans.append((index, start if thought_start < 0 else prompt_end, start + len(content)))
+        return text, spans, guarded, num_dropped
 
     def _apply(
         self, tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]], add_generation_prompt: bool

@@ -14,16 +14,32 @@ if TYPE_CHECKING:
 def template_named(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
     """A template of ours, or the tokenizer's own; `plain` for a tokenizer that has none.
 
-    Raises UnknownName, and ConfigError for the own template of a tokenizer without offsets.
+    Of several templates by names the tokenizer's own is its `default`. Raises UnknownName, and ConfigError for templates
+    without a `default`, and for the own template of a tokenizer without offsets.
     """
     if name == OWN:
-        source = getattr(tokenizer, "chat_template", None)
-        if isinstance(source, str) and not tokenizer.is_fast:
+        source = own_source(tokenizer)
+        if source is not None and not tokenizer.is_fast:
             raise ConfigError(
                 f"model.template=tokenizer: {type(tokenizer).__name__} does not return the offsets of tokens; leave "
                 f"model.template out for the family's own template, or choose one of {', '.join(TEMPLATES)}"
             )
-        return TokenizersOwn(source=source) if isinstance(source, str) else TEMPLATES["plain"]
+        return TokenizersOwn(source=source) if source is not None else TEMPLATES["plain"]
     if name not in TEMPLATES:
         raise UnknownName("template", name, [*TEMPLATES, OWN], add_one="glmtuner/templates/glm.py")
     return TEMPLATES[name]
+
+
+def own_source(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The Jinja source of the tokenizer's chat template, of several by names that of `default`; None if it has none."""
+    source = getattr(tokenizer, "chat_template", None)
+    if isinstance(source, list | tuple):  # as tokenizer_config.json writes them
+        source = {entry["name"]: entry["template"] for entry in source}
+    if isinstance(source, dict) and source:
+        if "default" not in source:
+            raise ConfigError(
+                f"model.template=tokenizer: the tokenizer has the chat templates {', '.join(map(repr, source))} and none named "
+                f"'default'; save the one to use as its chat_template.jinja, or choose one of {', '.join(TEMPLATES)}"
+            )
+        source = source["default"]
+    return source if isinstance(source, str) and source else None

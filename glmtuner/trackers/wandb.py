@@ -21,7 +21,7 @@ from glmtuner.console import say
 from glmtuner.run_folder.files import read_lines, write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import PREDICTIONS, SWEEP
-from glmtuner.run_folder.redaction import redact_overrides
+from glmtuner.run_folder.redaction import redact_overrides, redact_value
 
 if TYPE_CHECKING:
     from wandb import Run as WandbRun
@@ -195,6 +195,7 @@ class Wandb(Tracker):
         if self.log_artifact:
             settings.pop("finish_timeout", None)  # uploading weights may take longer
         options |= {"project": self.project, "entity": self.entity, "tags": self.tags, "dir": str(folder)}
+        options = redact_value(options, assignments=False)
         options |= {
             "id": run_id,
             "resume": "allow",

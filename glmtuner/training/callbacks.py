@@ -10,10 +10,11 @@ import torch
 from transformers import TrainerCallback
 
 from glmtuner.config.schema import Tracker
+from glmtuner.console import say
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import SignalCapture
 from glmtuner.run_folder.checkpoints import step_of
-from glmtuner.run_folder.files import strict_json
+from glmtuner.run_folder.files import strict_json, write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import HISTORY
 
@@ -29,6 +30,7 @@ class TrainerInProgress(Protocol):
     squared_lengths: torch.Tensor
     resumed_from: Path | None
     history_lines: int | None
+    epoch_ended: bool
 
     def restore_progress(self) -> None: ...
 
@@ -75,9 +77,19 @@ class History(TrainerCallback):
             kept = [line for line in self.trainer.folder.history() if line["step"] <= last][
                 : self.trainer.history_lines
             ]
-        self.path.write_text("".join(f"{strict_json(line)}\n" for line in kept), encoding="utf-8")
+            if self.trainer.history_lines is not None and len(kept) < self.trainer.history_lines:
+                say(f"{self.path} has lost {self.trainer.history_lines - len(kept)} of the lines until step {last}")
+        write_text(
+            self.path, "".join(f"{strict_json(line)}\n" for line in kept)
+        )  # a kill leaves the old lines or these
         for line in kept:
             self.trainer.tracker.log(line)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.epoch_ended = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.epoch_ended = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         values = {name: value for name, value in (logs or {}).items() if not name.endswith(TIMINGS)}
@@ -113,6 +125,11 @@ class StopOnSignal(TrainerCallback):
             self._share_signal(args.device)
         if self.received.signum is not None and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing more: the step's checkpoint is written, and the resumed run ends the epoch."""
+        if self.received.signum is not None and control.should_training_stop and state.global_step < state.max_steps:
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def _share_signal(self, device: torch.device) -> None:
         """A signal that one rank received counts for all ranks."""

@@ -1,11 +1,14 @@
 """Metrics of a training: means of an objective's metrics, losses of tokens, peak memory."""
 
+import math
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from glmtuner.distributed import ranks
+from glmtuner.run_folder.files import strict_json
 from glmtuner.templates.base import IGNORE_INDEX
 
 
@@ -50,6 +53,39 @@ def token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Ten
         for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True)
     ]
     return torch.nn.functional.pad(torch.stack(rows), (1, 0))
+
+
+def sample_losses(model: torch.nn.Module, batch: dict[str, Any], *, chunked: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every sample: the loss in nats, summed over its labelled tokens, float32 [B], and their number [B].
+
+    `chunked`: the model computes its loss by glmtuner/kernels/chunked_loss.py.
+    """
+    labels_BT = batch["labels"]
+    if chunked:
+        losses_BT = model(**batch, each=True).loss
+    else:
+        unlabelled = {name: value for name, value in batch.items() if name != "labels"}
+        losses_BT = token_losses(model(**unlabelled).logits, labels_BT)
+    is_labelled_BT = torch.nn.functional.pad(labels_BT[:, 1:].ne(IGNORE_INDEX), (1, 0))
+    if "segments" not in batch:
+        return losses_BT.sum(1), is_labelled_BT.sum(1)
+    lengths = batch["segments"].lengths  # one row [1, T] holds the samples
+    return segment_sums(losses_BT[0], lengths), segment_sums(is_labelled_BT[0], lengths)
+
+
+def segment_sums(values_T: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+    """The sum of each segment, [number of segments]."""
+    return torch.stack([segment.sum() for segment in torch.split(values_T, list(lengths))])
+
+
+def losses_text(columns: dict[str, torch.Tensor]) -> str:
+    """The content of losses.jsonl: a line for each record, from the records' values by metric; a NaN is left out."""
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    lines = [
+        {"index": index, **{name: value for name, value in zip(columns, row, strict=True) if not math.isnan(value)}}
+        for index, row in enumerate(rows)
+    ]
+    return "".join(f"{strict_json(line)}\n" for line in lines)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,9 +1,10 @@
-"""Batches of one size for every rank, so that each row of an epoch is learned once."""
+"""Batches of one size for every rank, so that each row of an epoch is learned once; and the random state of data loaders."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from torch.utils.data import BatchSampler, Dataset
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from glmtuner.data.segments import flat
 from glmtuner.templates.base import IGNORE_INDEX
@@ -63,3 +64,13 @@ class EvenBatches(BatchSampler):
 
     def __len__(self) -> int:
         return -(-len(self.batches) // self.world_size) * self.world_size
+
+
+def draw_base_seed(loader: DataLoader[Any]) -> None:
+    """Advance torch's random state where iterating over the loader does not, so that workers do not change what is learned.
+
+    A new iterator of a DataLoader draws a seed for its workers from the random state that dropout draws from, also without
+    workers. With `persistent_workers` all but the first pass over the data reuse the iterator, and draw none.
+    """
+    if getattr(loader, "_iterator", None) is not None:
+        torch.empty((), dtype=torch.int64).random_()

@@ -7,6 +7,7 @@ the products inside attention. Gradients of frozen weights and the recomputation
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,11 @@ def size_of(parameter: "torch.Tensor") -> int:
         return int(parameter.ds_numel)
     packed = getattr(parameter, "quant_state", None)
     return math.prod(packed.shape) if packed is not None else parameter.numel()
+
+
+def parameter_count(parameters: Iterable["torch.Tensor"]) -> int:
+    """The number of all elements, those of other ranks' shards included."""
+    return sum(size_of(parameter) for parameter in parameters)
 
 
 def utilization(flops: float, seconds: float, gpu: str, gpus: int) -> float | None:

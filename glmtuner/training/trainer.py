@@ -3,9 +3,9 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,16 +19,21 @@ from glmtuner.config.schema import Tracker
 from glmtuner.data.segments import lengths_of
 from glmtuner.distributed import ranks
 from glmtuner.finetuning.trained import gathered
-from glmtuner.run_folder.checkpoints import checkpoints, mark_complete
-from glmtuner.run_folder.files import read_json, strict_json, write_json, write_text
+from glmtuner.kernels.fast_paths import FastPath
+from glmtuner.memory.checkpointing import enable_checkpointing
+from glmtuner.run_folder.checkpoints import checkpoints, mark_complete, step_of
+from glmtuner.run_folder.files import read_json, write_json, write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import CHECKPOINTS, LOSSES
 from glmtuner.templates.base import IGNORE_INDEX
 from glmtuner.training.callbacks import CountOptimizerSteps, History
 from glmtuner.training.divergence import require_finite
-from glmtuner.training.measurements import Measurements, forget_peak, peak_memory_gib, token_losses
-from glmtuner.training.samplers import EvenBatches, PaddedRows
-from glmtuner.training.throughput import model_flops, size_of, utilization
+from glmtuner.training.label_smoothing import SmoothedLoss
+from glmtuner.training.measurements import Measurements, forget_peak, losses_text, peak_memory_gib, sample_losses
+from glmtuner.training.neftune import noisy_embeddings
+from glmtuner.training.quantized import quantization_check_skipped
+from glmtuner.training.samplers import EvenBatches, PaddedRows, draw_base_seed
+from glmtuner.training.throughput import model_flops, parameter_count, utilization
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -70,6 +75,7 @@ class GlmTrainer(Trainer):
         objective: "Objective | None" = None,
         derived: Callable[[dict[str, float]], dict[str, float]] = lambda means: {},
         chunks_loss: bool = False,
+        left_out: Mapping[FastPath, str] = MappingProxyType({}),
         **kwargs: Any,
     ) -> None:
         self.sharded = sharded
@@ -83,19 +89,23 @@ class GlmTrainer(Trainer):
             }
         # it would log 0.0 for a loss that is not finite; `_require_finite` ends such a run
         args.logging_nan_inf_filter = False
-        with _quantization_check_skipped(model):
+        if args.label_smoothing_factor and objective is None:
+            kwargs["compute_loss_func"] = SmoothedLoss(args.label_smoothing_factor)
+        with quantization_check_skipped(model):
             super().__init__(model, args, **kwargs)
+        # transformers reads from a model's class name that its loss shifts the labels; that of every model here does
+        self._loss_shifts_labels = True
+        self.neftune_noise_alpha = None  # `_run_epoch` adds the noise
         if sharded and not self.is_deepspeed_enabled:
             # The flag of a model that manages its placement and the reduction of its gradients, so that accelerate does not
             # wrap it into DDP. Set after __init__, which refuses checkpoints of such models; ours hold full weights.
             self.is_distributed_loading_by_transformers = True
         forget_peak(self.args.device)
         self.finetuning, self.tracker, self.folder = finetuning, tracker, folder
-        self.score = score
-        self.objective = objective
-        self.derived = derived
+        self.score, self.objective, self.derived = score, objective, derived
         self.measured = Measurements()  # of an objective, since the last logged step
-        self.chunks_loss = chunks_loss  # does the model compute its loss by glmtuner/kernels/chunked_loss.py?
+        self.chunks_loss = chunks_loss  # can the model compute its loss by glmtuner/kernels/chunked_loss.py?
+        self.left_out = left_out  # the optimizations that the training goes without, and why
         if objective is not None:
             self.model_accepts_loss_kwargs = False  # an objective's loss is a mean over rows, whatever their lengths
         # of this rank: the number of tokens without padding, and the sum of the rows' squared lengths
@@ -103,6 +113,8 @@ class GlmTrainer(Trainer):
         self.evaluated_batches: list[dict[str, torch.Tensor]] = []  # metric -> values of a batch's rows
         self.seconds_before_resume = 0.0
         self.train_seconds = 0.0
+        self.epoch_ended = True  # False from an epoch's first step on, until what follows its last one
+        self.last_step: dict[str, float | None] = {}  # what is logged of it
         self.resumed_from: Path | None = None
         self.history_lines: int | None = None  # at the checkpoint that is resumed from
         self.optimizer_steps = CountOptimizerSteps(lambda: self.accelerator.optimizer_step_was_skipped)
@@ -116,12 +128,7 @@ class GlmTrainer(Trainer):
 
     def checkpoint_activations(self) -> None:
         """Enable activation checkpointing if the arguments ask for it; `train` does so too, but after the preflight check."""
-        if self.args.activation_checkpointing:
-            options = dict(self.args.activation_checkpointing_kwargs or {})  # type: ignore[arg-type]  # parsed, no longer a str
-            layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
-            self.model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs=options or None, every_n_layers=layers, offload=offload
-            )
+        enable_checkpointing(self.model, self.args)
 
     # -- checkpoints: written to a temporary name, marked complete, renamed ------------------------------------------
 
@@ -146,7 +153,9 @@ class GlmTrainer(Trainer):
                 self.finetuning.save_trained(unwrapped, partial)
                 if self.objective is not None:
                     self.objective.save(partial)
-        if not (self.args.save_only_model or self.is_deepspeed_enabled):  # DeepSpeed's are pickles, never loaded
+        if not self.is_deepspeed_enabled and (
+            self._is_stopping() or not self.args.save_only_model
+        ):  # those are pickles
             self._save_optimizer_and_scheduler(str(partial))
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))
@@ -167,7 +176,9 @@ class GlmTrainer(Trainer):
         if not limit or limit < 0:
             return
         best = self.state.best_model_checkpoint
-        droppable = [path for path in checkpoints(self.folder.path) if str(path) != best]
+        # later ones are of a training that was resumed from an earlier checkpoint, since they are damaged
+        past = [path for path in checkpoints(self.folder.path) if step_of(path) <= self.state.global_step]
+        droppable = [path for path in past if str(path) != best]
         keep = limit - 1 if best and self.args.load_best_model_at_end else limit
         for path in droppable[: len(droppable) - max(keep, 1)]:
             shutil.rmtree(path, ignore_errors=True)
@@ -183,6 +194,8 @@ class GlmTrainer(Trainer):
             "step_logged": self._globalstep_last_logged,
             "seconds": self.seconds_before_resume + time.time() - self._session_start,
             "optimizer_steps": self.optimizer_steps.steps,
+            "epoch_ended": self.epoch_ended,
+            "last_step": self.last_step,
             "history_lines": len(self.folder.history()),  # what comes later, a resumed run writes again
         }
 
@@ -229,6 +242,8 @@ class GlmTrainer(Trainer):
         self._session_start = time.time()
         if self.resumed_from is None:
             return
+        if self.args.should_save:
+            self._drop_old_checkpoints()  # the run may have been killed before or in it
         progress = read_json(self.resumed_from / PROGRESS)
         self._tr_loss += progress["loss_since_log"][ranks.rank()]
         self.tokens += progress["tokens"][ranks.rank()]
@@ -236,8 +251,9 @@ class GlmTrainer(Trainer):
         self._total_loss_scalar = progress["loss_logged"]
         self._globalstep_last_logged = progress["step_logged"]
         self.seconds_before_resume = progress["seconds"]
-        self.history_lines = progress.get("history_lines")  # checkpoints of earlier versions have neither
+        self.history_lines = progress.get("history_lines")  # checkpoints of earlier versions have none of these
         self.optimizer_steps.steps = progress.get("optimizer_steps", 1)
+        self.epoch_ended, self.last_step = progress.get("epoch_ended", True), progress.get("last_step", {})
         self.measured.load_state_dict(progress["measured"][ranks.rank()], self.args.device)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> "TrainOutput":
@@ -268,15 +284,7 @@ class GlmTrainer(Trainer):
             name: torch.cat([rows[name] for rows in self.evaluated_batches]) for name in self.evaluated_batches[0]
         }
         if self.args.should_save:
-            rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-            lines = [
-                {
-                    "index": index,
-                    **{name: value for name, value in zip(columns, row, strict=True) if not math.isnan(value)},
-                }
-                for index, row in enumerate(rows)
-            ]
-            write_text(self.folder / LOSSES, "".join(f"{strict_json(line)}\n" for line in lines))
+            write_text(self.folder / LOSSES, losses_text(columns))
         if self.objective is None:
             means = {"loss": (columns["loss"].sum() / columns["tokens"].sum()).item()}
         else:
@@ -298,24 +306,10 @@ class GlmTrainer(Trainer):
                 loss_B, measured = self.objective.loss(model, inputs)
                 metrics = {"loss": loss_B, **measured}
             else:
-                loss_B, tokens_B = self.row_losses(model, inputs)
+                loss_B, tokens_B = sample_losses(model, inputs, chunked=self.chunks_loss)
                 metrics = {"loss": loss_B, "tokens": tokens_B}
         self.evaluated_batches.append({name: self.gather_function(values).cpu() for name, values in metrics.items()})
         return None, None, None
-
-    def row_losses(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of every sample: the loss in nats, summed over its labelled tokens, float32 [B], and their number [B]."""
-        labels_BT = inputs["labels"]
-        if self.chunks_loss:
-            losses_BT = model(**inputs, each=True).loss
-        else:
-            unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
-            losses_BT = token_losses(model(**unlabelled).logits, labels_BT)
-        is_labelled_BT = torch.nn.functional.pad(labels_BT[:, 1:].ne(IGNORE_INDEX), (1, 0))
-        if "segments" not in inputs:
-            return losses_BT.sum(1), is_labelled_BT.sum(1)
-        lengths = inputs["segments"].lengths  # one row [1, T] holds the samples
-        return segment_sums(losses_BT[0], lengths), segment_sums(is_labelled_BT[0], lengths)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -338,6 +332,8 @@ class GlmTrainer(Trainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The gradient norm before clipping; raises TrainingError unless it is finite, or fp16's scaler skips such steps."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        finite = float(norm) if norm is not None and math.isfinite(norm) else None
+        self.last_step = {"grad_norm": finite, "learning_rate": self._get_learning_rate()}
         if norm is not None and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
             self._require_finite("gradient norm", torch.as_tensor(norm))
         return norm
@@ -350,10 +346,33 @@ class GlmTrainer(Trainer):
 
         So a run that was killed after its last checkpoint, in its final evaluation or prediction, ends with the same weights.
         """
-        if self.state.global_step >= self.state.max_steps:
+        is_done = self.state.global_step >= self.state.max_steps
+        if not self.epoch_ended and (is_done or float(self.state.epoch or 0.5).is_integer()):
+            self._end_epoch(**kwargs)
+            kwargs["resume_from_checkpoint"] = None  # its random state was loaded
+        if is_done:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        draw_base_seed(kwargs["train_dataloader"])
+        with noisy_embeddings(self.model, self.args.neftune_noise_alpha):
+            super()._run_epoch(*args, **kwargs)
+
+    def _end_epoch(self, *, resume_from_checkpoint: str, model: Any, trial: Any, epoch: int, **others: Any) -> None:
+        """Log, evaluate and save at an epoch's end, for a run that was stopped between its last step's checkpoint and this."""
+        self._load_rng_state(resume_from_checkpoint)
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        self._maybe_log_save_evaluate(
+            self._tr_loss, self.last_step.get("grad_norm"), model, trial, epoch, others["ignore_keys_for_eval"],
+            others["start_time"], learning_rate=self.last_step.get("learning_rate"),
+        )  # fmt: skip
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether the metric is the best so far, or the run is being stopped: its checkpoint is written in either case."""
+        return bool(super()._determine_best_metric(metrics, trial)) or self._is_stopping()
+
+    def _is_stopping(self) -> bool:
+        """Whether a signal ends the training before its last step."""
+        return self.control.should_training_stop and self.state.global_step < self.state.max_steps
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own loss, or the mean of an objective's over the rows."""
@@ -398,8 +417,14 @@ class GlmTrainer(Trainer):
         shard.batch_sampler = EvenBatches(shard.batch_sampler, ranks.world_size(), padded.padding_index)
         return loader
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """transformers' loader, which it keeps for the next evaluation if its workers persist."""
+        loader = super().get_eval_dataloader(eval_dataset)
+        draw_base_seed(loader)
+        return loader
+
     def resources(self) -> dict[str, float]:
-        """Peak memory in GiB (the largest rank's), numbers of parameters, tokens a second without padding, and MFU."""
+        """Peak memory in GiB (the largest rank's), numbers of parameters, tokens a second without padding, MFU, fast paths."""
         used: dict[str, float] = {
             "peak_memory_gib": max(ranks.all_gather(peak_memory_gib(self.args.device))),
             "total_parameters": parameter_count(self.model.parameters()),
@@ -410,6 +435,7 @@ class GlmTrainer(Trainer):
             used |= {
                 "trained_parameters": parameter_count(p for p in self.model.parameters() if p.requires_grad),
                 "train_tokens_per_second": tokens / self.train_seconds,
+                **{f"fast_path_{path.name}": int(path not in self.left_out) for path in FastPath},
             }
             if (mfu := self.utilization(tokens, squared_lengths, self.train_seconds)) is not None:
                 used["train_mfu"] = mfu
@@ -422,29 +448,3 @@ class GlmTrainer(Trainer):
             return None
         name = torch.cuda.get_device_name(device)
         return utilization(flops.of(tokens, squared_lengths), seconds, name, ranks.world_size())
-
-
-def segment_sums(values_T: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
-    """The sum of each segment, [number of segments]."""
-    return torch.stack([segment.sum() for segment in torch.split(values_T, list(lengths))])
-
-
-def parameter_count(parameters: Iterable[torch.Tensor]) -> int:
-    """The number of all elements, those of other ranks' shards included."""
-    return sum(size_of(parameter) for parameter in parameters)
-
-
-@contextmanager
-def _quantization_check_skipped(model: Any) -> Iterator[None]:
-    """While this lasts, a quantized model with a prefix encoder counts as one that is not quantized.
-
-    Otherwise transformers' Trainer refuses to train it: of trainable parts on quantized weights it knows only PEFT's.
-    """
-    skipped = hasattr(model, "prefix_encoder") and hasattr(model, "is_quantized")
-    if skipped:
-        before, model.is_quantized = model.is_quantized, False
-    try:
-        yield
-    finally:
-        if skipped:
-            model.is_quantized = before

@@ -13,12 +13,15 @@ from urllib.parse import parse_qs, unquote, urlsplit
 COMMIT = "1" * 40
 
 
-def serve(root: Path, first_statuses: Iterable[int] = ()) -> ThreadingHTTPServer:
+def serve(
+    root: Path, first_statuses: Iterable[int] = (), cuts: dict[str, list[int]] | None = None
+) -> ThreadingHTTPServer:
     """Serve `root/models/<org>/<name>` and `root/datasets/<org>/<name>` on a free port, until `shutdown()`.
 
-    The first requests are answered with `first_statuses`, as by a server that is failing.
+    The first requests are answered with `first_statuses`, as by a server that is failing. `cuts` are the bytes, by the name of
+    a file, after which the connection is lost in the next answers with it.
     """
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, root, iter(first_statuses)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, root, iter(first_statuses), cuts or {}))
     Thread(target=server.serve_forever, daemon=True).start()
     return server
 
@@ -26,8 +29,8 @@ def serve(root: Path, first_statuses: Iterable[int] = ()) -> ThreadingHTTPServer
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, root: Path, first_statuses: Iterator[int], *args: object) -> None:
-        self.root, self.first_statuses = root, first_statuses
+    def __init__(self, root: Path, first_statuses: Iterator[int], cuts: dict[str, list[int]], *args: object) -> None:
+        self.root, self.first_statuses, self.cuts = root, first_statuses, cuts
         super().__init__(*args)  # type: ignore[arg-type]
 
     def log_message(self, *args: object) -> None:
@@ -38,6 +41,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(status, {"error": "failing"})
             return
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts == ["api", "whoami-v2"]:
+            good = self.headers.get("Authorization") == "Bearer good"
+            self._answer(
+                200 if good else 401, {"name": "me", "type": "user"} if good else {"error": "Invalid credentials"}
+            )
+            return
         if parts[0] == "api" and len(parts) >= 4:
             self._api(parts[1], "/".join(parts[2:4]), parts[4:])
             return
@@ -52,7 +61,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
-        if path == "api/repos/create" or "/preupload/" in path or "/commit/" in path or path.endswith("/objects/batch"):
+        if (
+            path == "api/repos/create"
+            or "/branch/" in path
+            or "/preupload/" in path
+            or "/commit/" in path
+            or path.endswith("/objects/batch")
+        ):
             self._written(path, self._body())
             return
         body = self._body().decode()
@@ -89,6 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
             (self.root / "models" / repo).mkdir(parents=True, exist_ok=True)
             (self.root / "created.json").write_bytes(body)
             self._answer(200, {"url": f"{endpoint}/{repo}", "id": repo, "name": repo})
+        elif "/branch/" in path:
+            (self.root / "branch").write_text(path.rpartition("/")[2], encoding="utf-8")
+            self._answer(200, {})
         elif "/preupload/" in path:
             files = [
                 {
@@ -154,7 +172,11 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        cuts = self.cuts.get(unquote(urlsplit(self.path).path).rpartition("/")[2])
+        if self.command != "HEAD" and cuts and status == 200:
+            self.wfile.write(content[: cuts.pop(0)])
+            self.close_connection = True
+        elif self.command != "HEAD":
             self.wfile.write(content)
 
 

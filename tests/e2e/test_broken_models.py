@@ -32,7 +32,7 @@ def change_config(folder: Path, **values: object) -> None:
 CASES = {
     "pointer_for_weights": ("chatglm2_6b", lambda at: (at / "model.safetensors").write_text(POINTER), "run `git lfs pull`"),
     "pointer_for_tokenizer": ("chatglm3_6b", lambda at: (at / "tokenizer.model").write_text(POINTER), "run `git lfs pull`"),
-    "half_a_file": ("chatglm2_6b", lambda at: half(at / "model.safetensors"), "its files are damaged"),
+    "half_a_file": ("chatglm2_6b", lambda at: half(at / "model.safetensors"), "model.safetensors is damaged"),
     "half_a_shard": ("chatglm_6b", lambda at: half(at / SHARD), "its files are damaged"),
     "no_shard": ("chatglm_6b", lambda at: (at / SHARD).unlink(), f"incomplete.*{SHARD}"),
     "no_tokenizer": ("chatglm_6b", lambda at: (at / "ice_text.model").unlink(), "neither ice_text.model nor"),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hub_server import serve
 
 TINY = ["model=tiny_glm", "tracker=none", "data.max_samples=16", "trainer.max_steps=2", "trainer.disable_tqdm=true"]
 
@@ -123,3 +124,49 @@ def test_a_reader_that_goes_away_is_no_crash(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent), "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout.startswith("glmtuner fine-tunes") and done.stderr == ""
+
+
+def test_a_finished_run_is_pushed_to_a_hub(glmtuner_process: Callable, tmp_path: Path) -> None:
+    root = tmp_path / "hub"
+    root.mkdir()
+    server = serve(root)
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    env = {"HF_ENDPOINT": address, "HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": None, "HF_HUB_DISABLE_XET": "1"}
+    words = [
+        *TINY, "trainer.max_steps=1", "data.dataset=belle_sample", "trainer.push_to_hub=true", "trainer.hub_model_id=me/mine",
+        "trainer.hub_revision=v2", "trainer.hub_private_repo=true", "trainer.output_dir=run",
+    ]  # fmt: skip
+    try:
+        done = glmtuner_process(*words, "trainer.hub_token=good", env=env)
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "uploaded run/adapter to me/mine" in done.stdout
+    name = "adapter_model.safetensors"
+    assert (root / "models/me/mine" / name).read_bytes() == (tmp_path / "run/adapter" / name).read_bytes()
+    assert json.loads((root / "created.json").read_text())["visibility"] == "private"
+    assert (root / "branch").read_text() == "v2"
+
+
+def test_a_hub_that_does_not_answer_is_known_before_the_training(glmtuner: Callable, tmp_path: Path) -> None:
+    """The tests' own process is offline."""
+    told = one_paragraph(
+        glmtuner(*TINY, "data.dataset=belle_sample", "trainer.push_to_hub=true", "trainer.output_dir=run")
+    )
+    assert "trainer.push_to_hub=true: the repository run cannot be written" in told and "type `hf auth login`" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_fails_late_is_refused_early_and_blocks_nothing(glmtuner: Callable, tmp_path: Path) -> None:
+    words = [*TINY, "data.dataset=belle_sample", "trainer.output_dir=run"]
+    for mistakes in (
+        ["trainer.lr_scheduler_type=cosine_with_min_lr"],
+        ["trainer.bf16=true"],
+        ["trainer.accelerator_config={even_batch: true}"],
+        ["trainer.optim=galore_adamw"],
+        ["data.dev_ratio=0.2", "trainer.eval_strategy=steps", "trainer.metric_for_best_model=rouge-9"],
+    ):
+        one_paragraph(glmtuner(*words, *mistakes))
+        assert not (tmp_path / "run").exists()
+    done = glmtuner(*words)
+    assert done.returncode == 0, done.stderr

@@ -60,6 +60,38 @@ def test_an_entry_that_cannot_be_served_is_named_only_when_asked_for(glmtuner: C
         assert key in refused.stderr
 
 
+def written(folder: Path, *records: dict, name: str = "mine.jsonl") -> str:
+    (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return f"data.dataset={name}"
+
+
+def test_what_was_read_as_what_is_printed_and_kept(glmtuner: Callable, tmp_path: Path) -> None:
+    good = {"instruction": "1+1?", "input": "in words", "output": "two", "label": True, "id": "x7"}
+    dataset = written(tmp_path, {"instruction": "1+1?", "output": "3", "label": False}, *[good] * 4)
+    done = glmtuner(*TINY, dataset, "data.input_separator=")
+    assert done.returncode == 0, done.stdout + done.stderr
+    read = "instruction+input -> prompt, output -> answer, label -> good or bad answer; not used: id"
+    assert f"dataset 'mine.jsonl': {read}\n" in done.stdout
+    assert "1 records with an answer marked false left out" in done.stdout
+    kept = json.loads((tmp_path / "run/provenance.json").read_text())["data"]["mine.jsonl"]
+    assert (kept["read"], kept["records"], kept["undesirable"]) == (read, 4, 1)
+
+
+def test_a_question_without_its_document_is_refused_before_anything_is_written(
+    glmtuner: Callable, tmp_path: Path
+) -> None:
+    record = {"question": "When?", "document": "The ferry has run since 1931.", "note": "n", "answer": "In 1931."}
+    dataset = written(tmp_path, {"question": "Who?", "answer": "I."}, record)
+    before = sorted(tmp_path.iterdir())
+    done = glmtuner(*TINY, dataset)
+    assert done.returncode == 2
+    assert "mine.jsonl: record 2 has document, which is not read" in done.stderr
+    assert "type data.ignore_columns=document to leave it out" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+    checked = glmtuner(*TINY, dataset, "data.ignore_columns=document,note", "--cfg=job")
+    assert checked.returncode == 0 and "ignore_columns:\n  - document\n  - note" in checked.stdout
+
+
 def test_shares_are_reached_and_told(glmtuner: Callable, tmp_path: Path) -> None:
     done = glmtuner(
         *TINY, "data.dataset=alpaca_zh_sample,belle_sample", "data.mix_probabilities=0.7,0.3", "data.dev_ratio=0.1",

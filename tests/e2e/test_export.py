@@ -163,10 +163,71 @@ def test_an_export_that_is_not_the_run_s_model_is_refused(
     monkeypatch.setattr(export, "write_model", spoiled)
     assert main(["export", "run", "--to", "out"]) == 2
     message = capsys.readouterr().err
-    assert ".out.partial" in message and "differs from the run's model: a logit by" in message
+    assert ".out.partial" in message and "differs from the run's model, as PEFT loads it: a logit by" in message
     assert not (here / "out").exists()
     monkeypatch.setattr(export, "write_model", whole)
     assert main(["export", "run", "--to", "out"]) == 0  # what the failure left behind is in nobody's way
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_peft_is_exported_as_peft_computes_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """rsLoRA and an alpha_pattern: without them a logit is off by several units."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from glmtuner.config.paths import ASSETS
+    from glmtuner.finetuning.lora import SavedLora
+
+    def base() -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(ASSETS / "tiny_glm", dtype=torch.float32)
+
+    settings = {
+        "use_rslora": True,
+        "alpha_pattern": {"q_proj": 64},
+        "rank_pattern": {"v_proj": 2},
+        "modules_to_save": ["norm"],
+    }
+    pattern = r".*layers\.[12]\.self_attn\.(q|v)_proj"
+    torch.manual_seed(1)
+    adapted = get_peft_model(base(), LoraConfig(r=8, target_modules=pattern, task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    adapted.save_pretrained("adapter")
+    ids = torch.tensor([[10, 20, 30, 40, 50, 60]])
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(base(), "adapter").eval()(ids).logits
+        assert (wanted - base()(ids).logits).abs().max() > 1
+        assert main(["export", "adapter", "--to", "out", "model=tiny_glm", "tracker=none"]) == 0
+        told = capsys.readouterr().out
+        assert "is used with its own alpha_pattern=" in told and "use_rslora=true" in told
+        found = AutoModelForCausalLM.from_pretrained("out", dtype=torch.float32)(ids).logits
+    assert (found - wanted).abs().max() < 1e-4
+
+    # trained further, its run folder keeps all of it, and starts another run
+    assert main(["model=tiny_glm", *SHORT, "model.checkpoint_dir=adapter", "trainer.output_dir=run"]) == 0
+    kept = json.loads((here / "run/adapter/adapter_config.json").read_text())
+    assert {**kept, **settings, "target_modules": pattern} == kept
+    assert main(["export", "run", "--to", "further"]) == 0
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(base(), "run/adapter").eval()(ids).logits
+        found = AutoModelForCausalLM.from_pretrained("further", dtype=torch.float32)(ids).logits
+    assert (found - wanted).abs().max() < 1e-4
+
+    # the comparison is with PEFT, not with what this program has loaded
+    of = SavedLora.of
+
+    def without_its_scale(folder: Path, finetuning_type: str = "lora") -> SavedLora:
+        method = of(folder, finetuning_type)
+        method.saved = {**method.saved, "use_rslora": False}
+        return method
+
+    monkeypatch.setattr(SavedLora, "of", without_its_scale)
+    assert main(["export", "adapter", "--to", "wrong", "model=tiny_glm", "tracker=none"]) == 2
+    assert "differs from the run's model, as PEFT loads it: a logit by" in capsys.readouterr().err
 
 
 def test_an_export_is_pushed_to_a_hub(here: Path, glmtuner_process: Callable) -> None:

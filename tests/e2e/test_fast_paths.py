@@ -19,6 +19,12 @@ def history(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
+def fast_paths(folder: Path) -> dict[str, int]:
+    """The fast paths in metrics.json."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {name.removeprefix("fast_path_"): value for name, value in metrics.items() if "fast_path" in name}
+
+
 def assert_same_run(found: Path, wanted: Path) -> None:
     for mine, theirs in zip(history(found), history(wanted), strict=True):
         assert mine.keys() == theirs.keys()
@@ -36,6 +42,11 @@ def test_without_padding_a_run_is_what_it_is_with_it(glmtuner, tmp_path):
     for name, value in (("free", "true"), ("padded", "false")):
         done = glmtuner(*words, f"data.padding_free={value}", f"trainer.output_dir={tmp_path / name}")
         assert done.returncode == 0, done.stderr
+        left_out = "left out: batches without padding (data.padding_free=false)"
+        assert "fast paths" in done.stdout and (left_out in done.stdout) == (name == "padded")
+        assert fast_paths(tmp_path / name) == {
+            "without_padding": int(name == "free"), "chunked_loss": 1, "fused_lora": 1,
+        }  # fmt: skip
     assert_same_run(tmp_path / "free", tmp_path / "padded")
     losses = [(tmp_path / name / "losses.jsonl").read_text().splitlines() for name in ("free", "padded")]
     for mine, theirs in zip(*losses, strict=True):
@@ -62,7 +73,10 @@ def test_samples_that_cannot_be_kept_apart_are_grouped_by_length(glmtuner, tmp_p
     words += ["trainer.per_device_train_batch_size=3", "trainer.max_steps=2", f"trainer.output_dir={tmp_path / 'out'}"]
     done = glmtuner(*words)
     assert done.returncode == 0, done.stderr
-    assert "batches of similar length" in " ".join(done.stdout.split())
+    told = " ".join(done.stdout.replace("│", " ").split())
+    assert "batches of similar length" in told
+    assert "batches without padding (BloomForCausalLM does not compute attention through" in told
+    assert fast_paths(tmp_path / "out") == {"without_padding": 0, "chunked_loss": 1, "fused_lora": 1}
     assert len(history(tmp_path / "out")) == 2
 
 

@@ -1,9 +1,12 @@
 """Runs that diverge are failures and never results; a run that was killed behind its last step takes no more steps."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,3 +109,86 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(glmtuner: Callable, 
     (run / "history.jsonl").write_text("".join(lines[:-1]))
     assert glmtuner(*words).returncode == 0
     assert (run / "history.jsonl").read_text() == history
+
+
+# -- a run that is stopped and resumed is the undisturbed one ----------------------------------------------------------
+
+FIVE_STEPS_AN_EPOCH = (
+    *TINY, "data.dataset=identity_sample", "data.max_samples=24", "data.dev_ratio=0.2", "trainer.num_train_epochs=2",
+    "trainer.per_device_train_batch_size=4", "trainer.learning_rate=1e-3", "trainer.max_grad_norm=0.5",
+)  # fmt: skip
+STOPPED = {  # the optimizer step at whose beginning SIGTERM arrives, and words; tests/attack/test_numbers_resume.py has more
+    "the best model only": (
+        2,
+        (
+            "trainer.eval_strategy=steps", "trainer.eval_steps=1", "trainer.save_strategy=best",
+            "trainer.metric_for_best_model=eval_loss", "trainer.save_only_model=true",
+        ),
+    ),
+    "the end of an epoch": (
+        5, ("trainer.save_strategy=no", "trainer.eval_strategy=epoch", "trainer.logging_strategy=epoch"),
+    ),
+}  # fmt: skip
+
+
+def stop_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The next training gets SIGTERM when this step begins."""
+    from transformers import TrainerCallback
+
+    from glmtuner.training import trainer
+
+    due = [signal.SIGTERM]
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step - 1 and due:
+                os.kill(os.getpid(), due.pop())
+
+    begin = trainer.GlmTrainer.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self.add_callback(Stop())
+
+    monkeypatch.setattr(trainer.GlmTrainer, "__init__", init)
+
+
+def outcome(run: Path) -> tuple[str, bytes]:
+    """The history, and the trained weights."""
+    return (run / "history.jsonl").read_text(), (run / "adapter/adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", STOPPED)
+def test_a_stopped_run_resumes_to_the_undisturbed_one(
+    glmtuner: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    step, words = STOPPED[kind]
+    assert glmtuner(*FIVE_STEPS_AN_EPOCH, *words, "trainer.output_dir=undisturbed").returncode == 0
+    again = (*FIVE_STEPS_AN_EPOCH, *words, "trainer.output_dir=stopped")
+    with monkeypatch.context() as patched:
+        stop_in_step(patched, step)
+        assert glmtuner(*again).returncode == 128 + signal.SIGTERM
+    checkpoint = tmp_path / f"stopped/checkpoints/checkpoint-{step}"
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth"} <= {path.name for path in checkpoint.iterdir()}
+    done = glmtuner(*again)
+    assert done.returncode == 0 and f"resumed from checkpoint-{step}" in done.stdout, done.stdout + done.stderr
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
+
+
+def test_the_workers_that_load_batches_do_not_change_a_run(glmtuner: Callable, tmp_path: Path) -> None:
+    words = (*FIVE_STEPS_AN_EPOCH, "trainer.eval_strategy=steps", "trainer.eval_steps=3", "trainer.save_steps=4")
+    workers = ("trainer.dataloader_num_workers=2", "trainer.dataloader_persistent_workers=true")
+    assert glmtuner(*words, "trainer.output_dir=none").returncode == 0
+    assert glmtuner(*words, *workers, "trainer.output_dir=persistent").returncode == 0
+    assert outcome(tmp_path / "persistent") == outcome(tmp_path / "none")
+    run = tmp_path / "resumed"
+    shutil.copytree(
+        tmp_path / "persistent", run
+    )  # in another folder, since persistent workers hold its lock in this process
+    shutil.rmtree(run / "adapter")
+    (run / "metrics.json").unlink()
+    for step in (8, 10):
+        shutil.rmtree(run / f"checkpoints/checkpoint-{step}")
+    done = glmtuner(*words, *workers, "trainer.output_dir=resumed")
+    assert done.returncode == 0 and "resumed from checkpoint-4" in done.stdout, done.stdout + done.stderr
+    assert outcome(run) == outcome(tmp_path / "none")

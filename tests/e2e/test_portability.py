@@ -89,3 +89,29 @@ def test_a_run_and_a_sweep(tmp_path: Path) -> None:
     assert "trainer.output_dir=run holds a finished run" in errors
     jobs = [path.parent for path in (tmp_path / "outputs/sweeps/seeds").glob("*/metrics.json")]
     assert len(jobs) == 2 and (tmp_path / "outputs/sweeps/seeds/report.html").is_file()
+
+
+NAME = 'it\'s a "test" [x],{y}=z $HOME %d ~ 中文 😀'
+
+
+def test_a_folder_of_any_name_is_used_by_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from glmtuner.cli.main import main
+
+    folder = tmp_path / NAME
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    run = [*TINY, "data.max_samples=4", "trainer.max_steps=1", "trainer.output_dir=run"]
+    assert main(run) == 0
+    for command in (
+        ["show", f"{folder}/run"],
+        ["trainer=predict", "data.dataset=identity_sample", "data.max_samples=1", "data.max_target_length=4", "tracker=none",
+         "model.checkpoint_dir=run", "trainer.disable_tqdm=true", "trainer.output_dir=answers"],
+    ):  # fmt: skip
+        assert main(command) == 0, capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", open(os.devnull, encoding="utf-8"))  # noqa: SIM115
+    assert main(["chat", f"{folder}/run"]) == 0
+    (folder / "run/metrics.json").unlink()
+    assert main(run) == 0  # resumes
+    assert "resumed from checkpoint-1" in capsys.readouterr().out

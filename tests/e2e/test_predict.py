@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from upstream import write_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = (
@@ -100,6 +101,72 @@ def test_an_answer_that_comes_early_waits_in_a_file_of_its_own(tmp_path: Path) -
     assert [*recover_answers(path, early, [], kept=True)] == [0, 1, 2, 4, 9]
     assert [line["index"] for line in lines(early)] == [0, 1, 2, 4, 9], "whatever happens next, they are kept"
     assert recover_answers(path, early, [], kept=False) == {} and lines(early) == []
+
+
+def perfect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on every answer is made of the tokens that its record teaches."""
+    from glmtuner.inference import generate, predict
+
+    real, rows = predict.answer_all, []
+
+    def answer_all(context: Any, *given: Any, **options: Any) -> Any:
+        rows[:] = context.data.evaluation
+        return real(context, *given, **options)
+
+    def answers(model: Any, prompts: Any, *given: Any) -> Any:
+        for place, row in enumerate(rows):
+            yield place, row["input_ids"][len(row["prompt_ids"]) : -1]
+
+    monkeypatch.setattr(predict, "answer_all", answer_all)
+    monkeypatch.setattr(generate, "answers", answers)
+
+
+@pytest.mark.parametrize("most", ["512", "8"])
+def test_a_perfect_answer_scores_100_though_the_tokenizer_writes_other_punctuation(
+    glmtuner: Callable, tmp_path: Path, upstream_files: Path, monkeypatch: pytest.MonkeyPatch, most: str
+) -> None:
+    """ChatGLM-6B turns full-width punctuation into ASCII; against the label as it is written, BLEU-4 was 50.7."""
+    write_checkpoint("chatglm_6b", tmp_path / "base", upstream_files)
+    labels = ["你好，见到你很高兴！要问什么：天气？", "再见，一路顺风！"]
+    records = [{"instruction": "你好", "output": label} for label in labels]
+    (tmp_path / "records.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    perfect(monkeypatch)
+    words = [word for word in WORDS if not word.startswith(("model=", "data."))]
+    words += ["model=chatglm_6b", "model.model_name_or_path=base", "data.dataset=records.json"]
+    done = glmtuner(*words, f"data.max_target_length={most}", "trainer.output_dir=run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert all(metrics[f"predict_{name}"] == pytest.approx(100, abs=0.01) for name in ("bleu-4", "rouge-1", "rouge-l"))
+    found = lines(tmp_path / "run/predictions.jsonl")
+    assert [line["label"] for line in found] == labels
+    whole = ["你好,见到你很高兴!要问什么:天气?", "再见,一路顺风!"]
+    assert all(line["predict"] == line["reference"] for line in found)
+    assert all(text.startswith(line["reference"]) for text, line in zip(whole, found, strict=True))
+    assert ([line["reference"] for line in found] == whole) is (most == "512")
+    assert "scored against" in done.stdout and "，见到" in done.stdout and ",见到" in done.stdout
+    assert glmtuner("report", "run").returncode == 0
+    assert "100.00 [" in (tmp_path / "run/report.html").read_text(), "the report scores the same texts"
+
+
+def test_answers_of_an_earlier_version_are_kept_and_those_to_other_records_are_not(
+    glmtuner: Callable, tmp_path: Path
+) -> None:
+    words = [*WORDS, "trainer.output_dir=run", "data.max_samples=8"]
+    assert glmtuner(*words).returncode == 0
+    path, metrics = tmp_path / "run/predictions.jsonl", tmp_path / "run/metrics.json"
+    kept, scores = lines(path), json.loads(metrics.read_text())
+    earlier = [{name: value for name, value in line.items() if name != "reference"} for line in kept[:6]]
+    earlier[5]["prompt"] += "?"  # the data set was edited meanwhile
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in earlier), encoding="utf-8")
+    metrics.unlink()
+    done = glmtuner(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lines that are not answers to the records as they are now, which are answered again: 1" in done.stdout
+    assert lines(path) == kept and all(line["reference"] == line["label"] for line in kept)
+    again = json.loads(metrics.read_text())
+    assert {name: again[name] for name in scores if name.startswith("predict_")} == {
+        name: value for name, value in scores.items() if name.startswith("predict_")
+    }
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """Killed with SIGKILL and started again with the same command, a run ends as if nothing had happened."""
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,3 +125,47 @@ def test_finished_and_foreign_folders_are_refused(undisturbed: tuple[bytes, byte
     assert again.returncode == 2
     assert "holds a finished run" in out
     assert outcome(folder) == undisturbed
+
+
+def test_a_training_is_continued_in_a_new_folder(
+    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a checkpoint, a run folder or `true`, with the same values it ends as if it had not been cut."""
+    words = [*WORDS, "trainer.max_steps=8", "trainer.resume_from_checkpoint={}", "trainer.output_dir={}"]
+
+    def run(source: str, folder: str, *others: str) -> subprocess.CompletedProcess[str]:
+        typed = [word.format(source if "resume" in word else folder) for word in words]
+        done: subprocess.CompletedProcess[str] = glmtuner(*typed, *others)
+        return done
+
+    first = run("null", "first")
+    assert first.returncode == 0, first.stderr
+    for source, folder in (("first/checkpoints/checkpoint-4", "second"), ("first", "third")):
+        done = run(source, folder)
+        assert done.returncode == 0, done.stderr
+        name = "adapter/adapter_model.safetensors"
+        assert (tmp_path / folder / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+        lines = (tmp_path / folder / "history.jsonl").read_text().splitlines()
+        assert lines == [line for line in (tmp_path / "first/history.jsonl").read_text().splitlines() if line in lines]
+    assert (
+        len((tmp_path / "second/history.jsonl").read_text().splitlines()) == 3
+    )  # the log of 6, the evaluations of 5 and 8
+    other = run("first", "fourth", "trainer.learning_rate=1e-3", "trainer.optim=sgd")
+    assert other.returncode == 2
+    assert (
+        "trainer.learning_rate is 0.002 there and 0.001 here; trainer.optim is adamw_torch_fused there" in other.stderr
+    )
+    assert not (tmp_path / "fourth").exists()
+    longer = run("first", "fifth", "trainer.max_steps=10", "trainer.logging_steps=1")
+    assert longer.returncode == 0, longer.stderr
+    rates = [line.get("learning_rate") for line in map(json.loads, (tmp_path / "fifth/history.jsonl").open())]
+    assert rates[0] == pytest.approx(2e-3 * 2 / 10)  # the linear schedule of 10 steps; that of 8 is at its end
+    assert "there is no folder nowhere" in run("true", "nowhere").stderr
+    # an unfinished run in its own folder goes on with a later end
+    shutil.copytree(tmp_path / "first", tmp_path / "cut")
+    for name in ("metrics.json", "adapter/adapter_model.safetensors"):
+        (tmp_path / "cut" / name).unlink()
+    shutil.rmtree(tmp_path / "cut/checkpoints/checkpoint-8")
+    own = run("true", "cut", "trainer.max_steps=10")
+    assert own.returncode == 0, own.stderr
+    assert "resumed from checkpoint-4" in own.stdout

@@ -1,5 +1,6 @@
 """`serve`: the real command line, asked by the official client, by raw HTTP, and by a browser."""
 
+import gc
 import http.client
 import json
 import os
@@ -13,7 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,25 @@ def test_an_answer_streams_in_whole_characters(served: Served, answers: dict[str
     assert all(chunk.usage is None and chunk.choices for chunk in without)
 
 
+def test_common_clients_send_fields_that_ask_for_nothing(served: Served, answers: dict[str, str]) -> None:
+    """All of them at once; tests/unit/serving/test_protocol.py has each, and what is refused."""
+    answered = openai.types.chat.ChatCompletionMessage(role="assistant", content="我是小格。").model_dump()
+    found = served.client().chat.completions.create(
+        model="小格", messages=[*HELLO, answered, *HELLO], tools=[], tool_choice="none", functions=[], function_call="auto",
+        logit_bias={}, logprobs=False, top_logprobs=0, n=1, response_format={"type": "text"}, modalities=["text"], user="me",
+        store=False, metadata={"a": "b"}, parallel_tool_calls=True, reasoning_effort="none", verbosity="medium",
+        service_tier="auto", stop=None, seed=None, audio=None, prediction=None, stream_options=None,
+        extra_body={"web_search_options": None, "moderation": None, "max_tokens": None},
+    )  # fmt: skip
+    assert found.choices[0].message.content and found.service_tier == "default"
+    last = served.client().chat.completions.create(model="小格", messages=[*HELLO, answered], max_tokens=5)
+    empty = [*HELLO, answered, {"role": "user", "content": ""}]
+    assert last.choices == served.client().chat.completions.create(model="小格", messages=empty, max_tokens=5).choices
+    # an upper bound that the conversation leaves no room for is still a bound
+    bounded = served.client().chat.completions.create(model="小格", messages=HELLO, max_tokens=2048)
+    assert bounded.choices[0].message.content == answers["你是谁？"]
+
+
 def test_32_clients_at_once_get_whole_and_correct_answers(served: Served, answers: dict[str, str]) -> None:
     gate = threading.Barrier(32)
 
@@ -198,9 +219,11 @@ def test_conversations_parameters_and_stop_texts(served: Served, answers: dict[s
         ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "'messages.0.role'"),
         ({"messages": [{"role": "user"}]}, 400, "'messages.0.content'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "content.0"),
-        ({"messages": [{"role": "assistant", "content": "hi"}]}, 400, "the user's"),
+        ({"messages": [{"role": "tool", "content": "hi"}]}, 400, "'messages.0.role'"),
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "surrogate"),
         ({"messages": [{"role": "user", "content": "长" * 9000}]}, 400, "generation.max_length"),
+        ({"messages": [{"role": "user", "content": "1" * 100_000}]}, 400, "the messages have 100000"),
+        ({"messages": [{"role": "user", "content": ""}] * 2500}, 400, "2500 messages"),
         ({"max_tokens": 5000}, 400, "5000 were requested"),
         ({"max_tokens": 0}, 400, "'max_tokens'"),
         ({"max_tokens": "5"}, 400, "'max_tokens'"),
@@ -208,9 +231,13 @@ def test_conversations_parameters_and_stop_texts(served: Served, answers: dict[s
         ({"temperature": float("nan")}, 400, "'temperature'"),
         ({"top_p": 0}, 400, "'top_p'"),
         ({"stop": ["a", "b", "c", "d", "e"]}, 400, "'stop'"),
-        ({"stop": ""}, 400, "'stop.0'"),
+        ({"stop": ""}, 400, "'stop'"),
+        ({"stop": ["a" * 2**20] * 4}, 413, "KiB"),
+        ({"stop": ["a" * 2000]}, 400, "'stop.0'"),
         ({"n": 1000}, 400, "'n'"),
-        ({"tools": []}, 400, "unsupported parameter: 'tools'"),
+        ({"tools": [{"type": "function"}]}, 400, "'tools': tool calls are not available"),
+        ({"repetition_penalty": 1e-300}, 400, "'repetition_penalty'"),
+        ({"no_such_field": None}, 400, "unsupported parameter: 'no_such_field'"),
         ({"response_format": {"type": "json_object"}}, 400, "'response_format.type'"),
         ({"seed": 10**30}, 400, "'seed'"),
     ],
@@ -228,10 +255,11 @@ def test_a_malformed_request_is_told_in_the_shape_of_the_api(served: Served, bod
 def test_other_requests_that_are_turned_away(served: Served) -> None:
     good = json.dumps({"model": "小格", "messages": HELLO})
     assert served.post(good, Content_Type="text/plain")[0] == 415
+    assert served.post(good, CONTENT_type="Application/JSON; charset=UTF-8", Host="LocalHost")[0] == 200
     assert served.post(good, Host="evil.example")[0] == 403
     assert served.post(b"\xff\xfe", "/v1/chat/completions")[0] == 400
     status, answer = served.post(json.dumps({"model": "x" * 5 * 2**20}))
-    assert status == 413 and "4 MiB" in answer["error"]["message"]
+    assert status == 413 and "KiB" in answer["error"]["message"]
     assert served.post(good, "/v1/completions")[0] == 404
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         served.client().models.retrieve("other")
@@ -281,14 +309,233 @@ def test_a_key_many_requests_a_long_answer_and_a_stop(run: Path, tmp_path: Path)
         page.request("GET", "/")
         assert b'"key": true' in page.getresponse().read()
     finally:
-        assert server.stop() == 0
-    assert "秘密" not in server.log.read_text()
+        assert server.stop(signal.SIGTERM) == 0
+    assert "秘密" not in server.log.read_text() and "Traceback" not in server.log.read_text()
+
+
+# -- in this process: the same server and sockets, and a model that takes its time ----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def endless(run: Path) -> Any:
+    """The run, loaded; it has no stop token, so that answers are as long as they may be."""
+    from glmtuner.launch.build import finished_run
+
+    return replace(finished_run([run], ["generation=greedy"]), stops=())
+
+
+def replace_generation(finished: Any, **values: Any) -> Any:
+    return replace(finished, run=replace(finished.run, generation=replace(finished.run.generation, **values)))
+
+
+@contextmanager
+def listening(finished: Any, rows: int = 4, grace_s: float = 10.0, delay_s: float = 0.0) -> Iterator[tuple[Any, int]]:
+    """(the HTTP server, its port); every step of the model takes `delay_s` seconds longer."""
+    from glmtuner.cli.serve import bind_listener
+    from glmtuner.serving.app import Limits, Server, max_characters
+    from glmtuner.serving.engine import Engine
+    from glmtuner.serving.listen import HttpServer
+
+    engine = Engine(finished, rows, 64)
+    step = engine.decoder.step
+    engine.decoder.step = lambda batch: (time.sleep(delay_s), step(batch))[1]  # type: ignore[method-assign]
+    engine.start()
+    listener = bind_listener("127.0.0.1", 0)
+    api = Server(finished, engine, "m", Limits(max_characters=max_characters(finished), timeout_s=60))
+    server = HttpServer(api, None, ("127.0.0.1", "localhost"), grace_s)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    port = listener.getsockname()[1]
+    try:
+        yield server, port
+    finally:
+        server.handle_exit(signal.SIGTERM, None)
+        server.handle_exit(signal.SIGTERM, None)
+        thread.join(20)
+        engine.close()
+        listener.close()
+    assert not thread.is_alive()
+
+
+def opened(port: int, receive_buffer: int = 0, **fields: Any) -> socket.socket:
+    """A connection on which a request was sent and nothing was read."""
+    connection = socket.socket()
+    connection.settimeout(30)
+    if receive_buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.connect(("127.0.0.1", port))
+    body = json.dumps({"model": "m", "messages": HELLO, **fields}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhOST: LOCALHOST\r\ncontent-TYPE: Application/JSON\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def rest_of(connection: socket.socket) -> str:
+    """All that comes until the server closes the connection."""
+    with connection:
+        return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+
+
+def get(port: int, path: str = "/health") -> tuple[int, float]:
+    """Status, and seconds that it took."""
+    started = time.perf_counter()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", path)
+    status = connection.getresponse().status
+    connection.close()
+    return status, time.perf_counter() - started
+
+
+def contents(stream: str) -> list[str]:
+    """The text of each event of a stream, as chunks may split none of them here."""
+    return re.findall(r'"delta": \{"content": "((?:[^"\\]|\\.)*)"\}', stream)
+
+
+def test_a_request_that_cannot_be_sampled_leaves_the_others_alone(endless: Any) -> None:
+    with listening(endless, rows=12, delay_s=0.005) as (_, port):
+        others = [opened(port, stream=True, max_tokens=40) for _ in range(10)]
+        bad = opened(port, temperature=2e-38, frequency_penalty=2.0, max_tokens=20)
+        zero = opened(port, temperature=0, frequency_penalty=2.0, max_tokens=20)
+        streams = [b"".join(read_until(other, b"[DONE]")).decode() for other in others]
+        assert all('"finish_reason": "length"' in stream and '"error"' not in stream for stream in streams)
+        assert len({"".join(contents(stream)) for stream in streams}) == 1
+        answers_to = [json.loads(b"".join(read_until(one, b'"usage"')).split(b"\r\n\r\n", 1)[1]) for one in (bad, zero)]
+        assert answers_to[0]["choices"] == answers_to[1]["choices"]
+        for one in (*others, bad, zero):
+            one.close()
+
+
+def read_until(connection: socket.socket, end: bytes) -> Iterator[bytes]:
+    seen = b""
+    while end not in seen:
+        part = connection.recv(65536)
+        assert part, seen
+        seen = seen[-len(end) :] + part
+        yield part
+
+
+def test_the_end_waits_for_answers_and_takes_no_new_requests(endless: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with listening(endless, delay_s=0.01) as (server, port):
+        idle = socket.create_connection(("127.0.0.1", port))
+        streams = [opened(port, stream=True, max_tokens=100) for _ in range(6)]  # two of them wait for a row
+        whole = opened(port, max_tokens=50)
+        streams[0].recv(10)
+        server.handle_exit(signal.SIGTERM, None)
+        time.sleep(0.3)
+        assert get(port) == (503, pytest.approx(0, abs=5)) and get(port, "/v1/models")[0] == 503
+        refused = opened(port)
+        assert "503 Service Unavailable" in refused.recv(65536).decode()
+        for stream in map(rest_of, streams):
+            assert stream.count('"finish_reason": "length"') == 1 and "[DONE]" in stream and "error" not in stream
+        assert '"completion_tokens":50' in rest_of(whole)
+        for left in (idle, refused):
+            left.close()
+    assert "requests in progress have 10 s to finish (--grace)" in capsys.readouterr().out
+
+
+def test_what_the_grace_time_does_not_finish_ends_with_an_error_event(
+    endless: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with listening(endless, grace_s=0.5, delay_s=0.05) as (server, port):
+        streams = [opened(port, stream=True, max_tokens=1000) for _ in range(5)]  # one of them waits for a row
+        whole = opened(port, max_tokens=1000)
+        unread = opened(port, receive_buffer=4096, stream=True, max_tokens=1000)
+        streams[0].recv(10)
+        started = time.monotonic()
+        server.handle_exit(signal.SIGTERM, None)
+        for stream in map(rest_of, streams):
+            last = [line for line in stream.splitlines() if line.startswith("data: ")][-1]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+        assert "503 Service Unavailable" in (told := rest_of(whole)) and '"stopping"' in told
+        assert time.monotonic() - started < 8
+    unread.close()
+    assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
+
+
+def test_clients_that_never_read_do_not_block_the_next(endless: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their 32 answers take all rows; tests/attack/test_requests.py has 32 clients."""
+    from glmtuner.cli import serve
+    from glmtuner.serving import access, calls
+
+    monkeypatch.setattr(serve, "SEND_BUFFER", 4096)
+    monkeypatch.setattr(calls, "MAX_UNSENT", 8)
+    monkeypatch.setattr(access, "SEND_TIMEOUT_S", 2.0)
+    with listening(replace_generation(endless, max_length=100_000), rows=32) as (server, port):
+        deaf = [opened(port, receive_buffer=2048, stream=True, max_tokens=50_000, n=8) for _ in range(4)]
+        engine = server.api.engine
+        wait_for(lambda: len(engine.paused) == 32, 60)
+        stream = opened(port, stream=True, max_tokens=30)
+        assert b"[DONE]" in b"".join(read_until(stream, b"[DONE]"))
+        # one that reads again goes on; the others lose their connections
+        first = b"".join(part for part, _ in zip(iter(lambda: deaf[0].recv(65536), b""), range(100), strict=False))
+        assert first.count(b"chat.completion.chunk") > 100
+        wait_for(lambda: not server.api.calls - {call for call in server.api.calls if call.unsent < 8}, 30)
+        for one in (*deaf, stream):
+            one.close()
+        wait_for(lambda: not server.api.calls and server.api.gate.inside == 0, 30)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    for _ in range(round(seconds * 20)):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("in vain")
+
+
+def test_health_answers_at_once_while_the_largest_requests_are_read(endless: Any) -> None:
+    gc.freeze()  # as `listen` does it
+    with listening(endless) as (server, port):
+        most = server.api.limits
+        large = [
+            json.dumps({"model": "m", "messages": [{"role": "user", "content": "1" * most.max_characters}]}),
+            '{"model":"m","messages":[' + "[]," * (most.max_body_bytes // 3 - 20) + "1]}",
+            json.dumps({"model": "m", "messages": [{"role": "user", "content": "中"}] * 2000}),
+        ]
+        with ThreadPoolExecutor(6) as pool:
+            asked = [pool.submit(post_to, port, large[number % 3]) for number in range(24)]
+            times = []
+            while not all(one.done() for one in asked):
+                times.append(get(port)[1])
+            statuses = [one.result() for one in asked]
+        gc.unfreeze()
+        assert {*statuses} == {400} and len(times) > 5
+        assert sorted(times)[len(times) // 2] < 0.1 and max(times) < 5, times  # this process has the clients, too
+        assert post_to(port, "1" * 4_000_000) == 413
+
+
+def post_to(port: int, body: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("POST", "/v1/chat/completions", body.encode(), {"Content-Type": "application/json"})
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+def test_the_server_does_what_its_openapi_description_says(endless: Any) -> None:
+    """A few requests of each kind; tests/attack/test_requests.py tries many."""
+    from schema_checks import check_description
+
+    with listening(replace_generation(endless, max_new_tokens=2)) as (server, _):
+        document = check_description(server.api, examples=12)
+    request = document["components"]["schemas"]["ChatRequest"]["properties"]
+    assert request["model"]["enum"] == ["m"] and request["max_tokens"]["anyOf"][0] == {
+        "type": "integer", "minimum": 1, "maximum": 2048,
+    }  # fmt: skip
 
 
 def test_what_cannot_be_served_is_told_before_anything_is_loaded(run: Path, glmtuner: Callable) -> None:
     for words, told in (
         (["--host", "0.0.0.0"], "type GLMTUNER_API_KEY="),
         (["--timeout", "0"], "--timeout 0.0: "),
+        (["--timeout", "nan"], "--timeout nan: "),
+        (["--timeout", "inf"], "--timeout inf: "),
+        (["--grace", "-1"], "--grace -1.0: legal are 0"),
+        (["--grace", "nan"], "--grace nan: "),
+        (["--name", ""], "--name '': "),
+        (["--api-key", ""], "--api-key '': "),
+        (["--api-key", "a\nb"], "--api-key or GLMTUNER_API_KEY: "),
+        (["--host", "x" * 300, "--api-key", "k"], "cannot listen"),
         (["--port", "99999"], "--port 99999: "),
         (["--host", "192.0.2.1", "--api-key", "k"], "--host 192.0.2.1 --port 8000: cannot listen"),
         (["--port", "0", "generation.num_beams=2"], "generation.num_beams=2: "),
@@ -302,6 +549,17 @@ def test_what_cannot_be_served_is_told_before_anything_is_loaded(run: Path, glmt
         taken.listen()
         done = glmtuner("serve", str(run), "--port", str(taken.getsockname()[1]))
         assert done.returncode == 2 and "another --port" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("127.0.0.2", True), ("::1", True), ("LocalHost", True), ("0.0.0.0", False), ("::", False),
+     ("192.0.2.1", False), ("localhost.example", False), ("", False)],
+)  # fmt: skip
+def test_addresses_that_need_no_key(host: str, local: bool) -> None:
+    from glmtuner.cli.serve import is_loopback
+
+    assert is_loopback(host) is local
 
 
 @pytest.fixture(scope="module")

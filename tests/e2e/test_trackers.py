@@ -118,7 +118,7 @@ def test_a_run_is_in_its_file_and_no_secret_is(glmtuner_process: Callable, tmp_p
     assert session.summary["pictures/loss/_type"] == "image-file"
     table = json.loads((run / f"wandb/latest-run/files/{session.summary['predictions/path']}").read_text())
     answers = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
-    assert table["columns"] == ["index", "prompt", "label", "predict"]
+    assert table["columns"] == ["index", "prompt", "label", "reference", "predict"]
     assert table["data"] == [[answer[name] for name in table["columns"]] for answer in answers] and len(answers) == 3
     (weights,) = [artifact for artifact in session.artifacts if artifact.type == "model"]
     files = {Path(entry.path).name: tmp_path / entry.local_path for entry in weights.manifest.contents}
@@ -128,6 +128,59 @@ def test_a_run_is_in_its_file_and_no_secret_is(glmtuner_process: Callable, tmp_p
     path = next(run.glob("wandb/offline-run-*")).relative_to(tmp_path)
     assert "wandb:" not in done.stdout + done.stderr
     assert f"W&B: offline; upload it with `wandb sync {path}`" in done.stdout
+
+
+def test_a_tracker_that_is_not_used_is_not_imported_whatever_the_environment_says(
+    glmtuner_process: Callable, tmp_path: Path
+) -> None:
+    """Of every tracker that transformers integrates there is a package that says so when it is imported."""
+    names = [
+        "comet_ml",
+        "mlflow",
+        "neptune",
+        "trackio",
+        "swanlab",
+        "codecarbon",
+        "clearml",
+        "dvclive",
+        "tensorboardX",
+        "azureml",
+    ]
+    names += [
+        "flytekit",
+        "ray",
+        "sigopt",
+        "aim",
+        "dagshub",
+        "wandb",
+        "tensorboard",
+        "optuna",
+    ]  # also in place of real ones
+    site = tmp_path / "site"
+    for name in names:
+        (site / name).mkdir(parents=True)
+        (site / name / "__init__.py").write_text(f"print('imported: {name}')\n__version__ = '99.0'\n")
+        about = site / f"{name}-99.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n")
+    env = {
+        "PYTHONPATH": f"{site}{os.pathsep}{ROOT}",
+        "WANDB_MODE": "offline",
+        "WANDB_API_KEY": KEY,
+        "WANDB_PROJECT": "p",
+    }
+    env |= {
+        "COMET_API_KEY": KEY,
+        "MLFLOW_TRACKING_URI": "file:mlruns",
+        "NEPTUNE_API_TOKEN": KEY,
+        "NEPTUNE_PROJECT": "p",
+    }
+    env |= {"CLEARML_PROJECT": "p", "SWANLAB_MODE": "local", "TRACKIO_PROJECT": "p", "COMET_MODE": "ONLINE"}
+    done = glmtuner_process(*TINY, *SCORED, "tracker=none", "trainer.output_dir=run", env=env)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout + done.stderr
+    assert "imported:" not in shown and "[INFO]" not in shown and "wandb" not in shown.lower()
+    assert {path.name for path in tmp_path.iterdir()} == {"site", "run"}
 
 
 def on_a_terminal(words: list[str], folder: Path, env: dict[str, str]) -> tuple[int, str]:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "glmtuner"
 FLOORS = (  # a room imports from the floors below its own, never from its own or from one above
     ("assets", "console", "errors"),
-    ("config", "run_folder", "templates"),
+    ("run_folder", "templates"),
+    ("config",),
     ("distributed", "families", "metrics", "parallel", "quant", "trackers"),
     ("data", "models", "report"),
     ("finetuning", "inference", "kernels"),

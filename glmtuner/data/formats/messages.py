@@ -30,8 +30,11 @@ def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
         return conversation(raw, spec, tags)
     columns = [spec.columns["chosen"], spec.columns["rejected"]]
     chosen, rejected = (list_of(value_of(raw, column), column, "turns") for column in columns)
-    if not chosen or chosen[:-1] != rejected[:-1]:
+    if not chosen or len(chosen) != len(rejected) or chosen[:-1] != rejected[:-1]:
         raise BadRecord(columns[1], f"its turns before the answer differ from those of {columns[0]}")
     last = len(chosen) - 1
-    better, worse = (answer(raw[column][last], f"{column}[{last}]", tags) for column in columns)
-    return ranked(turns_of(chosen[:-1], columns[0], tags), better, worse)
+    better, worse = (
+        answer(turns[last], spec, f"{column}[{last}]", tags)
+        for turns, column in zip((chosen, rejected), columns, strict=True)
+    )
+    return ranked(turns_of(chosen[:-1], spec, columns[0], tags), better, worse)

@@ -23,6 +23,7 @@ from glmtuner.data.records import (
     Example,
     Message,
     Turn,
+    answer_turn,
     answered,
     feedback_of,
     ranked,
@@ -54,7 +55,7 @@ def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
         chosen, rejected = dialogue(texts[0], columns["chosen"], tags), dialogue(texts[1], columns["rejected"], tags)
         return ranked([*system, *chosen[:-1]], *pair(chosen, rejected))
     keys = [key for key in ("chosen", "rejected", "response") if key in columns]
-    text = prompt(raw, columns["prompt"], columns.get("query"))
+    text = prompt(raw, spec)
     turns = [*system, *dialogue(text, columns["prompt"], tags, awaits_answer=bool(keys))]
     answers = [text_of(value_of(raw, columns[key]), columns[key], "answer").strip() for key in keys]
     if "chosen" in columns:
@@ -77,12 +78,20 @@ def dialogue(text: str, column: str, tags: dict[str, str], awaits_answer: bool =
         if awaits_answer and number == len(contents) and role == "assistant" and not content:
             break
         place = f"{column} (turn {number})"
-        turns.append((place, Message(role, text_of(content, place, what))))
+        if role == "assistant":
+            message = answer_turn(text_of(content, place, what, may_be_blank=number < len(contents)))
+        elif role == "system" and not content:
+            continue
+        else:
+            message = Message(role, text_of(content, place, what))
+        turns.append((place, message))
     return turns
 
 
 def pair(chosen: list[Turn], rejected: list[Turn]) -> tuple[str, str]:
     """The last answers of two dialogues; raises BadRecord if the turns before them differ."""
+    if not chosen or not rejected:
+        raise BadRecord("", "no user turn")
     if [message for _, message in chosen[:-1]] != [message for _, message in rejected[:-1]]:
         raise BadRecord(rejected[-1][0], "the turns before this answer differ from those of the chosen dialogue")
     for place, message in (chosen[-1], rejected[-1]):

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from glmtuner.data.records import Example, Message, answered, feedback_of, list_of, system_turn, text_of, value_of
+from glmtuner.data.records import (
+    Example,
+    Message,
+    answer_turn,
+    answered,
+    feedback_of,
+    list_of,
+    system_turn,
+    text_of,
+    value_of,
+)
 
 if TYPE_CHECKING:
     from glmtuner.data.spec import DatasetSpec
@@ -16,8 +26,13 @@ def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
     """A conversation whose even entries are the user's and whose odd entries are the assistant's."""
     column = spec.columns["messages"]
     turns = system_turn(raw, spec.columns.get("system"))
-    for index, content in enumerate(list_of(value_of(raw, column), column, "texts")):
+    contents = list_of(value_of(raw, column), column, "texts")
+    for index, content in enumerate(contents):
         place = f"{column}[{index}]"
-        role, what = ("assistant", "answer") if index % 2 else ("user", "prompt")
-        turns.append((place, Message(role, text_of(content, place, what))))
+        if index % 2:
+            turns.append(
+                (place, answer_turn(text_of(content, place, "answer", may_be_blank=index + 1 < len(contents))))
+            )
+        else:
+            turns.append((place, Message("user", text_of(content, place, "prompt"))))
     return answered(turns, feedback_of(raw, spec.columns.get("kto_tag")))

@@ -164,6 +164,8 @@ DATA = {
     "eval_num_beams": (int | None, None),
     "ignore_pad_token_for_loss": (bool, True),
     "source_prefix": (str | None, None),
+    "input_separator": (str, "\n"),
+    "ignore_columns": (list[str], []),
     "dev_ratio": (float, 0.0),
     "eval_dataset": (list[str], []),
     "mix_probabilities": (list[float], []),

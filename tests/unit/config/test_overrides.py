@@ -431,7 +431,8 @@ def test_a_glob_is_every_preset():
 def test_a_dictionary_is_given_whole():
     told = refused("trainer.lr_scheduler_kwargs.num_cycles=2")
     assert "type 'trainer.lr_scheduler_kwargs={num_cycles: 2}'" in told
-    assert compose(["trainer.lr_scheduler_kwargs={num_cycles: 2}"]).run.trainer.lr_scheduler_kwargs == {"num_cycles": 2}
+    words = ["trainer.lr_scheduler_type=cosine", "trainer.lr_scheduler_kwargs={num_cycles: 2}"]
+    assert compose(words).run.trainer.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
 def test_an_experiment_that_does_not_fit_is_named():

@@ -60,8 +60,8 @@ def test_an_unknown_name_offers_the_nearest_and_the_places(tmp_path):
     assert str(caught.value).startswith("no dataset named 'alpaca_hz'; did you mean 'alpaca_zh'?")
     assert str(caught.value).endswith(
         "known: alpaca_zh, belle; add one: "
-        f"conf/dataset/<name>.yaml, an entry in {tmp_path}/dataset_info.json, or a path to a json, jsonl, csv or "
-        "parquet file"
+        f"conf/dataset/<name>.yaml, an entry in {tmp_path}/dataset_info.json, or a path to a json, jsonl, csv, "
+        "parquet or arrow file"
     )
 
 
@@ -114,18 +114,18 @@ PAIR = {"chosen": "chosen", "rejected": "rejected"}
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
-        ({}, ("alpaca", ALPACA)),
+        ({}, ("alpaca", {**ALPACA, "history": "history", "system": "system"})),
         ({"columns": {"prompt": "a", "query": "", "response": "b"}}, ("alpaca", {"prompt": "a", "response": "b"})),
         ({"columns": {"history": "h"}}, ("alpaca", {**ALPACA, "history": "h"})),
         ({"columns": {"response": "b"}}, ("alpaca", {"prompt": "instruction", "response": "b"})),
         ({"columns": {"prompt": "text"}}, ("text", {"prompt": "text"})),
-        ({"formatting": "sharegpt"}, ("sharegpt", {"messages": "conversations"})),
+        ({"formatting": "sharegpt"}, ("sharegpt", {**SHAREGPT, "system": "system"})),
         ({"formatting": "sharegpt", "columns": {"system": "s"}}, ("sharegpt", {**SHAREGPT, "system": "s"})),
-        ({"formatting": "openai"}, ("messages", {"messages": "messages"})),
-        ({"formatting": "sharegpt", "ranking": True}, ("sharegpt", {**SHAREGPT, **PAIR})),
+        ({"formatting": "openai"}, ("messages", {"messages": "messages", "system": "system"})),
+        ({"formatting": "sharegpt", "ranking": True}, ("sharegpt", {**SHAREGPT, **PAIR, "system": "system"})),
         ({"formatting": "transcript", "ranking": True}, ("transcript", PAIR)),
         ({"formatting": "transcript", "columns": {"messages": "text"}}, ("transcript", {"prompt": "text"})),
-        ({"ranking": True}, ("alpaca", ALPACA)),
+        ({"ranking": True}, ("alpaca", {**ALPACA, "history": "history", "system": "system"})),
     ],
 )  # fmt: skip
 def test_columns_that_an_entry_leaves_out(tmp_path, entry, expected):
@@ -264,15 +264,19 @@ def test_a_folder_is_read_by_its_first_file(tmp_path):
         (
             "a.json",
             '[{"foo": 1, "bar": 2}]',
-            "the first record has foo, bar, which is not a known format; legal: instruction and",
+            "the records have foo, bar, which is not a known format; legal: instruction and",
         ),
         (
             "a.json",
             '[{"chosen": "a", "rejected": "b"}]',
-            "the first record has chosen, rejected, which is not a known format",
+            "the records have chosen, rejected, which is not a known format",
         ),
         ("a.json", "[3]", "a.json: record 1: an object is expected, got 3 (int)"),
-        ("a.xlsx", "x", "ends in .xlsx; .json, .jsonl, .csv, .parquet, .txt files can be read"),
+        (
+            "a.xlsx",
+            "x",
+            "ends in .xlsx; .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, .feather, .txt files can",
+        ),
         ("a.json", "", "a.json is empty"),
     ],
 )

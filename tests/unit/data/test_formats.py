@@ -5,21 +5,15 @@ import pytest
 from glmtuner.data.catalog import format_and_columns
 from glmtuner.data.formats import parser
 from glmtuner.data.records import BadRecord, Example, Message
+from glmtuner.data.spec import DatasetSpec
 from glmtuner.errors import UnknownName
 
 
-class Spec:
-    """As much of an entry as a parser looks at."""
-
-    def __init__(self, formatting, columns=None, tags=None, ranking=False):
-        self.formatting, self.columns = format_and_columns(formatting, columns or {}, ranking)
-        self.tags = tags or {}
-        self.ranking = ranking or "chosen" in self.columns
-
-
-def parse(raw, formatting, columns=None, tags=None, ranking=False):
-    spec = Spec(formatting, columns, tags, ranking)
-    return parser(spec.formatting)(raw, spec)
+def parse(raw, formatting, columns=None, tags=None, ranking=False, **keys):
+    formatting, named = format_and_columns(formatting, columns or {}, ranking)
+    ranking = ranking or "chosen" in named
+    spec = DatasetSpec(name="x", formatting=formatting, columns=named, tags=tags or {}, ranking=ranking, **keys)
+    return parser(formatting)(raw, spec)
 
 
 def turns(example):
@@ -70,8 +64,10 @@ def test_alpaca_history_comes_first(history):
     assert turns(example) == [*earlier, *Q]
 
 
-def test_alpaca_ignores_a_history_that_the_entry_does_not_name():
-    assert turns(parse({"instruction": "q", "output": "a", "history": [["x", "y"]]}, "alpaca")) == Q
+def test_alpaca_reads_history_and_system_unless_an_entry_names_other_columns():
+    raw = {"instruction": "q", "output": "a", "history": [["x", "y"]], "system": "s"}
+    assert turns(parse(raw, "alpaca")) == [("system", "s"), ("user", "x"), ("assistant", "y"), *Q]
+    assert turns(parse(raw, "alpaca", {"prompt": "instruction", "response": "output"})) == Q
 
 
 def test_alpaca_system_and_feedback():
@@ -105,7 +101,7 @@ def test_alpaca_pairs_in_two_columns():
         ({"instruction": ["q"], "output": "a"}, {}, "instruction", "text is expected, got ['q'] (list)"),
         ({"instruction": "q", "input": 3.5, "output": "a"}, {}, "input", "text is expected, got 3.5 (float)"),
         ({"instruction": "q", "output": "\ud83d"}, {}, "output", "half of a surrogate pair"),
-        ({"instruction": "q", "output": ["a"]}, {}, "output", "a ranked pair needs two answers, got a list of 1"),
+        ({"instruction": "q", "output": []}, {}, "output", "empty answer: a list of none"),
         ({"instruction": "q", "output": ["a", " "]}, {}, "output[1]", "empty answer"),
         (
             {"instruction": "q", "output": "a", "history": "x"},
@@ -114,7 +110,7 @@ def test_alpaca_pairs_in_two_columns():
             "a list of [prompt, answer] pairs",
         ),
         ({"instruction": "q", "output": "a", "history": [["x"]]}, WITH_HISTORY, "history[0]", "got a list of 1"),
-        ({"instruction": "q", "output": "a", "history": [["x", ""]]}, WITH_HISTORY, "history[0][1]", "empty answer"),
+        ({"instruction": "q", "output": "a", "history": [["x", 2]]}, WITH_HISTORY, "history[0][1]", "got 2 (int)"),
         ({"instruction": "q", "output": "a", "history": [[1, "y"]]}, WITH_HISTORY, "history[0][0]", "got 1 (int)"),
         (
             {"instruction": "q", "chosen": "good"},
@@ -268,6 +264,106 @@ def test_messages_prompt_and_completion_are_two_lists():
     )
     raw["completion"] = "a"
     assert turns(parse(raw, "messages", columns)) == Q
+
+
+# what is legal, and was called broken
+
+DONE = [("user", "q"), ("assistant", "a")]
+BLANK_TURNS = sharegpt(HUMAN, ("gpt", ""), ("human", "q2"), ("gpt", "a2"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "shape", "expected"),
+    [
+        ({"messages": openai(("system", ""), *DONE)}, ("messages",), DONE),
+        ({"messages": openai(("system", None), *DONE)}, ("messages",), DONE),
+        ({"messages": openai(("developer", "s"), *DONE)}, ("messages",), [("system", "s"), *DONE]),
+        ({"messages": openai(("system", "s"), ("developer", "t"), *DONE)}, ("messages",), [("system", "s\nt"), *DONE]),
+        ({"messages": openai(("system", " "), *DONE), "system": "s"}, ("messages",), [("system", "s"), *DONE]),
+        ({"conversations": BLANK_TURNS}, ("sharegpt",), [("user", "q"), ("assistant", ""), ("user", "q2"), ("assistant", "a2")]),
+        ({"turns": ["q", " ", "q2", "a2"]}, ("turns",), [("user", "q"), ("assistant", " "), ("user", "q2"), ("assistant", "a2")]),
+        ({"instruction": "q", "output": "a", "history": [["x", ""]]}, ("alpaca", WITH_HISTORY), [("user", "x"), ("assistant", ""), *DONE]),
+        ({"instruction": "q", "output": "a", "history": " "}, ("alpaca", WITH_HISTORY), DONE),
+        ({"instruction": "q", "output": "a", "history": '[["x", "y"]]'}, ("alpaca", WITH_HISTORY), [("user", "x"), ("assistant", "y"), *DONE]),
+        ({"instruction": "q", "output": ["a"]}, ("alpaca",), DONE),
+        ({"text": "Human: x\nAssistant:\nHuman: q\nAssistant: a"}, ("transcript", {"prompt": "text"}), [("user", "x"), ("assistant", ""), *DONE]),
+        ({"p": openai(("user", "q")), "c": openai(("assistant", "a"))}, ("messages", {"messages": "p", "response": "c"}), DONE),
+        ({"p": openai(("user", "q")), "c": openai(("assistant", "a"))[0]}, ("messages", {"messages": "p", "response": "c"}), DONE),
+    ],
+)  # fmt: skip
+def test_legal_records(raw, shape, expected):
+    example = parse(raw, *shape)
+    assert turns(example) == expected
+    assert [message.learned for message in example.messages if message.role == "assistant"] == [
+        bool(content.strip()) for role, content in expected if role == "assistant"
+    ]  # an empty answer is context
+
+
+# marks, thoughts, and other keys of turns
+
+
+def one_turn(**keys):
+    return {"messages": [*openai(("user", "q")), {"role": "assistant", "content": "a", **keys}]}
+
+
+@pytest.mark.parametrize(
+    ("keys", "learned"),
+    [({"weight": 0}, False), ({"weight": 1.0}, True), ({"loss": False}, False), ({"train": "false"}, False), ({"training": True}, True),
+     ({"weight": None}, True), ({"weight": 1, "loss": False}, False), ({}, True)],
+)  # fmt: skip
+def test_marks_of_turns(keys, learned):
+    assert parse(one_turn(**keys), "messages").messages[-1] == Message("assistant", "a", learned)
+    assert parse(one_turn(**keys), "messages", ignore_columns=[*keys]).messages[-1].learned
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts(key):
+    assert parse(one_turn(**{key: "t"}), "messages").messages[-1] == Message("assistant", "a", True, "t")
+    assert parse(one_turn(**{key: ""}), "messages").messages[-1].reasoning == ""
+    assert parse(one_turn(**{key: "t"}), "messages", ignore_columns=[key]).messages[-1].reasoning == ""
+    assert parse(one_turn(**{key: "t", "reasoning": "t"}), "messages").messages[-1].reasoning == "t"
+
+
+@pytest.mark.parametrize(
+    ("keys", "field", "reason"),
+    [
+        ({"weight": 0.5}, "weight", "0, 1, true or false, got 0.5 (float); type data.ignore_columns=weight"),
+        ({"loss": "no"}, "loss", "got 'no' (str)"),
+        ({"reasoning": "x", "thinking": "y"}, "reasoning", "differs from thinking"),
+        ({"reasoning_content": 3}, "reasoning_content", "text is expected, got 3 (int)"),
+        ({"function_call": {"name": "f"}}, "function_call", "tool calls are not supported"),
+        ({"images": ["x.png"]}, "images", "images are not supported; leave such records out, or type data.ignore_columns=images"),
+        ({"audio": {"id": "x"}}, "audio", "sounds are not supported"),
+        ({"train_detail": [{"begin_offset": 0}]}, "train_detail", "marks of parts of an answer are not supported"),
+    ],
+)  # fmt: skip
+def test_keys_of_turns_that_cannot_be_obeyed(keys, field, reason):
+    place, message = refused(one_turn(**keys), "messages")
+    assert place == f"messages[1].{field}"
+    assert reason in message
+
+
+def test_only_answers_can_be_learned():
+    asks = {"messages": [{"role": "user", "content": "q", "train": True}, *openai(("assistant", "a"))]}
+    assert refused(asks, "messages")[1].startswith("a turn of user is marked as learned, and only answers are")
+    asks["messages"][0] = {"role": "user", "content": "q", "weight": 1, "train": False}  # as every turn may have it
+    assert turns(parse(asks, "messages")) == Q
+    asks["messages"][0]["reasoning"] = "t"
+    assert "only an answer has reasoning" in refused(asks, "messages")[1]
+
+
+def test_marks_and_thoughts_of_ranked_answers_are_refused():
+    columns = {"messages": "p", "chosen": "chosen", "rejected": "rejected"}
+    for key, value, what in (("weight", 0, "is marked as not learned"), ("reasoning", "t", "has reasoning")):
+        raw = {"p": openai(("user", "q")), "chosen": {"role": "assistant", "content": "a", key: value}, "rejected": "b"}
+        assert what in refused(raw, "messages", columns)[1]
+
+
+@pytest.mark.parametrize(("separator", "prompt"), [("\n", "q\nmore"), ("", "qmore"), (" | ", "q | more")])
+def test_the_input_separator_stands_between_prompt_and_query(separator, prompt):
+    raw = {"instruction": "q", "input": "more", "output": "a"}
+    assert turns(parse(raw, "alpaca", input_separator=separator))[0] == ("user", prompt)
+    assert turns(parse({**raw, "input": ""}, "alpaca", input_separator=separator))[0] == ("user", "q")
 
 
 # turns, transcript, text

@@ -5,6 +5,7 @@ import hashlib
 import json
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 
 from glmtuner.data import json_stream
@@ -156,7 +157,6 @@ def test_csv_rows_of_another_length_are_bad_records(tmp_path):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     records = [{"instruction": "q", "history": [["x", "y"]]}, {"instruction": None, "history": None}]
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
@@ -179,7 +179,6 @@ def test_text_has_a_record_a_line(tmp_path):
         ("a.json", '[{"a": 1}', "line 1, column 10, record 1: Expecting ',' delimiter"),
         ("a.json", '[{"a": 1}\n {"a": 2}]', "line 2, column 2, record 1: Expecting ',' delimiter"),
         ("a.json", '[{"a": 1}] x', "line 1, column 12, record 1: text after the array"),
-        ("a.json", '{"a": 1}', "holds one object (a) where an array of objects is expected; put it in [ ]"),
         ("a.json", "3", "holds 3 (int) where an array of objects is expected"),
         ("a.json", '{"a"\n: 1', "is not JSON at line 2, column 4: Expecting ',' delimiter; the file is truncated"),
         ("a.json", "", "is empty"),
@@ -206,7 +205,9 @@ def test_a_file_without_records_is_an_error(tmp_path, name, content):
 
 def test_another_kind_of_file_names_the_legal_ones(tmp_path):
     (tmp_path / "a.xml").write_text("x")
-    with pytest.raises(DataError, match=r"a\.xml .*\.json, \.jsonl, \.csv, \.parquet, \.txt"):
+    with pytest.raises(
+        DataError, match=r"a\.xml .*\.json, \.jsonl, \.ndjson, \.csv, \.tsv, \.parquet, \.arrow, \.feather, \.txt"
+    ):
         source_of(tmp_path, file_name="a.xml")
 
 
@@ -312,33 +313,6 @@ def test_a_folder_inside_the_folder(tmp_path):
     assert [row.source for row in source_of(tmp_path, file_name="set", folder="zh")] == ["set/zh/a.json"]
 
 
-# Downloads
-
-
-def test_a_download_is_checked_kept_and_named_when_whole(tmp_path, monkeypatch):
-    origin = tmp_path / "there" / "set.json"
-    origin.parent.mkdir()
-    origin.write_text("[{}]")
-    cache, sha256 = tmp_path / "cache", hashlib.sha256(b"[{}]").hexdigest()
-    keys = {"url": origin.as_uri(), "sha256": sha256, "cache_dir": cache}
-    assert source_of(tmp_path, **keys).fingerprint() == {"set.json": sha256}
-    origin.unlink()
-    assert len(list(source_of(tmp_path, **keys))) == 1
-    kept = [path for path in cache.rglob("*") if path.is_file()]
-    assert [path.name for path in kept] == ["set.json"]
-    kept[0].write_text("[")
-    with pytest.raises(DataError, match="could not be downloaded"):
-        source_of(tmp_path, **keys)
-
-
-def test_a_download_with_another_checksum_is_refused_and_removed(tmp_path):
-    (tmp_path / "set.json").write_text("[{}]")
-    cache = tmp_path / "cache"
-    with pytest.raises(DataError, match=f"has sha256 [0-9a-f]{{64}}.* {'0' * 64}"):
-        source_of(tmp_path, url=(tmp_path / "set.json").as_uri(), sha256="0" * 64, cache_dir=cache)
-    assert not [path for path in cache.rglob("*") if path.is_file()]
-
-
 # The hub
 
 COMMIT = "0123456789" * 4
@@ -352,6 +326,13 @@ class FakeHub(list):
     def __init__(self, records, commit=COMMIT):
         super().__init__(records)
         self.cache_files = [{"filename": f"cache/org___name/default/0.0.0/{commit}/name-train.arrow"}]
+
+    def with_format(self, name):
+        assert name == "arrow"
+        return self
+
+    def iter(self, size):
+        return iter([pyarrow.Table.from_pylist(list(self))])
 
 
 @pytest.fixture
@@ -439,6 +420,7 @@ def test_an_empty_hub_set_is_an_error(tmp_path, hub):
 )
 def test_failures_of_the_hub_are_reported_with_advice(tmp_path, monkeypatch, hub, error, advice):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("glmtuner.families.hub.time.sleep", lambda seconds: None)  # between attempts
     hub.answer = error
     with pytest.raises(DataError) as caught:
         source_of(tmp_path, hf_hub_url="no-such-org/no-such-name-anywhere")
@@ -455,7 +437,6 @@ def test_a_gated_dataset_says_how_to_log_in(tmp_path, hub):
 
 
 def test_datasets_own_reader_serves_a_folder_of_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     pytest.importorskip("datasets")
     (tmp_path / "repository").mkdir()

@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from glmtuner.config.compose import compose
+from glmtuner.config.overrides import bracket_lists, parse
 from glmtuner.distributed import ranks
 from glmtuner.errors import ConfigError
 from glmtuner.launch.register import register_presets
@@ -151,3 +153,13 @@ def test_deepspeed_is_configured_for_what_its_presets_say(monkeypatch: pytest.Mo
     monkeypatch.setattr("glmtuner.parallel.zero2.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"parallel=zero3 .*deepspeed.* type pip install deepspeed"):
         three.check_machine()
+
+
+@pytest.mark.parametrize(
+    "name", ["it's", 'a "b"', "a\\", "a\\'b,[c]{d}(e)=f", "$HOME %d ~", "中文 😀", " lead", "null"]
+)
+def test_the_command_of_a_rank_has_the_folder_whatever_its_name(name):
+    *_, last = ranks.command_of([], ["trainer.seed=1", "trainer.output_dir=x"], Path("/tmp") / name)
+    (normalized,) = bracket_lists([last], multirun=False)
+    (override,) = parse([normalized])
+    assert override.key_or_group == "trainer.output_dir" and override.value() == f"/tmp/{name}"

@@ -69,6 +69,12 @@ def caused_by(cause: Exception, wrapper: Exception) -> Exception:
     return wrapper
 
 
+def during(context: Exception, error: Exception, hidden: bool = False) -> Exception:
+    """`error` as it is raised while `context` is handled, with `hidden` from None."""
+    error.__context__, error.__suppress_context__ = context, hidden
+    return error
+
+
 class Fetch:
     """Raises these errors in turn, then returns "loaded"."""
 
@@ -98,6 +104,8 @@ TRANSIENT = {
     "rate limit": lambda: http_error(429),
     "reset": lambda: ConnectionResetError("reset by peer"),
     "by huggingface_hub": lambda: caused_by(client_error("ConnectError"), LocalEntryNotFoundError("not in the cache")),
+    "while it was handled": lambda: during(client_error("ReadError"), OSError("Can't load tokenizer for 'a/b'")),
+    "by datasets": lambda: caused_by(client_error("ReadError"), ConnectionError("Couldn't reach 'a/b' on the Hub")),
     "by transformers": lambda: caused_by(
         caused_by(http_error(500), LocalEntryNotFoundError("not in the cache")), OSError("could not connect")
     ),
@@ -108,6 +116,8 @@ PERMANENT = {
     "gated": lambda: http_error(403, GatedRepoError),
     "no such file": lambda: caused_by(http_error(404), OSError("no file named model.safetensors")),
     "offline": lambda: caused_by(OfflineModeIsEnabled("offline"), LocalEntryNotFoundError("not in the cache")),
+    "offline by datasets": lambda: caused_by(OfflineModeIsEnabled("offline"), ConnectionError("Couldn't reach 'a/b'")),
+    "hidden": lambda: during(client_error("ReadError"), OSError("no file named config.json"), hidden=True),
     "not in the cache": lambda: LocalEntryNotFoundError("not in the cache"),
     "damaged": lambda: EOFError("Ran out of input"),
 }
@@ -145,6 +155,11 @@ def test_an_attempt_that_took_long_is_not_repeated(waits: list[float], monkeypat
     with pytest.raises(CheckpointError, match="set HF_ENDPOINT to a mirror"):
         from_hub(MODEL, fetch)
     assert (fetch.calls, waits) == (2, [1.0])
+
+
+def test_the_reason_is_that_of_the_network() -> None:
+    with pytest.raises(CheckpointError, match="the connection failed: Can't load tokenizer"):
+        raise hub._not_loaded(MODEL, during(client_error("ReadError"), OSError("Can't load tokenizer for 'a/b'")))
 
 
 READ_CONFIG = """\

@@ -9,6 +9,7 @@ import torch
 from small_models import MODELS, STOP, alone, built, prompt
 from transformers import GenerationMixin
 
+from glmtuner.errors import PreflightError
 from glmtuner.inference.batch import SPARE_COLUMNS
 from glmtuner.inference.decoding import Decoder
 from glmtuner.inference.generate import Decoding, answers, until_stop
@@ -44,6 +45,16 @@ def test_any_batch_size_gives_what_generate_gives_a_prompt_alone(name: str) -> N
     assert len({len(tokens) for tokens in wanted}) > 1
     for rows in (1, 3, 8):
         assert answered(model, prompts, rows, stop_ids=stops) == wanted, rows
+
+
+def test_logits_that_are_not_finite_are_an_error_and_no_answer() -> None:
+    model = built("Llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9] = torch.inf
+    prompts = [prompt("Llama", 0), [20, 9, 21], prompt("Llama", 1)]
+    for penalty in (1.0, 1.3):
+        with pytest.raises(PreflightError, match=r"not finite for prompt 2 of 3.*float64; type model.dtype=float32"):
+            answered(model, prompts, rows=2, repetition_penalty=penalty)
 
 
 @pytest.mark.parametrize("name", ["Glm", "ChatGLM"])

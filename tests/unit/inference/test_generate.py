@@ -1,9 +1,11 @@
 """The text of an answer as its tokens come: pieces that are never taken back, and together are what `decode` gives."""
 
+import random
 import shutil
+import time
 from importlib.resources import files
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from transformers import AutoTokenizer
@@ -73,6 +75,39 @@ def test_a_stop_text_ends_the_answer_before_it(tokenizer: Any) -> None:
         assert stopped and "".join(pieces) == whole[:first].strip()
     pieces, stopped = told(tokenizer, tokens, ("of it, ENDING", "ENDE"))  # it begins like the end, and is not
     assert not stopped and "".join(pieces) == whole.strip()
+
+
+class Characters:
+    """A tokenizer with a token for each character."""
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return "".join(map(chr, tokens))
+
+
+def test_any_stop_texts_end_an_answer_where_a_search_from_its_start_finds_them() -> None:
+    draw = random.Random(0)
+    for _ in range(3000):
+        written = "".join(draw.choice("aab \n") for _ in range(draw.randint(0, 30)))
+        stops = tuple(
+            "".join(draw.choice("aab ") for _ in range(draw.randint(1, 7))) for _ in range(draw.randint(0, 4))
+        )
+        text = written.lstrip()
+        ends = (end for end in range(len(text) + 1) if any(text[:end].endswith(stop) for stop in stops))
+        end = next(ends, None)
+        wanted = text.rstrip()
+        if end is not None:
+            wanted = text[: min(end - len(stop) for stop in stops if text[:end].endswith(stop))].rstrip()
+        pieces, stopped = told(Characters(), list(map(ord, written)), stops)
+        assert ("".join(pieces), stopped) == (wanted, end is not None), (written, stops)
+
+
+def test_the_longest_stop_texts_cost_little() -> None:
+    stops = tuple("a" * 1000 + letter for letter in "wxyz")
+    text = AnswerText(cast(Any, Characters()), stops)
+    started = time.process_time()
+    pieces = [text.put(ord("a")) for _ in range(20_000)]
+    assert time.process_time() - started < 5  # a search from the start for each token takes minutes
+    assert len("".join(pieces)) == 20_000 - 1000  # what may be the beginning of a stop text is held back
 
 
 def test_bytes_that_are_no_text_do_not_hold_an_answer_back(tokenizer: Any) -> None:

@@ -1,11 +1,13 @@
 """The fast paths compute what the plain ones do: no padding, no leakage, and a loss in chunks."""
 
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import GlmConfig, GlmForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from glmtuner.data.collate import Collator
 from glmtuner.data.segments import SegmentCollator
@@ -14,12 +16,13 @@ from glmtuner.finetuning.lora import Lora
 from glmtuner.finetuning.p_tuning import PTuning
 from glmtuner.kernels import chunked_loss as head
 from glmtuner.kernels.choose import ANSWER_TOKENS, Optimizations, choose_optimizations, short_samples
-from glmtuner.kernels.chunked_loss import cross_entropy, enable_chunked_loss, supports_chunked_loss
+from glmtuner.kernels.chunked_loss import chunked_loss_problem, cross_entropy, enable_chunked_loss
+from glmtuner.kernels.fast_paths import FastPath
 from glmtuner.kernels.segment_attention import (
     disable_segment_attention,
     enable_segment_attention,
     position_function,
-    supports_segment_attention,
+    segment_attention_problem,
 )
 from glmtuner.models.configuration_chatglm import ChatGLM2Config, ChatGLMConfig
 from glmtuner.models.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -109,7 +112,7 @@ def assert_same(found: tuple[float, dict[str, torch.Tensor]], wanted: tuple[floa
 def test_segments_give_the_loss_and_the_gradients_of_padded_rows(name):
     model = model_of(name)
     wanted = learned(model, Collator(pad_id=3)(samples()))
-    assert supports_segment_attention(model)
+    assert segment_attention_problem(model) is None
     enable_segment_attention(model)
     flat = SegmentCollator(positions_of=position_function(model))
     assert_same(learned(model, flat(samples())), wanted)
@@ -166,7 +169,7 @@ def test_the_loss_in_chunks_is_the_plain_one(name, chunk, monkeypatch):
     rows = samples() * 4  # more learned tokens than a chunk holds
     batch = Collator(pad_id=3)(rows)
     wanted = learned(model, batch)
-    assert supports_chunked_loss(model)
+    assert chunked_loss_problem(model) is None
     enable_chunked_loss(model)
     assert_same(learned(model, batch), wanted)
     count = torch.tensor(7)
@@ -229,11 +232,100 @@ def test_a_model_whose_attention_cannot_be_told_of_segments_gets_padded_rows():
     assert model.config._attn_implementation == "eager"
 
 
-def test_both_paths_can_be_left_out():
-    plain = Collator(pad_id=3)
-    assert choose_optimizations(glm(), samples()[:2], plain, without_padding=False, on_weights=False) == Optimizations(
-        plain
-    )
+def test_excluded_paths_are_not_tried():
+    plain, reasons = Collator(pad_id=3), dict.fromkeys(FastPath, "the configuration says so")
+    assert choose_optimizations(glm(), samples()[:2], plain, excluded=reasons) == Optimizations(plain, left_out=reasons)
+    one = choose_optimizations(glm(), samples()[:2], plain, excluded={FastPath.chunked_loss: "no"})
+    assert one.enabled == {FastPath.without_padding} and one.left_out[FastPath.chunked_loss] == "no"
+    assert not one.chunks_loss and "no plain LoRA" in one.left_out[FastPath.fused_lora]
+
+
+class Projected(GlmForCausalLM):
+    """A model that makes its hidden states wider before the head."""
+
+    def __init__(self, config: GlmConfig) -> None:
+        super().__init__(config)
+        self.wider = nn.Linear(config.hidden_size, 80)
+        self.lm_head = nn.Linear(80, config.vocab_size)
+
+    def forward(self, input_ids: Any, labels: Any = None, **options: Any) -> Any:
+        options.pop("num_items_in_batch", None)
+        logits = self.lm_head(self.wider(self.model(input_ids=input_ids, **options).last_hidden_state))
+        return CausalLMOutputWithPast(loss=self.loss_function(logits, labels, VOCABULARY), logits=logits)
+
+
+class Strict(GlmForCausalLM):
+    """A model that takes no other arguments than its own."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def test_what_a_model_s_code_has_no_place_for_is_left_out_with_the_reason():
+    chosen = choose_optimizations(Projected(glm().config), samples()[:2], Collator(pad_id=3))
+    assert chosen.enabled == {FastPath.without_padding}
+    assert "not applied to the last hidden states" in chosen.left_out[FastPath.chunked_loss]
+    chosen = choose_optimizations(Strict(glm().config), samples()[:2], Collator(pad_id=3))
+    assert "unexpected keyword argument" in chosen.left_out[FastPath.without_padding]
+
+
+class Allocates(GlmForCausalLM):
+    """A model that fails on batches of segments with the error that it is given."""
+
+    error: Exception
+
+    def forward(self, *args: Any, segments: Any = None, **options: Any) -> Any:
+        if segments is not None:
+            raise self.error
+        return super().forward(*args, **options)
+
+
+def out_of_memory() -> Exception:
+    """What the CPU's allocator raises."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    return caught.value
+
+
+def failing(error: Exception) -> Allocates:
+    model = Allocates(glm().config)
+    model.error = error
+    return model
+
+
+def test_what_does_not_fit_into_memory_is_left_out():
+    for error in (
+        out_of_memory(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+    ):
+        model = failing(error)
+        chosen = choose_optimizations(model, samples()[:2], Collator(pad_id=3))
+        assert "not enough memory for it" in chosen.left_out[FastPath.without_padding]
+        assert not isinstance(chosen.collate, SegmentCollator) and chosen.chunks_loss
+        assert "segments" not in (model.config._attn_implementation or "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: device-side assert triggered"), IndexError("index 9 is out of range"), ValueError("shapes"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"), AttributeError("no such thing"), KeyError("a"),
+    ],
+)  # fmt: skip
+def test_any_other_error_is_raised(error):
+    with pytest.raises(type(error)) as raised:
+        choose_optimizations(failing(error), samples()[:2], Collator(pad_id=3))
+    assert raised.value is error and "batches without padding" in " ".join(error.__notes__)
+
+
+@every_model
+def test_a_worker_that_loads_batches_does_not_get_the_model(name):
+    model = model_of(name)
+    flat = choose_optimizations(model, samples()[:2], Collator(pad_id=3)).collate
+    packed = pickle.dumps(flat)
+    assert isinstance(flat, SegmentCollator) and len(packed) < 10_000
+    assert torch.equal(pickle.loads(packed)(samples())["position_ids"], flat(samples())["position_ids"])
 
 
 @pytest.mark.parametrize("name", ["glm", "chatglm"])

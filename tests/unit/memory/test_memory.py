@@ -126,9 +126,10 @@ def test_checkpointing_is_turned_on_only_where_the_batch_does_not_fit_without_it
         assert number in line
 
 
-@pytest.mark.parametrize("word", ["trainer.gradient_checkpointing=false", "trainer.gradient_checkpointing=true"])
-def test_what_was_typed_is_obeyed(word):
-    assert decided(1, word) == (None, [])
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+@pytest.mark.parametrize("value", ["false", "true"])
+def test_what_was_typed_is_obeyed(name, value):
+    assert decided(1, f"trainer.{name}={value}") == (None, [])
 
 
 def test_nothing_is_decided_where_it_cannot_be():
@@ -137,7 +138,8 @@ def test_nothing_is_decided_where_it_cannot_be():
     def cannot(checkpointing: bool) -> Estimate:
         raise ConfigError("no")
 
-    assert checkpointing_notice(compose(["model=tiny_glm"]), cannot, 1) is None
+    with pytest.raises(ConfigError, match=r"^no$"):  # and a run says so
+        checkpointing_notice(compose(["model=tiny_glm"]), cannot, 1)
 
 
 def test_what_surely_fits_is_never_less_than_the_estimate():
@@ -185,3 +187,88 @@ def test_a_gpu_elsewhere_is_told_in_the_precision_that_it_would_have(method, mon
     here, _ = estimate_run(compose([*words, "trainer.bf16=true", "trainer.use_cpu=true"]), torch.device("cuda"), None)
     assert elsewhere.device == "GPU" and elsewhere.parts == here.parts
     assert 0 < elsewhere.parts["allocator"] < elsewhere.peak / 10
+
+
+# -- trainer.activation_checkpointing and its earlier name -------------------------------------------------------------
+
+SHORT = ["model=tiny_glm", "tracker=none", "finetuning=lora", "data.dataset=identity_sample"]
+
+
+def checked(*words: str, available: int | None = None) -> tuple[Estimate, str | None]:
+    """What `--check` estimates, and the notice of checkpointing that it turns on."""
+    from glmtuner.launch.memory_check import estimate_run
+
+    return estimate_run(compose([*SHORT, *words]), CPU, available)
+
+
+def test_both_names_of_checkpointing_are_obeyed_by_the_check_and_the_decision():
+    plain, _ = checked()
+    old, _ = checked("trainer.gradient_checkpointing=true")
+    new, notice = checked("trainer.activation_checkpointing=true", available=1)
+    assert new.checkpointing and new.parts["activations"] == old.parts["activations"] < plain.parts["activations"] / 4
+    assert notice is None
+    decided, notice = checked(available=1)
+    assert decided.checkpointing and notice is not None
+    off, notice = checked("trainer.activation_checkpointing=false", available=1)
+    assert not off.checkpointing and notice is None and off.parts["activations"] == plain.parts["activations"]
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_every_nth_layer_is_checkpointed_in_the_estimate_as_in_the_run(name):
+    plain, every = (checked(*words)[0] for words in ((), (f"trainer.{name}=true",)))
+    some, _ = checked(f"trainer.{name}=true", f"trainer.{name}_kwargs={{every_n_layers: 2}}")
+    assert every.parts["activations"] < some.parts["activations"] < plain.parts["activations"]
+
+
+def test_activations_cannot_be_moved_from_the_cpu_to_the_cpu():
+    words = ("trainer.activation_checkpointing=true", "trainer.activation_checkpointing_kwargs={offload: true}")
+    with pytest.raises(ConfigError, match="this run is on the CPU; leave offload out"):
+        checked(*words)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("{every_n_layer: 2}", "did you mean 'every_n_layers'?"),
+        ("{every_n_layers: 0}", "a number of layers, at least 1"),
+        ("{every_n_layers: true}", "a number of layers, at least 1"),
+        ("{use_reentrant: 3}", "true or false"),
+        ("{determinism_check: strict}", "default or none"),
+        ("{use_reentrant: true, debug: true}", "for use_reentrant: false only"),
+        ("{foo: 1}", "legal: use_reentrant"),
+    ],
+)
+def test_options_of_checkpointing_that_do_not_exist_are_named(options, told):
+    for key in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        with pytest.raises(ConfigError) as refused:
+            compose(["model=tiny_glm", f"trainer.{key}={options}"])
+        assert f"trainer.{key}=" in str(refused.value) and told in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["null", "{}", "{use_reentrant: false, early_stop: false}", "{preserve_rng_state: false, every_n_layers: 3}"],
+)
+def test_options_of_checkpointing_that_exist_are_legal(options):
+    compose(["model=tiny_glm", f"trainer.activation_checkpointing_kwargs={options}"])
+
+
+def test_checkpointing_is_not_reentrant_unless_it_is_asked_for():
+    from glmtuner.memory.checkpointing import enable_checkpointing
+
+    class Model:
+        def activation_checkpointing_enable(self, **options: Any) -> None:
+            self.options = options
+
+    class Arguments:
+        activation_checkpointing = True
+        activation_checkpointing_kwargs: Any = None
+
+    model, arguments = Model(), Arguments()
+    enable_checkpointing(model, arguments)  # type: ignore[arg-type]  # what it uses of them
+    assert model.options == {"activation_checkpointing_kwargs": None, "every_n_layers": 1, "offload": False}
+    arguments.activation_checkpointing_kwargs = {"preserve_rng_state": False, "every_n_layers": 2}
+    enable_checkpointing(model, arguments)  # type: ignore[arg-type]
+    kept = {"preserve_rng_state": False, "use_reentrant": False}
+    assert model.options == {"activation_checkpointing_kwargs": kept, "every_n_layers": 2, "offload": False}
+    assert arguments.activation_checkpointing_kwargs == {**kept, "every_n_layers": 2}  # for transformers' own call

@@ -24,11 +24,11 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
 
 BASE = {
     "name": "a_sweep", "objective": None, "model.model_name_or_path": "package://tiny_glm", "model.family": "glm",
-    "model.template": "glm4", "quant.quantization_bit": None, "data.dataset": ["belle_sample"], "data.eval_dataset": [],
+    "model.template": "glm4", "model.checkpoint_dir": [], "quant.quantization_bit": None, "data.dataset": ["belle_sample"], "data.eval_dataset": [],
     "data.dev_ratio": 0.3, "data.max_samples": None, "data.split": "train", "data.dataset_dir": "data",
     "finetuning.finetuning_type": "lora", "finetuning.lora_rank": 8, "stage.name": "sft", "trainer.seed": 42,
     "trainer.data_seed": None, "trainer.learning_rate": 0.001, "trainer.max_steps": 4, "trainer.num_train_epochs": 3.0,
-    "metric.name": "rouge_bleu_zh",
+    "metric.name": "rouge_bleu_zh", "generation.do_sample": True,
 }  # fmt: skip
 
 

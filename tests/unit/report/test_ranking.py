@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from glmtuner.metrics.rouge_bleu_zh import RougeBleuZh
 from glmtuner.report.ranking import format_score, rank_sweep
 from glmtuner.report.record_scores import record_scores
 
@@ -132,6 +133,29 @@ def test_answers_to_other_questions_are_not_compared(sweep, job):
     by_label = {rate_of(row): row for row in ranking.rows}
     assert by_label["0.2"].difference is None
     assert by_label["0.3"].difference.num_records == 20  # a part of the winner's questions
+
+
+def test_answers_are_scored_again_against_their_references(sweep, job):
+    """Not against the labels, which a tokenizer may write otherwise; runs with other references are compared, with a note."""
+    for rate, reference in ((0.1, "{},answer"), (0.2, "{}，answer")):
+        folder = rated(job, f"r{rate}", rate, answers=[(prompt, f"{prompt}，answer", "") for prompt, _ in ASKED])
+        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        lines = [
+            {**line, "reference": reference.format(line["prompt"]), "predict": f"{line['prompt']},answer"}
+            for line in lines
+        ]
+        (folder / "predictions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        scores = RougeBleuZh().scores([line["predict"] for line in lines], [line["reference"] for line in lines])
+        (folder / "metrics.json").write_text(json.dumps({f"predict_{name}": value for name, value in scores.items()}))
+    ranking = rank_sweep(sweep)
+    winner, other = ranking.rows
+    assert winner.intervals["predict_bleu-4"].value == pytest.approx(100) and rate_of(winner) == "0.1"
+    assert (
+        other.intervals["predict_bleu-4"].value == pytest.approx(other.metrics["predict_bleu-4"]) != pytest.approx(100)
+    )
+    assert other.difference.num_records == 30
+    (note,) = ranking.notes
+    assert note.startswith("1 of the 2 settings were scored against other texts of the same labels than the winner")
 
 
 def test_seeds_are_grouped_and_stay_listed(sweep, job):

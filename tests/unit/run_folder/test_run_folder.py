@@ -9,7 +9,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from glmtuner.errors import CheckpointError, FolderBusy
+from glmtuner.errors import CheckpointError, ConfigError, FolderBusy
 from glmtuner.run_folder import files, locks
 from glmtuner.run_folder.acquire import acquire_run_folder, default_folder, differing_keys
 from glmtuner.run_folder.checkpoints import (
@@ -158,7 +158,10 @@ def config(**changed):
             "template": None,
             "cache_dir": None,
         },
-        "finetuning": {"lora_rank": 8, "lora_target": []},
+        "quant": {"quantization_bit": None},
+        "finetuning": {"finetuning_type": "lora", "lora_rank": 8, "lora_target": []},
+        "stage": {"name": "sft"},
+        "generation": {},
         "trainer": {"learning_rate": 5e-5, "output_dir": None, "overwrite_output_dir": False, "hub_token": None},
         "data": {"dataset": ["a"], "overwrite_cache": False},
     }
@@ -232,7 +235,8 @@ def test_a_model_folder_may_be_written_in_another_way(tmp_path, monkeypatch):
 )
 def test_an_unfinished_run_of_another_config_is_refused(tmp_path, changed):
     key = next(iter(changed)).replace("__", ".")
-    before = files_of(run(tmp_path))
+    checkpoint(run(tmp_path), 10)
+    before = files_of(tmp_path)
     facts = (
         rf"trainer\.output_dir=.* unfinished run of another configuration .*{key}.* trainer\.overwrite_output_dir=true"
     )
@@ -339,7 +343,11 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tmp_path, finishe
     outside.mkdir(exist_ok=True)
     (outside / "kept").write_text("mine", encoding="utf-8")
     (tmp_path / "wandb").symlink_to(outside)
+    before = files_of(tmp_path)
     assert acquire_run_folder(tmp_path, config(), overwrite=True) is False
+    assert files_of(tmp_path) == before  # until the new run has its data and its model
+    RunFolder(tmp_path).prepare(resumes=False, trains=True)
+    RunFolder(tmp_path).unlock()
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
     assert (outside / "kept").is_file() and {"config.yaml", "checkpoints", "wandb"} <= {*RUN_ENTRIES}
 
@@ -480,3 +488,263 @@ def test_flat_keys_are_dotted():
 )
 def test_a_secret_inside_a_dictionary_is_redacted(override, redacted):
     assert redact_overrides([override]) == [redacted]
+
+
+# Folders that never block, and folders that are never touched
+
+
+@pytest.mark.parametrize("traces", [
+    [".config.yaml.partial"], [".lock"], [".lock", ".config.yaml.partial"], ["failed.json", ".failed.json.partial"],
+    [".failed.json.4711"], [".failed.json.4711.partial", "output.log", ".lock"],
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_killed_attempt_leaves_is_an_unused_folder(tmp_path, traces, overwrite):
+    for name in traces:
+        (tmp_path / name).write_text("half", encoding="utf-8")
+    assert acquire_run_folder(tmp_path, config(), overwrite) is False
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock", "output.log"}
+    RunFolder(tmp_path).prepare(resumes=False, trains=True)
+    assert RunFolder(tmp_path).is_running
+    RunFolder(tmp_path).unlock()
+
+
+NO_RESULTS = {
+    "nothing": {},
+    "an evaluation before the first step": {"history.jsonl": '{"step": 0, "eval_loss": 1.0}\n', "losses.jsonl": "{}\n",
+                                            "evaluations/step-0.jsonl": '{"index": 0}\n'},
+    "an empty history": {"history.jsonl": ""},
+    "an error": {"failed.json": '{"kind": "error", "reason": "x", "time": "t", "words": []}'},
+    "a checkpoint that was not renamed": {"checkpoints/.partial-checkpoint-1/optimizer.pt": "x"},
+    "weights that were not renamed": {".adapter.partial/adapter_config.json": "{}"},
+    "no answer yet": {"predictions.jsonl": ""},
+}  # fmt: skip
+RESULTS = {
+    "a logged step": {"history.jsonl": '{"step": 0, "eval_loss": 1}\n{"step": 1, "loss": 1}\n'},
+    "a first line that is cut": {"history.jsonl": '{"step": 1, "lo'},
+    "a checkpoint": {"checkpoints/checkpoint-1/complete.json": "{}"},
+    "an adapter": {"adapter/adapter_config.json": "{}"},
+    "a model": {"model/config.json": "{}"},
+    "answers": {"predictions.jsonl": '{"index": 0}\n'},
+}
+
+
+def write_all(folder, files):
+    for name, text in files.items():
+        write_text(folder / name, text)
+
+
+@pytest.mark.parametrize("files", NO_RESULTS.values(), ids=NO_RESULTS)
+def test_a_run_without_a_trained_step_does_not_block_the_corrected_command(tmp_path, files, capsys):
+    write_all(run(tmp_path), files)
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    assert acquire_run_folder(tmp_path, config(trainer__learning_rate=1e-4), overwrite=False) is False
+    said = capsys.readouterr().out
+    assert "had not trained a step and is replaced (different: trainer.learning_rate)" in said
+    RunFolder(tmp_path).prepare(resumes=False, trains=True)
+    RunFolder(tmp_path).unlock()
+    assert files_of(tmp_path) == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("files", RESULTS.values(), ids=RESULTS)
+def test_a_run_with_results_is_not_replaced_by_another_configuration(tmp_path, files):
+    write_all(run(tmp_path), files)
+    before = files_of(tmp_path)
+    with pytest.raises(CheckpointError, match="unfinished run of another configuration"):
+        acquire_run_folder(tmp_path, config(trainer__learning_rate=1e-4), overwrite=False)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "text", ["server: {port: 80}\n", "", "- a\n", "model: resnet\ntrainer: {max_epochs: 3}\n", "a: ["]
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_config_of_another_program_is_never_touched(tmp_path, text, overwrite):
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "train.py").write_text("mine", encoding="utf-8")
+    before = files_of(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.yaml"):
+        acquire_run_folder(tmp_path, config(), overwrite)
+    assert files_of(tmp_path) == before
+
+
+def test_a_damaged_run_is_replaced_only_when_asked(tmp_path):
+    write_all(tmp_path, {"config.yaml": "[", "provenance.json": "{}", "overrides.txt": ""})
+    with pytest.raises(CheckpointError, match=r"config\.yaml is damaged .*trainer\.overwrite_output_dir=true"):
+        acquire_run_folder(tmp_path, config(), overwrite=False)
+    assert acquire_run_folder(tmp_path, config(), overwrite=True) is False
+    RunFolder(tmp_path).prepare(resumes=False, trains=True)
+    RunFolder(tmp_path).unlock()
+    assert files_of(tmp_path) == {}
+
+
+def test_a_process_killed_while_it_empties_a_folder_leaves_one_that_the_same_command_empties(tmp_path, monkeypatch):
+    from glmtuner.run_folder import folder as module
+
+    class Killed(BaseException):
+        pass
+
+    removed = module._remove
+    for count in range(0, len(RUN_ENTRIES) - 1, 3):
+        path = run(tmp_path / str(count), finished=True)
+        checkpoint(path, 10)
+        write_all(path, {name: "{}" for name in ("overrides.txt", "provenance.json", "history.jsonl", "adapter/a")})
+        left = iter(range(count))
+
+        def kill(entry, left=left):
+            if next(left, None) is None:
+                raise Killed
+            removed(entry)
+
+        acquire_run_folder(path, config(), overwrite=True)
+        monkeypatch.setattr(module, "_remove", kill)
+        with pytest.raises(Killed):
+            RunFolder(path).prepare(resumes=False, trains=True)
+        monkeypatch.setattr(module, "_remove", removed)
+        RunFolder(path).unlock()
+        assert RunFolder(path).is_finished == (count == 0)  # never finished with a part of its files
+        acquire_run_folder(path, config(), overwrite=True)
+        RunFolder(path).prepare(resumes=False, trains=True)
+        RunFolder(path).unlock()
+        assert files_of(path) == {}
+
+
+def test_a_folder_that_another_process_used_meanwhile_is_busy(tmp_path):
+    assert acquire_run_folder(tmp_path, config(), overwrite=False) is False
+    before = files_of(run(tmp_path, finished=True))  # the other process, which started and ended meanwhile
+    with pytest.raises(FolderBusy, match=r"trainer\.output_dir=.*meanwhile"):
+        RunFolder(tmp_path).prepare(resumes=False, trains=True)
+    RunFolder(tmp_path).unlock()
+    assert files_of(tmp_path) == before
+
+
+def test_a_resume_removes_what_was_half_written_and_names_the_checkpoint(tmp_path, capsys):
+    run(tmp_path)
+    checkpoint(tmp_path, 5)
+    kept = files_of(tmp_path)
+    write_all(
+        tmp_path, {".history.jsonl.partial": "x", ".adapter.partial/a": "x", "checkpoints/.partial-checkpoint-7/a": "x"}
+    )
+    (tmp_path / ".mine.partial").write_text("mine", encoding="utf-8")
+    assert acquire_run_folder(tmp_path, config(), overwrite=False) is True
+    RunFolder(tmp_path).unlock()
+    assert files_of(tmp_path) == kept | {".mine.partial": b"mine"}
+    assert ".partial-checkpoint-7 is skipped: incomplete" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_starts_again_does_not_log_twice(tmp_path):
+    write_all(run(tmp_path), {"history.jsonl": '{"step": 0, "eval_loss": 1}\n'})
+    RunFolder(tmp_path).prepare(resumes=True, trains=True)
+    assert len(RunFolder(tmp_path).history()) == 1
+    RunFolder(tmp_path).prepare(resumes=True, trains=False)
+    RunFolder(tmp_path).unlock()
+    assert RunFolder(tmp_path).history() == []
+
+
+# Paths
+
+
+def test_paths_that_cannot_be_a_run_folder_are_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "fifo")
+    cases = {
+        "file": "file is not a folder", "file/below/it": "file is not a folder", "fifo": "fifo is not a folder",
+        "loop": "symbolic links", "loop/x": "symbolic links", "dangling": "does not exist", "dangling/x": "does not exist",
+        "x" * 300: "name too long", "/".join(["long" * 30] * 34): "name too long", "a\nb": "control character",
+        "a\x1b[0m": "control character", "\udcff": "not valid UTF-8", "a${b}": "interpolation",
+    }  # fmt: skip
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for name, said in cases.items():
+        with pytest.raises(ConfigError, match=r"^trainer\.output_dir=.*type another trainer\.output_dir$") as raised:
+            acquire_run_folder(tmp_path / name, config(), overwrite=True)
+        assert said in str(raised.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["it's", 'a"b', "a b", "a=b,c", "{x}[y]", "$HOME %d ~", "中文 😀", "-x", ".", "a.", "a\\b", "x" * 255]
+)
+def test_any_other_name_will_do(tmp_path, name):
+    assert acquire_run_folder(tmp_path / name / "sub", config(), overwrite=False) is False
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: False
+    )  # what access(2) says of a read-only disk, root included
+    with pytest.raises(ConfigError, match=r"cannot be written .*type another trainer\.output_dir"):
+        acquire_run_folder(tmp_path / "new", config(), overwrite=False)
+
+
+def test_the_error_of_a_run_is_not_lost_on_a_full_disk(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("glmtuner.run_folder.folder.write_json", full)
+    assert RunFolder(tmp_path).record_failure(ValueError("a"), [])["reason"] == "ValueError: a"
+    assert "failed.json could not be written (No space left on device)" in capsys.readouterr().out
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch):
+    write_text(tmp_path / "a", "old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(tmp_path / "a", "new")
+    assert files_of(tmp_path) == {"a": b"old"}
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "read"),
+    [
+        ("metrics.json", "[]", "metrics"), ("metrics.json", '{"train_loss": "x"}', "metrics"),
+        ("metrics.json", '{"a": [1]}', "metrics"), ("metrics.json", '{"a": true}', "metrics"), ("metrics.json", "", "metrics"),
+        ("provenance.json", "7", "provenance"), ("provenance.json", '{"data": []}', "provenance"),
+        ("provenance.json", '{"data": {"x": 7}}', "provenance"), ("provenance.json", '{"git": "abc"}', "provenance"),
+        ("provenance.json", '{"packages": null}', "provenance"), ("provenance.json", '{"command": {}}', "provenance"),
+        ("provenance.json", "[" * 5000, "provenance"), ("failed.json", "{}", "failure"), ("failed.json", '{"kind": 7}', "failure"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, text, read):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged"):
+        getattr(RunFolder(run(tmp_path)), read)()
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("metrics.json", "metrics"), ("provenance.json", "provenance"), ("history.jsonl", "history")]
+)
+def test_what_is_no_file_is_named_and_never_waited_for(tmp_path, name, read):
+    for number, make in enumerate(
+        (os.mkdir, os.mkfifo, lambda path: os.symlink(name, path), lambda path: os.symlink("a", path))
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        make(folder / name)
+        with pytest.raises(CheckpointError, match=rf"{name} cannot be read \(it is not a file\)"):
+            getattr(RunFolder(folder), read)()
+
+
+def test_lines_of_other_types_are_named_and_left_out(tmp_path, capsys):
+    lines = (
+        '{"step": 1, "loss": 0.5}\n{"loss": 1}\n{"step": "2"}\n{"step": 3, "loss": [1]}\n{"step": 4, "loss": null}\n'
+    )
+    (tmp_path / "history.jsonl").write_text(lines, encoding="utf-8")
+    assert RunFolder(tmp_path).history() == [{"step": 1, "loss": 0.5}, {"step": 4, "loss": None}]
+    assert "3 lines are not of numbers with a step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "about", [{"files": 7}, {"files": {"a": "x"}}, {"files": None}, {"step": 1, "files": {"a": []}}]
+)
+def test_a_marker_of_other_types_is_a_problem(tmp_path, about):
+    folder = checkpoint(tmp_path, 10)
+    write_json(folder / MARKER, about)
+    assert checkpoint_problem(folder) == f"its {MARKER} is damaged"

@@ -114,6 +114,120 @@ def test_each_request_is_sampled_by_its_own_values() -> None:
         assert len(set(found[name])) == len(found[name])
 
 
+def counted(model: Any, words: list[int], penalty: float, room: int = 12) -> list[int]:
+    """Greedy decoding in which a token loses `penalty` for each time that it was generated."""
+    generated: list[int] = []
+    while len(generated) < room and generated[-1:] != [STOP]:
+        logits = model(torch.tensor([[*words, *generated]])).logits[0, -1]
+        for token in generated:
+            logits[token] -= penalty
+        generated.append(int(logits.argmax()))
+    return generated
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 2e-38, 1e-45, 5e-324])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    model = built("Llama")
+    engine = engine_of(model, "Llama")
+    words = prompt("Llama", 1)
+    plain = Asked(words, temperature=temperature, top_p=0.7, top_k=50, seed=1)
+    penalized = Asked(words, temperature=temperature, frequency_penalty=1.9, top_p=0.7, top_k=50)
+    for one in (plain, penalized):
+        engine.submit(one.request)
+    engine.start()
+    with torch.no_grad():
+        assert plain.answer() == alone(model, words)
+        assert penalized.answer() == counted(model, words, 1.9) != plain.answer()
+    engine.close()
+
+
+SAMPLINGS = [
+    {}, {"temperature": 0.7, "seed": 3}, {"temperature": 1.3, "top_p": 0.5, "top_k": 7}, {"frequency_penalty": 2.0},
+    {"repetition_penalty": 1.2}, {"temperature": 2.0, "presence_penalty": -2.0, "repetition_penalty": 100.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])  # the cache of the second cannot be joined row by row
+def test_logits_that_are_not_finite_end_their_own_request_only(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = built(name)
+    poison = 9  # no prompt has this token, and no answer
+    with torch.no_grad():
+        model.model.embed_tokens.weight[poison] = torch.nan  # as an overflow: its keys and values are NaN, too
+        model.lm_head.weight[poison] = 0
+    engine = engine_of(model, name, rows=8)
+    good = [Asked(prompt(name, number), room=5 + number) for number in range(24)]
+    bad = [Asked([20, poison, 21] * (1 + number), **sampling) for number, sampling in enumerate(SAMPLINGS)]
+    for number, one in enumerate(good):
+        engine.submit(one.request)
+        if number % 4 == 1:
+            engine.submit(bad[number // 4].request)
+    engine.start()
+    for number, one in enumerate(good):
+        assert one.answer() == alone(model, prompt(name, number), 5 + number) and one.reason in ("stop", "length")
+    for one in bad:
+        assert one.answer() == [] and one.reason == "error"
+    engine.close()
+    told = [record for record in caplog.records if "not finite" in record.message]
+    assert len(told) == len(bad) and not any(record.exc_info for record in caplog.records)
+
+
+def test_an_error_in_one_request_s_own_code_ends_it_alone() -> None:
+    model = built("Llama")
+    engine = engine_of(model, "Llama", rows=4)
+    good = [Asked(prompt("Llama", number), room=20) for number in range(6)]
+
+    def failing(*given: Any) -> Any:
+        raise RuntimeError("a tokenizer that cannot decode this")
+
+    in_token, in_end, in_sampling = Asked([30, 31]), Asked([32, 33]), Asked([34, 35], temperature=1.0, top_p=-1.0)
+    in_token.request.on_token = failing
+    in_end.request.on_end = failing
+    for one in (good[0], in_token, good[1], in_end, good[2], in_sampling, *good[3:]):
+        engine.submit(one.request)
+    engine.start()
+    for number, one in enumerate(good):
+        assert one.answer() == alone(model, prompt("Llama", number), 20)
+    for one in (in_token, in_sampling):
+        assert one.done.wait(10) and one.reason == "error"
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "ChatGLM"])
+def test_a_paused_request_makes_room_and_then_goes_on(name: str) -> None:
+    model = built(name)
+    engine = engine_of(model, name, rows=1)
+    paused = Asked(prompt(name, 4), room=30)
+    paused.request.paused = True  # from its first token on
+    others = [Asked(prompt(name, number), room=5) for number in range(3)]
+    dropped = Asked(prompt(name, 5), room=30)
+    dropped.request.paused = True
+    for one in (paused, dropped, *others):
+        engine.submit(one.request)
+    engine.start()
+    for number, one in enumerate(others):  # the only row is theirs
+        assert one.answer() == alone(model, prompt(name, number), 5)
+    assert not paused.done.is_set() and len(paused.request.generated) == 1
+    dropped.request.cancelled = True
+    paused.request.paused = False
+    engine.wake()
+    assert paused.answer() == alone(model, prompt(name, 4), 30)
+    assert dropped.done.wait(10) and dropped.reason == "cancelled"
+    last = Asked(prompt(name, 6), room=100)
+    last.request.paused = True
+    engine.submit(last.request)
+    engine.close()
+    assert last.done.wait(1) and last.reason == "cancelled"
+
+
+def test_requests_are_queued_together_or_not_at_all() -> None:
+    engine = engine_of(built("Llama"), "Llama", waiting=4)
+    engine.submit(*(Asked([20]).request for _ in range(3)))
+    with pytest.raises(QueueFullError):
+        engine.submit(*(Asked([20]).request for _ in range(2)))
+    assert len(engine.waiting) == 3
+    engine.submit(Asked([20]).request)
+
+
 def test_sampled_tokens_are_drawn_as_often_as_the_model_says() -> None:
     model = built("Llama")
     engine = engine_of(model, "Llama", rows=64)

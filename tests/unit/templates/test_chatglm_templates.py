@@ -188,3 +188,29 @@ def test_the_cache_s_key_changes_with_the_tokenizer_s_file(tokenizers, upstream_
     assert first != second
     shutil.copyfile(upstream_files / "chatglm2_realvocab/tokenizer.model", tmp_path / "tokenizer.model")
     assert serialized(ChatGLMTokenizer.from_pretrained(tmp_path)) == second
+
+
+@pytest.mark.parametrize("name", ["chatglm", "chatglm2"])
+def test_the_source_prefix_stands_before_the_whole_prompt_as_in_the_original_project(tokenizers, name):
+    """Its `preprocess_data`: `prompt = prefix + tokenizer.build_prompt(query, history)`, and query is instruction + input."""
+    messages = [ASK("早"), TOLD("Good morning"), ASK("译成英文午"), TOLD("Noon")]
+    (row,), _ = encoder(tokenizers, name, source_prefix="请认真：").encode([Example(messages)])
+    text = "请认真：[Round 1]\n\n问：早\n\n答：Good morning\n\n[Round 2]\n\n问：译成英文午\n\n答："
+    first = "请认真：[Round 1]\n\n问：早\n\n答："
+    around = {"chatglm": ([], [130001, 130004]), "chatglm2": ([64790, 64792], [])}[name]
+    assert row["prompt_ids"] == [*around[0], *ids(tokenizers[name], text), *around[1]]
+    assert (
+        row["earlier"][0]["input_ids"][: len(around[0]) + 8]
+        == [*around[0], *ids(tokenizers[name], first)][: len(around[0]) + 8]
+    )
+    assert row["prompt"].startswith("请认真：user: 早")
+
+
+def test_marks_of_answers_where_a_row_teaches_one(tokenizers):
+    made = encoder(tokenizers, "chatglm")
+    turns = [ASK("a"), TOLD("b"), ASK("c"), TOLD("d"), ASK("e"), TOLD("f")]
+    without = [Message(turn.role, turn.content, turn.content not in "bf") for turn in turns]
+    (row,), counts = made.encode([Example(without)])
+    (plain,), _ = made.encode([Example(turns[:4])])
+    assert (row["input_ids"], row["labels"], row["earlier"]) == (plain["input_ids"], plain["labels"], [])
+    assert counts.learned_tokens == sum(label != IGNORE_INDEX for label in row["labels"])

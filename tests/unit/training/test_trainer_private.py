@@ -16,12 +16,18 @@ from glmtuner.training import trainer as module
 from glmtuner.training.trainer import GlmTrainer
 
 METHODS = {  # name -> parameters, without annotations
+    "_determine_best_metric": "(self, metrics, trial)",
     "_finalize_training": "(self, trial, num_train_samples, start_time)",
     "_get_grad_norm": "(self, model, grad_norm=None)",
+    "_get_learning_rate": "(self)",
     "_get_train_sampler": "(self, train_dataset=None)",
     "_load_best_model": "(self)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
+    "_load_rng_state": "(self, checkpoint)",
+    "_maybe_log_save_evaluate": (
+        "(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None)"
+    ),
     "_move_model_to_device": "(self, model, device)",
     "_prepare_inputs": "(self, inputs)",
     "_run_epoch": (
@@ -37,12 +43,16 @@ METHODS = {  # name -> parameters, without annotations
 ATTRIBUTES = {
     "_globalstep_last_logged": "_inner_training_loop",
     "_initial_global_step": "_inner_training_loop",
+    "_loss_shifts_labels": "__init__",
     "_total_loss_scalar": "_inner_training_loop",
     "_tr_loss": "_inner_training_loop",
     "is_distributed_loading_by_transformers": "__init__",
     "model_accepts_loss_kwargs": "__init__",
+    "neftune_noise_alpha": "__init__",
 }
-OUR_OWN = {"_drop_old_checkpoints", "_require_finite", "_progress", "_restore", "_session_start"}
+OUR_OWN = {
+    "_drop_old_checkpoints", "_end_epoch", "_is_stopping", "_progress", "_require_finite", "_restore", "_session_start",
+}  # fmt: skip
 
 
 def parameters_of(function: object) -> str:

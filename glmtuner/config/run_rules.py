@@ -1,0 +1,111 @@
+"""Values of the trainer that the rest of the run excludes, or that have no effect on it."""
+
+from collections.abc import Iterator
+
+from glmtuner.config.schema import Run
+from glmtuner.errors import did_you_mean
+
+# What an evaluation's history line also has, besides the losses and scores.
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
+
+
+def run_errors(run: Run) -> Iterator[str]:
+    """One sentence for each value of the trainer that the rest of the run excludes."""
+    trainer, bits = run.trainer, run.quant.quantization_bit
+    if trainer.label_smoothing_factor and not run.stage.models_loss and trainer.do_train:
+        own = "stage.label_smoothing" if hasattr(run.stage, "label_smoothing") else None
+        yield (
+            f"trainer.label_smoothing_factor={trainer.label_smoothing_factor:g} with stage={run.stage.name}: it smooths the "
+            f"labels of a language model's loss; {f'type {own}={trainer.label_smoothing_factor:g}' if own else 'leave it out'}"
+        )
+    measures = trainer.do_eval or trainer.eval_strategy != "no" or trainer.eval_on_start
+    if trainer.dataloader_drop_last and measures and trainer.per_device_eval_batch_size > 1:
+        yield (
+            "trainer.dataloader_drop_last=true with evaluations: transformers drops the incomplete last batch of an evaluation, too, "
+            "and its records would not be measured; type trainer.per_device_eval_batch_size=1, or leave it out"
+        )
+    for name in ("fp16_full_eval", "bf16_full_eval"):
+        if getattr(trainer, name) and bits is not None:
+            yield f"trainer.{name}=true with quant=int{bits}: integer weights are not cast; leave it out"
+        elif getattr(trainer, name) and not (trainer.do_eval or trainer.do_predict):
+            yield f"trainer.{name}=true without trainer.do_eval=true: evaluations during the training use its precision; leave it out"
+    for name in ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph"):
+        value = getattr(trainer, f"ddp_{name}")
+        if value is not None and run.parallel.name != "ddp":
+            shown = str(value).lower() if isinstance(value, bool) else value
+            yield f"trainer.ddp_{name}={shown} with parallel={run.parallel.name}: it is DistributedDataParallel's; type parallel=ddp, or leave it out"
+    yield from _metric_errors(run)
+
+
+def _metric_errors(run: Run) -> Iterator[str]:
+    """The metric of the best model is one that every evaluation measures, as far as stage and metric declare them."""
+    trainer = run.trainer
+    asked = trainer.metric_for_best_model
+    if asked is None or trainer.eval_strategy == "no" or not trainer.do_train:
+        return
+    measured = measured_by(run)
+    name = asked.removeprefix("eval_")
+    if measured is None or name in measured:
+        return
+    scores = _score_names(run)
+    if scores is not None and name in scores:
+        yield (
+            f"trainer.metric_for_best_model={asked}: evaluations measure it only with generated answers; type "
+            "trainer.predict_with_generate=true"
+        )
+        return
+    listed = f"the evaluations of stage={run.stage.name} measure {', '.join(measured)}"
+    yield f"trainer.metric_for_best_model={asked}{did_you_mean(name, measured, listed)}"
+
+
+def measured_by(run: Run) -> tuple[str, ...] | None:
+    """The metrics of the run's evaluations, without eval_; None where a plugin does not declare them."""
+    names = run.stage.evaluates
+    if names is None:
+        return None
+    if not run.trainer.predict_with_generate:
+        return (*names, *TIMINGS)
+    scores = _score_names(run)
+    return None if scores is None else (*names, *scores, *TIMINGS)
+
+
+def _score_names(run: Run) -> tuple[str, ...] | None:
+    """The names of the metric's scores, of an empty answer; None where the metric cannot say."""
+    try:
+        return tuple(run.metric.score("", ""))
+    except Exception:  # a user's own metric, which may refuse an empty answer
+        return None
+
+
+def unused_values(run: Run) -> Iterator[str]:
+    """One sentence for each value that is legal and has no effect on this run."""
+    trainer = run.trainer
+    if not trainer.do_train:
+        return
+    for strategy, names in (("eval_strategy", ("eval_steps", "eval_delay")), ("save_strategy", ("save_total_limit",))):
+        for name in names:
+            if getattr(trainer, strategy) == "no" and getattr(trainer, name):
+                yield f"trainer.{name}={getattr(trainer, name):g} has no effect: trainer.{strategy}=no"
+    if trainer.eval_strategy == "epoch" and trainer.eval_steps is not None:
+        yield f"trainer.eval_steps={trainer.eval_steps:g} has no effect: trainer.eval_strategy=epoch"
+    for strategy, name in (("save_strategy", "save_steps"), ("logging_strategy", "logging_steps")):
+        value = getattr(trainer, name)
+        if getattr(trainer, strategy) != "steps" and value != 500:
+            yield f"trainer.{name}={value:g} has no effect: trainer.{strategy}={getattr(trainer, strategy)}"
+    if trainer.metric_for_best_model is not None and trainer.eval_strategy == "no":
+        yield f"trainer.metric_for_best_model={trainer.metric_for_best_model} has no effect: trainer.eval_strategy=no"
+    if (
+        trainer.greater_is_better is not None
+        and trainer.metric_for_best_model is None
+        and not trainer.load_best_model_at_end
+    ):
+        yield f"trainer.greater_is_better={str(trainer.greater_is_better).lower()} has no effect without trainer.metric_for_best_model"
+    evaluates = trainer.do_eval or trainer.do_predict or trainer.eval_strategy != "no" or trainer.eval_on_start
+    if trainer.predict_with_generate and not evaluates:
+        yield "trainer.predict_with_generate=true has no effect: the run neither evaluates nor predicts"
+    if trainer.liger_kernel_config and not trainer.use_liger_kernel:
+        yield "trainer.liger_kernel_config has no effect without trainer.use_liger_kernel=true"
+    if not trainer.push_to_hub:
+        for name in ("hub_model_id", "hub_private_repo", "hub_revision", "hub_token"):
+            if getattr(trainer, name) is not None:
+                yield f"trainer.{name} has no effect without trainer.push_to_hub=true"

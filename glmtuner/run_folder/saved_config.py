@@ -1,0 +1,115 @@
+"""The config.yaml of a run folder, which may be damaged, of another version, or not of a run at all."""
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError, scan
+from yaml.tokens import AliasToken
+
+from glmtuner.errors import CheckpointError
+from glmtuner.run_folder.redaction import flatten
+
+# every version has written them, each as a mapping
+GROUPS = ("model", "quant", "data", "finetuning", "stage", "trainer", "generation")
+MAX_BYTES = 1_000_000  # a run's has 5 kB
+LISTS = ("model.checkpoint_dir", "data.dataset")
+INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # not escaped
+NAMES = ("model.model_name_or_path", "finetuning.finetuning_type", "stage.name")
+
+
+def read_config(path: Path, complete: bool = True) -> DictConfig:
+    """The resolved config of a run; raises CheckpointError, which names the file and what is wrong with it.
+
+    Unless `complete`, groups may be missing, but none is of another type.
+    """
+    config = parse_config(path)
+    if keys := interpolated_keys(config):
+        raise CheckpointError(
+            f"{path}: {keys[0]} holds an interpolation (`${{…}}`), which a run never saves and which is not resolved; replace it by "
+            "its value, or use another run folder"
+        )
+    if wrong := wrong_keys(config, complete):
+        raise CheckpointError(
+            f"{path} is damaged, or is not the configuration of a run ({', '.join(wrong[:4])}); restore the file, or use another "
+            "run folder"
+        )
+    return config
+
+
+def parse_config(path: Path) -> DictConfig:
+    """The file as a mapping, whatever its keys; raises CheckpointError if it is none.
+
+    A run's file has no YAML aliases, which would let a short file stand for a huge one.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is damaged (it is missing, or not a file)")
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise CheckpointError(f"{path} is damaged (it has {size:,} bytes, and a run's has about 5,000)")
+        text = path.read_text(encoding="utf-8")
+        if "*" in text and any(isinstance(token, AliasToken) for token in scan(text)):
+            raise CheckpointError(f"{path} is damaged (it has a YAML alias, which glmtuner never writes)")
+        loaded = OmegaConf.load(io.StringIO(text))
+    except RecursionError:
+        raise CheckpointError(f"{path} is damaged (it is nested too deeply)") from None
+    except (YAMLError, ValueError, OSError, OmegaConfBaseException) as error:
+        raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())[:300]})") from None
+    if not isinstance(loaded, DictConfig):
+        raise CheckpointError(f"{path} is damaged (it is not a mapping)")
+    return loaded
+
+
+def wrong_keys(config: DictConfig, complete: bool = True) -> list[str]:
+    """What differs from the configuration of a run, each in a few words: groups and values that every version writes."""
+    values = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(values, dict)
+    wrong = [
+        f"{group}={_shown(values.get(group))} is not a mapping"
+        for group in GROUPS
+        if (complete or group in values) and not isinstance(values.get(group), dict)
+    ]
+    if wrong:
+        return wrong
+    flat = flatten(values)
+    names, lists = ([key for key in keys if complete or key in flat] for keys in (NAMES, LISTS))
+    wrong += [f"{key}={_shown(flat.get(key))} is not a name" for key in names if not _is_name(flat.get(key))]
+    wrong += [f"{key}={_shown(flat.get(key))} is not a list of names" for key in lists if not _is_names(flat.get(key))]
+    if not _is_names(flat.get("plugins", [])):
+        wrong.append(f"plugins={_shown(flat['plugins'])} is not a list of names")
+    bits = flat.get("quant.quantization_bit")
+    if bits not in (None, 4, 8) or isinstance(bits, float):
+        wrong.append(f"quant.quantization_bit={_shown(bits)} is not 4, 8 or null")
+    return wrong
+
+
+def interpolated_keys(config: DictConfig) -> list[str]:
+    """The keys whose values hold an interpolation, `${…}`; a run saves its resolved values, which have none."""
+    flat = flatten(OmegaConf.to_container(config, resolve=False))
+    return [key for key, value in flat.items() if _interpolates(value)]
+
+
+def _interpolates(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_interpolates, value))
+    if isinstance(value, dict):
+        return any(map(_interpolates, value.values()))
+    return isinstance(value, str) and INTERPOLATION.search(value) is not None
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_name, value))
+
+
+def _shown(value: Any) -> str:
+    text = re.sub(r"\s+", " ", json.dumps(value, ensure_ascii=False, default=str))
+    return text if len(text) <= 60 else f"{text[:59]}…"

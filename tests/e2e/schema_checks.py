@@ -1,0 +1,44 @@
+"""Schemathesis on the OpenAPI description of a server in this process."""
+
+from typing import Any
+
+import hypothesis
+import schemathesis
+from schemathesis import GenerationMode
+from starlette.testclient import TestClient
+
+from glmtuner.serving.app import Server, application
+
+
+def check_description(api: Server, examples: int, seed: int | None = None) -> dict[str, Any]:
+    """The document, after `examples` legal and `examples` illegal requests of every operation have passed all checks."""
+    submit = api.engine.submit
+
+    def submit_short(*requests: Any) -> None:
+        for request in requests:
+            request.max_new_tokens = min(request.max_new_tokens, 2)  # a legal request may ask for 16 long answers
+        submit(*requests)
+
+    api.engine.submit = submit_short  # type: ignore[method-assign]
+    app = application(api, None, None)
+    operations = 0
+    for found in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations():
+        operation = found.ok()
+        modes = [GenerationMode.POSITIVE] + [GenerationMode.NEGATIVE] * bool(operation.body)
+        for mode in modes:
+
+            @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+            @hypothesis.settings(
+                max_examples=examples, deadline=None, database=None, derandomize=seed is None,
+                suppress_health_check=list(hypothesis.HealthCheck),
+            )  # fmt: skip
+            def passes_all_checks(case: Any) -> None:
+                case.call_and_validate()
+
+            if seed is not None:
+                passes_all_checks = hypothesis.seed(seed)(passes_all_checks)
+            passes_all_checks()
+            operations += 1
+    assert operations == 6  # five, one of them with a body
+    document: dict[str, Any] = TestClient(app).get("/openapi.json").json()
+    return document
