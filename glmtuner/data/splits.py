@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TOKEN_COLUMNS = ("input_ids", "rejected_ids", "other_ids")  # each becomes rows of a batch
+# of an entry, those that data.ignore_columns may leave out
+OPTIONAL_COLUMNS = {"query", "history", "system", "kto_tag", "weight"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,12 @@ def dataset_entries(run: Run, catalogue: Sequence[Path]) -> dict[str, DatasetSpe
             name, data.dataset_dir, catalogue, run.model.cache_dir, split=data.split, ignore_columns=data.ignore_columns
         )
         ignored = list(dict.fromkeys((*spec.ignore_columns, *data.ignore_columns)))
-        specs[name] = replace(spec, ignore_columns=ignored, input_separator=data.input_separator)
+        columns = {role: column for role, column in spec.columns.items() if column not in data.ignore_columns}
+        if needed := sorted({*spec.columns} - {*columns} - OPTIONAL_COLUMNS):
+            raise DataError(
+                f"data.ignore_columns={spec.columns[needed[0]]}: dataset {name!r} reads its {needed[0]} there; leave it out"
+            )
+        specs[name] = replace(spec, columns=columns, ignore_columns=ignored, input_separator=data.input_separator)
     return specs
 
 

@@ -389,7 +389,9 @@ def test_mistakes_cost_one_paragraph(base: Callable, glmtuner: Callable, tmp_pat
     (tmp_path / "good.json").write_text(
         json.dumps([{"instruction": q, "output": "好", "kto_tag": True} for q in "一二三"])
     )
-    (tmp_path / "halves.json").write_text(json.dumps([{"instruction": "一", "output": ["好"]}]))
+    (tmp_path / "halves.json").write_text(
+        json.dumps([{"instruction": "一", "output": ["好"]}, {"instruction": "一", "output": ["好", "坏"]}])
+    )
     dataset = [] if "data.dataset" in words else ["data.dataset=preference_sample"]
     done = glmtuner("model=tiny_glm", *SHORT, *dataset, "trainer.output_dir=run", *words.format(sft=sft, rm=rm).split())
     assert done.returncode == 2, done.stdout + done.stderr

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 
 import psutil
 import pytest
@@ -45,6 +46,11 @@ def runs(process: psutil.Process) -> bool:
         return False
 
 
+def own_workers() -> list[BaseProcess]:
+    """The children that a scorer has started; those of joblib, which other tests leave for later use, are not among them."""
+    return [child for child in active_children() if type(child).__name__ == "SpawnProcess"]
+
+
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "ANSWERS_PER_WORKER", 10)
@@ -56,7 +62,7 @@ def test_the_scores_are_the_same_to_the_last_digit(several: None) -> None:
     for key, pair in reversed(PAIRS.items()):
         if key % 5:  # the rest is scored in this process
             scorer.put(key, *pair)
-    workers = active_children()
+    workers = own_workers()
     assert len(workers) == 2
     assert scorer.scores(PAIRS) == EXPECTED
     assert not any(worker.is_alive() for worker in workers)
@@ -69,13 +75,13 @@ def test_answers_of_a_killed_worker_are_scored_in_this_process(several: None, sc
         if key == scored_before:
             for future in scorer.futures.values():
                 future.result()
-            for worker in active_children():
+            for worker in own_workers():
                 worker.kill()
         scorer.put(key, *pair)
-    for worker in active_children():
+    for worker in own_workers():
         worker.kill()
     assert scorer.scores(PAIRS) == EXPECTED
-    assert active_children() == []
+    assert own_workers() == []
 
 
 def test_workers_end_with_the_process_that_started_them_and_ignore_interrupts(tmp_path) -> None:
@@ -100,4 +106,4 @@ def test_few_answers_start_no_process() -> None:
     scorer = Scorer(NoMetric(), scoring.ANSWERS_PER_WORKER - 1)
     scorer.put(0, "a", "b")
     assert scorer.pool is None and scorer.scores({0: ("a", "b")}) == {}
-    assert active_children() == []
+    assert own_workers() == []
