@@ -81,7 +81,19 @@ VALUES_OF_KEYS = re.compile(QUOTED + r"""|[^,:\[\]{}()'"]++(?!:)""")
 
 
 def quoted(override: str) -> str:
-    """`data.dataset=我的.json` as `data.dataset='我的.json'`: Hydra parses characters beyond ASCII only in quotes."""
+    """`data.dataset=我的.json` as `data.dataset='我的.json'`: Hydra parses characters beyond ASCII only in quotes.
+
+    So is one value that Hydra cannot parse, such as `name=it's`; with brackets, quotes around it or commas it may have been
+    meant otherwise, and is left to Hydra's error.
+    """
+    key, sign, value = override.partition("=")
+    parsable = _quoted_beyond_ascii(override)
+    if not sign or key.startswith("-") or value[:1] in ("[", "{", "'", '"', "") or "," in value or "${" in value:
+        return parsable
+    return parsable if _parsed_or_none(parsable) is not None else f"{key}={quoted_value(value)}"
+
+
+def _quoted_beyond_ascii(override: str) -> str:
     key, sign, value = override.partition("=")
     if value.isascii() or "${" in value:
         return override

@@ -1,6 +1,6 @@
 """A few hundred wrong values and combinations, typed: each is one paragraph, writes nothing, and blocks nothing.
 
-The corrected command, with the same run folder, is accepted right after. GLMTUNER_COMBINATIONS limits how many are tried.
+The corrected command, with the same run folder, is accepted right after. ATTACK_COMBINATIONS limits how many are tried.
 """
 
 import os
@@ -123,7 +123,7 @@ def cases() -> Iterator[str]:
     yield from OTHERS
 
 
-CASES = list(dict.fromkeys(cases()))[: int(os.environ.get("GLMTUNER_COMBINATIONS", "1000"))]
+CASES = list(dict.fromkeys(cases()))[: int(os.environ.get("ATTACK_COMBINATIONS", "1000"))]
 
 
 @pytest.mark.parametrize("part", range(8))

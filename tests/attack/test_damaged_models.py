@@ -1,7 +1,7 @@
 """Folders of models, adapters, prefixes and checkpoints, damaged at random: one paragraph within ten seconds, or the right result.
 
 The right result is that of transformers and PEFT with the same files; of a damaged checkpoint, that of a run without one.
-DAMAGED is the number of folders (200), DAMAGED_SEED their first seed.
+ATTACK_MODELS is the number of folders (200), ATTACK_SEED their first seed.
 """
 
 import io
@@ -31,8 +31,8 @@ from glmtuner.models.load import load_model
 sys.path.insert(0, str(Path(__file__).parent.parent / "e2e"))
 from upstream import write_checkpoint
 
-COUNT = int(os.environ.get("DAMAGED", "200"))
-FIRST = int(os.environ.get("DAMAGED_SEED", "0"))
+COUNT = int(os.environ.get("ATTACK_MODELS", "200"))
+FIRST = int(os.environ.get("ATTACK_SEED", "0"))
 LIMIT_S = 10  # of the processor; a machine that does other things, too, gets WAIT_S
 WAIT_S = 120
 IDS = torch.tensor([[10, 20, 30, 40, 50, 60]])

@@ -1,6 +1,6 @@
 """Every command on a run folder with a damaged file ends in a result, or in one paragraph that names what is wrong.
 
-DAMAGED is the number of combinations of file, damage and command that are tried, out of all (100); 0 tries all of them.
+ATTACK_RUNS is the number of combinations of file, damage and command that are tried, out of all (100); 0 tries all of them.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from warm_server import WarmServer
 
-DAMAGED = int(os.environ.get("DAMAGED", "100"))
+DAMAGED = int(os.environ.get("ATTACK_RUNS", "100"))
 SECONDS = 10.0  # in which a command must end; a machine that does other things, too, is given three times that
 TRAIN = [
     "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "data.max_samples=8", "data.dev_ratio=0.25",

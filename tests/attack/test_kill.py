@@ -1,7 +1,7 @@
 """A command that is killed by SIGKILL, at any moment, and given again ends with the files of one that was not disturbed.
 
-KILLS is the number of kills at random moments (30), and KILL_SHARE the share of the moments before a change of a file that
-are tried, too (0.04). KILLS=60 KILL_SHARE=1 is the full test, and takes an hour.
+ATTACK_KILLS is the number of kills at random moments (30), and ATTACK_KILL_SHARE the share of the moments before a change of a file that
+are tried, too (0.04). ATTACK_KILLS=60 ATTACK_KILL_SHARE=1 is the full test, and takes an hour.
 """
 
 import json
@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from warm_server import WarmServer
 
-KILLS = int(os.environ.get("KILLS", "30"))
-SHARE = float(os.environ.get("KILL_SHARE", "0.04"))
+KILLS = int(os.environ.get("ATTACK_KILLS", "30"))
+SHARE = float(os.environ.get("ATTACK_KILL_SHARE", "0.04"))
 TIMINGS = re.compile(r"_runtime|_per_second|^seconds$|_time$|peak_memory|total_flos")
 COMMON = [
     "model=tiny_glm", "tracker=none", "data.max_samples=10", "data.max_source_length=24", "data.max_target_length=12",

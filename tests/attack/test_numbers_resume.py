@@ -1,6 +1,6 @@
 """Runs that SIGTERM stops in any step, under every way to save, evaluate and log: resumed, they are the undisturbed run.
 
-GLMTUNER_STOPS is the number of steps that each is stopped in (1 by default, 10 is all of them).
+ATTACK_STOPS is the number of steps that each is stopped in (1 by default, 10 is all of them).
 """
 
 import json
@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "e2e"))
 from test_numbers import FIVE_STEPS_AN_EPOCH, outcome, stop_in_step
 
-STOPS = int(os.environ.get("GLMTUNER_STOPS", "1"))
+STOPS = int(os.environ.get("ATTACK_STOPS", "1"))
 STEPS = {"trainer.eval_strategy=steps", "trainer.eval_steps=2"}
 EPOCH = {"trainer.eval_strategy=epoch"}
 WAYS = {

@@ -16,7 +16,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS = os.environ.get("OUTPUT_STEPS", "80")
+STEPS = os.environ.get("ATTACK_STEPS", "80")
 ANSWERS = {
     "甲": "\\[\\frac{a}{b}\\] [/b] \x1b[31mred\x1b[0m \x9b2J",
     "乙": "=cmd|' /C calc'!A0 ![x](http://evil.example/p.png)",

@@ -1,6 +1,6 @@
 """Thousands of records of every format, file type and kind of damage: each is read, counted as broken, or refused in one paragraph.
 
-`GLMTUNER_FUZZ_RECORDS` is how many records are made, 10,000 by default.
+`ATTACK_RECORDS` is how many records are made, 10,000 by default.
 """
 
 import bz2
@@ -32,7 +32,7 @@ from glmtuner.data.prepare import prepare
 from glmtuner.errors import GlmtunerError
 from glmtuner.templates.named import template_named
 
-NUM_RECORDS = int(os.environ.get("GLMTUNER_FUZZ_RECORDS", "10000"))
+NUM_RECORDS = int(os.environ.get("ATTACK_RECORDS", "10000"))
 RECORDS_PER_FILE = 3  # on average, of the files that are not damaged
 HANG_S = 10.0
 

@@ -1,6 +1,6 @@
 """Requests from clients that are broken, hostile or many: each gets an answer or an error of the API within ten seconds.
 
-REQUESTS is the number of fuzzed requests (1000), REQUESTS_SEED their seed, EXAMPLES the number that Schemathesis makes of
+ATTACK_REQUESTS is the number of fuzzed requests (1000), ATTACK_SEED their seed, ATTACK_EXAMPLES the number that Schemathesis makes of
 each operation and kind (300).
 """
 
@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "e2e"))
 from schema_checks import check_description
 
 ROOT = Path(__file__).parent.parent.parent
-COUNT = int(os.environ.get("REQUESTS", "1000"))
-SEED = int(os.environ.get("REQUESTS_SEED", "0"))
-EXAMPLES = int(os.environ.get("EXAMPLES", "300"))
+COUNT = int(os.environ.get("ATTACK_REQUESTS", "1000"))
+SEED = int(os.environ.get("ATTACK_SEED", "0"))
+EXAMPLES = int(os.environ.get("ATTACK_EXAMPLES", "300"))
 LIMIT_S = 10
 HELLO = [{"role": "user", "content": "你是谁？"}]
 PATH = "/v1/chat/completions"

@@ -92,6 +92,17 @@ def test_a_question_without_its_document_is_refused_before_anything_is_written(
     assert checked.returncode == 0 and "ignore_columns:\n  - document\n  - note" in checked.stdout
 
 
+def test_a_column_of_an_entry_is_left_out_where_records_are_whole_without_it(
+    glmtuner: Callable, tmp_path: Path
+) -> None:
+    done = glmtuner(*TINY, "data.dataset=feedback_sample", "data.ignore_columns=good")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "feedback_sample: 96 records" in done.stdout and "marked false" not in done.stdout
+    refused = glmtuner(*TINY[:-1], "data.dataset=feedback_sample", "data.ignore_columns=output")
+    assert refused.returncode == 2
+    assert "data.ignore_columns=output: dataset 'feedback_sample' reads its response there" in refused.stderr
+
+
 def test_shares_are_reached_and_told(glmtuner: Callable, tmp_path: Path) -> None:
     done = glmtuner(
         *TINY, "data.dataset=alpaca_zh_sample,belle_sample", "data.mix_probabilities=0.7,0.3", "data.dev_ratio=0.1",

@@ -143,7 +143,8 @@ def test_a_misspelt_list_key_with_a_comma_is_a_misspelt_key(key, sweep):
         ("data.dataset", r"'data\.dataset' .*'='.*key=value"),
         ("data.dataset=[a", r"'data\.dataset=\[a' .*quote"),
         ("data.dataset=a,,b", r"'data\.dataset=a,,b' .*quote"),
-        ("name=a=b", "'name=a=b' .*quote"),
+        ("name='a", '"name=\'a" .*quote'),
+        ("name=it's, now", '"name=it\'s, now" .*quote'),
         ("lora_rank=4", r"unknown key 'lora_rank'.* type finetuning\.lora_rank=…"),
         (
             "num_train_epochs=4",
@@ -155,6 +156,15 @@ def test_a_misspelt_list_key_with_a_comma_is_a_misspelt_key(key, sweep):
 )
 def test_words_that_cannot_be_read_say_what_to_type(word, told):
     assert re.match(told, refused(word))
+
+
+@pytest.mark.parametrize(
+    "value", ["it's", "我's", "a=b", "a(b", "50% [x]", "a#b", "a\\b's", "C:\\it's", "two  spaces'", "x]y{z}", "tab\t'"]
+)
+@pytest.mark.parametrize("key", ["name", "data.dataset"])
+def test_a_value_needs_no_quotes_to_be_parsed(key, value):
+    (override,) = parse(bracket_lists([f"{key}={value}"], multirun=False))
+    assert override.value() == ([value] if key == "data.dataset" else value)
 
 
 @pytest.mark.parametrize("key", sorted(MOVED))
