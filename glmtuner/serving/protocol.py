@@ -212,8 +212,8 @@ class ChatRequest(StrictModel):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1), AS_INTEGER] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1), AS_INTEGER] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), AS_INTEGER] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), AS_INTEGER] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31), AS_INTEGER] | None = None

@@ -40,8 +40,9 @@ def history(glmtuner: Callable, tmp_path: Path) -> Callable[..., tuple[list[dict
     return run
 
 
-def losses(lines: list[dict[str, Any]]) -> list[float]:
-    return [line["loss"] for line in lines if "loss" in line]
+def losses(lines: list[dict[str, Any]]) -> list[tuple[float, ...]]:
+    """Loss and gradient norm of each step, and the losses of the evaluations."""
+    return [(line["loss"], line["grad_norm"]) if "loss" in line else (line["eval_loss"],) for line in lines]
 
 
 def test_fields_that_change_the_training(history: Callable) -> None:
