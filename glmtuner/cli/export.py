@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.errors import CheckpointError, ConfigError
-from glmtuner.finetuning.adapter import ROUNDING, allowed_difference
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 HELP = "its model as a standalone folder, merged and checked"
 RECEIPT = "export.json"  # written last: its presence marks a complete export
 VALUE_HEAD_FILE = "value_head.safetensors"  # of a reward model
+DTYPES = ("float32", "float16", "bfloat16")
 PROMPT = "你好，请用一句话介绍你自己。Hello, who are you?"
 NEW_TOKENS = 16
 
@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--layout", choices=("transformers", "published"), default="transformers",
         help="ChatGLM2, ChatGLM3 and GLM-4: transformers' own names, or those of their first release",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=tuple(ROUNDING), help="of the written weights; by default that of the base")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights; by default that of the base")
     parser.add_argument("--shard", default="5GB", metavar="SIZE", help="the largest file")
     parser.add_argument("--push-to", metavar="ORG/NAME", help="a Hugging Face repository to upload to")
 
@@ -45,6 +45,7 @@ class Answer:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from glmtuner.console import say
+    from glmtuner.finetuning.adapter import allowed_difference
     from glmtuner.finetuning.start import LORA, checkpoint_in, checkpoints_of
     from glmtuner.launch.build import finished_run, is_policy
     from glmtuner.run_folder.files import write_json
@@ -113,7 +114,7 @@ def stored_dtype(finished: "Finished") -> str:
 
     config = read_config(finished.run.model)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return dtype if dtype in ROUNDING else "float32"
+    return dtype if dtype in DTYPES else "float32"
 
 
 def answer(finished: "Finished", model: "PreTrainedModel") -> Answer:

@@ -21,14 +21,10 @@ from glmtuner.config.explain import explain
 from glmtuner.config.overrides import bracket_lists, check_overrides, parse, user_keys_of
 from glmtuner.config.paths import conf_dir
 from glmtuner.config.plugins import load_plugins, plugin_presets
-from glmtuner.config.run_rules import run_errors
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import WORDS
-from glmtuner.config.trainer_fields import field_errors
-from glmtuner.config.trainer_rules import trainer_errors
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.run_folder.names import CONFIG, OVERRIDES, PROVENANCE
-from glmtuner.run_folder.saved_config import read_config
 
 MOST_SWEEP_JOBS_CHECKED = 64
 # Groups whose values come from a checkpoint's own run, and the keys in them that are the new run's all the same.
@@ -150,6 +146,10 @@ def validate(config: DictConfig, overrides: list[str], user_keys: set[str]) -> C
     except (OmegaConfBaseException, ConfigError) as error:
         raise ConfigError(explain(error)) from None
     assert isinstance(run, Run)
+    from glmtuner.config.run_rules import run_errors
+    from glmtuner.config.trainer_fields import field_errors
+    from glmtuner.config.trainer_rules import trainer_errors
+
     if wrong := [*field_errors(run.trainer), *trainer_errors(run.trainer), *run_errors(run)]:
         raise ConfigError("; also: ".join(wrong))
     resolved = OmegaConf.create(config)
@@ -268,6 +268,8 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
     source = run_folder_of(checkpoints[-1]) if checkpoints else None
     if source is None:
         return config
+    from glmtuner.run_folder.saved_config import read_config
+
     saved = read_config(source / "config.yaml")
     load_plugins(saved.get("plugins", []), named_by_run=True)
     bits = saved.quant.get("quantization_bit")

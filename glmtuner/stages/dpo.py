@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from glmtuner.config.groups import PreferenceLoss, preset
 from glmtuner.config.ranges import range_errors
 from glmtuner.config.schema import Run
-from glmtuner.data.spec import DatasetSpec
-from glmtuner.data.splits import Datasets
 from glmtuner.errors import ConfigError
-from glmtuner.inference.context import RunContext
 from glmtuner.stages.stage import LearningStage
-from glmtuner.templates.base import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from glmtuner.data.spec import DatasetSpec
+    from glmtuner.data.splits import Datasets
+    from glmtuner.inference.context import RunContext
     from glmtuner.objectives.objective import Objective
+    from glmtuner.templates.base import Template
 
 
 @preset("stage", "dpo")
@@ -62,8 +62,8 @@ class Dpo(LearningStage):
             raise ConfigError("; ".join(wrong))
 
     def datasets(
-        self, run: Run, specs: dict[str, DatasetSpec], template: Template, tokenizer: "PreTrainedTokenizerBase"
-    ) -> Datasets:
+        self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
+    ) -> "Datasets":
         from glmtuner.data.pairs import pair_datasets
 
         return pair_datasets(run, specs, template, tokenizer)
@@ -77,7 +77,7 @@ class Dpo(LearningStage):
 
         return PairCollator(pad_id=pad_id, ignore_pad_token_for_loss=ignore_pad_token_for_loss)
 
-    def objective(self, context: RunContext) -> "Objective":
+    def objective(self, context: "RunContext") -> "Objective":
         from glmtuner.objectives.dpo import DpoObjective
 
         return DpoObjective(context.model, self)

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from glmtuner.config.groups import preset
 from glmtuner.config.ranges import range_errors
 from glmtuner.config.schema import Run
-from glmtuner.data.spec import DatasetSpec
-from glmtuner.data.splits import Datasets
 from glmtuner.errors import ConfigError, DataError
-from glmtuner.inference.context import RunContext
 from glmtuner.stages.stage import LearningStage
-from glmtuner.templates.base import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from glmtuner.data.spec import DatasetSpec
+    from glmtuner.data.splits import Datasets
+    from glmtuner.inference.context import RunContext
     from glmtuner.objectives.objective import Objective
+    from glmtuner.templates.base import Template
 
 
 @preset("stage", "kto")
@@ -43,8 +43,8 @@ class Kto(LearningStage):
             raise ConfigError("; ".join(wrong))
 
     def datasets(
-        self, run: Run, specs: dict[str, DatasetSpec], template: Template, tokenizer: "PreTrainedTokenizerBase"
-    ) -> Datasets:
+        self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
+    ) -> "Datasets":
         """The encoded feedback; raises DataError where all answers are good, or all bad: the loss contrasts them."""
         from glmtuner.data.feedback import FeedbackEncoder, with_other_answers
         from glmtuner.data.splits import datasets_of
@@ -71,7 +71,7 @@ class Kto(LearningStage):
 
         return FeedbackCollator(pad_id=pad_id, ignore_pad_token_for_loss=ignore_pad_token_for_loss)
 
-    def objective(self, context: RunContext) -> "Objective":
+    def objective(self, context: "RunContext") -> "Objective":
         from glmtuner.objectives.kto import KtoObjective
 
         return KtoObjective(context.model, self)

@@ -9,19 +9,19 @@ from glmtuner.config.compose import run_folder_of
 from glmtuner.config.groups import preset
 from glmtuner.config.ranges import range_errors
 from glmtuner.config.schema import Run
-from glmtuner.data.spec import DatasetSpec
-from glmtuner.data.splits import Datasets
 from glmtuner.errors import CheckpointError, ConfigError
-from glmtuner.inference.context import RunContext
 from glmtuner.objectives.reward_model import head_file
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.stages.stage import LearningStage
-from glmtuner.templates.base import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from glmtuner.data.spec import DatasetSpec
+    from glmtuner.data.splits import Datasets
+    from glmtuner.inference.context import RunContext
     from glmtuner.objectives.objective import Objective, Weights
+    from glmtuner.templates.base import Template
 
 
 @preset("stage", "ppo")
@@ -156,8 +156,8 @@ class Ppo(LearningStage):
                 )
 
     def datasets(
-        self, run: Run, specs: dict[str, DatasetSpec], template: Template, tokenizer: "PreTrainedTokenizerBase"
-    ) -> Datasets:
+        self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
+    ) -> "Datasets":
         from glmtuner.data.prompts import PromptEncoder
         from glmtuner.data.splits import datasets_of
 
@@ -169,7 +169,7 @@ class Ppo(LearningStage):
 
         return PromptCollator(pad_id=pad_id, ignore_pad_token_for_loss=ignore_pad_token_for_loss)
 
-    def objective(self, context: RunContext) -> "Objective":
+    def objective(self, context: "RunContext") -> "Objective":
         from glmtuner.families.stop_tokens import stop_ids
         from glmtuner.objectives.ppo import PpoObjective
 
@@ -190,7 +190,7 @@ def _resolved(name: str) -> str:
     return str(path.resolve()) if path.is_dir() else name
 
 
-def reward_weights(context: RunContext, path: str) -> "Weights":
+def reward_weights(context: "RunContext", path: str) -> "Weights":
     """The reward model as parameter values for this run's model; raises CheckpointError where the weights below them differ."""
     from glmtuner.finetuning.adapter import further_settings, lora_settings, read_lora_config
     from glmtuner.finetuning.start import LORA, adapter_to_resume, checkpoints_of, lineage

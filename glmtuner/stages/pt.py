@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.groups import preset
 from glmtuner.config.schema import Run
-from glmtuner.data.spec import DatasetSpec
-from glmtuner.data.splits import Datasets
 from glmtuner.errors import ConfigError
 from glmtuner.stages.stage import LearningStage
-from glmtuner.templates.base import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from glmtuner.data.spec import DatasetSpec
+    from glmtuner.data.splits import Datasets
+    from glmtuner.templates.base import Template
 
 
 @preset("stage", "pt")
@@ -35,8 +36,8 @@ class Pt(LearningStage):
             raise ConfigError(f"stage.block_length={self.block_length}: a row has at least 8 tokens")
 
     def datasets(
-        self, run: Run, specs: dict[str, DatasetSpec], template: Template, tokenizer: "PreTrainedTokenizerBase"
-    ) -> Datasets:
+        self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
+    ) -> "Datasets":
         from glmtuner.data.blocks import BlockEncoder
         from glmtuner.data.splits import datasets_of
 

@@ -6,21 +6,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.groups import preset
 from glmtuner.config.schema import Run
-from glmtuner.data.spec import DatasetSpec
-from glmtuner.data.splits import Datasets
 from glmtuner.distributed import ranks
-from glmtuner.inference.context import RunContext
-from glmtuner.inference.predict import text_of
 from glmtuner.objectives.reward_model import find_head, head_file, stage_of
 from glmtuner.run_folder.files import write_text
 from glmtuner.run_folder.names import PREDICTIONS
 from glmtuner.stages.stage import LearningStage
-from glmtuner.templates.base import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from glmtuner.data.spec import DatasetSpec
+    from glmtuner.data.splits import Datasets
+    from glmtuner.inference.context import RunContext
     from glmtuner.objectives.objective import Objective
+    from glmtuner.templates.base import Template
     from glmtuner.training.trainer import GlmTrainer
 
 
@@ -53,8 +52,8 @@ class Rm(LearningStage):
             head_file(run.model.checkpoint_dir[-1], "model.checkpoint_dir")
 
     def datasets(
-        self, run: Run, specs: dict[str, DatasetSpec], template: Template, tokenizer: "PreTrainedTokenizerBase"
-    ) -> Datasets:
+        self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
+    ) -> "Datasets":
         from glmtuner.data.pairs import pair_datasets
 
         return pair_datasets(run, specs, template, tokenizer)
@@ -68,7 +67,7 @@ class Rm(LearningStage):
 
         return PairCollator(pad_id=pad_id, ignore_pad_token_for_loss=ignore_pad_token_for_loss)
 
-    def objective(self, context: RunContext) -> "Objective":
+    def objective(self, context: "RunContext") -> "Objective":
         from glmtuner.objectives.rm import RewardObjective
 
         checkpoints = context.run.model.checkpoint_dir
@@ -81,10 +80,11 @@ class Rm(LearningStage):
             head = find_head(start)
         return RewardObjective(context.model, head=head)
 
-    def predict(self, context: RunContext, trainer: "GlmTrainer") -> dict[str, float]:
+    def predict(self, context: "RunContext", trainer: "GlmTrainer") -> dict[str, float]:
         """Write the prompt, both answers and their scores of each pair to predictions.jsonl; returns accuracy and mean margin."""
         import torch
 
+        from glmtuner.inference.predict import text_of
         from glmtuner.objectives.rm import RewardObjective
 
         run, data = context.run, context.data

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.config.groups import Engine, LossOn, preset
 from glmtuner.config.schema import Run
-from glmtuner.data.spec import DatasetSpec
-from glmtuner.data.splits import Datasets
-from glmtuner.inference.context import RunContext
 from glmtuner.stages.stage import LearningStage
-from glmtuner.templates.base import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from glmtuner.data.spec import DatasetSpec
+    from glmtuner.data.splits import Datasets
+    from glmtuner.inference.context import RunContext
+    from glmtuner.templates.base import Template
     from glmtuner.training.trainer import GlmTrainer
 
 
@@ -28,8 +28,8 @@ class Sft(LearningStage):
     packs: ClassVar[bool] = True
 
     def datasets(
-        self, run: Run, specs: dict[str, DatasetSpec], template: Template, tokenizer: "PreTrainedTokenizerBase"
-    ) -> Datasets:
+        self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
+    ) -> "Datasets":
         from glmtuner.data.encode import Encoder
         from glmtuner.data.prepare import with_earlier_answers
         from glmtuner.data.splits import datasets_of
@@ -57,7 +57,7 @@ class Sft(LearningStage):
 
         return Collator(pad_id=pad_id, ignore_pad_token_for_loss=ignore_pad_token_for_loss)
 
-    def predict(self, context: RunContext, trainer: "GlmTrainer") -> dict[str, float]:
+    def predict(self, context: "RunContext", trainer: "GlmTrainer") -> dict[str, float]:
         from glmtuner.inference.predict import predict
 
         return predict(context)

@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.schema import Run, Stage
-from glmtuner.data.spec import DatasetSpec
-from glmtuner.data.splits import Datasets
-from glmtuner.inference.context import RunContext
-from glmtuner.templates.base import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from glmtuner.data.spec import DatasetSpec
+    from glmtuner.data.splits import Datasets
+    from glmtuner.inference.context import RunContext
     from glmtuner.objectives.objective import Objective
+    from glmtuner.templates.base import Template
     from glmtuner.training.trainer import GlmTrainer
 
 
@@ -21,8 +21,8 @@ class LearningStage(Stage):
     """The base class of every stage: its datasets, collator, loss and predictions."""
 
     def datasets(
-        self, run: Run, specs: dict[str, DatasetSpec], template: Template, tokenizer: "PreTrainedTokenizerBase"
-    ) -> Datasets:
+        self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
+    ) -> "Datasets":
         """The encoded records for training and evaluation."""
         raise NotImplementedError
 
@@ -30,14 +30,14 @@ class LearningStage(Stage):
         """A callable that turns a list of rows into a batch."""
         raise NotImplementedError
 
-    def objective(self, context: RunContext) -> "Objective | None":
+    def objective(self, context: "RunContext") -> "Objective | None":
         """The loss, with its modules besides the model; None for the model's own loss.
 
         Called on the model that training starts from, before a checkpoint is restored; adds the heads to that model.
         """
         return None
 
-    def predict(self, context: RunContext, trainer: "GlmTrainer") -> dict[str, float]:
+    def predict(self, context: "RunContext", trainer: "GlmTrainer") -> dict[str, float]:
         """Write predictions.jsonl, one line per evaluation record; returns the scores, with names that begin with predict_."""
         raise NotImplementedError
 
