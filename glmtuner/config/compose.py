@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from glmtuner.config.paths import conf_dir
 from glmtuner.config.plugins import load_plugins, plugin_presets
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import WORDS
+from glmtuner.console import complain
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.run_folder.names import CONFIG, OVERRIDES, PROVENANCE
 
@@ -252,6 +254,11 @@ def run_folder_of(checkpoint: str) -> Path | None:
     return None
 
 
+@cache
+def _say_unknown(sentence: str) -> None:
+    complain(sentence)
+
+
 def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> DictConfig:
     """The config with the model, quantization, method and generation of the last checkpoint's run, except for user keys.
 
@@ -287,6 +294,10 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
                     OmegaConf.update(config, key, value)
                 except OmegaConfBaseException as error:
                     raise CheckpointError(f"{source / 'config.yaml'} is damaged ({key}: {explain(error)})") from None
+            elif name not in config[group] and value not in (None, False):
+                _say_unknown(
+                    f"{source / 'config.yaml'}: {key}={value} is unknown to this version of glmtuner and left out"
+                )
     trained_on, base = saved.model.model_name_or_path, config.model.model_name_or_path
     if base != trained_on and not Path(base).expanduser().is_dir():
         raise CheckpointError(

@@ -298,7 +298,7 @@ class Generation:
                 "generation",
                 self,
                 (
-                    ("temperature", self.temperature > 0, "above 0 (generation=greedy does not sample)"),
+                    ("temperature", self.temperature >= 1e-6, "0.000001 or more (generation=greedy does not sample)"),
                     ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
                     ("top_k", self.top_k >= 0, "0 or more; 0 keeps every token"),
                     ("num_beams", self.num_beams >= 1, "1 or more"),

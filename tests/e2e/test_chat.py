@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -161,3 +162,12 @@ def test_in_a_terminal(run: Path, tmp_path: Path) -> None:
     assert child.wait(30) == 0
     os.close(master)
     assert "你是谁？" in (tmp_path / "chat_history").read_text(encoding="utf-8")
+
+
+def test_what_a_newer_version_has_saved_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text(encoding="utf-8").replace("\ngeneration:\n", "\ngeneration:\n  min_p: 0.1\n"))
+    finished_run([copy], GREEDY)
+    assert f"{config}: generation.min_p=0.1 is unknown to this version of glmtuner" in capsys.readouterr().err
