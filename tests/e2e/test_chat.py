@@ -169,5 +169,5 @@ def test_what_a_newer_version_has_saved_is_named(run: Path, tmp_path: Path, caps
     shutil.copytree(run, copy)
     config = copy / "config.yaml"
     config.write_text(config.read_text(encoding="utf-8").replace("\ngeneration:\n", "\ngeneration:\n  min_p: 0.1\n"))
-    finished_run([copy], GREEDY)
+    finished_run([copy], [])
     assert f"{config}: generation.min_p=0.1 is unknown to this version of glmtuner" in capsys.readouterr().err
