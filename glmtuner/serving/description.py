@@ -189,6 +189,7 @@ def describe(app: FastAPI, name: str, *, max_tokens: int, max_choices: int, has_
     fields = request["properties"]
     fields["model"] = {"type": "string", "enum": [name]}
     for limit in ("max_tokens", "max_completion_tokens"):
+        del fields[limit]["anyOf"][0]["exclusiveMaximum"]  # of every server
         fields[limit]["anyOf"][0]["maximum"] = max_tokens
     fields["n"]["anyOf"][0]["maximum"] = max_choices
     schemas["ChatRequest"] = request

@@ -1,5 +1,6 @@
 """The engine gives each request what `generate` gives it alone, however requests come together."""
 
+import logging
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -147,8 +148,17 @@ SAMPLINGS = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The engine's log, whatever libraries did to the logging of this process."""
+    logger = logging.Logger("engine")
+    logger.addHandler(caplog.handler)
+    monkeypatch.setattr("glmtuner.serving.engine.log", logger)
+    return caplog
+
+
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])  # the cache of the second cannot be joined row by row
-def test_logits_that_are_not_finite_end_their_own_request_only(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_logits_that_are_not_finite_end_their_own_request_only(name: str, logged: pytest.LogCaptureFixture) -> None:
     model = built(name)
     poison = 9  # no prompt has this token, and no answer
     with torch.no_grad():
@@ -167,8 +177,8 @@ def test_logits_that_are_not_finite_end_their_own_request_only(name: str, caplog
     for one in bad:
         assert one.answer() == [] and one.reason == "error"
     engine.close()
-    told = [record for record in caplog.records if "not finite" in record.message]
-    assert len(told) == len(bad) and not any(record.exc_info for record in caplog.records)
+    told = [record for record in logged.records if "not finite" in record.message]
+    assert len(told) == len(bad) and not any(record.exc_info for record in logged.records)
 
 
 def test_an_error_in_one_request_s_own_code_ends_it_alone() -> None:
