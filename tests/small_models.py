@@ -1,10 +1,13 @@
-"""Models of random weights in float64, in which batches give the same tokens as single prompts."""
+"""Models of random weights in float64, in which batches give the same tokens as single prompts, and a run of the shipped one."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import GenerationConfig
+
+from glmtuner.cli.main import main
 
 SMALL = {
     "hidden_size": 32,
@@ -24,6 +27,16 @@ MODELS = {
     "ChatGLM2": {},
 }  # fmt: skip
 STOP = 7
+
+
+def run_of_one_step(folder: Path) -> Path:
+    """The folder, with a run of the shipped model that was trained for a step."""
+    words = [
+        "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "data.max_samples=4", "trainer.max_steps=1",
+        "trainer.learning_rate=1e-6", "trainer.disable_tqdm=true", f"trainer.output_dir={folder}",
+    ]  # fmt: skip
+    assert main(words) == 0
+    return folder
 
 
 def built(name: str) -> Any:

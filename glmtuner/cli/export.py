@@ -46,7 +46,7 @@ class Answer:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from glmtuner.console import say
     from glmtuner.finetuning.adapter import allowed_difference
-    from glmtuner.finetuning.start import LORA, checkpoint_in, checkpoints_of
+    from glmtuner.finetuning.start import checkpoint_in, checkpoints_of
     from glmtuner.launch.build import finished_run, is_policy
     from glmtuner.run_folder.files import write_json
     from glmtuner.run_folder.provenance import version_of
@@ -63,8 +63,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # merged in float32 on the unquantized base, also if the adapter was trained on a quantized one
     finished = finished_run(arguments.run, ["quant=none", "model.dtype=float32", *overrides], generates=False)
     dtype = arguments.dtype or stored_dtype(finished)
-    adapters = checkpoints_of(finished.run.model)
-    expected = answer_of_peft(finished, adapters) or answer(finished, finished.model)
+    by_peft = answer_of_peft(finished, checkpoints_of(finished.run.model))
+    expected = by_peft or answer(finished, finished.model)
     partial = to.with_name(f".{to.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     same = actual.ids == expected.ids
     if not drift <= allowed or (dtype == "float32" and not same):
         raise CheckpointError(
-            f"the export in {partial} differs from the run's model{', as PEFT loads it' if adapters[-1].kind is LORA else ''}: a logit "
+            f"the export in {partial} differs from the run's model{', as PEFT loads it' if by_peft else ''}: a logit "
             f"by {drift:.2g} (rounding explains {allowed:.2g} at "
             f"most), and the greedy answers are {'equal' if same else 'different'}; the folder is kept for inspection, do not use it"
         )

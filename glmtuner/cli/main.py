@@ -11,6 +11,7 @@ import re
 import select
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from glmtuner import __version__
 from glmtuner.cli.options import hydra_flags, parse_options
@@ -84,19 +85,17 @@ def check_encodable(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if not is_encodable(argument):
             raise ConfigError(
-                f"{escaped(argument)}: the argument is not valid UTF-8; rename the file, or type it in UTF-8"
+                f"{plain(argument)}: the argument is not valid UTF-8; rename the file, or type it in UTF-8"
             )
     try:
         folder = os.getcwd()
     except FileNotFoundError:
         raise ConfigError("the current folder has been removed; change to another one") from None
     if not is_encodable(folder):
-        raise ConfigError(
-            f"{escaped(folder)}: the name of the current folder is not valid UTF-8; change to another one"
-        )
+        raise ConfigError(f"{plain(folder)}: the name of the current folder is not valid UTF-8; change to another one")
     variable = "GLMTUNER_CACHE" if os.environ.get("GLMTUNER_CACHE") else "HOME"
     if not is_encodable(cache := os.environ.get(variable, "")):
-        raise ConfigError(f"{variable}={escaped(cache)} is not valid UTF-8; set GLMTUNER_CACHE to a folder that is")
+        raise ConfigError(f"{variable}={plain(cache)} is not valid UTF-8; set GLMTUNER_CACHE to a folder that is")
 
 
 def is_encodable(text: str) -> bool:
@@ -106,11 +105,6 @@ def is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def escaped(text: str) -> str:
-    """The text with \\udcff in place of a byte that is not UTF-8."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -132,7 +126,7 @@ def system_problem(error: Exception) -> tuple[str, int] | None:
         return None
     reason = os.strerror(number).lower()
     filename = getattr(error, "filename", None)
-    name = escaped(os.fsdecode(filename)) if isinstance(filename, (str, bytes)) else ""
+    name = plain(os.fsdecode(filename)) if isinstance(filename, (str, bytes)) else ""
     if number in FAILED_SYSTEM:
         return f"{name or 'a file'}: {reason}; {FAILED_SYSTEM[number]}, and {again}", 1
     if number in BAD_PATH and name:
@@ -174,11 +168,9 @@ def run_command(arguments: list[str]) -> int:
         return hydra_main(arguments)
     if options.cfg:
         return show_config(options, rest)
-    if multirun and not options.check:
-        with results_in_files("the sweep goes on"):
-            return sweep(options, rest)
     if multirun:
-        return sweep(options, rest)
+        with nullcontext() if options.check else results_in_files("the sweep goes on"):
+            return sweep(options, rest)
     from glmtuner.config.compose import compose
 
     composed = compose(rest, config_dir=options.config_dir, config_name=options.config_name)

@@ -5,6 +5,7 @@ from typing import Any
 
 from glmtuner.config.schedules import dictionary
 from glmtuner.config.trainer_arguments import TrainerArguments
+from glmtuner.config.trainer_fields import shown
 from glmtuner.errors import did_you_mean
 
 KEYS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
@@ -33,14 +34,14 @@ def checkpointing_errors(trainer: TrainerArguments) -> Iterator[str]:
         except ValueError:
             continue
         for name, value in options.items():
-            shown = f"trainer.{key}={{{name}: {str(value).lower() if isinstance(value, bool) else value}}}"
+            typed = f"trainer.{key}={shown({name: value})}"
             if name not in OPTIONS:
-                yield f"{shown}{did_you_mean(str(name), OPTIONS, LISTED)}"
+                yield f"{typed}{did_you_mean(str(name), OPTIONS, LISTED)}"
             elif name in FLAGS and not isinstance(value, bool):
-                yield f"{shown}: true or false; type 'trainer.{key}={{{name}: true}}'"
+                yield f"{typed}: true or false; type 'trainer.{key}={{{name}: true}}'"
             elif name == "every_n_layers" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                yield f"{shown}: a number of layers, at least 1; type 'trainer.{key}={{every_n_layers: 2}}'"
+                yield f"{typed}: a number of layers, at least 1; type 'trainer.{key}={{every_n_layers: 2}}'"
             elif name == "determinism_check" and value not in ("default", "none"):
-                yield f"{shown}: default or none; type 'trainer.{key}={{determinism_check: none}}'"
+                yield f"{typed}: default or none; type 'trainer.{key}={{determinism_check: none}}'"
             elif name in NOT_REENTRANT and options.get("use_reentrant"):
-                yield f"{shown} with use_reentrant: true: torch has it for use_reentrant: false only; leave one of them out"
+                yield f"{typed} with use_reentrant: true: torch has it for use_reentrant: false only; leave one of them out"

@@ -1,6 +1,5 @@
 """Overrides -> one validated `Run`, or one ConfigError; nothing is loaded or written here."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,13 +19,17 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from glmtuner.config.explain import explain
 from glmtuner.config.overrides import bracket_lists, check_overrides, parse, user_keys_of
-from glmtuner.config.paths import conf_dir
+from glmtuner.config.paths import conf_dir, is_run_folder
 from glmtuner.config.plugins import load_plugins, plugin_presets
+from glmtuner.config.run_rules import run_errors
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import WORDS
+from glmtuner.config.trainer_fields import field_errors
+from glmtuner.config.trainer_rules import trainer_errors
 from glmtuner.console import complain
 from glmtuner.errors import CheckpointError, ConfigError
-from glmtuner.run_folder.names import CONFIG, OVERRIDES, PROVENANCE
+from glmtuner.run_folder.names import CONFIG
+from glmtuner.run_folder.saved_config import read_config
 
 MOST_SWEEP_JOBS_CHECKED = 64
 # Groups whose values come from a checkpoint's own run, and the keys in them that are the new run's all the same.
@@ -148,10 +151,6 @@ def validate(config: DictConfig, overrides: list[str], user_keys: set[str]) -> C
     except (OmegaConfBaseException, ConfigError) as error:
         raise ConfigError(explain(error)) from None
     assert isinstance(run, Run)
-    from glmtuner.config.run_rules import run_errors
-    from glmtuner.config.trainer_fields import field_errors
-    from glmtuner.config.trainer_rules import trainer_errors
-
     if wrong := [*field_errors(run.trainer), *trainer_errors(run.trainer), *run_errors(run)]:
         raise ConfigError("; also: ".join(wrong))
     resolved = OmegaConf.create(config)
@@ -189,7 +188,7 @@ class Composer:
                 item for item in overrides if item != "experiment=null"
             ]  # the default; Hydra refuses it as an override
             return hydra_compose(config_name, overrides=[*extra, *kept], return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, OverflowError) as error:
             message = explain(error)
             recipe = next((item for item in overrides if item.startswith("experiment=")), None)
             dotted_keys = [item.partition("=")[0] for item in overrides if "." in item]
@@ -243,15 +242,10 @@ def _jobs(overrides: Sequence[str], parsed: Sequence[Override], known: Mapping[s
 def run_folder_of(checkpoint: str) -> Path | None:
     """The run folder that a checkpoint is, or is inside of; None for others.
 
-    It is the one with at least two of the three files that describe a run: a damaged run folder is none of another program,
-    whose checkpoint would be taken for one of the default model.
+    A damaged run folder is one, too: as another program's, its checkpoint would be taken for one of the default model.
     """
     folder = Path(checkpoint).expanduser()
-    for candidate in (folder, folder.parent, folder.parent.parent):
-        described_by = [name for name in (CONFIG, OVERRIDES, PROVENANCE) if os.path.lexists(candidate / name)]
-        if len(described_by) >= 2:
-            return candidate
-    return None
+    return next(filter(is_run_folder, (folder, folder.parent, folder.parent.parent)), None)
 
 
 @cache
@@ -275,9 +269,7 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
     source = run_folder_of(checkpoints[-1]) if checkpoints else None
     if source is None:
         return config
-    from glmtuner.run_folder.saved_config import read_config
-
-    saved = read_config(source / "config.yaml")
+    saved = read_config(source / CONFIG)
     load_plugins(saved.get("plugins", []), named_by_run=True)
     bits = saved.quant.get("quantization_bit")
     chosen = {"finetuning": saved.finetuning.finetuning_type, "quant": f"int{bits}" if bits else "none"}
@@ -292,12 +284,10 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
             if key not in user_keys and key not in NOT_FROM_CHECKPOINT and name in config[group]:
                 try:
                     OmegaConf.update(config, key, value)
-                except OmegaConfBaseException as error:
-                    raise CheckpointError(f"{source / 'config.yaml'} is damaged ({key}: {explain(error)})") from None
+                except (OmegaConfBaseException, OverflowError) as error:
+                    raise CheckpointError(f"{source / CONFIG} is damaged ({key}: {explain(error)})") from None
             elif name not in config[group] and value not in (None, False):
-                _say_unknown(
-                    f"{source / 'config.yaml'}: {key}={value} is unknown to this version of glmtuner and left out"
-                )
+                _say_unknown(f"{source / CONFIG}: {key}={value} is unknown to this version of glmtuner and left out")
     trained_on, base = saved.model.model_name_or_path, config.model.model_name_or_path
     if base != trained_on and not Path(base).expanduser().is_dir():
         raise CheckpointError(

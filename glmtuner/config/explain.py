@@ -22,6 +22,9 @@ def explain(error: BaseException) -> str:
     for cause in chain:
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return _omegaconf(cause)
+    if isinstance(error, OverflowError):  # an integer that no float holds; OmegaConf names the key in the message alone
+        key = re.search(r"full_key: (\S+)", str(error))
+        return f"{key.group(1) if key else 'a number'}: expected a number, and this one is too large"
     return _first_paragraph(str(error))
 
 

@@ -1,8 +1,10 @@
-"""Where the package finds its own files, in a checkout and in an installed wheel alike."""
+"""Where the package finds its own files, in a checkout and in an installed wheel alike, and which folders are runs."""
 
+import os
 from pathlib import Path
 
 from glmtuner.errors import ConfigError
+from glmtuner.run_folder.names import CONFIG, OVERRIDES, PROVENANCE
 
 PACKAGE = Path(__file__).parent.parent
 ASSETS = PACKAGE / "assets"
@@ -16,6 +18,11 @@ def conf_dir() -> Path:
         if (candidate / "config.yaml").is_file():
             return candidate
     raise ConfigError(f"no conf/config.yaml in {PACKAGE} or beside it; install glmtuner again")
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether the folder has at least two of the three files that describe a run: one of them may be lost, or damaged."""
+    return sum(os.path.lexists(folder / name) for name in (CONFIG, OVERRIDES, PROVENANCE)) >= 2
 
 
 def model_source(name_or_path: str) -> str:

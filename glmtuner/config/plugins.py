@@ -22,6 +22,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from glmtuner.config.groups import SCHEMA_CLASSES, preset_key
+from glmtuner.config.paths import is_run_folder
 from glmtuner.errors import ConfigError
 
 GROUP = "glmtuner.plugins"  # of entry points
@@ -56,6 +57,8 @@ def load_plugins(names: Sequence[str], *, named_by_run: bool = False) -> None:
     """
     for name in (*installed_plugins(), *names):
         if name not in _loaded:
+            if (working_dir := str(Path.cwd())) not in sys.path:  # `python -m` adds it, the console script does not
+                sys.path.append(working_dir)
             if named_by_run and _lies_in_a_run(name):
                 raise ConfigError(
                     f"plugins=[{name}]: the run names it, and the module lies in a run folder; code that came with a run is not "
@@ -69,7 +72,7 @@ def _lies_in_a_run(name: str) -> bool:
     spec = find_spec(name.partition(".")[0])  # of the package: a submodule's would import it
     places = [*(spec.submodule_search_locations or ()), spec.origin or ""] if spec else []
     folders = [folder for place in places for folder in (Path(place).resolve(), *Path(place).resolve().parents)]
-    return any((folder / "config.yaml").is_file() and (folder / "provenance.json").is_file() for folder in folders)
+    return any(map(is_run_folder, folders))
 
 
 @cache
@@ -93,8 +96,6 @@ def plugin_presets() -> dict[str, list[str]]:
 
 
 def _imported(name: str) -> Plugin:
-    if (working_dir := str(Path.cwd())) not in sys.path:  # `python -m` adds it, the console script does not
-        sys.path.append(working_dir)
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

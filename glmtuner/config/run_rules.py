@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 from glmtuner.config.schema import Run
+from glmtuner.config.trainer_arguments import TrainerArguments
+from glmtuner.config.trainer_fields import shown
 from glmtuner.errors import did_you_mean
 
 # What an evaluation's history line also has, besides the losses and scores.
@@ -32,8 +34,7 @@ def run_errors(run: Run) -> Iterator[str]:
     for name in ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph"):
         value = getattr(trainer, f"ddp_{name}")
         if value is not None and run.parallel.name != "ddp":
-            shown = str(value).lower() if isinstance(value, bool) else value
-            yield f"trainer.ddp_{name}={shown} with parallel={run.parallel.name}: it is DistributedDataParallel's; type parallel=ddp, or leave it out"
+            yield f"trainer.ddp_{name}={shown(value)} with parallel={run.parallel.name}: it is DistributedDataParallel's; type parallel=ddp, or leave it out"
     yield from _metric_errors(run)
 
 
@@ -90,7 +91,7 @@ def unused_values(run: Run) -> Iterator[str]:
         yield f"trainer.eval_steps={trainer.eval_steps:g} has no effect: trainer.eval_strategy=epoch"
     for strategy, name in (("save_strategy", "save_steps"), ("logging_strategy", "logging_steps")):
         value = getattr(trainer, name)
-        if getattr(trainer, strategy) != "steps" and value != 500:
+        if getattr(trainer, strategy) != "steps" and value != getattr(TrainerArguments, name):
             yield f"trainer.{name}={value:g} has no effect: trainer.{strategy}={getattr(trainer, strategy)}"
     if trainer.metric_for_best_model is not None and trainer.eval_strategy == "no":
         yield f"trainer.metric_for_best_model={trainer.metric_for_best_model} has no effect: trainer.eval_strategy=no"
@@ -99,7 +100,7 @@ def unused_values(run: Run) -> Iterator[str]:
         and trainer.metric_for_best_model is None
         and not trainer.load_best_model_at_end
     ):
-        yield f"trainer.greater_is_better={str(trainer.greater_is_better).lower()} has no effect without trainer.metric_for_best_model"
+        yield f"trainer.greater_is_better={shown(trainer.greater_is_better)} has no effect without trainer.metric_for_best_model"
     evaluates = trainer.do_eval or trainer.do_predict or trainer.eval_strategy != "no" or trainer.eval_on_start
     if trainer.predict_with_generate and not evaluates:
         yield "trainer.predict_with_generate=true has no effect: the run neither evaluates nor predicts"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -85,9 +86,8 @@ def schedule_errors(trainer: TrainerArguments) -> Iterator[str]:
             yield f"{argument} with {setting}{did_you_mean(str(name), legal, listed)}"
         elif (expected := _expected(legal[name], value)) is not None:
             yield f"{argument} with {setting}: expected {expected}"
-    if any(name not in legal for name in given) or any(_expected(legal[name], given[name]) for name in given):
-        return
-    yield from _arguments_that_exclude_each_other(trainer, setting, given)
+    if all(name in legal and _expected(legal[name], value) is None for name, value in given.items()):
+        yield from _arguments_that_exclude_each_other(trainer, setting, given)
 
 
 def _arguments_that_exclude_each_other(
@@ -139,8 +139,8 @@ def _expected(legal: Legal, value: Any) -> str | None:
     if value is None:
         return None
     low, high, whole = legal
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if is_number and low <= value <= float(high) and (not whole or value == int(value)):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and low <= value <= min(high, sys.float_info.max) and (not whole or value == int(value)):
         return None
     kind = "a whole number" if whole else "a number"
     return f"{kind} from {low:g} to {high:g}" if high != math.inf else f"{kind}, {low:g} or more"

@@ -20,6 +20,7 @@ from glmtuner.config.groups import (
     as_override,
 )
 from glmtuner.config.ranges import infinite_values
+from glmtuner.config.trainer_fields import default_of
 from glmtuner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -263,8 +264,7 @@ def key_defaults() -> dict[str, Any]:
     for declared in fields(Run):
         for cls in classes_of(declared.name).values():
             for inner in fields(cls):
-                made = inner.default_factory() if inner.default_factory is not MISSING else inner.default
-                if made is not MISSING:
+                if (made := default_of(inner)) is not MISSING:
                     defaults.setdefault(f"{declared.name}.{inner.name}", getattr(made, "value", made))
     return defaults
 

@@ -4,7 +4,7 @@ A field that is redirected or refused accepts its default, which asks for nothin
 """
 
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from enum import Enum
 from typing import Any
 
@@ -149,28 +149,28 @@ REFUSED = {
 NOTHING: tuple[Any, ...] = ([], {}, ["none"])  # other ways to ask for nothing
 
 
-def default_of(name: str) -> Any:
-    """The default of a field of Seq2SeqTrainingArguments, an enum's as its member."""
-    declared = next(field for field in fields(TrainerArguments) if field.name == name)
+def default_of(declared: Field[Any]) -> Any:
+    """The default of a dataclass's field, an enum's as its member; MISSING if it has none."""
     return declared.default_factory() if declared.default_factory is not MISSING else declared.default
 
 
 def field_errors(trainer: TrainerArguments) -> Iterator[str]:
     """One sentence for each field that is redirected or refused and has another value than its default."""
+    defaults = {declared.name: default_of(declared) for declared in fields(TrainerArguments)}
     for name, sentence in (REDIRECTED | REFUSED).items():
         value = getattr(trainer, name)
-        if value == default_of(name) or (name == "trackio_static_space_id" and value is False) or value in NOTHING:
+        if value == defaults[name] or (name == "trackio_static_space_id" and value is False) or value in NOTHING:
             continue
-        shown = _shown(value)
+        text = shown(value)
         what = " is not a glmtuner key" if name in REDIRECTED else ""
-        yield f"trainer.{name}={shown}{what}: {sentence.replace('{value}', shown)}"
+        yield f"trainer.{name}={text}{what}: {sentence.replace('{value}', text)}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in the syntax of an override."""
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{name}: {_shown(inner)}' for name, inner in value.items())}}}"
+        return f"{{{', '.join(f'{name}: {shown(inner)}' for name, inner in value.items())}}}"
     if isinstance(value, list):
-        return f"[{','.join(map(_shown, value))}]"
+        return f"[{','.join(map(shown, value))}]"
     value = value.value if isinstance(value, Enum) else value
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

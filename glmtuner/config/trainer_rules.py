@@ -6,11 +6,12 @@ The first half of transformers' own checks; launch/rehearsal.py has those that n
 from collections.abc import Iterator
 from pathlib import Path
 
-from glmtuner.config.checkpointing import checkpointing_errors
+from glmtuner.config.checkpointing import KEYS, checkpointing_errors
 from glmtuner.config.objective import less_is_better
 from glmtuner.config.optimizers import optimizer_errors
 from glmtuner.config.schedules import dictionary, schedule_errors
 from glmtuner.config.trainer_arguments import TrainerArguments
+from glmtuner.config.trainer_fields import shown
 from glmtuner.errors import did_you_mean
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
@@ -129,15 +130,14 @@ def _worker_errors(trainer: TrainerArguments) -> Iterator[str]:
         ("multiprocessing_context", context),
     ):
         if value is not None and trainer.dataloader_num_workers == 0:
-            shown = str(value).lower() if value is True else value
             yield (
-                f"trainer.dataloader_{name}={shown} with trainer.dataloader_num_workers=0: there are no workers; type "
+                f"trainer.dataloader_{name}={shown(value)} with trainer.dataloader_num_workers=0: there are no workers; type "
                 "trainer.dataloader_num_workers=2, or leave it out"
             )
 
 
 def _dictionary_errors(trainer: TrainerArguments) -> Iterator[str]:
-    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+    for name in KEYS:
         try:
             dictionary(getattr(trainer, name))
         except ValueError:
@@ -145,13 +145,12 @@ def _dictionary_errors(trainer: TrainerArguments) -> Iterator[str]:
     config = trainer.accelerator_config
     if isinstance(config, str) and not config.startswith("{") and not Path(config).expanduser().is_file():
         yield f"trainer.accelerator_config={config}: no such file; type 'trainer.accelerator_config={{even_batches: false}}', say"
-    for new, old in (("activation_checkpointing", "gradient_checkpointing"),):
-        if (
-            getattr(trainer, new) is not None
-            and getattr(trainer, old) is not None
-            and getattr(trainer, new) != getattr(trainer, old)
-        ):
-            yield f"trainer.{new}={str(getattr(trainer, new)).lower()} with trainer.{old}={str(getattr(trainer, old)).lower()}: two names of one thing; leave {old} out"
+    new, old = trainer.activation_checkpointing, trainer.gradient_checkpointing
+    if new is not None and old is not None and new != old:
+        yield (
+            f"trainer.activation_checkpointing={shown(new)} with trainer.gradient_checkpointing={shown(old)}: two names of one "
+            "thing; leave gradient_checkpointing out"
+        )
 
 
 def is_greater_better(trainer: TrainerArguments) -> bool | None:

@@ -13,15 +13,16 @@ LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
 VOCABULARY = ("vocab_size", "padded_vocab_size")
 COUNTS = (*LAYERS, *HIDDEN, *VOCABULARY, "num_attention_heads", "n_head", "n_heads")
-WIDTHS: tuple[str, ...] = (
+WIDTHS = (
     "intermediate_size",
     "ffn_hidden_size",
     "inner_hidden_size",
     "n_inner",
     "num_key_value_heads",
     "head_dim",
+    "kv_channels",
+    "multi_query_group_num",
 )
-WIDTHS += ("kv_channels", "multi_query_group_num")
 # The deepest published models have a few hundred; building more takes minutes before anything can be compared.
 MOST_LAYERS = 4096
 BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # in names of weights

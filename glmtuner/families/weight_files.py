@@ -89,10 +89,8 @@ def contents(folder: Path) -> Contents | None:
     tensors, values = 0, 0
     files = weight_files(folder)
     for path in files:
-        if path.suffix == ".safetensors":
-            tensors += len(tensor_shapes(path))
-            values += path.stat().st_size * 2  # two 4-bit numbers a byte
-        else:
-            tensors += path.stat().st_size // 64 + 1  # each is named in the pickle and in the archive
-            values += path.stat().st_size * 2
+        size = path.stat().st_size
+        values += size * 2  # two 4-bit numbers a byte
+        # of a .bin, each tensor is named in the pickle and in the archive
+        tensors += len(tensor_shapes(path)) if path.suffix == ".safetensors" else size // 64 + 1
     return Contents(tensors, values) if files else None

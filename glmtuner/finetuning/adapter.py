@@ -23,32 +23,35 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-MERGE_INSTEAD = (
-    "merge it into its base with PEFT's merge_and_unload, save that, and name it in model.model_name_or_path"
-)
 
-# About the adapter, not part of what it computes.
+# Without an effect on what an adapter computes, or, as fan_in_fan_out, known to `peft_config`.
 DESCRIPTIVE = {
     "auto_mapping",
     "base_model_name_or_path",
+    "fan_in_fan_out",
     "inference_mode",
+    "megatron_core",
     "peft_type",
     "peft_version",
+    "qalora_group_size",
     "revision",
+    "runtime_config",
     "task_type",
 }
-DESCRIPTIVE |= {"runtime_config", "megatron_core", "qalora_group_size", "fan_in_fan_out"}
 # How weights were initialized that the file now holds: without effect unless init_lora_weights asks for it.
 INITIAL = {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
 # Initializations that leave the base as it is, or change it in the same way each time.
 REPEATABLE = (None, True, False, "gaussian", "eva", "orthogonal", "pissa", "olora")
 UNREPEATABLE = (
     "it changed the base's weights in a way that loading does not repeat exactly; convert the adapter with PEFT's "
+    "save_pretrained(path_initial_model_for_weight_conversion=…)"
 )
-UNREPEATABLE += "save_pretrained(path_initial_model_for_weight_conversion=…)"
 # Active settings that are refused, with the reason.
 REFUSED = {
-    "layer_replication": f"it adds layers to the model, which share weights and are not merged correctly; {MERGE_INSTEAD}",
+    "layer_replication": (
+        "it adds layers to the model, which share weights and are not merged correctly; merge it into its base with PEFT's "
+        "merge_and_unload, save that, and name it in model.model_name_or_path"
+    ),
     "alora_invocation_tokens": "the adapter is active only after these tokens, which generation here does not follow",
     "use_qalora": "it trains on pooled inputs of a GPTQ model, which is not supported",
     "velora_config": "its compressed activations are not supported",
@@ -96,7 +99,7 @@ KNOWN: dict[str, Check] = {
 }  # fmt: skip
 EMBEDDINGS = {"embed_tokens", "lm_head", "word_embeddings", "output_layer", "wte"}
 REQUIRED = ("r", "lora_alpha")
-KEYS = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_target": "target_modules"}
+WITH_KEY = {"r", "lora_alpha", "lora_dropout", "target_modules"}  # those that `finetuning` has a key for
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -131,16 +134,15 @@ def read_lora_config(folder: Path) -> dict[str, Any]:
         elif name not in DESCRIPTIVE | INITIAL and _is_active(value):
             problems.append(f"{name}={_shown(value)}: {_unknown(config)}")
     how = config.get("init_lora_weights")
-    if isinstance(how, str) and how.lower() in ("true", "false"):
-        pass  # of PEFT before 0.5
-    elif isinstance(how, str) and how not in REPEATABLE:
+    # PEFT before 0.5 wrote the flag as text
+    if isinstance(how, str) and how.lower() not in ("true", "false") and how not in REPEATABLE:
         problems.append(f"init_lora_weights={how}: {UNREPEATABLE}")
     if isinstance(config.get("target_modules"), str) and config.get("layers_to_transform") is not None:
         problems.append("layers_to_transform with a regular expression for target_modules, which excludes it")
     if config.get("target_modules") is None and not config.get("target_parameters"):
         problems.append("target_modules is missing")
     if not problems:
-        problems = list(_rank_problems(config, folder))
+        problems = _rank_problems(config, folder)
     if problems:
         raise CheckpointError(f"the adapter in {folder} cannot be used as it was trained: {'; '.join(problems)}")
     return config
@@ -175,12 +177,16 @@ def _unknown(config: Mapping[str, Any]) -> str:
 
 
 def lora_settings(folder: Path) -> dict[str, Any]:
-    """Rank, alpha, dropout and targets of a saved adapter, by configuration key.
+    """Rank, alpha, dropout and targets of a saved adapter, by configuration key; raises CheckpointError."""
+    return settings_of(read_lora_config(folder))
+
+
+def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Rank, alpha, dropout and targets in a checked adapter_config.json, by configuration key.
 
     A regular expression is a list of one, and so are targets among which are an embedding or the head, which have no name in
     `finetuning.lora_target`.
     """
-    saved = read_lora_config(folder)
     targets = saved.get("target_modules") or []
     if targets == "all-linear":
         targets = ["all"]
@@ -201,7 +207,7 @@ def is_pattern(targets: list[str]) -> bool:
 
 def further_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that change what an adapter computes and have no key in `finetuning`, where they are active."""
-    ignored = {*KEYS.values(), *DESCRIPTIVE, *INITIAL, *REFUSED}
+    ignored = WITH_KEY | DESCRIPTIVE | INITIAL | REFUSED.keys()
     return {
         name: value
         for name, value in sorted(config.items())
@@ -238,13 +244,14 @@ def _last_name(base: str) -> str:
 
 def check_trainable(model: "nn.Module", folder: Path) -> None:
     """Raise CheckpointError where a further training of the loaded adapter would train or save less than all of it."""
-    saved, parameters = load_tensors(folder / ADAPTER), adapter_parameters(model)
+    from peft import get_peft_model_state_dict
+
+    path, parameters = folder / ADAPTER, adapter_parameters(model)
+    saved = (tensor_shapes(path) if path.is_file() else load_tensors(path)).keys()
     own = {id(parameter) for parameter in parameters.values()}
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     problems = []
-    from peft import get_peft_model_state_dict
-
-    if beside := sorted(saved.keys() - parameters.keys() - get_peft_model_state_dict(model).keys()):
+    if beside := sorted(saved - parameters.keys() - get_peft_model_state_dict(model).keys()):
         problems.append(
             f"it holds {len(beside)} weights of its base, which would not be saved again (such as {beside[0]})"
         )
@@ -297,17 +304,17 @@ def adapter_parameters(model: "nn.Module") -> "dict[str, nn.Parameter]":
     return found
 
 
-def load_adapter(model: "PreTrainedModel", folder: Path) -> int:
+def load_adapter(model: "PreTrainedModel", folder: Path) -> None:
     """Copy a saved adapter's weights into the model, which has the adapter attached.
 
-    Returns how many weights of the base the file holds beside the adapter's own, and which are loaded, too. Raises
-    CheckpointError where weights are missing or left over, have another shape, or are not finite.
+    Weights of the base that the file holds beside the adapter's own are loaded, too. Raises CheckpointError where weights are
+    missing or left over, have another shape, or are not finite.
     """
     saved, parameters = load_tensors(folder / ADAPTER), adapter_parameters(model)
     require_finite(saved, folder / ADAPTER)
     if saved.keys() == parameters.keys():
         assign(parameters, saved, folder)
-        return 0
+        return
     from peft import set_peft_model_state_dict
 
     try:  # names of other versions of PEFT and transformers; embeddings that PEFT saved beside the adapter
@@ -320,7 +327,6 @@ def load_adapter(model: "PreTrainedModel", folder: Path) -> int:
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in own}
     if result.unexpected_keys or names & set(result.missing_keys):
         check_fit(parameters, saved, folder)
-    return len(saved.keys() - parameters.keys())
 
 
 # The largest difference of a logit that rounding explains, relative to the largest logit; in float32 at least LEAST.
@@ -372,7 +378,7 @@ def _is_pattern_of(value: Any, fits: Callable[[Any], bool]) -> bool:
 
 
 def _is_active(value: Any) -> bool:
-    return value not in (None, False, 0, "", "none") and value != [] and value != {}
+    return value not in (None, False, 0, "", "none", [], {})
 
 
 def _shown(value: Any) -> str:

@@ -12,9 +12,9 @@ from glmtuner.finetuning.adapter import (
     adapter_parameters,
     is_pattern,
     load_adapter,
-    lora_settings,
     peft_config,
     read_lora_config,
+    settings_of,
     sort_names,
 )
 
@@ -111,8 +111,9 @@ class SavedLora(Lora):
     @classmethod
     def of(cls, folder: Path, finetuning_type: str = "lora") -> Self:
         """The method that a saved adapter was trained with; raises CheckpointError."""
-        method = cls(finetuning_type=finetuning_type, **lora_settings(folder))
-        method.saved, method.folder = read_lora_config(folder), folder
+        saved = read_lora_config(folder)
+        method = cls(finetuning_type=finetuning_type, **settings_of(saved))
+        method.saved, method.folder = saved, folder
         return method
 
     def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from glmtuner.config.groups import Finetuning, ModelFamily, preset
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.families.weight_files import file_metadata, tensor_shapes
-from glmtuner.finetuning.adapter import read_adapter_config
+from glmtuner.finetuning.adapter import ADAPTER, ADAPTER_CONFIG, read_adapter_config
 from glmtuner.finetuning.trained import assign, freeze_all, load_folder, load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ADAPTER = "adapter_model.safetensors"
 RAW = "prefix_encoder.safetensors"  # the trained parameters, before projection; PEFT's file holds the projected prefix
 PUBLISHED_PREFIX = "transformer.prefix_encoder."  # of the parameter names in checkpoints of ChatGLM's own trainer
 POSITIONS = {"positions": "not shifted by the prefix"}  # in the file's metadata; PEFT trains prefixes that shift them
@@ -74,7 +73,7 @@ class PTuning(Finetuning):
         encoder = model.get_submodule("prefix_encoder")
         if (folder / RAW).is_file():
             assign(dict(encoder.named_parameters()), load_tensors(folder / RAW), folder)
-        elif not (folder / "adapter_config.json").is_file():
+        elif not (folder / ADAPTER_CONFIG).is_file():
             assign(dict(encoder.named_parameters()), published_prefix(folder), folder)
         elif self.prefix_projection and (folder / ADAPTER).is_file():
             raise CheckpointError(
@@ -88,14 +87,14 @@ class PTuning(Finetuning):
 
 def prefix_settings(folder: Path) -> dict[str, Any]:
     """The settings `pre_seq_len` and `prefix_projection` of a saved prefix, read from its files."""
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         saved = published_prefix(folder)
         return {"pre_seq_len": len(saved["embedding.weight"]), "prefix_projection": "trans.0.weight" in saved}
     config = read_adapter_config(folder)
     tokens, raw, folded = config.get("num_virtual_tokens"), folder / RAW, folder / ADAPTER
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise CheckpointError(
-            f"{folder / 'adapter_config.json'} is damaged: num_virtual_tokens={json.dumps(tokens)}, where a whole number of at least 1 "
+            f"{folder / ADAPTER_CONFIG} is damaged: num_virtual_tokens={json.dumps(tokens)}, where a whole number of at least 1 "
             "is expected; use another checkpoint"
         )
     if not raw.is_file() and folded.is_file() and not POSITIONS.items() <= file_metadata(folded).items():

@@ -60,7 +60,7 @@ def answer_all(context: RunContext, path: Path, is_prediction: bool = False) -> 
         index, answer = line["index"], line.get("predict")
         if not isinstance(answer, str) or index >= len(rows):
             return None
-        expected = line_of(rows[index], index, line.get("reference") or reference(index), answer)
+        expected = line_of(rows[index], index, reference(index), answer)
         return expected if all(line.get(name) == expected[name] for name in ("prompt", "label")) else None
 
     done = ranks.broadcast_from_rank0(lambda: recover_answers(path, early, others, path.name == PREDICTIONS, restored))

@@ -7,7 +7,7 @@ not known here, such as a scale on the logits, an auxiliary loss of its router, 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.errors import ConfigError
@@ -27,11 +27,15 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Optimizations:
-    """The collator to use, and which of the optimizations are enabled in the model."""
+    """The collator to use, and the optimizations that are not enabled in the model, with the reasons."""
 
     collate: Collate
-    enabled: frozenset[FastPath] = frozenset()
-    left_out: Mapping[FastPath, str] = field(default_factory=dict)  # the others, with the reasons
+    left_out: Mapping[FastPath, str]
+
+    @property
+    def enabled(self) -> frozenset[FastPath]:
+        """The optimizations that are enabled in the model."""
+        return frozenset(FastPath) - self.left_out.keys()
 
     @property
     def chunks_loss(self) -> bool:
@@ -110,7 +114,7 @@ def choose_optimizations(
             FastPath.fused_lora, collate
         ):
             unfuse_lora(model)
-    return Optimizations(collate, frozenset(FastPath) - left_out.keys(), left_out)
+    return Optimizations(collate, left_out)
 
 
 def problem_of(error: Exception) -> str | None:

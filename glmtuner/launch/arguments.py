@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.schedules import AFTER_EVALUATIONS, dictionary
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import TrainerArguments
+from glmtuner.config.trainer_fields import default_of
 from glmtuner.config.trainer_rules import is_greater_better
 from glmtuner.distributed import ranks
 from glmtuner.launch.device import has_bfloat16
@@ -39,8 +40,7 @@ def training_arguments(
     chosen: dict[str, Any] = {}
     for field in dataclasses.fields(TrainerArguments):
         value = getattr(run.trainer, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if value != default and field.name in known:
+        if value != default_of(field) and field.name in known:
             chosen[field.name] = value.value if isinstance(value, Enum) else value
     if "activation_checkpointing" in known and "gradient_checkpointing" in chosen:  # renamed in transformers 5.23
         chosen["activation_checkpointing"] = chosen.pop("gradient_checkpointing")

@@ -141,7 +141,6 @@ def needs_checkpointing(
 ) -> bool:
     """Whether gradient checkpointing is on: as configured, or because the longest batch of the data would not fit without it."""
     run = composed.run
-    check_offload(run.trainer, device)
     configured = configured_checkpointing(run.trainer)
     if configured is not None or data.train is None or run.stage.memory_notice:
         return bool(configured)

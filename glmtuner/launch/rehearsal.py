@@ -1,6 +1,5 @@
 """What can fail only with torch or on this machine, tried on a model of one layer before anything is loaded or written."""
 
-import cmath
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,7 +156,7 @@ def try_schedule(run: Run, arguments: "Seq2SeqTrainingArguments", optimizer: "to
     except (ValueError, TypeError, ArithmeticError, KeyError) as error:
         raise ConfigError(f"{knob}: {one_line(error)}; {advice}") from None
     for step, factor in factors:
-        if isinstance(factor, complex) or not cmath.isfinite(factor) or factor < 0 or math.isnan(factor):
+        if isinstance(factor, complex) or not math.isfinite(factor) or factor < 0:
             raise ConfigError(
                 f"{knob}: the learning rate of step {step} would be {arguments.learning_rate}·{factor}; {advice}"
             )

@@ -22,7 +22,7 @@ KNOB = "trainer.resume_from_checkpoint"
 # What may be another in the run that continues a checkpoint's training, besides RESUME_IGNORED_KEYS: when it ends, is
 # measured, saved and logged, and how fast it is computed. A pattern stands for all keys that match it.
 MAY_CHANGE = (
-    "name", "objective", "model.plot_loss", "generation.*", "metric.*", "tracker.*", "parallel.*", "kernels.*",
+    "name", "objective", "model.plot_loss", "generation.*", "metric.*", "tracker.*", "parallel.*",
     "trainer.resume_from_checkpoint", "trainer.max_steps", "trainer.num_train_epochs",
     "trainer.logging_*", "trainer.log_*", "trainer.eval_*", "trainer.save_*", "trainer.per_device_eval_batch_size",
     "trainer.do_eval", "trainer.do_predict", "trainer.predict_with_generate", "trainer.prediction_loss_only",
@@ -63,13 +63,18 @@ def checkpoint_to_resume(run: Run, config: DictConfig, folder: Path, ranks: int)
     else:
         checkpoint = _named(Path(value).expanduser(), ranks)
     require_resumable(checkpoint, ranks)
-    if run.trainer.overwrite_output_dir and folder.resolve() in checkpoint.resolve().parents:
+    if run.trainer.overwrite_output_dir and lies_in(checkpoint, folder):
         raise ConfigError(
             f"{KNOB}={value} with trainer.overwrite_output_dir=true, which removes that checkpoint; leave one of the two out, or "
             "type another trainer.output_dir"
         )
     require_same_training(run, config, checkpoint)
     return checkpoint
+
+
+def lies_in(checkpoint: Path, folder: Path) -> bool:
+    """Whether the checkpoint is one of the run in the folder, whatever links lead to them."""
+    return folder.resolve() in checkpoint.resolve().parents
 
 
 def _latest_of(folder: Path, ranks: int, is_named: bool) -> Path:

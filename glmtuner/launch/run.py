@@ -23,7 +23,7 @@ from glmtuner.launch.optimizations import apply_optimizations, needs_compiler
 from glmtuner.launch.places import catalogue_dirs, output_folder
 from glmtuner.launch.plan import show_plan, write_description
 from glmtuner.launch.rehearsal import rehearse
-from glmtuner.launch.resume import checkpoint_to_resume, differences, differences_when_continued
+from glmtuner.launch.resume import checkpoint_to_resume, differences, differences_when_continued, lies_in
 from glmtuner.launch.training import make_trainer, numeric, train
 from glmtuner.launch.upload import create_repository, upload
 from glmtuner.run_folder.acquire import acquire_run_folder
@@ -77,7 +77,7 @@ def acquire(path: Path, composed: Composed, count: int) -> tuple[RunFolder, bool
     """
     run = composed.run
     checkpoint = checkpoint_to_resume(run, composed.config, path, count)
-    is_own = checkpoint is not None and path.resolve() in checkpoint.resolve().parents
+    is_own = checkpoint is not None and lies_in(checkpoint, path)
     compare = differences_when_continued if is_own else differences
     return (
         RunFolder(path),

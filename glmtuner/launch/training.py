@@ -12,6 +12,7 @@ from glmtuner.errors import CheckpointError, TrainingError
 from glmtuner.inference.context import RunContext
 from glmtuner.inference.predict import answer_all
 from glmtuner.launch.optimizations import TrainingBatches
+from glmtuner.launch.resume import lies_in
 from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, step_of
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import EVALUATIONS
@@ -74,7 +75,7 @@ def train(
     from glmtuner.training.schedule import FollowSchedule
 
     data = context.data
-    own = checkpoint is not None and context.folder.path.resolve() in checkpoint.resolve().parents
+    own = checkpoint is not None and lies_in(checkpoint, context.folder.path)
     if resumes and not own:
         latest, skipped = ranks.broadcast_from_rank0(
             lambda: latest_complete_checkpoint(context.folder.path, ranks.world_size())

@@ -128,8 +128,8 @@ def estimate(
     """The peak of a meta model's training on batches of `rows` rows of `longest` tokens; the model is unusable afterwards.
 
     `baseline` are the bytes of the process before anything is loaded, which count on a CPU only. `fast_paths` are the
-    optimizations that the run allows (glmtuner/kernels/choose.py), which nearly every model can use. `without_logits`: the loss is one of hidden states, as a reward model's. Raises ConfigError if the forward pass depends on
-    values.
+    optimizations that the run allows (glmtuner/kernels/choose.py), which nearly every model can use. `without_logits`: the
+    loss is one of hidden states, as a reward model's. Raises ConfigError if the forward pass depends on values.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -5,18 +5,18 @@ never an error.
 """
 
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from glmtuner.config.overrides import parse
 from glmtuner.errors import ConfigError
 from glmtuner.run_folder.acquire import DERIVED_KEYS, RESUME_IGNORED_KEYS
+from glmtuner.run_folder.files import is_number
 from glmtuner.run_folder.folder import RunFolder, job_folders
 from glmtuner.run_folder.names import OVERRIDES
 from glmtuner.run_folder.redaction import HIDDEN, flatten
@@ -89,8 +89,7 @@ def read_job(folder: RunFolder) -> Job | None:
         return _damaged_job(folder, error)
     try:
         values = flatten(OmegaConf.to_container(folder.config(), enum_to_str=True)) if folder.is_run else {}
-        metrics = {name: value for name, value in folder.metrics().items() if is_number(value)}
-        history = [line for line in folder.history() if is_number(line.get("step"))]
+        metrics, history = folder.metrics(), folder.history()
         state, reason = state_of(folder, failure, values, history)
     except Exception as error:
         return _damaged_job(folder, error, overrides)
@@ -156,13 +155,6 @@ def unquoted(value: Any) -> Any:
     if isinstance(value, list):
         return [unquoted(each) for each in value]
     return value if isinstance(value, (bool, int, float, dict, type(None))) else str(getattr(value, "text", value))
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether the value is a float, or an int that a float can hold, and not a bool."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 # -- knobs ---------------------------------------------------------------------------------------------------------------

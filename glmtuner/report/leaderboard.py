@@ -8,9 +8,10 @@ from typing import Any
 
 from glmtuner.report.bootstrap import LEVEL, RESAMPLES
 from glmtuner.report.escape import markdown_cell, markdown_code, markdown_code_block, markdown_line, spreadsheet_cell
-from glmtuner.report.jobs import Job, format_value, is_number, value_of
+from glmtuner.report.jobs import Job, format_value, value_of
 from glmtuner.report.ranking import Ranking, Row, format_score, metric_title
 from glmtuner.report.run import MISSING, markdown_table, truncated
+from glmtuner.run_folder.files import is_number
 
 EXPORT = "export command"  # the name of that fact about the winner
 UNRANKED_HEADER = ("job", "settings", "state", "reason")

@@ -21,7 +21,7 @@ from glmtuner.report.leaderboard import (
 )
 from glmtuner.report.plots import Plot, plot_run_loss
 from glmtuner.report.ranking import Ranking, build_row, format_score, metric_title
-from glmtuner.report.run import MISSING, answers_table, run_facts, scores_before_training
+from glmtuner.report.run import MISSING, answers_table, format_number, run_facts, scores_before_training
 from glmtuner.run_folder.folder import RunFolder
 
 
@@ -76,7 +76,13 @@ def run_page(folder: RunFolder) -> str:
     notes: list[str] = []
     row = build_row([job], [], notes)
     before = scores_before_training(folder)
-    scores = [[name, score_with_interval(row, name)] for name in job.metrics]
+    scores = [
+        [
+            name,
+            format_number(value) if isinstance(value, int) else score_with_interval(row, name),
+        ]  # no decimals of a count
+        for name, value in job.metrics.items()
+    ]
     if before:
         scores = [[*cells, format_score(cells[0], before[cells[0]]) if cells[0] in before else ""] for cells in scores]
     answers_header, answers = answers_table(folder)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.report.escape import one_line
-from glmtuner.report.jobs import Job, format_value, is_number, value_of
+from glmtuner.report.jobs import Job, format_value, value_of
 from glmtuner.report.ranking import Ranking, metric_title
-from glmtuner.run_folder.files import write_bytes
+from glmtuner.run_folder.files import is_number, write_bytes
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import LOSS_PLOT
 

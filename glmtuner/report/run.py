@@ -9,9 +9,8 @@ from omegaconf import DictConfig
 from glmtuner.console import say, table
 from glmtuner.errors import CheckpointError
 from glmtuner.report.escape import markdown_cell, markdown_code, markdown_line
-from glmtuner.report.jobs import is_number
 from glmtuner.run_folder.checkpoints import checkpoint_problem, checkpoints
-from glmtuner.run_folder.files import read_lines, write_text
+from glmtuner.run_folder.files import is_number, read_lines, write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import EVALUATIONS, LOSS_PLOT, PREDICTIONS, REPORT
 
@@ -158,7 +157,7 @@ def read_predictions(path: Path) -> dict[int, dict[str, Any]]:
     def is_complete(line: dict[str, Any]) -> bool:
         is_answer = all(isinstance(line.get(name), str) for name in texts)
         is_pair = all(isinstance(line.get(name), str) for name in pair)
-        return is_answer or (is_pair and all(isinstance(line.get(name), (int, float)) for name in scores))
+        return is_answer or (is_pair and all(is_number(line.get(name)) for name in scores))
 
     return {
         line["index"]: line for line in read_lines(path) if isinstance(line.get("index"), int) and is_complete(line)

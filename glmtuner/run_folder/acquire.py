@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from glmtuner.console import plain, say
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.run_folder.folder import RunFolder
-from glmtuner.run_folder.names import CHECKPOINTS, CONFIG, FAILED, LOCK, OVERRIDES, PROVENANCE
+from glmtuner.run_folder.names import CHECKPOINTS, CONFIG, FAILED, LOCK, OVERRIDES, PARTIAL, PROVENANCE
 from glmtuner.run_folder.redaction import flatten, redact_config
 from glmtuner.run_folder.saved_config import parse_config, wrong_keys
 
@@ -76,7 +76,7 @@ def require_usable(path: Path, key: str = "trainer.output_dir") -> None:
         raise ConfigError(f"{key}={shown}: {problem}; type another {key}")
 
 
-LONGEST_ENTRY = Path(CHECKPOINTS) / ".partial-checkpoint-1000000000" / "special_tokens_map.json"
+LONGEST_ENTRY = Path(CHECKPOINTS) / f"{PARTIAL}-checkpoint-1000000000" / "special_tokens_map.json"
 
 
 def _path_problem(path: Path) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from glmtuner.errors import CheckpointError
 from glmtuner.run_folder.files import read_json, write_json
-from glmtuner.run_folder.names import CHECKPOINTS, MARKER
+from glmtuner.run_folder.names import CHECKPOINTS, MARKER, PARTIAL
 
 
 def mark_complete(folder: Path, about: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def latest_complete_checkpoint(run: Path, ranks: int | None = None) -> tuple[Path | None, list[str]]:
     """The latest checkpoint that can be resumed from, and a sentence about each later one that was skipped."""
-    skipped = [f"{path.name} is skipped: incomplete" for path in sorted((run / CHECKPOINTS).glob(".partial-*"))]
+    skipped = [f"{path.name} is skipped: incomplete" for path in sorted((run / CHECKPOINTS).glob(f"{PARTIAL}-*"))]
     for folder in reversed(checkpoints(run)):
         problem = checkpoint_problem(folder, ranks)
         if problem is None:

@@ -3,13 +3,15 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from glmtuner.console import UNPRINTABLE, say
 from glmtuner.errors import CheckpointError
+from glmtuner.run_folder.names import PARTIAL
 
 MAX_NAMED_LINES = 3  # of the lines of a file that are left out
 
@@ -22,7 +24,7 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: to a temporary name, flushed to the disk, then renamed. Parent folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -99,18 +101,25 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
     # not splitlines(): answers may hold U+2028, U+2029 or U+0085, which JSON does not escape
-    *lines, last = content.split(b"\n")
+    lines = content.split(b"\n")
     skipped = []
-    for number, line in enumerate([*lines, last], start=1):
+    for number, line in enumerate(lines, start=1):
         value = _object_or_none(line)
         if value is not None:
             yield value
-        elif line.strip() and number <= len(lines):
+        elif line.strip() and number < len(lines):
             skipped.append(number)
     for number in skipped[:MAX_NAMED_LINES]:
         say(f"{path}: line {number} is not a JSON object and is left out")
     if len(skipped) > MAX_NAMED_LINES:
         say(f"{path}: {len(skipped) - MAX_NAMED_LINES:,} more lines are not JSON objects and are left out")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether the value is a float, or an int that a float can hold, and not a bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 def _object_or_none(line: bytes) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from glmtuner.console import say
 from glmtuner.errors import CheckpointError, ConfigError, FolderBusy, GlmtunerError
 from glmtuner.run_folder.checkpoints import checkpoints
-from glmtuner.run_folder.files import read_lines, read_object, write_json
+from glmtuner.run_folder.files import is_number, read_lines, read_object, write_json
 from glmtuner.run_folder.locks import LocksUnsupported, is_locked, try_lock
 from glmtuner.run_folder.names import (
     ADAPTER,
@@ -73,7 +73,7 @@ class RunFolder:
         if not os.path.lexists(self / METRICS):
             return {}
         values = read_object(self / METRICS)
-        wrong = [name for name, value in values.items() if not _is_number(value) and value is not None]
+        wrong = [name for name, value in values.items() if not is_number(value) and value is not None]
         if wrong:
             raise CheckpointError(f"{self / METRICS} is damaged ({wrong[0]} is not a number)")
         return {name: math.nan if value is None else value for name, value in values.items()}  # JSON has no NaN
@@ -90,7 +90,7 @@ class RunFolder:
     def history(self) -> list[dict[str, float]]:
         """The logged lines, with `step`, in the order in which they were logged; damaged ones are named and left out."""
         lines = list(read_lines(self / HISTORY))
-        whole = [line for line in lines if _is_number(line.get("step")) and all(map(_is_logged, line.values()))]
+        whole = [line for line in lines if is_number(line.get("step")) and all(map(_is_logged, line.values()))]
         if len(whole) < len(lines):
             say(f"{self / HISTORY}: {len(lines) - len(whole)} lines are not of numbers with a step, and are left out")
         return whole
@@ -208,12 +208,12 @@ class RunFolder:
         """Whether starting over would lose anything: a trained step, a checkpoint, trained weights, answers or final metrics."""
         if (self / METRICS).exists() or self.trained() is not None or checkpoints(self.path):
             return True
-        if any((self / name).is_file() and (self / name).stat().st_size for name in (PREDICTIONS,)):
+        if (self / PREDICTIONS).is_file() and (self / PREDICTIONS).stat().st_size:
             return True
         if not (self / HISTORY).exists() or not (self / HISTORY).stat().st_size:
             return False
         steps = [line.get("step") for line in self.history()]
-        return steps == [] or any(step != 0 for step in steps)  # step 0 is an evaluation before training
+        return not steps or any(step != 0 for step in steps)  # step 0 is an evaluation before training
 
     @property
     def is_unused(self) -> bool:
@@ -241,10 +241,6 @@ class RunFolder:
         for path in incomplete:
             _remove(path)
         return incomplete
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_logged(value: Any) -> bool:

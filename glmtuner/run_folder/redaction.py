@@ -16,126 +16,30 @@ HIDDEN = "<hidden>"  # in place of a secret's value
 # Names, by the words that they are made of: `AWS_SECRET_ACCESS_KEY`, `clientSecret` and `hub-token` all are.
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[\u4e00-\u9fff]+")
 SECRET_ENDINGS = (
-    *("password", "passwd", "passphrase", "secret", "secrets", "apikey", "credential", "credentials", "accesstoken"),
-    *("authtoken", "密码", "密钥", "口令", "令牌"),
-)
+    "password", "passwd", "passphrase", "secret", "secrets", "apikey", "credential", "credentials", "accesstoken",
+    "authtoken", "密码", "密钥", "口令", "令牌",
+)  # fmt: skip
 SECRET_WORDS = {
-    *(
-        "auth",
-        "authorization",
-        "bearer",
-        "cookie",
-        "creds",
-        "jwt",
-        "pass",
-        "passcode",
-        "pwd",
-        "sas",
-        "sig",
-        "signature",
-    ),
+    "auth", "authorization", "bearer", "cookie", "creds", "jwt", "pass", "passcode", "pwd", "sas", "sig", "signature",
     "webhook",
-}
+}  # fmt: skip
 # what a token is if it is not a credential: part of a text, or a number of such parts
 TEXT_TOKENS = {
-    *(
-        "additional",
-        "bos",
-        "boi",
-        "boa",
-        "class",
-        "cls",
-        "decoder",
-        "end",
-        "eoa",
-        "eoi",
-        "eos",
-        "extra",
-        "first",
-        "generated",
-    ),
-    *(
-        "image",
-        "audio",
-        "video",
-        "last",
-        "mask",
-        "max",
-        "min",
-        "new",
-        "newline",
-        "next",
-        "num",
-        "pad",
-        "padding",
-        "per",
-        "prefix",
-    ),
-    *("sep", "special", "start", "step", "stop", "think", "total", "unk", "user", "assistant", "system", "prompt"),
-}
+    "additional", "bos", "boi", "boa", "class", "cls", "decoder", "end", "eoa", "eoi", "eos", "extra", "first",
+    "generated", "image", "audio", "video", "last", "mask", "max", "min", "new", "newline", "next", "num", "pad",
+    "padding", "per", "prefix", "sep", "special", "start", "step", "stop", "think", "total", "unk", "user",
+    "assistant", "system", "prompt",
+}  # fmt: skip
 KEY_WORDS = {  # kinds and issuers of keys; a `query_key` is none
-    *(
-        "access",
-        "account",
-        "admin",
-        "api",
-        "app",
-        "auth",
-        "client",
-        "deploy",
-        "encryption",
-        "license",
-        "master",
-        "private",
-    ),
-    *(
-        "secret",
-        "service",
-        "session",
-        "signing",
-        "ssh",
-        "storage",
-        "subscription",
-        "aws",
-        "azure",
-        "anthropic",
-        "dashscope",
-    ),
-    *(
-        "deepseek",
-        "gcp",
-        "github",
-        "gitlab",
-        "google",
-        "hf",
-        "hub",
-        "huggingface",
-        "mistral",
-        "modelscope",
-        "moonshot",
-        "openai",
-    ),
-    *("slack", "stripe", "wandb", "zhipu", "zhipuai"),
-}
+    "access", "account", "admin", "api", "app", "auth", "client", "deploy", "encryption", "license", "master",
+    "private", "secret", "service", "session", "signing", "ssh", "storage", "subscription", "aws", "azure",
+    "anthropic", "dashscope", "deepseek", "gcp", "github", "gitlab", "google", "hf", "hub", "huggingface", "mistral",
+    "modelscope", "moonshot", "openai", "slack", "stripe", "wandb", "zhipu", "zhipuai",
+}  # fmt: skip
 # a `token_path` names a file, a `key_id` or `secret_name` an entry
 NEUTRAL_WORDS = {
-    *(
-        "count",
-        "dir",
-        "file",
-        "folder",
-        "id",
-        "ids",
-        "index",
-        "length",
-        "limit",
-        "name",
-        "names",
-        "path",
-        "type",
-        "url",
-    ),
-}
+    "count", "dir", "file", "folder", "id", "ids", "index", "length", "limit", "name", "names", "path", "type", "url",
+}  # fmt: skip
 NOT_SECRET = {"", "true", "false", "null", "none", "yes", "no", "???", HIDDEN, "'<hidden>'", '"<hidden>"'}
 FROM_ENVIRONMENT = re.compile(r"""['"]?\$\{oc\.env:\w+\}['"]?|['"]?\$\{?[A-Za-z_]\w*\}?['"]?""")  # it names a variable
 SPECIAL_TOKEN = re.compile(r"""['"]?[<\[(｜|].{0,40}[>\])｜|]['"]?""")
@@ -222,9 +126,7 @@ def _is_secret_part(part: str) -> bool:
         return True
     if last == "token":
         return previous not in TEXT_TOKENS
-    if last == "tokens":
-        return previous in KEY_WORDS
-    if last in ("key", "keys"):
+    if last in ("tokens", "key", "keys"):
         return previous in KEY_WORDS
     return last in SECRET_WORDS
 
@@ -335,6 +237,11 @@ def replace_in_override(override: str, replace: Replace) -> str:
 def secrets_in(overrides: Iterable[str]) -> set[str]:
     """The secrets of the overrides, without quotes; too short ones would hide other text."""
     found: set[str] = set()
+
+    def add(secret: str) -> str:
+        found.add(secret.strip("'\""))
+        return HIDDEN
+
     for override in overrides:
-        replace_in_override(override, lambda secret: found.add(secret.strip("'\"")) or HIDDEN)  # type: ignore[func-returns-value]
+        replace_in_override(override, add)
     return {secret for secret in found if len(secret) >= 4}

@@ -29,6 +29,7 @@ from glmtuner.serving.protocol import MAX_CHOICES, ApiError, ChatRequest, parse_
 PAGE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 4 * 2**20
 OTHER_BYTES = 256 * 1024  # of a body, beside the characters of its messages
+TEMPLATE_ROLES = {"developer": "system"}  # the templates' names of the API's roles, where they differ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +50,9 @@ class Limits:
 
 def max_characters(finished: Finished) -> int:
     """As many characters as the context holds of the vocabulary's longest tokens."""
-    ids = list(finished.tokenizer.get_vocab().values())
-    texts = [*finished.tokenizer.get_vocab(), *finished.tokenizer.batch_decode([[token] for token in ids])]
+    vocabulary = finished.tokenizer.get_vocab()
+    texts = [*vocabulary, *finished.tokenizer.batch_decode([[token] for token in vocabulary.values()])]
     return finished.run.generation.max_length * max(map(len, texts))
-
-
-ROLES = {"developer": "system"}  # the templates' names of the API's roles
 
 
 class Server:
@@ -117,7 +115,7 @@ class Server:
             raise ApiError(
                 400, f"'n': at most {self.max_choices} requests may wait on this server (--waiting)", None, "n"
             )
-        turns = [Message(ROLES.get(message.role, message.role), message.text) for message in chat.messages]
+        turns = [Message(TEMPLATE_ROLES.get(message.role, message.role), message.text) for message in chat.messages]
         if turns[-1].role == "assistant":
             turns.append(Message("user", ""))  # templates begin an answer after a turn of the user
         characters = sum(len(turn.content) for turn in turns)
@@ -326,7 +324,8 @@ def application(
     app.add_middleware(
         RequestFilter, key=key, hosts=hosts, max_body_bytes=server.limits.max_body_bytes, gate=server.gate, abort=abort
     )
-    refused = errors(*([401] if key else []), *([403] if hosts else []))
+    elsewhere = errors(*([403] if hosts else []))
+    refused = {**errors(*([401] if key else [])), **elsewhere}
 
     @app.post(
         "/v1/chat/completions",
@@ -348,13 +347,13 @@ def application(
             raise server.unknown_model(name)
         return server.model_info()
 
-    @app.get("/health", response_model=Health, responses={**errors(*([403] if hosts else []), 503)})
+    @app.get("/health", response_model=Health, responses={**elsewhere, **errors(503)})
     async def health() -> dict[str, str]:
         if server.gate.is_closed:
             raise stopping()
         return {"status": "ok"}
 
-    @app.get("/", response_class=HTMLResponse, responses={**errors(*([403] if hosts else []))})
+    @app.get("/", response_class=HTMLResponse, responses=elsewhere)
     async def page() -> HTMLResponse:
         page_settings = {"name": server.name, "key": key is not None}
         embedded = json.dumps(page_settings, ensure_ascii=False).replace("<", "\\u003c")  # no tag inside the script

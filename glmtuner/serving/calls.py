@@ -15,7 +15,7 @@ from glmtuner.inference.generate import AnswerText
 from glmtuner.serving.engine import Request
 from glmtuner.serving.protocol import ChatRequest
 
-MAX_UNSENT = 256  # deltas that wait for a client to read; its answer is paused at more
+MAX_UNSENT = 256  # deltas that wait for a client to read: at so many, its answer is paused
 
 log = logging.getLogger(__name__)
 

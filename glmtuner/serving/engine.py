@@ -215,7 +215,7 @@ class Engine:
         """The thread's loop: prefill waiting requests, join them to the batch, then one step of the batch."""
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.closing or self.waiting or self.batch or self._can_resume())
+                self.changed.wait_for(lambda: self.closing or self.waiting or self.batch or self._resumable())
                 if self.closing:
                     break
             self._resume()
@@ -245,12 +245,13 @@ class Engine:
             row.request.end("error")
         return None
 
-    def _can_resume(self) -> bool:
-        return any(not row.request.paused or row.request.cancelled for row in self.paused)
+    def _resumable(self) -> list[Row]:
+        """Rows whose requests are paused no longer, or were cancelled meanwhile."""
+        return [row for row in self.paused if not row.request.paused or row.request.cancelled]
 
     def _resume(self) -> None:
-        """Move requests that are paused no longer to the head of the queue."""
-        for row in [row for row in self.paused if not row.request.paused or row.request.cancelled]:
+        """Move them to the head of the queue."""
+        for row in self._resumable():
             self.paused.remove(row)
             row.start = [*row.request.prompt, *row.request.generated]
             with self.changed:

@@ -319,10 +319,9 @@ def parse_request(body: bytes, max_items: int) -> ChatRequest:
         raise ApiError(400, f"the body is not JSON: {reason}") from None
     _check_count(value, max_items)
     try:
-        chat = ChatRequest.model_validate(value)
+        return ChatRequest.model_validate(value)
     except ValidationError as error:
         raise validation_error(error.errors(include_url=False, include_input=False)) from None
-    return chat
 
 
 def _check_count(body: Any, max_items: int) -> None:

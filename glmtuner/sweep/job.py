@@ -42,11 +42,10 @@ def run_job(config: DictConfig) -> float | None:
     config_dir = next(
         (source.path for source in hydra.runtime.config_sources if source.provider == "command-line"), None
     )
-    public = [override for override in hydra.overrides.task if not override.startswith("trainer.output_dir=")]
-    overrides = public
+    overrides = [override for override in hydra.overrides.task if not override.startswith("trainer.output_dir=")]
     in_subprocess = hydra.runtime.choices.get("hydra/launcher") == "joblib"
     try:
-        overrides = [reveal(override) for override in public]
+        overrides = [reveal(override) for override in overrides]
         os.environ.update({name: reveal(str(value)) for name, value in hydra.job.env_set.items()})
         composed = compose(overrides, config_dir=config_dir, config_name=hydra.job.config_name or "config")
         overwrite = composed.run.trainer.overwrite_output_dir

@@ -157,9 +157,8 @@ def hide_setup(params: dict[str, Any]) -> dict[str, Any]:
     """
     public = {**params, "setup": []}
     for number, typed in enumerate(params.get("setup") or []):
-        line = (
-            str(typed).lower() if isinstance(typed, bool) else str(typed)
-        )  # YAML reads the command `true` as a boolean
+        # YAML reads the command `true` as a boolean
+        line = str(typed).lower() if isinstance(typed, bool) else str(typed)
         if not _holds_secret(line):
             public["setup"].append(line)
             continue

@@ -28,9 +28,8 @@ class BasicSweeper(Sweeper):
     """Hydra's sweeper of every combination, whose multirun.yaml names the sweep's folder instead of the whole configuration."""
 
     def __init__(self, **options: Any) -> None:
-        from hydra._internal.core_plugins.basic_sweeper import (
-            BasicSweeper as HydraBasicSweeper,
-        )  # Hydra reloads the module
+        # Hydra reloads the module
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper as HydraBasicSweeper
 
         self.sweeper = HydraBasicSweeper(**options)
 

@@ -79,9 +79,8 @@ class History(TrainerCallback):
             ]
             if self.trainer.history_lines is not None and len(kept) < self.trainer.history_lines:
                 say(f"{self.path} has lost {self.trainer.history_lines - len(kept)} of the lines until step {last}")
-        write_text(
-            self.path, "".join(f"{strict_json(line)}\n" for line in kept)
-        )  # a kill leaves the old lines or these
+        # a kill leaves the old lines or these
+        write_text(self.path, "".join(f"{strict_json(line)}\n" for line in kept))
         for line in kept:
             self.trainer.tracker.log(line)
 

@@ -37,7 +37,7 @@ def require_finite_weights(parameters: Iterable[torch.nn.Parameter], args: "Trai
 
 
 def require_steps(taken: int, trained: int) -> None:
-    """Raise TrainingError where none of the `trained` steps updated the weights, or where there was none to train."""
+    """Raise TrainingError where there were steps, and none of the `trained` ones updated the weights."""
     if trained and not taken:
         raise TrainingError(
             f"no optimizer step was taken in {trained} steps: every gradient overflowed in half precision; type trainer.bf16=true "

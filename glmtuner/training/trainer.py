@@ -153,9 +153,8 @@ class GlmTrainer(Trainer):
                 self.finetuning.save_trained(unwrapped, partial)
                 if self.objective is not None:
                     self.objective.save(partial)
-        if not self.is_deepspeed_enabled and (
-            self._is_stopping() or not self.args.save_only_model
-        ):  # those are pickles
+        # DeepSpeed's are pickles, never loaded
+        if not self.is_deepspeed_enabled and (self._is_stopping() or not self.args.save_only_model):
             self._save_optimizer_and_scheduler(str(partial))
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))
@@ -332,10 +331,11 @@ class GlmTrainer(Trainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The gradient norm before clipping; raises TrainingError unless it is finite, or fp16's scaler skips such steps."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        finite = float(norm) if norm is not None and math.isfinite(norm) else None
+        value = None if norm is None else float(norm)  # read from the device once
+        finite = value if value is not None and math.isfinite(value) else None
         self.last_step = {"grad_norm": finite, "learning_rate": self._get_learning_rate()}
-        if norm is not None and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
-            self._require_finite("gradient norm", torch.as_tensor(norm))
+        if value is not None and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+            self._require_finite("gradient norm", torch.as_tensor(value))
         return norm
 
     def _require_finite(self, name: str, value: torch.Tensor) -> torch.Tensor:

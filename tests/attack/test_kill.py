@@ -138,7 +138,7 @@ def timeless(value: Any) -> Any:
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
-@pytest.fixture(scope="module", params=[name for name in COMMANDS])
+@pytest.fixture(scope="module", params=COMMANDS)
 def undisturbed(request: pytest.FixtureRequest, server: WarmServer, place: Path) -> Undisturbed:
     return Undisturbed(server, place, request.param)
 
@@ -155,13 +155,13 @@ def test_before_every_change_of_a_file(undisturbed: Undisturbed) -> None:
 
 def test_at_random_moments(undisturbed: Undisturbed) -> None:
     rng = random.Random(f"{undisturbed.name}")
-    last = "run/checkpoints/checkpoint-4"
+    last = "checkpoints/checkpoint-4"
     for number in range(max(KILLS // len(COMMANDS), 1)):
         label = f"moment-{number}"
         folder = undisturbed.place / f"{undisturbed.name}-{label}"
-        if number % 4 == 0 and last + "/complete.json" in [f"run/{name}" for name in undisturbed.files]:
+        if number % 4 == 0 and f"{last}/complete.json" in undisturbed.files:
             undisturbed.check_killed(
-                label, kill_when=str(folder / last), kill_after=rng.uniform(0, undisturbed.seconds / 2)
+                label, kill_when=str(folder / "run" / last), kill_after=rng.uniform(0, undisturbed.seconds / 2)
             )
         elif number % 4 == 1:
             undisturbed.check_killed(label, kill_after=rng.uniform(0, 0.3))  # the first second of a cold start

@@ -99,10 +99,15 @@ def test_checkpoints(glmtuner: Callable, tmp_path: Path) -> None:
         done = glmtuner(*BASE, f"trainer.output_dir={folder}", *case.split())
         assert done.returncode == 0, done.stderr
         assert sorted(int(path.name.split("-")[1]) for path in (folder / "checkpoints").iterdir()) == kept, case
-    best, first = (
-        tmp_path / "3" / part / "adapter_model.safetensors" for part in ("adapter", "checkpoints/checkpoint-2")
+    history = [json.loads(line) for line in (tmp_path / "3/history.jsonl").read_text().splitlines()]
+    first, last, of_the_result = (line["eval_loss"] for line in history if "eval_loss" in line)
+    assert of_the_result == max(first, last) > min(first, last)
+    greatest = 2 if first > last else 4
+    best, same, other = (
+        (tmp_path / "3" / part / "adapter_model.safetensors").read_bytes()
+        for part in ("adapter", f"checkpoints/checkpoint-{greatest}", f"checkpoints/checkpoint-{6 - greatest}")
     )
-    assert best.read_bytes() != b"" and first.is_file()
+    assert best == same != other
 
 
 def test_a_part_of_an_epoch_and_dropped_batches(history: Callable) -> None:

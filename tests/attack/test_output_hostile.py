@@ -1,6 +1,6 @@
 """A model that has learned to answer with escapes, markup, formulas and requests: every byte that any command prints or writes.
 
-OUTPUT_STEPS training steps (default 80) make it answer each question with exactly that.
+ATTACK_STEPS training steps (80) make it answer each question with exactly that.
 """
 
 import csv

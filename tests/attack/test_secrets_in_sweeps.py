@@ -1,4 +1,7 @@
-"""Thirty typed secrets and every byte of the folders of a sweep and of W&B, while it runs and after SIGKILL."""
+"""Thirty typed secrets and every byte of the folders of a sweep and of W&B, while it runs and after SIGKILL.
+
+ATTACK_SECRET_KILLS is the number of moments at which the sweep of each launcher is killed (2).
+"""
 
 import os
 import signal
@@ -11,7 +14,7 @@ import pytest
 from typed_secrets import leaks, typed_overrides
 
 ROOT = Path(__file__).parent.parent.parent
-KILLS = int(os.environ.get("ATTACK_SECRET_KILLS", "2"))  # moments of each launcher
+KILLS = int(os.environ.get("ATTACK_SECRET_KILLS", "2"))
 WORDS = [
     "-m", "model=tiny_glm", "tracker=wandb", "data.dataset=belle_sample", "data.max_samples=16", "trainer.max_steps=30",
     "trainer.save_steps=5", "trainer.logging_steps=1", "trainer.disable_tqdm=true", "trainer.seed=1,2", "name=s",

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from small_models import run_of_one_step
 
-from glmtuner.cli.main import main
 from glmtuner.data.records import Message
 from glmtuner.errors import ConfigError
 from glmtuner.inference.conversation import Conversation
@@ -25,13 +25,7 @@ GREEDY = ["generation=greedy"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the shipped model, trained for a step."""
-    folder = tmp_path_factory.mktemp("chat") / "run"
-    words = [
-        "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "data.max_samples=4", "trainer.max_steps=1",
-        "trainer.learning_rate=1e-6", "trainer.disable_tqdm=true", f"trainer.output_dir={folder}",
-    ]  # fmt: skip
-    assert main(words) == 0
-    return folder
+    return run_of_one_step(tmp_path_factory.mktemp("chat") / "run")
 
 
 def talk(run: Path, *words: str) -> Conversation:

@@ -3,6 +3,7 @@
 import gc
 import http.client
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,8 +23,7 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-
-from glmtuner.cli.main import main
+from small_models import run_of_one_step
 
 ROOT = Path(__file__).parent.parent.parent
 QUESTIONS = ["你是谁？", "3 + 4 = ?", "你好", "Who are you?", "把“天空”倒过来写", "12 - 5 = ?", "请写一句话", "再见"]
@@ -33,13 +33,7 @@ HELLO = [{"role": "user", "content": "你是谁？"}]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the shipped model, trained for a step."""
-    folder = tmp_path_factory.mktemp("serve") / "小格"
-    words = [
-        "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "data.max_samples=4", "trainer.max_steps=1",
-        "trainer.learning_rate=1e-6", "trainer.disable_tqdm=true", f"trainer.output_dir={folder}",
-    ]  # fmt: skip
-    assert main(words) == 0
-    return folder
+    return run_of_one_step(tmp_path_factory.mktemp("serve") / "小格")
 
 
 @dataclass
@@ -433,8 +427,19 @@ def test_the_end_waits_for_answers_and_takes_no_new_requests(endless: Any, capsy
     assert "requests in progress have 10 s to finish (--grace)" in capsys.readouterr().out
 
 
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The log of the server and of uvicorn, whatever libraries did to the logging of this process."""
+    logger = logging.Logger("server")
+    logger.addHandler(caplog.handler)
+    for module in ("engine", "calls"):
+        monkeypatch.setattr(f"glmtuner.serving.{module}.log", logger)
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "error", logger.error)  # each connection looks it up again
+    return caplog
+
+
 def test_what_the_grace_time_does_not_finish_ends_with_an_error_event(
-    endless: Any, caplog: pytest.LogCaptureFixture
+    endless: Any, logged: pytest.LogCaptureFixture
 ) -> None:
     with listening(endless, grace_s=0.5, delay_s=0.05) as (server, port):
         streams = [opened(port, stream=True, max_tokens=1000) for _ in range(5)]  # one of them waits for a row
@@ -449,7 +454,7 @@ def test_what_the_grace_time_does_not_finish_ends_with_an_error_event(
         assert "503 Service Unavailable" in (told := rest_of(whole)) and '"stopping"' in told
         assert time.monotonic() - started < 8
     unread.close()
-    assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
+    assert [record for record in logged.records if record.levelname in ("ERROR", "CRITICAL")] == []
 
 
 def test_clients_that_never_read_do_not_block_the_next(endless: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,7 +474,7 @@ def test_clients_that_never_read_do_not_block_the_next(endless: Any, monkeypatch
         # one that reads again goes on; the others lose their connections
         first = b"".join(part for part, _ in zip(iter(lambda: deaf[0].recv(65536), b""), range(100), strict=False))
         assert first.count(b"chat.completion.chunk") > 100
-        wait_for(lambda: not server.api.calls - {call for call in server.api.calls if call.unsent < 8}, 30)
+        wait_for(lambda: all(call.unsent < 8 for call in list(server.api.calls)), 30)
         for one in (*deaf, stream):
             one.close()
         wait_for(lambda: not server.api.calls and server.api.gate.inside == 0, 30)

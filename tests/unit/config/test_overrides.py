@@ -445,6 +445,15 @@ def test_a_dictionary_is_given_whole():
     assert compose(words).run.trainer.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
+def test_an_integer_that_no_float_holds():
+    too_large = "9" * 400
+    assert refused(f"trainer.learning_rate={too_large}") == (
+        "trainer.learning_rate: expected a number, and this one is too large"
+    )
+    kwargs = f"trainer.lr_scheduler_kwargs={{num_cycles: {too_large}}}"
+    assert refused("trainer.lr_scheduler_type=cosine", kwargs).endswith("expected a number, 0 or more")
+
+
 def test_an_experiment_that_does_not_fit_is_named():
     told = refused("experiment=quickstart", "finetuning=freeze")
     assert told.startswith("experiment=quickstart ") and "unknown key 'finetuning.lora_target'" in told

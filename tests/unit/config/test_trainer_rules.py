@@ -225,8 +225,6 @@ def test_what_can_be_is_not(words):
 
 # transformers' own checks: whatever it refuses when arguments are made on a CPU is refused here by then
 
-DICTIONARY = "trainer.lr_scheduler_kwargs="
-
 
 @pytest.mark.parametrize(
     "values",

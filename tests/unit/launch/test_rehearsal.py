@@ -39,7 +39,7 @@ def rehearse_with(*words):
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the answers are those of a machine without a GPU")
-def test_what_this_machine_cannot_do_is_refused(words, told, monkeypatch):
+def test_what_this_machine_cannot_do_is_refused(words, told):
     with pytest.raises(ConfigError) as caught:
         rehearse_with(*words)
     assert told in str(caught.value) and "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """Which checkpoint trainer.resume_from_checkpoint names, and which other values a run may continue it with."""
 
 import dataclasses
+import fnmatch
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from glmtuner.config.compose import compose
 from glmtuner.config.schema import legal_keys
 from glmtuner.errors import CheckpointError, ConfigError, GlmtunerError
 from glmtuner.launch.register import register_presets
-from glmtuner.launch.resume import checkpoint_to_resume, may_change, require_same_optimizer
+from glmtuner.launch.resume import MAY_CHANGE, checkpoint_to_resume, may_change, require_same_optimizer
 from glmtuner.run_folder.checkpoints import mark_complete
 
 register_presets()
@@ -145,6 +146,7 @@ def test_keys_that_an_earlier_version_did_not_have_are_at_their_defaults(run_fol
 
 
 def test_every_pattern_of_what_may_change_is_of_a_key() -> None:
+    assert [pattern for pattern in MAY_CHANGE if not fnmatch.filter(legal_keys(), pattern)] == []
     free = {key for key in legal_keys() if may_change(key)}
     assert {"trainer.max_steps", "trainer.eval_steps", "tracker.project", "generation.top_p"} <= free
     assert not free & {

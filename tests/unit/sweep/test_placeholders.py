@@ -95,6 +95,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    for number in range(2):
+        monkeypatch.setenv(f"GLMTUNER_SETUP_{number}", "")  # removed after the test
     monkeypatch.setattr(launchers, "RESULT_GRACE_SECONDS", 0)
     monkeypatch.setattr(launchers, "POLL_SECONDS", 0.01)
     monkeypatch.setattr("glmtuner.launch.memory_check.report_remote_memory", lambda composed: None)
@@ -140,9 +142,8 @@ def test_setup_lines_work_in_a_shell(monkeypatch) -> None:
     import subprocess
 
     line = "export HF_TOKEN='a b\"$c'; export OTHER=1"
-    monkeypatch.delenv("GLMTUNER_SETUP_0", raising=False)
+    monkeypatch.setenv("GLMTUNER_SETUP_0", "")  # removed after the test
     public = hide_setup({"setup": [line], "comment": None, "srun_args": ["--kill-on-bad-exit=1"]})
-    monkeypatch.setenv("GLMTUNER_SETUP_0", os.environ["GLMTUNER_SETUP_0"])
     assert "a b" not in str(public)
     script = "\n".join([*public["setup"], 'printf "%s/%s" "$HF_TOKEN" "$OTHER"'])
     assert subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout == 'a b"$c/1'
