@@ -107,8 +107,9 @@ def _examples(
         except BadRecord as error:
             bad.append(SkippedRecord(spec.name, label, number, error.field, error.reason))
             continue
-        if not raw.keys() <= columns.keys():
-            columns.update((name, None) for name, value in raw.items() if name not in columns and not is_empty(value))
+        for name, value in raw.items():
+            if name not in columns and value != "" and not is_empty(value):
+                columns[name] = None
         if has_turns:
             columns.update(dict.fromkeys(turn_keys(raw, spec)))
         if allowed is not None and (others := raw.keys() - allowed):

@@ -111,7 +111,9 @@ class Encoder:
         ]
         if self.every_answer and self.template.one_answer_a_row:
             self._add_earlier(rows, examples, counts)
-        taught = [row for row in rows if any(label != IGNORE_INDEX for label in row["labels"])]
+        taught = [
+            row for row, conversation in zip(rows, encoded, strict=True) if conversation.learned(self.every_answer)
+        ]
         counts.unlearned += len(rows) - len(taught)  # their learned answers were dropped to shorten the prompt
         return taught, counts
 
@@ -119,10 +121,14 @@ class Encoder:
         """The examples with an answer that is learned, and counts of all; an undesirable answer is none."""
         counts, kept = Counts(), []
         for example in examples:
-            learned = [end for end, message in enumerate(example.messages, 1) if is_learned(message)]
             if example.desirable is False and not self.learns_undesirable:
                 counts.undesirable += 1
-            elif not learned or (not self.every_answer and learned[-1] < len(example.messages)):
+                continue
+            if is_learned(example.messages[-1]):  # as nearly always
+                kept.append(example)
+                continue
+            learned = [end for end, message in enumerate(example.messages, 1) if is_learned(message)]
+            if not learned or not self.every_answer:
                 counts.unlearned += 1
             elif self.template.one_answer_a_row:  # a row teaches its last answer
                 kept.append(replace(example, messages=example.messages[: learned[-1]]))
@@ -150,10 +156,9 @@ class Encoder:
         counts.answers_cut += num_removed > 0
         counts.reasoning_dropped += conversation.dropped_reasoning
         counts.tokens_cut += num_removed
-        labels = conversation.labels(self.every_answer)
         counts.tokens += len(conversation.input_ids)
         counts.learned_tokens += sum(end + 1 - start for start, end in conversation.learned(self.every_answer))
-        return {"input_ids": conversation.input_ids, "labels": labels}
+        return {"input_ids": conversation.input_ids, "labels": conversation.labels(self.every_answer)}
 
     def _encode_fitting(
         self, conversations: list[list[Message]], counts: Counts
@@ -225,7 +230,7 @@ def is_learned(message: Message) -> bool:
 def without_end(turns: list[Message], index: int, count: int) -> list[Message]:
     """The turns without the last `count` characters of one of them."""
     text = turns[index].content
-    return [*turns[:index], replace(turns[index], content=text[: len(text) - count]), *turns[index + 1 :]]
+    return [*turns[:index], turns[index]._replace(content=text[: len(text) - count]), *turns[index + 1 :]]
 
 
 def bisect_min(limit: int, holds: Callable[[int], bool]) -> int:

@@ -40,18 +40,32 @@ def json_records(path: Path, columns: Columns = None) -> Numbered:
 
 def _layout(path: Path) -> Callable[[BinaryIO], Numbered]:
     """The function that reads a JSON file, by its first two lines that are not blank."""
+    is_named_json = data_suffix(path) == ".json"
+    if is_named_json and _begins_with_bracket(path):
+        return array_records  # whose only line may be the whole file
     with open_utf8(path, is_json=True) as file:
         first = list(islice((line for line in file if line.strip(BLANK)), 2))
-    is_json = [_is_json(line) for line in first]
-    is_named_json = data_suffix(path) == ".json"
-    if first and first[0].lstrip(BLANK).startswith(b"["):
-        return _line_records if not is_named_json and len(first) == 2 and is_json[0] else array_records
+    if len(first) < 2:
+        is_array = bool(first) and first[0].lstrip(BLANK).startswith(b"[")
+        return array_records if is_array else _document_records if is_named_json else _line_records
+    if _is_json(first[0]):
+        return _line_records
+    if first[0].lstrip(BLANK).startswith(b"["):
+        return array_records
     if is_named_json:
-        return _line_records if len(first) == 2 and is_json[0] else _document_records
-    if len(first) == 2 and not any(is_json):
+        return _document_records
+    if not _is_json(first[1]):
         with open_utf8(path, is_json=True) as file:
             return _document_records if _is_json(file.read()) else _line_records
     return _line_records
+
+
+def _begins_with_bracket(path: Path) -> bool:
+    """Whether the first character of a JSON file that is not blank is a bracket."""
+    with open_utf8(path, is_json=True) as file:
+        while (head := file.read(4096)) and not head.lstrip(BLANK):
+            pass
+    return head.lstrip(BLANK).startswith(b"[")
 
 
 def _line_records(file: BinaryIO) -> Numbered:

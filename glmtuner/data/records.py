@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class BadRecord(Exception):
@@ -16,8 +16,7 @@ class BadRecord(Exception):
         self.reason = printable(reason)
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One turn; `role` is system, user or assistant.
 
     An answer that is not `learned` is context for those after it. `reasoning` is the thought before an answer.

@@ -57,6 +57,8 @@ class Encoded:
     def learned(self, every_answer: bool) -> list[tuple[int, int]]:
         """The ranges of the answers that are learned."""
         first = 0 if every_answer else max(len(self.answers) - 1, 0)
+        if not self.context:
+            return self.answers[first:]
         return [self.answers[number] for number in range(first, len(self.answers)) if number not in self.context]
 
     def labels(self, every_answer: bool) -> Ids:
@@ -137,9 +139,7 @@ class Template:
                     answers.append((start, len(input_ids)))
             if answers and answers[-1][1] == len(input_ids):
                 input_ids.append(stop)
-            turns = [message for message in messages if message.role == "assistant"]
-            turns = turns[len(turns) - len(answers) :]  # a row that teaches one answer has the others in its prompt
-            encoded.append(Encoded(input_ids, answers, stop, context_answers(turns)))
+            encoded.append(Encoded(input_ids, answers, stop, _context(messages, len(answers))))
         return encoded
 
     def prefixed(self, messages: Sequence[Message], prefix: str) -> list[Message]:
@@ -202,6 +202,17 @@ class Turn:
 def context_answers(answers: Iterable[Message]) -> frozenset[int]:
     """The numbers of the answers that are marked as not learned."""
     return frozenset(number for number, message in enumerate(answers) if not getattr(message, "learned", True))
+
+
+def _context(messages: Sequence[Message], num_answers: int) -> frozenset[int]:
+    """The numbers of those of the last `num_answers` answers that are not learned; earlier ones stand in the prompt."""
+    for message in messages:
+        if message.role == "assistant" and not getattr(message, "learned", True):
+            break
+    else:
+        return frozenset()
+    turns = [message for message in messages if message.role == "assistant"]
+    return context_answers(turns[len(turns) - num_answers :])
 
 
 TEMPLATES: dict[str, Template] = {}  # ours, by name; filled by glm.py
