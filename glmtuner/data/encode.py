@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.data.records import REASONING, Example, Message
 from glmtuner.errors import ConfigError
-from glmtuner.templates.base import IGNORE_INDEX, Encoded, Template
+from glmtuner.templates.base import Encoded, Template
 from glmtuner.templates.base import Message as Turn
 
 if TYPE_CHECKING:
@@ -152,12 +152,13 @@ class Encoder:
 
     def _row(self, conversation: Encoded, counts: Counts) -> dict[str, Any]:
         """`input_ids` and `labels`, the last answer truncated to `max_target_length`."""
-        num_removed = conversation.cut_answer(self.max_target_length)
-        counts.answers_cut += num_removed > 0
+        if num_removed := conversation.cut_answer(self.max_target_length):
+            counts.answers_cut += 1
+            counts.tokens_cut += num_removed
         counts.reasoning_dropped += conversation.dropped_reasoning
-        counts.tokens_cut += num_removed
         counts.tokens += len(conversation.input_ids)
-        counts.learned_tokens += sum(end + 1 - start for start, end in conversation.learned(self.every_answer))
+        for start, end in conversation.learned(self.every_answer):
+            counts.learned_tokens += end + 1 - start
         return {"input_ids": conversation.input_ids, "labels": conversation.labels(self.every_answer)}
 
     def _encode_fitting(

@@ -7,6 +7,8 @@ whatever a user writes in it. A model for which there is no template here keeps 
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from glmtuner.errors import ConfigError
@@ -37,6 +39,12 @@ class Piece(NamedTuple):
 
     text: str
     kind: str  # control, text, answer
+
+
+@cache
+def control(token: str) -> Piece:
+    """The piece of a control token; one object for each name, since every row has several."""
+    return Piece(token, "control")
 
 
 @dataclass(slots=True)
@@ -109,7 +117,7 @@ class Template:
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
         """The pieces of a conversation, the prefix included."""
-        return [*(Piece(token, "control") for token in self.prefix), *self.turns(messages)]
+        return [*map(control, self.prefix), *self.turns(messages)]
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
         """Each conversation's tokens; a conversation that ends in an answer gets the stop token after it.
@@ -117,9 +125,10 @@ class Template:
         All texts go to the tokenizer in one batch, each distinct one once.
         """
         pieces_of = [self.pieces(messages) for messages in conversations]
-        texts = list(dict.fromkeys(piece.text for pieces in pieces_of for piece in pieces if piece.kind != "control"))
+        distinct = dict.fromkeys(chain.from_iterable(pieces_of))
+        texts = list(dict.fromkeys(piece.text for piece in distinct if piece.kind != "control"))
         ids_of = dict(zip(texts, encode_text(tokenizer, texts), strict=True))
-        controls = dict.fromkeys(piece.text for pieces in pieces_of for piece in pieces if piece.kind == "control")
+        controls = [piece.text for piece in distinct if piece.kind == "control"]
         id_of = {token: control_id(tokenizer, token, self.name) for token in (*controls, self.stop)}
         stop = id_of[self.stop]
         empty: Ids = next(iter(ids_of.values()), [])[:0]  # a list, or an array

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from glmtuner.templates.base import TEMPLATES, Message, Piece, Template, Turn
+from glmtuner.templates.base import TEMPLATES, Message, Piece, Template, Turn, control
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RoleTokens(Template):
 
     def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
         for message in messages:
-            yield Piece(f"<|{message.role}|>", "control")
+            yield control(f"<|{message.role}|>")
             is_answer = message.role == "assistant"
             if is_answer or self.separate_newline:
                 yield Piece("\n", "answer" if is_answer and self.separate_newline else "text")
@@ -30,7 +30,7 @@ class RoleTokens(Template):
             else:
                 yield Piece(f"\n{message.content}", "text")
         if messages[-1].role != "assistant":
-            yield Piece("<|assistant|>", "control")
+            yield control("<|assistant|>")
             if not self.separate_newline:
                 yield Piece("\n", "text")
 
@@ -70,7 +70,7 @@ class Rounds(Template):
             else:
                 text += f"{message.content}\n\n"
         yield Piece(text, "text")
-        yield from (Piece(token, "control") for token in self.answer_prefix)
+        yield from map(control, self.answer_prefix)
         if has_answer:
             yield Piece(messages[-1].content, "answer")
 
