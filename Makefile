@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIGER := .liger
 
-.PHONY: setup quickstart test test-attack test-slurm test-liger check format schema wheel clean
+.PHONY: setup quickstart test test-attack test-heavy test-slurm test-liger check format schema wheel clean
 
 setup: $(READY)
 
@@ -24,6 +24,11 @@ test: $(READY)
 # fuzzed records and requests, damaged folders, SIGKILL at random moments
 test-attack: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attack --numprocesses 2 --dist loadfile
+
+# four conversations learned by heart behind each of the 21 official chat templates in ../shared, every syntax of tool calls, the
+# GPU check rehearsed on the CPU, killed ranks
+test-heavy: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -m heavy --numprocesses 2 --dist loadscope
 
 test-slurm: $(READY)
 	SLURM_CONF=$$(scripts/local_slurm.sh start .slurm) $(BIN)/python -m pytest tests/slurm; \

@@ -41,6 +41,44 @@ def complain(text: str) -> None:
     print(plain(text), file=sys.stderr, flush=True)
 
 
+Segment = tuple[str, str]  # a text and its style, as rich names styles
+GUTTER = 12  # columns for the names of parts
+
+
+def labelled(title: str, parts: Iterable[tuple[str, Sequence[Segment]]]) -> None:
+    """Print a title, and parts of text behind their names: in colour and wrapped in a terminal, else each line as it is.
+
+    Line breaks inside of a part, and spaces at its ends, are shown by marks.
+    """
+    if is_silent():
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    blank = Text(" " * GUTTER)
+    console.print(Text(plain(title), style="bold"), soft_wrap=True)
+    for name, segments in parts:
+        gutter = Text().append(f"  {name:<{GUTTER - 2}}", style="dim")
+        text = Text()
+        for content, style in segments:
+            text.append(_with_marks(plain(content)), style=style)
+        for line in text.split("\n", allow_blank=True):
+            wrapped = line.wrap(console, max(console.width - GUTTER, 20)) if console.is_terminal and line else [line]
+            for piece in wrapped:
+                console.print(gutter + piece, soft_wrap=True)
+                gutter = blank
+    console.print()
+
+
+def _with_marks(text: str) -> str:
+    """The text with a mark before each line break, and for spaces at its ends."""
+    inside = text.strip(" ")
+    start = len(text) - len(text.lstrip(" "))
+    end = len(text) - start - len(inside)
+    return f"{'␣' * start}{inside}{'␣' * end}".replace("\n", "↵\n")
+
+
 def width() -> int:
     """The number of columns of the terminal; 80 without a terminal."""
     from rich.console import Console

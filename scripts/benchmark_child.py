@@ -18,7 +18,7 @@ CONTROL_TOKENS = (
 )  # fmt: skip
 CHAT_TEMPLATE = (
     "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
@@ -31,7 +31,7 @@ def question(record: dict[str, Any]) -> str:
 
 
 def prompt_of(record: dict[str, Any]) -> str:
-    return f"[gMASK]<sop><|user|>\n{question(record)}<|assistant|>\n"
+    return f"[gMASK]<sop><|user|>\n{question(record)}<|assistant|>"
 
 
 def tokenizer_for(texts: list[str], vocabulary_size: int) -> Any:
@@ -61,12 +61,12 @@ def tokenizer_for(texts: list[str], vocabulary_size: int) -> Any:
     )
 
 
-def small_glm(tokenizer: Any) -> Any:
+def small_glm(tokenizer: Any, seed: int) -> Any:
     """A GLM of nine million parameters with random weights."""
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = GlmConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
@@ -91,8 +91,8 @@ def make_model(settings: dict[str, Any]) -> dict[str, Any]:
 
     texts = [text for record in settings["texts"] for text in record.values() if isinstance(text, str) and text]
     tokenizer = tokenizer_for(texts, settings["vocabulary_size"])
-    model = small_glm(tokenizer)
-    conversations = [f"{prompt_of(record)}{record['output']}<|user|>" for record in settings["learned"]]
+    model = small_glm(tokenizer, settings["seed"])
+    conversations = [f"{prompt_of(record)}\n{record['output']}<|user|>" for record in settings["learned"]]
     rows = [(ids, ids) for ids in (tokenizer.encode(text, add_special_tokens=False) for text in conversations)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
@@ -103,6 +103,10 @@ def make_model(settings: dict[str, Any]) -> dict[str, Any]:
         padded(rows[start : start + batch_size], tokenizer.pad_token_id) for start in range(0, len(rows), batch_size)
     ]
     for epoch in range(settings["epochs"]):
+        # it rises in three epochs, then falls to nothing: at a constant rate the answers are never learned well
+        rate = min((epoch + 1) / 3, 1 - epoch / settings["epochs"])
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * rate
         losses = []
         for batch in batches:
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
@@ -145,7 +149,7 @@ def cut_records(settings: dict[str, Any]) -> dict[str, Any]:
         cut["instruction"] = shortened(
             cut["instruction"], lambda text: tokens(prompt_of({"instruction": text})) <= half
         )
-        available = settings["cutoff"] - 2 - tokens(prompt_of(cut))
+        available = settings["cutoff"] - 3 - tokens(prompt_of(cut))  # a line break before it, a token after it
         cut["output"] = shortened(cut["output"], lambda text, available=available: tokens(text) <= available)
         if cut["instruction"] and cut["output"]:
             records.append({"instruction": cut["instruction"], "input": "", "output": cut["output"]})

@@ -23,10 +23,6 @@ CONTROL_TOKENS = (
     "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
 )  # fmt: skip
 STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
-CHAT_TEMPLATE = (
-    "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 
 Turn = tuple[str, str]  # (role, text)
 Ask = Callable[[random.Random], tuple[str, str]]  # draws one (question, answer)
@@ -476,6 +472,8 @@ def train_tokenizer(texts: list[str], vocabulary_size: int) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    from glmtuner.templates.glm import TEMPLATES
+
     tokenizer = Tokenizer(models.BPE())
     # Every digit is a token: sums are learned digit by digit, and any number consists of known tokens.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -501,7 +499,7 @@ def train_tokenizer(texts: list[str], vocabulary_size: int) -> Any:
         model_max_length=2048,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=TEMPLATES["glm4"].jinja(),
     )
 
 
@@ -514,8 +512,8 @@ def vocabulary_pieces(tokenizer: Any) -> list[str]:
 def encode(tokenizer: Any, turns: list[Turn]) -> tuple[list[int], list[bool]]:
     """Token ids of a chat with its closing stop token, and for each whether it belongs to an answer.
 
-    Pieces are encoded apart, as the fine-tuning encoder does: a turn's newline and text together, but an answer
-    without its newline, so that training and generation see the same ids.
+    Pieces are encoded apart, as the fine-tuning encoder does: the line break behind a role, which is part of an answer, and
+    the text, so that training and generation see the same ids.
     """
 
     def pieces(text: str) -> list[int]:
@@ -527,11 +525,10 @@ def encode(tokenizer: Any, turns: list[Turn]) -> tuple[list[int], list[bool]]:
     ids = [control("[gMASK]"), control("<sop>")]
     is_answer = [False, False]
     for role, text in turns:
-        head = [control(f"<|{role}|>"), *(pieces("\n") if role == "assistant" else pieces(f"\n{text}"))]
-        body = pieces(text) if role == "assistant" else []
-        ids += head + body
+        body = pieces("\n") + pieces(text)
+        ids += [control(f"<|{role}|>"), *body]
         # The token after an answer, the next user turn's opening or the last stop, is the answer's end.
-        is_answer += [bool(is_answer[-1] and role == "user"), *([False] * (len(head) - 1)), *([True] * len(body))]
+        is_answer += [bool(is_answer[-1] and role == "user"), *([role == "assistant"] * len(body))]
     return [*ids, control("<|user|>")], [*is_answer, True]
 
 
@@ -631,13 +628,13 @@ def answer(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
     """Greedy answers, one for each question."""
     import torch
 
-    prompts = [encode(tokenizer, [("user", question), ("assistant", "")])[0][:-1] for question in questions]
+    prompts = [encode(tokenizer, [("user", question), ("assistant", "")])[0][:-2] for question in questions]
     width = max(map(len, prompts))
     input_ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
     with torch.no_grad():
         output = model.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=64, do_sample=False)
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [text.removeprefix("\n") for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
 
 
 def accuracy(model: Any, tokenizer: Any, questions_per_task: int = 64) -> dict[str, float]:
@@ -671,7 +668,7 @@ A GLM for trying things out: {model.num_parameters():,} parameters, `{config.mod
 sums, looks up a few hundred words and capitals, repeats and reverses short strings, and says that it is TinyGLM. It
 knows nothing else and is no use outside tests, demonstrations and teaching.
 
-Prompt: `[gMASK]<sop><|user|>\\n` question `<|assistant|>\\n`; an answer ends with `<|user|>`.
+Prompt: `[gMASK]<sop><|user|>\\n` question `<|assistant|>`; an answer begins with a line break and ends with `<|user|>`.
 
 ## How it was made
 
@@ -723,7 +720,7 @@ def main() -> None:
     parser.add_argument("--vocabulary-size", type=int, default=3000, help="with control tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (%(default)s)")
     parser.add_argument(
-        "--threads", type=int, default=2, help="the sums' order, so the bytes, hang on it (%(default)s)"
+        "--threads", type=int, default=1, help="the sums' order, so the bytes, hang on it (%(default)s)"
     )
     options = parser.parse_args()
 

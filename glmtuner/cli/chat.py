@@ -13,10 +13,12 @@ HELP = "chat with its model"
 COMMANDS = {
     "/clear": "start a new conversation",
     "/system": "TEXT  set the system message (without TEXT: remove it) and start a new conversation",
+    "/tools": "FILE  the functions that the model may call: a JSON list in OpenAI's form (without FILE: none); a new conversation",
     "/help": "this list",
     "/exit": "leave (Ctrl-D too); Ctrl-C stops an answer",
 }
 HISTORY = 1000  # questions kept for the up key
+DIM, NORMAL = "\x1b[2m", "\x1b[22m"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def answer_line(conversation: "Conversation", line: str) -> bool:
     """Run the line if it is a command, else print the model's answer to it; False for /exit."""
-    from glmtuner.console import plain, say
+    from glmtuner.console import say
     from glmtuner.errors import ConfigError, did_you_mean
 
     command, _, rest = line.partition(" ")
@@ -56,21 +58,106 @@ def answer_line(conversation: "Conversation", line: str) -> bool:
     elif command == "/system":
         conversation.system, conversation.turns = rest.strip(), []
         say(f"(system: {conversation.system or 'none'})")
+    elif command == "/tools":
+        set_tools(conversation, rest.strip())
     elif command == "/help":
         for name, meaning in COMMANDS.items():
             say(f"  {name} {meaning}")
     elif command in COMMANDS or (command.startswith("/") and command[1:].isalpha()):
         say(f"unknown command {command!r}{did_you_mean(command, COMMANDS, 'known: ' + ', '.join(COMMANDS))}")
     else:
+        shown = Shown()
+        before = conversation.turns
         try:
-            _, dropped = conversation.ask(line, lambda text: print(plain(text), end="", flush=True))
+            _, dropped = conversation.ask(line, shown.text, shown.thought)
         except ConfigError as error:
             say(f"({error})")
             return True
-        print(flush=True)
-        if dropped:
-            say(f"({dropped // 2} of the oldest questions were dropped to fit into generation.max_length)")
+        finally:
+            shown.end_thought()
+        show_calls(conversation, shown)
+        if questions := sum(turn.role == "user" for turn in before[:dropped]):
+            say(f"({questions} of the oldest questions were dropped to fit into generation.max_length)")
     return True
+
+
+class Shown:
+    """Prints an answer as it comes: its thought, dimmed on a terminal, on lines of its own before the text."""
+
+    def __init__(self) -> None:
+        self.dims = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self.has_text = self.thinks = False
+
+    def thought(self, text: str) -> None:
+        """Print a piece of the thought."""
+        from glmtuner.console import plain
+
+        if not self.thinks:
+            self.dim(DIM)
+            print("(thinking) ", end="")
+        self.thinks = True
+        print(plain(text), end="", flush=True)
+
+    def dim(self, code: str) -> None:
+        """Have the terminal dim what follows, or no longer."""
+        if self.dims:
+            sys.stdout.write(code)
+
+    def end_thought(self) -> None:
+        """End the line of the thought, if there is one."""
+        if self.thinks:
+            self.dim(NORMAL)
+            print(flush=True)
+        self.thinks = False
+
+    def text(self, text: str) -> None:
+        """Print a piece of the answer."""
+        from glmtuner.console import plain
+
+        self.end_thought()
+        self.has_text = True
+        print(plain(text), end="", flush=True)
+
+
+def show_calls(conversation: "Conversation", shown: Shown) -> None:
+    """End the line of the answer, and print its calls, or how many results are still to be typed."""
+    from glmtuner.console import say
+
+    calls = conversation.open_calls
+    answered = conversation.turns[-1].role == "assistant"
+    if shown.has_text or (answered and not calls):
+        print(flush=True)
+    if answered:
+        for call in calls:
+            say(f"-> {call.name}({call.arguments_json})")
+    if len(calls) == 1:
+        say(f"(type the result of {calls[0].name} on the next line)")
+    elif calls:
+        say(
+            f"(type the results of {', '.join(call.name for call in calls)} on the next {len(calls)} lines, in this order)"
+        )
+
+
+def set_tools(conversation: "Conversation", name: str) -> None:
+    """Read the functions that the model may call from a file, and start a new conversation; without a name there are none."""
+    from glmtuner.console import say
+    from glmtuner.data.records import BadRecord
+    from glmtuner.data.tools import described
+
+    finished = conversation.finished
+    if name and not finished.template.renders_tools(finished.tokenizer):
+        say(f"(model.template={finished.template.name} renders no descriptions of tools, so the model cannot see them)")
+        return
+    try:
+        tools = described(Path(name).expanduser().read_text(encoding="utf-8-sig"), "tools") if name else ()
+    except BadRecord as error:
+        problem = error.reason.partition("; type data.")[0]  # of a record
+        say(f"({name}: {error.field}: {problem})")
+    except (OSError, UnicodeDecodeError) as error:
+        say(f"({name}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'})")
+    else:
+        conversation.tools, conversation.turns = tools, []
+        say(f"(tools: {', '.join(tool['function']['name'] for tool in tools) or 'none'})")
 
 
 def read_line() -> str | None:

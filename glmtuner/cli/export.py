@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.errors import CheckpointError, ConfigError
+from glmtuner.run_folder.names import RECEIPT
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from glmtuner.data.records import Message
     from glmtuner.finetuning.start import Checkpoint
     from glmtuner.inference.finished import Finished
+    from glmtuner.templates.base import Template
 
 HELP = "its model as a standalone folder, merged and checked"
-RECEIPT = "export.json"  # written last: its presence marks a complete export
 VALUE_HEAD_FILE = "value_head.safetensors"  # of a reward model
 DTYPES = ("float32", "float16", "bfloat16")
 PROMPT = "你好，请用一句话介绍你自己。Hello, who are you?"
@@ -206,9 +208,77 @@ def write_tokenizer(finished: "Finished", folder: Path, layout: str) -> None:
     if layout == "transformers" and isinstance(tokenizer, ChatGLMTokenizer) and not tokenizer.first_generation:
         tokenizer = as_fast(tokenizer)
     jinja = finished.template.jinja()
-    if jinja is not None and tokenizer.is_fast:
+    if jinja is not None and tokenizer.is_fast and not renders_the_same(finished.template, tokenizer):
         tokenizer.chat_template = jinja
     tokenizer.save_pretrained(folder)
+
+
+def renders_the_same(template: "Template", tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer's own chat template gives the prompts and the answers of the run's template, and its tools.
+
+    It is kept then: it also has what a template of ours may not have.
+    """
+    from glmtuner.data.records import Message
+    from glmtuner.templates.jinja import TokenizersOwn
+    from glmtuner.templates.named import own_source
+
+    source = own_source(tokenizer)
+    if source is None:
+        return False
+    asked, told = Message("user", "你好, x"), Message("assistant", "1\n\n2 = 二")
+    conversations = [
+        [asked],
+        [asked, told, asked],
+        [Message("system", "a. b"), asked, told, asked],
+        [asked, told],
+        [asked, told, asked, told],
+    ]
+    try:
+        own = TokenizersOwn(source=source).encode(tokenizer, conversations)
+        ours = template.encode(tokenizer, conversations)
+    except ConfigError:  # it refuses system turns, for example
+        return False
+    return all(
+        list(left.input_ids) == list(right.input_ids)
+        and (turns[-1].role != "assistant" or left.answers[-1:] == right.answers[-1:])
+        for turns, left, right in zip(conversations, own, ours, strict=True)
+    ) and (not template.renders_tools(tokenizer) or renders_the_same_tools(template, tokenizer))
+
+
+def renders_the_same_tools(template: "Template", tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer's own chat template gives the prompts of the run's template for tools, their calls and results.
+
+    Asked as other programs ask it: GLM-4's own reads tools from a turn, and ignores those that stand beside the turns.
+    """
+    from glmtuner.data.records import Message
+    from glmtuner.templates.tool_calls import ToolCall
+
+    parameters = {"type": "object", "properties": {"城市": {"type": "string"}}, "required": ["城市"]}
+    tool = {
+        "type": "function",
+        "function": {"name": "get_weather", "description": "天气 <b> & 'c'", "parameters": parameters},
+    }
+    asked, system = Message("user", "北京?"), Message("system", "a. b")
+    call = ToolCall("get_weather", {"城市": "北京", "days": 3}, "call00001")
+    called = Message("assistant", "", tool_calls=(call,))
+    result, told = Message("tool", "晴", call_id="call00001"), Message("assistant", "1\n\n2 = 二")
+    conversations = [[asked], [system, asked], [asked, called, result], [asked, called, result, told, asked]]
+    for turns in conversations:
+        try:
+            text = tokenizer.apply_chat_template(
+                [_as_openai(turn) for turn in turns], tools=[tool], add_generation_prompt=True, tokenize=False
+            )
+            (ours,) = template.encode(tokenizer, [turns], [[tool]])
+        except Exception:  # jinja templates raise whatever their authors chose
+            return False
+        if list(tokenizer(str(text), add_special_tokens=False).input_ids) != list(ours.input_ids):
+            return False
+    return True
+
+
+def _as_openai(turn: "Message") -> dict[str, Any]:
+    called = {"tool_calls": [call.as_openai() for call in turn.tool_calls]} if turn.tool_calls else {}
+    return {"role": turn.role, "content": turn.content, **called}
 
 
 def reloaded(finished: "Finished", folder: Path, prefix: bool) -> "PreTrainedModel":

@@ -54,6 +54,8 @@ def help_text(config_dir: str | None = None) -> str:
         "  --cfg job --resolve     show the composed run and stop      --package GROUP   only one part of it",
         "  --info defaults-tree    why each file was composed          --config-dir DIR  more presets, in DIR/<group>/",
         "  --check                 estimate the memory of a training: no weights or data are loaded, nothing is written",
+        "  --preview [N]           the first N (3) rows of each dataset: prompt, learned, stop, cut, and the prompt that is served;",
+        "                          nothing is loaded but the tokenizer; with --ids the token ids, with --json an object a row",
         "  -m, --multirun          a sweep                             --version, --hydra-help",
     ]
     return "\n".join(lines)

@@ -163,6 +163,8 @@ def run_command(arguments: list[str]) -> int:
     from glmtuner.launch.register import register_presets
 
     register_presets()
+    if options.preview is not None:
+        return show_rows(options, rest)
     multirun = options.multirun or any(argument.replace(" ", "").lower() == "hydra.mode=multirun" for argument in rest)
     if options.hydra_help or options.shell_completion or options.info:
         return hydra_main(arguments)
@@ -193,6 +195,20 @@ def sweep(options: argparse.Namespace, overrides: list[str]) -> int:
 
     source = {"config_dir": options.config_dir, "config_name": options.config_name}
     return run_sweep(overrides, hydra_flags(options), **source, check=options.check)
+
+
+def show_rows(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Print the first rows of each dataset; returns the exit code."""
+    from glmtuner.cli.preview import preview
+    from glmtuner.config.compose import compose
+
+    if any(override.replace(" ", "").lower() == "hydra.mode=multirun" for override in overrides):
+        raise ConfigError(
+            "--preview with hydra.mode=MULTIRUN: --preview shows the rows of one run; leave one of the two out"
+        )
+    composed = compose(overrides, config_dir=options.config_dir, config_name=options.config_name)
+    preview(composed, options.preview, as_json=options.json, with_ids=options.ids)
+    return 0
 
 
 def show_config(options: argparse.Namespace, overrides: list[str]) -> int:

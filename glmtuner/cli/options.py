@@ -1,8 +1,11 @@
 """The options of the command line, which are Hydra's and a few of glmtuner's."""
 
 import argparse
+import re
 
 from glmtuner.errors import ConfigError, did_you_mean, nearest
+
+ROWS = 3  # that --preview shows of each dataset
 
 
 def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -13,6 +16,9 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--run", "-r", action="store_true")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--preview")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--ids", action="store_true")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("--package", "-p")
@@ -23,7 +29,7 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--shell-completion", "-sc", action="store_true")
     flags = [flag for action in parser._actions for flag in action.option_strings]
     try:
-        options, rest = parser.parse_known_args(arguments)
+        options, rest = parser.parse_known_args(with_preview_count(arguments))
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}; `python -m glmtuner --help` lists the options") from None
     for argument in rest:
@@ -31,7 +37,34 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if name.startswith("-") and nearest(name, flags):
             hint = did_you_mean(name, flags, "`python -m glmtuner --help` lists the options")
             raise ConfigError(f"unknown option {argument!r}{hint}")
+    if options.preview is not None:
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", options.preview):
+            raise ConfigError(f"--preview {options.preview}: a number of rows, 1 or more; type --preview {ROWS}")
+        options.preview = int(options.preview)
+        other = next((flag for flag in ("multirun", "check", "cfg", "info") if getattr(options, flag)), None)
+        if other:
+            raise ConfigError(
+                f"--preview with --{other}: --preview shows the rows of one run; leave one of the two out"
+            )
+    elif options.json or options.ids:
+        flag = "--json" if options.json else "--ids"
+        raise ConfigError(f"{flag} without --preview: it is for the rows that --preview prints; type --preview {flag}")
     return options, rest
+
+
+def with_preview_count(arguments: list[str]) -> list[str]:
+    """The arguments with the number of rows joined to --preview; where none follows it, the default."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--preview":
+            number = re.fullmatch(r"[+-]?[0-9]+", argument)
+            joined[-1] = f"--preview={argument if number else ROWS}"
+            if number:
+                continue
+        joined.append(argument)
+    if joined and joined[-1] == "--preview":
+        joined[-1] = f"--preview={ROWS}"
+    return joined
 
 
 def hydra_flags(options: argparse.Namespace) -> list[str]:

@@ -67,6 +67,22 @@ class LossOn(str, Enum):
     last_answer = "last_answer"
 
 
+class Thinking(Enum):  # no str, which has a method strip
+    """How the thoughts of answers are learned: auto (those that a record has), empty (else an empty one), strip (none)."""
+
+    auto = "auto"
+    empty = "empty"
+    strip = "strip"
+
+
+class AskedThinking(str, Enum):
+    """The mode of the prompts that are answered; auto is that in which they were learned."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class PreferenceLoss(str, Enum):
     sigmoid = "sigmoid"
     ipo = "ipo"
@@ -153,6 +169,7 @@ class Data:
     padding_free: bool = True
     max_bad_records: int = 0
     tiktoken_engine: bool = True
+    thinking: Thinking = Thinking.auto
 
     def __post_init__(self) -> None:
         wrong = [
@@ -212,6 +229,8 @@ class ModelFamily(Protocol):
     @property
     def linears(self) -> tuple[str, ...]: ...
     @property
+    def experts(self) -> tuple[str, ...]: ...
+    @property
     def wide_prefix(self) -> bool: ...
     def blocks(self, model: "nn.Module") -> "list[nn.Module]": ...
 
@@ -254,9 +273,13 @@ class Finetuning:
 
 @dataclass(kw_only=True)
 class Metric:
-    """Scores of generated answers against their labels."""
+    """Scores of generated answers against their labels; with `without_reasoning` of both without their thoughts."""
 
     name: str
+    without_reasoning: bool = False
+
+    def prepare(self) -> None:
+        """Load what the scores need, so that they do not wait for it; may run in a thread of its own."""
 
     def score(self, prediction: str, reference: str) -> dict[str, float]:
         """The scores of one answer, by name; empty for metric=none."""
@@ -277,7 +300,7 @@ class Generation:
     """How chat and serving decode, with the values of ChatGLM-Efficient-Tuning. Evaluation and prediction are greedy or use beams.
 
     `engine` generates the answers of trainer=predict; everything else generates with the loaded model. `max_batch_size` is the
-    number of answers that evaluation and prediction generate at once: null is as many as fit into memory, 32 at most (128 on a
+    number of answers that evaluation and prediction generate at once: null is as many as fit into memory, 64 at most (128 on a
     GPU), or trainer.per_device_eval_batch_size if that is not at its default.
     """
 
@@ -291,6 +314,12 @@ class Generation:
     repetition_penalty: float = 1.0
     max_batch_size: int | None = None
     engine: Engine = Engine.transformers
+    thinking: AskedThinking = AskedThinking.auto
+
+    @property
+    def asks_thinking(self) -> bool | None:
+        """Whether thinking is asked for; None for auto: each prompt as it was learned."""
+        return None if self.thinking is AskedThinking.auto else self.thinking is AskedThinking.on
 
     def __post_init__(self) -> None:
         wrong = [

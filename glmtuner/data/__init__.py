@@ -13,6 +13,7 @@ from glmtuner.data.raw import Row
 from glmtuner.data.read import read
 from glmtuner.data.records import BadRecord, Example, Message, is_empty, mark_of
 from glmtuner.data.spec import DatasetSpec
+from glmtuner.data.tools import with_tools
 from glmtuner.errors import DataError
 
 __all__ = [
@@ -70,10 +71,12 @@ def load(
     max_samples: int | None = None,
     cache_dir: str | Path | None = None,
     token: bool = False,
+    checksums: bool = True,
 ) -> Loaded:
     """The first `max_samples` (and at most the entry's `num_samples`) good records of a dataset, as examples.
 
-    Reading stops there: broken records further on are neither read nor counted. Raises DataError if all are broken.
+    Reading stops there: broken records further on are neither read nor counted. Raises DataError if all are broken. Without
+    `checksums`, for which each file is read once more, `files` is empty.
     """
     source = read(
         spec, dataset_dir=dataset_dir, package_data=package_data, split=split, cache_dir=cache_dir, token=token
@@ -82,7 +85,7 @@ def load(
     bad: list[SkippedRecord] = []
     columns: dict[str, None] = {}
     examples = _examples(spec, source, max_examples, bad, columns)
-    return Loaded(examples, bad, source.fingerprint(), source.size(), columns)
+    return Loaded(examples, bad, source.fingerprint() if checksums else {}, source.size(), columns)
 
 
 def _examples(
@@ -101,7 +104,7 @@ def _examples(
         try:
             if isinstance(raw, BadRecord):
                 raise raw
-            example = parse(raw, spec)
+            example = with_tools(parse(raw, spec), raw, spec)
             if mark and mark_of(raw.get(mark), mark) is False:
                 example = replace(example, learned=False)
         except BadRecord as error:

@@ -1,5 +1,6 @@
 """Records of Arrow and parquet files. Only the columns that are needed are decoded; a value that Python cannot represent is a
-bad value of its record alone."""
+bad value of its record alone. A struct has the keys of all records, null where a record has none: in tools and their calls these
+are left out again."""
 
 from __future__ import annotations
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 ROWS_AT_A_TIME = 1000
 # What Arrow raises for a broken file: nearly all of its own errors derive from these, and a column's name may not be UTF-8.
 BROKEN = (ValueError, OSError, LookupError, TypeError, RuntimeError, MemoryError)
+
+
+# structs of tools and calls, whose keys differ from one to the next
+OF_TOOLS = frozenset(("tools", "functions", "function", "tool_calls", "function_call", "arguments", "parameters"))
 
 
 class Undecodable:
@@ -102,7 +107,7 @@ def _rows(batch: pyarrow.RecordBatch, columns: Collection[str] | None) -> Iterat
     if not needed:
         yield from (dict(others) for _ in range(batch.num_rows))
         return
-    values = [_values(batch.column(batch.schema.names.index(name))) for name in needed]
+    values = [_column(name, batch.column(batch.schema.names.index(name))) for name in needed]
     for row in zip(*values, strict=True):
         yield dict(zip(needed, row, strict=True), **others)
 
@@ -123,6 +128,30 @@ def _holds_something(array: pyarrow.Array) -> bool:
     except pyarrow.ArrowException:
         pass
     return True
+
+
+def _column(name: str, array: pyarrow.Array) -> list[Any]:
+    """The Python values of a column."""
+    values = _values(array)
+    return [_without_nulls(value) for value in values] if _holds_tools(name, array.type) else values
+
+
+def _holds_tools(name: str, kind: pyarrow.DataType) -> bool:
+    """Whether a column of this name and type has structs of tools or calls in it."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _holds_tools(name, kind.value_type)
+    if not types.is_struct(kind):
+        return False
+    return name in OF_TOOLS or any(_holds_tools(field.name, field.type) for field in kind)
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the keys of its objects that hold null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _values(array: pyarrow.Array) -> list[Any]:

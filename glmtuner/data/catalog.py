@@ -29,7 +29,7 @@ COLUMNS = (
     *("tools", "images", "videos", "audios"),
 )
 TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "system_tag", "observation_tag", "function_tag")
-NOT_TEXT = {"tools": "tool calls", "images": "images", "videos": "videos", "audios": "sounds"}
+NOT_TEXT = {"images": "images", "videos": "videos", "audios": "sounds"}
 INTERNAL = ("name", "kind", "origin", "input_separator", "default_columns")  # fields that no entry has
 FOREIGN = {  # keys of LLaMA-Factory's format that are ignored beside a file or a Hugging Face id
     "script_url": "a dataset script is code and is not run",
@@ -256,13 +256,19 @@ def format_and_columns(formatting: str, named: dict[str, str], ranking: bool) ->
         return "text", named
     if formatting == "alpaca" and "prompt" in named and not named.keys() & {"response", "chosen"}:
         raise ValueError("columns: prompt is named and the answer is not; add response, or chosen and rejected")
+    if "tools" in named and formatting == "text":
+        raise ValueError("columns.tools: plain text calls no tools; name the format of a conversation, or no tools")
     if ranking and formatting in ("text", "turns"):
         raise ValueError(
             f"formatting={formatting} does not support ranked pairs; use alpaca, sharegpt, messages or transcript"
         )
     pair = {"chosen": "chosen", "rejected": "rejected"} if ranking and formatting != "alpaca" else {}
-    if not named:  # these two have one name everywhere
-        optional = ("history", "system") if formatting == "alpaca" else ("system",) if main == "messages" else ()
+    if not named:  # these have one name everywhere
+        optional = {
+            "alpaca": ("history", "system"),
+            "sharegpt": ("system", "tools"),
+            "messages": ("system", "tools"),
+        }.get(formatting, ("system",) if main == "messages" else ())
         named = {name: name for name in optional}
     if not named.keys() & {*default, "chosen"}:
         return formatting, {**({} if pair and formatting == "transcript" else default), **pair, **named}

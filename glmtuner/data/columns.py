@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.data.records import MARKS, REASONING, BadRecord, Example, as_rows, is_empty, names_of
+from glmtuner.data.tools import keys_read
 
 if TYPE_CHECKING:
     from glmtuner.data.spec import DatasetSpec
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 PROMPTS = ("instruction", "prompt", "question", "query", "input")
 QUERIES = ("input", "query", "context")
 ANSWERS = ("output", "response", "answer", "completion")
+TOOLS = ("tools", "functions")
 DIALOGUES = ("conversations", "conversation", "messages", "turns")
 WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 # A text column with one of these words in its name is taken for a part of the question, or of the answer's reasoning…
@@ -41,6 +43,7 @@ METADATA_WORDS = frozenset(
 RENDERED_WORDS = {"text", "formatted", "full", "chat"}  # in names of columns that hold a whole conversation as one text
 END_MARKERS = re.compile(r"\s*(?:<[^<>\s]*>\s*|\[[^\[\]\s]*\]\s*)*")  # such as </s> and <|im_end|>
 SHORT = 20  # characters
+NOTHING = ("[]", "{}", "null")  # JSON of nothing
 TELLING = "[H \t\r\n\u3000\u2028\u2029\x85\xa0"  # a text may begin so that is blank, JSON, or a transcript
 ROLES = {
     **dict.fromkeys(("prompt", "query"), "prompt"),
@@ -48,6 +51,7 @@ ROLES = {
     "history": "earlier turns",
     "messages": "turns",
     "system": "system prompt",
+    "tools": "tools",
     "chosen": "better answer",
     "rejected": "worse answer",
     "kto_tag": "good or bad answer",
@@ -123,6 +127,15 @@ def survey(records: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
 
 def infer_format(columns: dict[str, Column]) -> tuple[str, dict[str, str]]:
     """The format and the columns that a file's columns imply; ("", {}) if they imply none."""
+    formatting, named = _format_and_columns(columns)
+    tools = [name for name in TOOLS if name in columns]
+    if formatting not in ("sharegpt", "messages"):  # of other records only what can be nothing else
+        tools = [name for name in tools if _kinds(columns, name) & {"ShareGPT turns"}] if formatting != "text" else []
+    tools.sort(key=lambda name: not _kinds(columns, name))
+    return formatting, {**named, **({"tools": tools[0]} if tools and formatting else {})}
+
+
+def _format_and_columns(columns: dict[str, Column]) -> tuple[str, dict[str, str]]:
     extras = {"system": "system"} if "system" in columns else {}
     pair = {key: key for key in ("chosen", "rejected") if "chosen" in columns and "rejected" in columns}
     tag = next((key for key in ("kto_tag", "label") if "boolean" in _kinds(columns, key)), None)
@@ -204,7 +217,7 @@ def adds_something(name: str, value: Any, example: Example) -> bool:
     turns = [message.content.strip() for message in example.messages]
     turns += [text.strip() for text in (example.chosen, example.rejected, example.text) if text is not None]
     for text in map(str.strip, _texts(value)):
-        if text in turns or (len(text) >= SHORT and any(text in turn for turn in turns)):
+        if text in NOTHING or text in turns or (len(text) >= SHORT and any(text in turn for turn in turns)):
             continue
         if not {*_words(name)} & RENDERED_WORDS or len(example.messages) < 2:
             return True
@@ -248,7 +261,8 @@ def turn_keys(raw: Mapping[str, Any], spec: DatasetSpec) -> Iterator[str]:
         value = as_rows(raw.get(name))
         for turn in value if isinstance(value, list) else [value]:
             if isinstance(turn, dict):
-                yield from (f"{name}.{other}" for other in turn.keys() - known if not is_empty(turn[other]))
+                read = known | keys_read(turn, spec)
+                yield from (f"{name}.{other}" for other in turn.keys() - read if not is_empty(turn[other]))
 
 
 def refuse_needed(

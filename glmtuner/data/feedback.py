@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.data.collate import Collator
-from glmtuner.data.encode import Counts, Encoder
+from glmtuner.data.encode import Encoder
 from glmtuner.data.records import Example
 from glmtuner.templates.base import IGNORE_INDEX
 
@@ -26,12 +26,8 @@ class FeedbackEncoder(Encoder):
     columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels", "other_ids", "is_desirable")
     learns_undesirable: ClassVar[bool] = True
 
-    def encode(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Counts]:
-        rows, counts = super().encode(examples)
-        taught, _ = self._with_something_to_learn(examples)
-        for row, example in zip(rows, taught, strict=True):
-            row["is_desirable"] = example.desirable
-        return rows, counts
+    def more_of(self, example: Example) -> dict[str, Any]:
+        return {"is_desirable": example.desirable}
 
 
 def with_other_answers(rows: "Dataset") -> "Dataset":

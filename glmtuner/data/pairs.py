@@ -1,20 +1,15 @@
 """Ranked pairs as rows, and as batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.config.schema import Run
-from glmtuner.data import DatasetSpec
 from glmtuner.data.collate import Collator
-from glmtuner.data.encode import Counts, Encoder, prompt_text
+from glmtuner.data.encode import Counts, Encoder, prompt_text, tools_of
 from glmtuner.data.records import Example, Message
-from glmtuner.data.splits import Datasets, datasets_of
-from glmtuner.templates.base import Template
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,27 +23,52 @@ class PairEncoder(Encoder):
     )
     columns: ClassVar[tuple[str, ...]] = ("input_ids", "labels", "rejected_ids", "rejected_labels")
 
+    def answered(self, example: Example) -> Example:
+        return replace(example, messages=[*example.messages, chosen_of(example)])
+
     def encode(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Counts]:
         """Both answers follow the same prompt, which is shortened once; each is truncated to `max_target_length`."""
         counts = Counts(records=len(examples))
-        with_chosen = [[*example.messages, Message("assistant", str(example.chosen))] for example in examples]
-        conversations, chosen = self._encode_fitting(with_chosen, counts)
+        with_chosen = [[*example.messages, chosen_of(example)] for example in examples]
+        conversations, chosen = self._encode_fitting(with_chosen, counts, tools_of(examples))
         with_rejected = [
-            [*messages[:-1], Message("assistant", str(example.rejected))]
-            for messages, example in zip(conversations, examples, strict=True)
+            [*messages[:-1], rejected_of(example)] for messages, example in zip(conversations, examples, strict=True)
         ]
-        rejected = self._encode(with_rejected)
+        rejected = self._encode(with_rejected, tools_of(examples))
         rows = []
-        for messages, example, better, worse in zip(conversations, examples, chosen, rejected, strict=True):
+        for index, messages in enumerate(conversations):
+            example, better, worse = examples[index], chosen[index], rejected[index]
+            if (
+                better.thinking != worse.thinking
+            ):  # both answer the same prompt: the one without a thought learns an empty one
+                thinking = replace(self, template=self.template.always_thinking())
+                pair = [messages, with_rejected[index]]
+                better, worse = thinking._encode(pair, [example.tools] * 2)
+            if better.unrendered or worse.unrendered:
+                counts.unrendered += 1
+                counts.records -= 1
+                continue
+            counts.thinking += better.thinking is True
+            counts.not_thinking += better.thinking is False
             row, rejected_row = self._row(better, counts), self._row(worse, counts)
             row |= {"rejected_ids": rejected_row["input_ids"], "rejected_labels": rejected_row["labels"]}
             row |= {
                 "prompt": prompt_text(self._prefixed(messages[:-1])),
-                "answer": example.chosen,
-                "rejected": example.rejected,
+                "answer": self.answer_text(chosen_of(example)),
+                "rejected": self.answer_text(rejected_of(example)),
             }
             rows.append(row)
         return rows, counts
+
+
+def chosen_of(example: Example) -> Message:
+    """The better answer of a pair."""
+    return Message("assistant", str(example.chosen), tool_calls=example.chosen_calls)
+
+
+def rejected_of(example: Example) -> Message:
+    """The worse answer of a pair."""
+    return Message("assistant", str(example.rejected), tool_calls=example.rejected_calls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +79,3 @@ class PairCollator(Collator):
         """`input_ids`, `attention_mask` and `labels`, int64, each [2 rows, longest]."""
         rejected = [{"input_ids": row["rejected_ids"], "labels": row["rejected_labels"]} for row in rows]
         return super().__call__([*rows, *rejected])
-
-
-def pair_datasets(
-    run: Run, specs: dict[str, DatasetSpec], template: Template, tokenizer: "PreTrainedTokenizerBase"
-) -> Datasets:
-    """The encoded datasets of a stage that learns from ranked pairs."""
-    encoder = PairEncoder(template=template, tokenizer=tokenizer, every_answer=False, **run.data.lengths())
-    return datasets_of(run, specs, encoder)

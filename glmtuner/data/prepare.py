@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -28,10 +28,11 @@ from glmtuner.data import DatasetSpec, Loaded, SkippedRecord, check_bad_record_l
 from glmtuner.data.columns import description
 from glmtuner.data.encode import Counts, Encoder
 from glmtuner.data.formats import format_source
-from glmtuner.data.records import Example
+from glmtuner.data.records import Example, Message
 from glmtuner.distributed import ranks
 from glmtuner.errors import DataError
 from glmtuner.templates.tiktoken_engine import leave_engine, use_engine
+from glmtuner.templates.tool_calls import ToolCall
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 THREADS = min(4, os.cpu_count() or 1)  # more would only wait for the GIL
 ENGINE_BYTES_PER_TOKEN = 50  # of data per token of the vocabulary; an engine must first read and prove the vocabulary
+FIRST = 3  # records that are kept for a look at their rows
+PLAIN_TEXT = ("plain text",)  # what an encoder of documents accepts
 ROWS, COUNTS = "rows.arrow", "counts.json"
 CODE = ("data/**/*.py", "templates/*.py", "models/tokenization_chatglm.py")  # code that determines a record's tokens
 
@@ -60,6 +63,7 @@ class Prepared:
     files: dict[str, str]  # file or hub id -> sha256 or commit
     bad: list[SkippedRecord]
     columns: list[str]  # those that hold something
+    first: list[Example] = field(default_factory=list)  # the first records, for a look at their rows
 
     def about(self) -> dict[str, Any]:
         """The dataset's entry in provenance.json."""
@@ -97,7 +101,8 @@ def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str |
     check_bad_record_limit(bad, data.max_bad_records)
     say(f"dataset {spec.name!r}: {description(spec, cached['columns'])}")
     rows = Dataset.from_file(str(folder / ROWS))
-    return Prepared(spec, rows, Counts(**cached["counts"]), loaded.files, bad, cached["columns"])
+    first = [example_of(saved) for saved in cached["first"]]
+    return Prepared(spec, rows, Counts(**cached["counts"]), loaded.files, bad, cached["columns"], first)
 
 
 def _encode_into(
@@ -112,12 +117,12 @@ def _encode_into(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        counts = Counts()
+        counts, first = Counts(), list[Example]()
         with ExitStack() as files:
             if gc.isenabled():  # rows form no reference cycles, and traversing so many of them again and again is slow
                 gc.disable()
                 files.callback(gc.enable)
-            batches = _batches(loaded, encoder, data, spec)
+            batches = _batches(loaded, encoder, data, spec, first)
             large = loaded.size > ENGINE_BYTES_PER_TOKEN * len(encoder.tokenizer)
             engine_json = tokenizer_json if large and data.tiktoken_engine else None
             workers = data.preprocessing_num_workers
@@ -132,11 +137,18 @@ def _encode_into(
                     writer = files.enter_context(ipc.new_stream(file, rows.schema))
                 writer.write_batch(rows)
         check_bad_record_limit(loaded.bad, data.max_bad_records)
+        if counts.unrendered and counts.unrendered + len(loaded.bad) > data.max_bad_records:
+            raise DataError(
+                f"data.dataset={spec.name}: of the last answers of {counts.unrendered} records the chat template renders nothing, so "
+                f"that nothing would be learned, and data.max_bad_records={data.max_bad_records}; choose another template with "
+                f"model.template=, mend the records, or type data.max_bad_records={counts.unrendered + len(loaded.bad)}"
+            )
         counts.bad_records = len(loaded.bad)
         if writer is None:
             raise DataError(f"data.dataset={spec.name}: nothing is left to learn from: {counts.summary()}")
         bad = [asdict(record) for record in loaded.bad]
-        cached = {"counts": asdict(counts), "bad": bad, "columns": list(loaded.columns)}
+        kept = [asdict(example) for example in first]
+        cached = {"counts": asdict(counts), "bad": bad, "columns": list(loaded.columns), "first": kept}
         (partial / COUNTS).write_text(json.dumps(cached), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # the remains of an interrupted removal
         partial.rename(folder)
@@ -144,15 +156,34 @@ def _encode_into(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _batches(loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec) -> Iterator[list[Example]]:
-    """The examples in batches; once there are too many broken records, the rest is only read to count them all."""
+def _batches(
+    loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec, first: list[Example]
+) -> Iterator[list[Example]]:
+    """The examples in batches, the `first` of which are kept; once there are too many broken records, they are only counted."""
     while examples := list(islice(loaded.examples, encoder.batch_size)):
         if len(loaded.bad) > data.max_bad_records:
             continue
-        unsupported = next((example.kind for example in examples if example.kind not in encoder.accepts), None)
-        if unsupported is not None:
-            raise DataError(f"data.dataset={spec.name} holds {unsupported}, and {encoder.usage_hint}")
+        check_kinds(examples, encoder, spec)
+        if not first and encoder.accepts != PLAIN_TEXT:
+            first += examples[:FIRST]
         yield examples
+
+
+def check_kinds(examples: Sequence[Example], encoder: Encoder, spec: DatasetSpec) -> None:
+    """Raise DataError for a record of a kind that the encoder does not encode."""
+    unsupported = next((example.kind for example in examples if example.kind not in encoder.accepts), None)
+    if unsupported is not None:
+        raise DataError(f"data.dataset={spec.name} holds {unsupported}, and {encoder.usage_hint}")
+
+
+def example_of(saved: dict[str, Any]) -> Example:
+    """The example that `asdict` and JSON made this of."""
+    turns = [
+        Message(role, content, learned, reasoning, tuple(ToolCall(**call) for call in calls), call_id)
+        for role, content, learned, reasoning, calls, call_id in saved["messages"]
+    ]
+    calls = {name: tuple(ToolCall(**call) for call in saved[name]) for name in ("chosen_calls", "rejected_calls")}
+    return Example(**{**saved, "messages": turns, "tools": tuple(saved["tools"]), **calls})
 
 
 def _encoded(

@@ -1,11 +1,11 @@
 """Prompts without answers, for a stage that generates the answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.data.collate import Collator
-from glmtuner.data.encode import Counts, Encoder, prompt_text
+from glmtuner.data.encode import Counts, Encoder, prompt_text, tools_of
 from glmtuner.data.records import Example, Message
 
 if TYPE_CHECKING:
@@ -23,16 +23,22 @@ class PromptEncoder(Encoder):
     columns: ClassVar[tuple[str, ...]] = ("input_ids",)
     learns: ClassVar[bool] = False
 
+    def answered(self, example: Example) -> Example:
+        turns = example.messages if example.messages[-1].role != "assistant" else example.messages[:-1]
+        return replace(example, messages=[*turns, Message("assistant", "a")])
+
     def encode(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Counts]:
         """Rows of `input_ids`, which end where the answer begins, and the readable `prompt`."""
         counts = Counts(records=len(examples))
-        answered = [
-            [*(messages if messages[-1].role == "user" else messages[:-1]), Message("assistant", "a")]
-            for messages in (example.messages for example in examples)
-        ]
-        conversations, encoded = self._encode_fitting(answered, counts)
-        prompts = self.template.prompts(self.tokenizer, [self._prefixed(turns) for turns in conversations], encoded)
+        answered = [self.answered(example).messages for example in examples]
+        conversations, encoded = self._encode_fitting(answered, counts, tools_of(examples))
+        prompts = self._prompts(examples, conversations, encoded)
         counts.tokens = sum(map(len, prompts))
+        modes = [
+            row.thinking if self.asks_thinking is None or row.thinking is None else self.asks_thinking
+            for row in encoded
+        ]
+        counts.thinking, counts.not_thinking = modes.count(True), modes.count(False)
         rows = [
             {"input_ids": ids, "prompt": prompt_text(self._prefixed(messages[:-1]))}
             for ids, messages in zip(prompts, conversations, strict=True)

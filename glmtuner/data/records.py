@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from glmtuner.templates.tool_calls import ToolCall
+
 
 class BadRecord(Exception):
     """A record that cannot become an example: the field that is wrong ("" for the whole record), and why."""
@@ -17,25 +19,31 @@ class BadRecord(Exception):
 
 
 class Message(NamedTuple):
-    """One turn; `role` is system, user or assistant.
+    """One turn; `role` is system, user, assistant, or tool (the result of a call).
 
-    An answer that is not `learned` is context for those after it. `reasoning` is the thought before an answer.
+    An answer that is not `learned` is context for those after it. `reasoning` is the thought before an answer, and
+    `tool_calls` are the calls behind its text, which may be empty. `call_id` of a result is the id of its call.
     """
 
     role: str
     content: str
     learned: bool = True
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One record, ready for a chat template; the fields that are set determine its kind.
 
-    Turns alternate between user and assistant after at most one system turn.
+    Turns alternate between user and assistant after at most one system turn; between an answer with tool calls and the
+    answer to their results stand the results, in the order of the calls. `tools` are the functions that the model may call,
+    each as `{"type": "function", "function": {"name": …, "description": …, "parameters": …}}`.
 
     single answer   messages end with the assistant's answer
-    ranked pair     messages end with the user's turn; `chosen` and `rejected` are the two answers to it
+    ranked pair     messages end with the user's turn, or results of tools; `chosen` and `rejected` are the texts of the two
+                    answers to it, `chosen_calls` and `rejected_calls` the calls behind them
     feedback        messages end with the assistant's answer; `desirable` is whether it is a good one
     plain text      no messages; `text` is learned
 
@@ -48,6 +56,16 @@ class Example:
     desirable: bool | None = None
     text: str | None = None
     learned: bool = True
+    tools: tuple[dict[str, Any], ...] = ()
+    chosen_calls: tuple[ToolCall, ...] = ()
+    rejected_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def needs_tools(self) -> bool:
+        """Whether only a template that renders tools can render it: it has tools, calls, or results."""
+        return bool(self.tools or self.chosen_calls or self.rejected_calls) or any(
+            turn.role == "tool" or turn.tool_calls for turn in self.messages
+        )
 
     @property
     def kind(self) -> str:
@@ -89,9 +107,11 @@ def text_of(value: Any, place: str, what: str, *, may_be_blank: bool = False) ->
     return value
 
 
-def answer_turn(content: str, *, learned: bool = True, reasoning: str = "") -> Message:
+def answer_turn(
+    content: str, *, learned: bool = True, reasoning: str = "", calls: tuple[ToolCall, ...] = ()
+) -> Message:
     """The assistant's turn; an empty answer, which only stands before other turns, is context and is not learned."""
-    return Message("assistant", content, learned and bool(content.strip()), reasoning)
+    return Message("assistant", content, learned and bool(calls or content.strip()), reasoning, calls)
 
 
 def optional_text(raw: Mapping[str, Any], column: str | None, what: str) -> str:
@@ -169,27 +189,33 @@ def mark_of(value: Any, place: str) -> bool | None:
 def answered(turns: Iterable[Turn], desirable: bool | None = None) -> Example:
     """The example of a conversation whose last turn is the answer; raises BadRecord."""
     places, messages = checked_turns(turns)
-    if messages[-1].role == "user":
-        raise BadRecord(places[-1], "the last user turn has no answer")
-    if not messages[-1].content.strip():
+    if messages[-1].role != "assistant":
+        what = "last user turn has" if messages[-1].role == "user" else "results of the last tool calls have"
+        raise BadRecord(places[-1], f"the {what} no answer")
+    if not messages[-1].content.strip() and not messages[-1].tool_calls:
         raise BadRecord(places[-1], "empty answer")
     return Example(messages, desirable=desirable)
 
 
-def ranked(turns: Iterable[Turn], chosen: str, rejected: str) -> Example:
+def ranked(turns: Iterable[Turn], chosen: str | Message, rejected: str | Message) -> Example:
     """The example of a conversation with two answers to its last turn; raises BadRecord."""
     places, messages = checked_turns(turns)
-    if messages[-1].role != "user":
+    if messages[-1].role == "assistant":
         raise BadRecord(
             places[-1], "the conversation ends with an answer; in a ranked pair it ends with the user's turn"
         )
-    return Example(messages, chosen=chosen, rejected=rejected)
+    better, worse = (Message("assistant", text) if isinstance(text, str) else text for text in (chosen, rejected))
+    return Example(
+        messages, chosen=better.content, rejected=worse.content,
+        chosen_calls=better.tool_calls, rejected_calls=worse.tool_calls,
+    )  # fmt: skip
 
 
 def checked_turns(turns: Iterable[Turn]) -> tuple[list[str], list[Message]]:
     """Places and messages of turns in which user and assistant alternate and the user begins; raises BadRecord.
 
-    Several system turns at the start are joined by a line break.
+    Results of tools stand between the answer that calls them and the next answer. Several system turns at the start are
+    joined by a line break.
     """
     places: list[str] = []
     messages: list[Message] = []
@@ -202,8 +228,14 @@ def checked_turns(turns: Iterable[Turn]) -> tuple[list[str], list[Message]]:
             raise BadRecord(place, "a system turn after the conversation has begun")
         if message.role == "assistant" and previous in ("", "system"):
             raise BadRecord(place, "the conversation starts with an assistant turn; the user's comes first")
-        if message.role == previous:
+        if message.role == "tool" and previous not in ("assistant", "tool"):
+            raise BadRecord(place, "the result of a tool, and the turn before it calls none")
+        if message.role == previous != "tool":
             raise BadRecord(place, f"two {message.role} turns in a row")
+        if message.role == "user" and previous == "tool":
+            raise BadRecord(
+                place, "a user turn behind the results of tools; the assistant's answer to them comes first"
+            )
         places.append(place)
         messages.append(message)
     if not messages or messages[-1].role == "system":

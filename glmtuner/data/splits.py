@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TOKEN_COLUMNS = ("input_ids", "rejected_ids", "other_ids")  # each becomes rows of a batch
 # of an entry, those that data.ignore_columns may leave out
-OPTIONAL_COLUMNS = {"query", "history", "system", "kto_tag", "weight"}
+OPTIONAL_COLUMNS = {"query", "history", "system", "tools", "kto_tag", "weight"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,12 @@ class Datasets:
     prepared: list[Prepared]
     shares: dict[str, float]  # of each dataset in the training records, after mixing
     columns: tuple[str, ...]  # of the evaluation records: those that a batch is made of
+
+    def thinking(self) -> str | None:
+        """The mode of most of the records' prompts, on or off; None for a template without modes."""
+        on = sum(part.counts.thinking for part in self.prepared)
+        off = sum(part.counts.not_thinking for part in self.prepared)
+        return None if not on + off else "on" if on > off else "off"
 
     def about(self) -> dict[str, Any]:
         """The datasets' entries in provenance.json, by name."""

@@ -1,6 +1,6 @@
-"""ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B in the layout of their first release (`model_type` chatglm).
+"""ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B and CodeGeeX4 in the layout of their first release (`model_type` chatglm).
 
-ChatGLM2 and ChatGLM3 have the same config.json and compute the same; they differ in their prompts.
+ChatGLM2 and ChatGLM3 have the same config.json and compute the same; they differ in their prompts. So do GLM-4-9B and CodeGeeX4.
 """
 
 from collections.abc import Mapping
@@ -80,6 +80,22 @@ GLM4_ORIGINAL = register(
         other_linears=OTHER_LINEARS,
         template="glm4",
         stop_tokens=("<|endoftext|>", "<|user|>", "<|observation|>"),
+        fits=_glm4,
+        wide_prefix=True,
+    )
+)
+CODEGEEX4 = register(
+    Family(
+        name="codegeex4",
+        model_types=("chatglm",),
+        layers="transformer.encoder.layers",
+        attention_block="self_attention",
+        mlp="mlp",
+        attention=("query_key_value",),
+        other_linears=OTHER_LINEARS,
+        template="codegeex4",
+        # as the maker's server stops (THUDM/CodeGeeX4, candle_demo/api-server/src/api.rs)
+        stop_tokens=("<|endoftext|>", "<|user|>", "<|assistant|>", "<|observation|>"),
         fits=_glm4,
         wide_prefix=True,
     )

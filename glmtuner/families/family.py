@@ -22,6 +22,7 @@ class Family:
     mlp: str  # inside a block; "" if it has no module of its own
     attention: tuple[str, ...]  # the query, key and value projections: LoRA's default targets
     other_linears: tuple[str, ...]  # the block's remaining linear layers
+    experts: tuple[str, ...] = ()  # the layers of routed experts, by the names that PEFT adapts them; not part of `all`
     template: str
     stop_tokens: tuple[str, ...] = ()
     fits: Callable[[Mapping[str, Any]], bool] = lambda config: (
@@ -92,7 +93,11 @@ def family_of(model_config: Mapping[str, Any], declared: str) -> Family | None:
 # The names of attention and MLP modules, and of their projections, in transformers.
 _ATTENTION_BLOCKS = ("self_attn", "self_attention", "attention", "attn")
 _MLPS = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", "Wqkv", "query", "key", "value")
+_LATENT_ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+_ATTENTION = (
+    *("q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", "Wqkv", "query", "key", "value"),
+    *_LATENT_ATTENTION,
+)
 
 
 def family_from_structure(model: "PreTrainedModel") -> Family:

@@ -53,18 +53,26 @@ class Lora(Finetuning):
             return replace(self, lora_target=list(family.attention))
         if self.lora_target == ["all"]:
             return replace(self, lora_target=list(family.linears))
-        self._check(family.linears)
+        self._check(family.linears, family.experts)
         return self
 
-    def _check(self, linears: "tuple[str, ...]") -> None:
+    def _check(self, linears: tuple[str, ...], experts: tuple[str, ...]) -> None:
         if is_pattern(self.lora_target):
             return
-        unknown = [name for name in self.lora_target if name.rpartition(".")[2] not in linears]
+        names = {name.rpartition(".")[2] for name in self.lora_target}
+        if names & {*experts} and self.lora_dropout:
+            raise ConfigError(
+                f"finetuning.lora_target=[{','.join(self.lora_target)}] with finetuning.lora_dropout={self.lora_dropout:g}: routed "
+                f"experts are adapted without dropout; type finetuning.lora_dropout=0, or finetuning.lora_target=all for "
+                f"{', '.join(linears)}"
+            )
+        unknown = [name for name in self.lora_target if name.rpartition(".")[2] not in (*linears, *experts)]
         if unknown:
             known = f"this model's blocks have {', '.join(linears)}; `all` selects all of them"
+            known += f"; {', '.join(experts)} select the routed experts" if experts else ""
             raise ConfigError(
                 f"finetuning.lora_target=[{','.join(self.lora_target)}]: no linear layer is named "
-                f"{' or '.join(map(repr, unknown))}{did_you_mean(unknown[0], linears, known)}"
+                f"{' or '.join(map(repr, unknown))}{did_you_mean(unknown[0], (*linears, *experts), known)}"
             )
 
     def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
@@ -77,15 +85,16 @@ class Lora(Finetuning):
             target_modules=self.lora_target[0] if is_pattern(self.lora_target) else list(self.lora_target),
             task_type=TaskType.CAUSAL_LM,
         )
-        if not is_pattern(self.lora_target):
-            adapted: Any = get_peft_model(model, config)  # PEFT keeps adapters in float32 on a half-precision base
-            return adapted
         try:
-            adapted = get_peft_model(model, config)
-        except ValueError as error:  # no module's path matches, or one that is no linear layer
+            adapted: Any = get_peft_model(model, config)  # PEFT keeps adapters in float32 on a half-precision base
+        except ValueError as error:  # no module's path matches, or one that is no linear layer; experts with dropout
+            wrong = f"finetuning.lora_target=[{','.join(self.lora_target)}]: {' '.join(str(error).split())[:300]}"
+            if "lora_dropout" in str(error):
+                raise ConfigError(
+                    f"{wrong}: routed experts are adapted without dropout; type finetuning.lora_dropout=0, or name other layers"
+                ) from None
             raise ConfigError(
-                f"finetuning.lora_target=[{self.lora_target[0]}]: {' '.join(str(error).split())[:300]}; name linear layers, or type a "
-                "regular expression that matches their whole paths"
+                f"{wrong}; name linear layers, or type a regular expression that matches their whole paths"
             ) from None
         return adapted
 

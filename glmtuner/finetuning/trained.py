@@ -1,7 +1,8 @@
 """Trained parameters in files, for every method: by name, bit-exact, and never as pickles."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TRAINED = "trained.safetensors"
+EXPERT = re.compile(r"\.experts\.\d+\.")  # in names of weights
 VALUE_HEAD = "value_head"  # a module that an objective adds to the model, and saves itself
 
 
@@ -175,8 +177,34 @@ def load_model_folder(model: "nn.Module", folder: Path) -> None:
 
 
 def weights_in(folder: Path, parameters: "Mapping[str, nn.Parameter]") -> "dict[str, torch.Tensor]":
-    """The tensors of a transformers folder that have the names of these parameters."""
-    return {name: value for name, value in load_folder(folder).items() if name in parameters}
+    """The tensors of a transformers folder by the names of these parameters; raises CheckpointError.
+
+    Routed experts, which transformers saves one by one and holds in one parameter, are stacked as it does while loading.
+    """
+    saved = load_folder(folder)
+    found = {name: value for name, value in saved.items() if name in parameters}
+    missing = parameters.keys() - found.keys()
+    if not missing or not any(EXPERT.search(name) for name in saved):
+        return found
+    del saved
+    return found | _stacked_experts(folder, missing)
+
+
+def _stacked_experts(folder: Path, names: Set[str]) -> "dict[str, torch.Tensor]":
+    """Those of these parameters that transformers stacks from the experts in a folder, in float32; raises CheckpointError."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder} holds experts that cannot be loaded ({reason}); use another checkpoint"
+        ) from None
+    model, loading = loaded
+    parameters = own_parameters(model)
+    return {name: parameters[name].detach() for name in names & parameters.keys() - loading["missing_keys"]}
 
 
 @contextmanager

@@ -4,6 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from glmtuner.inference.detokenize import decode_answer
+from glmtuner.templates.tool_calls import Syntax
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,9 +23,10 @@ class Decoding:
     pad_id: int
 
 
-# Default limits of rows per batch: with more rows the first answers come later. Two CPU cores gain little from more than 32;
+# Default limits of rows per batch: with more rows the first answers come later. A CPU core answered a tenth
+# faster with 64 than with 32, and no faster with 96;
 # a GPU answered 3.5 times as fast with 128 as with 32 (docs/performance.md).
-MAX_ROWS_CPU, MAX_ROWS_GPU = 32, 128
+MAX_ROWS_CPU, MAX_ROWS_GPU = 64, 128
 
 
 def rows_that_fit(model: "PreTrainedModel", tokens: int, max_rows: int | None = None) -> int:
@@ -210,35 +214,31 @@ class StopText:
         return length + (self.text[length] == character)
 
 
-class AnswerText:
-    """Incremental detokenization: the text of an answer in pieces that are never taken back.
+class TokenText:
+    """Incremental detokenization: what tokens add to the text, in pieces that are never taken back.
 
-    All pieces together are the decoded tokens, stripped of white space at both ends. Held back until the next tokens decide:
-    an incomplete character, white space that may be the answer's end, and what may be the beginning of one of the stop
-    texts `stops`; the answer ends before the first of these.
+    An incomplete character is held back until the next tokens decide. Of control tokens the text has `<think>` and the like,
+    and those of the tool calls' `syntax`.
     """
 
     MAX_CHARACTER_TOKENS = (
         8  # tokens that one character may take; later, bytes that are not valid text are shown as such
     )
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stops = tokenizer, [StopText(stop) for stop in stops]
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", syntax: Syntax | None = None) -> None:
+        self.tokenizer, self.syntax = tokenizer, syntax
         self.tokens: list[int] = []
         # A tokenizer may join a token to the ones before it, so new text is the difference of two decoded windows:
         # tokens[prefix_start:] against tokens[prefix_start:read_end], whose text is `prefix_text`.
         self.prefix_start, self.read_end, self.prefix_text = 0, 0, ""
-        self.pending = ""  # decoded and not yet shown
-        self.started = False
-        self.stopped = False
 
     def put(self, token: int) -> str:
-        """Add a token; returns the text that can be shown now. `stopped` becomes True when a stop text is reached."""
+        """Add a token; returns the text that it completes."""
         self.tokens.append(token)
         return self._advance(final=False)
 
     def finish(self) -> str:
-        """The remaining text; nothing is held back any more."""
+        """The remaining text."""
         return self._advance(final=True)
 
     def _advance(self, final: bool) -> str:
@@ -249,6 +249,26 @@ class AnswerText:
         new = text[len(self.prefix_text) :]
         self.prefix_start, self.read_end = self.read_end, len(self.tokens)
         self.prefix_text = self._decode(self.prefix_start)
+        return new
+
+    def _decode(self, start: int) -> str:
+        return decode_answer(self.tokenizer, self.tokens[start:], self.syntax)
+
+
+class TrimmedText:
+    """Text that comes in pieces, without the white space at both ends, up to the first of the stop texts `stops`.
+
+    Held back: white space that may be its end, and what may be the beginning of a stop text.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self.stops = [StopText(stop) for stop in stops]
+        self.pending = ""  # text that is not shown yet
+        self.started = False
+        self.stopped = False
+
+    def add(self, new: str, final: bool = False) -> str:
+        """What can be shown now. `stopped` becomes True when a stop text is reached; with `final` nothing is held back."""
         if self.stopped:
             return ""
         if not self.started:
@@ -268,7 +288,24 @@ class AnswerText:
         self.pending = self.pending[len(shown) :]
         return shown
 
-    def _decode(self, start: int) -> str:
-        text = self.tokenizer.decode(self.tokens[start:], skip_special_tokens=True)
-        assert isinstance(text, str)  # one sequence, not a batch of them
-        return text
+
+class AnswerText:
+    """The text of an answer in pieces that are never taken back, stripped and up to the first of the stop texts `stops`."""
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str] = (), syntax: Syntax | None = None
+    ) -> None:
+        self.text, self.trimmed = TokenText(tokenizer, syntax), TrimmedText(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text is reached."""
+        return self.trimmed.stopped
+
+    def put(self, token: int) -> str:
+        """Add a token; returns the text that can be shown now."""
+        return self.trimmed.add(self.text.put(token))
+
+    def finish(self) -> str:
+        """The remaining text; nothing is held back any more."""
+        return self.trimmed.add(self.text.finish(), final=True)

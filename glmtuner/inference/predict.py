@@ -5,15 +5,16 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from glmtuner.config.groups import Engine
+from glmtuner.config.groups import Engine, Metric
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.console import say
 from glmtuner.distributed import ranks
 from glmtuner.errors import CheckpointError
 from glmtuner.families.stop_tokens import stop_ids
+from glmtuner.inference.answer import opens_thought
 from glmtuner.inference.context import RunContext
-from glmtuner.inference.reference import answer_text, reference_of
+from glmtuner.inference.reference import answer_text, opens_reference, reference_of, split_answer
 from glmtuner.inference.scoring import Scorer
 from glmtuner.run_folder.files import read_lines, strict_json, write_text
 from glmtuner.run_folder.names import EVALUATIONS, PREDICTIONS
@@ -46,22 +47,26 @@ def answer_all(context: RunContext, path: Path, is_prediction: bool = False) -> 
         max_new_tokens=run.generation.max_new_tokens or run.data.max_target_length,
         num_beams=run.data.eval_num_beams or 1,
         repetition_penalty=run.generation.repetition_penalty,
-        stop_ids=stop_ids(context.template, context.tokenizer, context.family.name),
+        stop_ids=stop_ids(context.template, context.tokenizer, context.family.name, model),
         pad_id=context.tokenizer.pad_token_id,
     )
     early = folder / EVALUATIONS / f"{path.stem}.early.jsonl"
     others = [folder / EVALUATIONS / f"{path.stem}.rank{rank}.jsonl" for rank in range(1, ranks.world_size())]
     tokenizer, max_target_length = context.tokenizer, run.data.max_target_length
+    syntax = context.template.syntax(tokenizer)
 
-    def reference(index: int) -> str:
-        return reference_of(rows[index], tokenizer, decoding.stop_ids, max_target_length)
+    def line(index: int, answer: str) -> dict[str, Any]:
+        row = rows[index]
+        reference = reference_of(row, tokenizer, decoding.stop_ids, max_target_length, syntax)
+        opens = opens_thought(tokenizer, row["prompt_ids"]), opens_reference(row, tokenizer)
+        return line_of(row, index, reference, answer, opens)
 
-    def restored(line: dict[str, Any]) -> dict[str, Any] | None:
-        index, answer = line["index"], line.get("predict")
+    def restored(stored: dict[str, Any]) -> dict[str, Any] | None:
+        index, answer = stored["index"], stored.get("predict")
         if not isinstance(answer, str) or index >= len(rows):
             return None
-        expected = line_of(rows[index], index, reference(index), answer)
-        return expected if all(line.get(name) == expected[name] for name in ("prompt", "label")) else None
+        expected = line(index, answer)
+        return expected if all(stored.get(name) == expected[name] for name in ("prompt", "label")) else None
 
     done = ranks.broadcast_from_rank0(lambda: recover_answers(path, early, others, path.name == PREDICTIONS, restored))
     remaining = [index for index in range(len(rows)) if index not in done]
@@ -81,13 +86,10 @@ def answer_all(context: RunContext, path: Path, is_prediction: bool = False) -> 
     with output as file:
         shows_progress = is_prediction and ranks.is_main() and not run.trainer.disable_tqdm
         answered = tqdm(produced, total=len(indices), desc="predict", disable=not shows_progress)
-        lines = (
-            line_of(rows[index], index, reference(index), answer_text(tokenizer, tokens))
-            for index, tokens in ((indices[place], tokens) for place, tokens in answered)
-        )
-        for line in chain(done.values() if ranks.is_main() else (), lines):
-            file.put(line)
-            scorer.put(line["index"], *pair_of(line))
+        lines = (line(indices[place], answer_text(tokenizer, tokens, syntax)) for place, tokens in answered)
+        for each in chain(done.values() if ranks.is_main() else (), lines):
+            file.put(each)
+            scorer.put(each["index"], *pair_of(each, run.metric))
     ranks.barrier()
     return ranks.broadcast_from_rank0(lambda: merge_and_score(scorer, path, [early, *others], len(rows)))
 
@@ -104,16 +106,30 @@ def batch_size_of(run: Run, model: "PreTrainedModel", prompts: Sequence[Sequence
     return ranks.broadcast_from_rank0(lambda: rows_that_fit(model, max(map(len, prompts)) + new_tokens))
 
 
-def line_of(row: Mapping[str, Any], index: int, reference: str, answer: str) -> dict[str, Any]:
-    """The record's line in predictions.jsonl: `label` is the record's own text, `reference` what the answer is scored against."""
-    return {
+def line_of(
+    row: Mapping[str, Any], index: int, reference: str, answer: str, opens_thought: tuple[bool, bool] = (False, False)
+) -> dict[str, Any]:
+    """The record's line in predictions.jsonl: `label` is the record's own text, `reference` what the answer is scored against.
+
+    Where the answer or its reference has a thought, the line also has the `reasoning` of the answer and both texts without
+    it. `opens_thought`: whether the prompt of the answer, and that of the reference, open one.
+    """
+    line = {
         "index": index, "prompt": row["prompt"], "label": row["answer"], "reference": reference, "predict": answer,
     }  # fmt: skip
+    reasoning, rest = split_answer(answer, opens_thought[0])
+    _, reference_rest = split_answer(reference, opens_thought[1])
+    if (rest, reference_rest) != (answer.strip(), reference.strip()):
+        line |= {"reasoning": reasoning, "answer": rest, "reference_answer": reference_rest}
+    return line
 
 
-def pair_of(line: Mapping[str, Any]) -> tuple[str, str]:
-    """The answer and its reference, as they are scored."""
-    return line["predict"].strip(), line["reference"].strip()
+def pair_of(line: Mapping[str, Any], metric: Metric) -> tuple[str, str]:
+    """The answer and its reference, as they are scored by the metric."""
+    answer, reference = line["predict"], line["reference"]
+    if metric.without_reasoning:
+        answer, reference = line.get("answer", answer), line.get("reference_answer", reference)
+    return answer.strip(), reference.strip()
 
 
 def text_of(lines: Iterable[Mapping[str, Any]]) -> str:
@@ -213,4 +229,4 @@ def merge_and_score(scorer: Scorer, path: Path, others: list[Path], records: int
     write_text(path, text_of(ordered))
     for part in others:
         part.unlink(missing_ok=True)
-    return scorer.scores({line["index"]: pair_of(line) for line in ordered})
+    return scorer.scores({line["index"]: pair_of(line, scorer.metric) for line in ordered})

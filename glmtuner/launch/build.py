@@ -1,27 +1,31 @@
 """Builds the parts of a run: family, template, and the model with its checkpoints and its fine-tuning method."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.compose import Composed, compose, run_folder_of
-from glmtuner.config.groups import SCHEMA_CLASSES, Finetuning
+from glmtuner.config.groups import SCHEMA_CLASSES, AskedThinking, Finetuning
 from glmtuner.config.overrides import quoted_value
+from glmtuner.config.paths import PACKAGE_MODEL
 from glmtuner.config.schema import Run
-from glmtuner.console import say
+from glmtuner.console import complain, say
 from glmtuner.errors import CheckpointError
-from glmtuner.families.family import Family, family_from_structure, family_named, family_of
+from glmtuner.families.family import Family, families_that_fit, family_from_structure, family_named, family_of
 from glmtuner.families.hub import read_config
 from glmtuner.families.stop_tokens import stop_ids
 from glmtuner.inference.finished import Finished
 from glmtuner.launch.checks import check_base
 from glmtuner.launch.device import compute_dtype, device_of
 from glmtuner.launch.libraries import load_libraries
+from glmtuner.run_folder.files import read_object
 from glmtuner.run_folder.folder import RunFolder
-from glmtuner.run_folder.names import TEMPLATE
-from glmtuner.templates.base import Template
+from glmtuner.run_folder.names import MODEL, RECEIPT, TEMPLATE
+from glmtuner.templates.base import TEMPLATES, Template
 from glmtuner.templates.named import template_named
+from glmtuner.templates.stored import EARLIER, version_stored
 
 if TYPE_CHECKING:
     import torch
@@ -46,22 +50,100 @@ def resolve_family(run: Run, model_config: Mapping[str, Any]) -> tuple[Family | 
             )
             if getattr(finetuning, "lora_target", None) == list(declared.attention):  # the default of the other family
                 finetuning = dataclasses.replace(finetuning, lora_target=[])  # type: ignore[call-arg]  # the method has the field
+    elif family is not None and run.model.template is None:
+        others = [each.name for each in families_that_fit(model_config) if each.template != family.template]
+        if others:
+            say(
+                f"model.family=auto: config.json fits {', '.join([family.name, *others])}, which are prompted differently; "
+                f"{family.name} is used, with model.template={family.template}; type model.family={others[0]}, or model.template=…, "
+                "for another prompt"
+            )
     layers = model_config.get("num_hidden_layers") or model_config.get("num_layers")
     if family is not None and layers:
         finetuning = finetuning.resolved(family, layers)
     return family, finetuning
 
 
-def resolve_template(run: Run, family: Family | None, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, Template]:
+def resolve_template(
+    run: Run, family: Family | None, tokenizer: "PreTrainedTokenizerBase", resumed: Path | None = None
+) -> tuple[str, Template]:
     """The chat template and its name: the run's, else the family's, else the tokenizer's own.
 
-    A Jinja template that was stored with the checkpoint is set as the tokenizer's.
+    A run that is resumed, and whatever starts from a checkpoint or an exported model, keeps the version of the template that
+    is stored there; a stored Jinja template is set as the tokenizer's. `resumed` is the folder of the run whose training goes
+    on. Raises CheckpointError where another template is named for that run.
     """
-    name = run.model.template or (family.template if family else "tokenizer")
-    source = run_folder_of(run.model.checkpoint_dir[-1]) if run.model.checkpoint_dir else None
+    source = resumed or trained_source(run)
+    about = stored_template(source) if source is not None else {}
+    name = run.model.template or stored_name(source) or (family.template if family else "tokenizer")
+    if resumed is not None and (trained := stored_name(resumed) or name) != name:
+        raise CheckpointError(
+            f"model.template={name}: the run in {resumed} is trained with model.template={trained}; leave model.template out to "
+            "resume it, or type another trainer.output_dir"
+        )
     if name == "tokenizer" and source is not None and (source / TEMPLATE).is_file():
         tokenizer.chat_template = (source / TEMPLATE).read_text(encoding="utf-8")
-    return name, template_named(name, tokenizer)
+    thinking = run.data.thinking.value
+    if source is not None and (resumed or not run.trainer.do_train) and "thinking" not in about:
+        thinking = "empty"  # trained before there were modes: its prompts are those of the template's default
+    template = template_named(name, tokenizer, thinking=thinking, asks_thinking=asked_mode(run))
+    if about.get("name") != template.name or "example" not in about:
+        return name, template
+    stored = version_stored(template.name, about)
+    if stored is None:
+        complain(
+            f"model.template={name}: {source} was trained with another version of it, which this version of glmtuner does not have "
+            f"({json.dumps(about['example'], ensure_ascii=False)}); its prompts are today's, so answers may be worse: train it "
+            "again, or use the version of glmtuner that it was trained with"
+        )
+    base = run.model.model_name_or_path
+    if stored in EARLIER and base.startswith(PACKAGE_MODEL) and source is not None and not (source / MODEL).is_dir():
+        complain(
+            f"model.model_name_or_path={base}: {source} was trained on the weights of an earlier version of glmtuner, and this one "
+            "has others; its answers are worth nothing with them: train it again, or use the version of glmtuner that it was "
+            "trained with"
+        )
+    return name, stored or template
+
+
+def trained_source(run: Run) -> Path | None:
+    """The folder that says with which template the weights were trained: that of a run, or of an exported model."""
+    if run.model.checkpoint_dir:
+        return run_folder_of(run.model.checkpoint_dir[-1])
+    base = Path(run.model.model_name_or_path).expanduser()
+    if not base.is_dir():
+        return None
+    return base if (base / RECEIPT).is_file() else run_folder_of(str(base))
+
+
+def stored_name(source: Path | None) -> str | None:
+    """The name of the template that a run or an exported model was trained with; None where nothing says."""
+    if source is None:
+        return None
+    if (source / RECEIPT).is_file():
+        name = stored_template(source).get("name")
+        return name if name in TEMPLATES else None  # the tokenizer's own, which lies beside it
+    name = RunFolder(source).config().get("model", {}).get("template")
+    return name if isinstance(name, str) else None
+
+
+def stored_template(source: Path) -> Mapping[str, Any]:
+    """The description of the template in a folder's provenance.json or export.json; where there is none, one with all keys."""
+    receipt = source / RECEIPT
+    about = (read_object(receipt) if receipt.is_file() else RunFolder(source).provenance()).get("template")
+    return about if isinstance(about, dict) else {"thinking": ""}
+
+
+def asked_mode(run: Run) -> bool | None:
+    """The mode in which the model is asked: generation.thinking, else that in which the checkpoint was trained.
+
+    None where neither says: a base model, or a template without modes.
+    """
+    if run.generation.thinking is not AskedThinking.auto:
+        return run.generation.thinking is AskedThinking.on
+    source = run_folder_of(run.model.checkpoint_dir[-1]) if run.model.checkpoint_dir else None
+    stored = RunFolder(source).provenance().get("thinking") if source is not None else None
+    return {"on": True, "off": False}.get(str(stored))
 
 
 def load_trainable_model(
@@ -136,5 +218,5 @@ def finished_run(folders: Sequence[Path], overrides: Sequence[str], *, generates
         template=template,
         family=family,
         finetuning=finetuning,
-        stops=stop_ids(template, tokenizer, family.name),
+        stops=stop_ids(template, tokenizer, family.name, model),
     )

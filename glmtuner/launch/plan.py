@@ -49,6 +49,7 @@ def write_description(composed: Composed, context: RunContext, model_config: Map
         composed.overrides,
         seed=run.trainer.seed,
         template=context.template.describe(),
+        thinking=context.data.thinking(),
         base={key: model_config[key] for key in SHAPE if key in model_config},
         data=context.data.about(),
         **({"plugins": [plugin.about() for plugin in plugins]} if plugins else {}),
@@ -81,6 +82,15 @@ def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device"
     rows += [("data", f"{part.spec.name}: {part.counts.summary()}") for part in data.prepared]
     if run.data.mix_probabilities and data.train is not None:
         rows.append(("mix", ", ".join(f"{name} {share:.1%}" for name, share in data.shares.items())))
+    if mode := data.thinking():
+        asked = run.generation.thinking.value
+        predicted = "as each record was learned" if asked == "auto" else f"with thinking {asked}"
+        rows.append(
+            (
+                "thinking",
+                f"data.thinking={run.data.thinking.value}; predictions {predicted}, chat and serve with thinking {mode}",
+            )
+        )
     if data.evaluation is not None:
         rows.append(("evaluation", f"{len(data.evaluation):,} records"))
     if data.train is not None:

@@ -1,9 +1,10 @@
 """One composed run, from its configuration to its folder; reads top to bottom."""
 
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
-from glmtuner.config.compose import Composed
+from glmtuner.config.compose import Composed, run_folder_of
 from glmtuner.config.run_rules import unused_values
 from glmtuner.config.schema import Tracker
 from glmtuner.console import say
@@ -24,6 +25,7 @@ from glmtuner.launch.places import catalogue_dirs, output_folder
 from glmtuner.launch.plan import show_plan, write_description
 from glmtuner.launch.rehearsal import rehearse
 from glmtuner.launch.resume import checkpoint_to_resume, differences, differences_when_continued, lies_in
+from glmtuner.launch.template_check import check_first_rows, check_template
 from glmtuner.launch.training import make_trainer, numeric, train
 from glmtuner.launch.upload import create_repository, upload
 from glmtuner.run_folder.acquire import acquire_run_folder
@@ -121,14 +123,21 @@ def run_in_folder(
     from glmtuner.models.load import load_tokenizer
     from glmtuner.models.unwrap import unwrapped
 
+    if run.trainer.predict_with_generate and ranks.is_main():
+        Thread(target=run.metric.prepare, daemon=True).start()  # while the weights are read
     device = device_of(run)
     rehearse(run, folder, device, checkpoint)
     if run.trainer.push_to_hub and ranks.is_main():
         create_repository(run.trainer, folder)
     check_liger_runs(run, device)
     tokenizer = load_tokenizer(run.model)
-    template_name, template = resolve_template(run, family, tokenizer)
+    resumed = folder.path if resumes else run_folder_of(str(checkpoint)) if checkpoint else None
+    template_name, template = resolve_template(run, family, tokenizer, resumed)
+    encoder = stage.encoder(run, template, tokenizer) if run.trainer.do_train else None
+    agrees = check_template(run, encoder, template_name)
     data = stage.datasets(run, specs, template, tokenizer)
+    if agrees:  # one difference is said once
+        check_first_rows(run, encoder, template_name, {part.spec.name: part.first for part in data.prepared})
     checkpointing = needs_checkpointing(composed, model_config, finetuning, family, data, device)
     model, finetuning, family = load_trainable_model(composed, finetuning, family, device)
     context = RunContext(

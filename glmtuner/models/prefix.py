@@ -80,6 +80,11 @@ def add_prefix(
     Raises ConfigError for a model whose attention functions cannot be replaced.
     """
     config = model.config.get_text_config()
+    if getattr(config, "kv_lora_rank", None):
+        raise ConfigError(
+            f"finetuning=p_tuning: {type(model).__name__} has multi-head latent attention (kv_lora_rank={config.kv_lora_rank}), "
+            "where keys and values differ in width and no prefix can be added; type finetuning=lora"
+        )
     blocks = family.blocks(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -256,7 +256,9 @@ def notes_on_differences(rows: Sequence[Row], objective: str) -> list[str]:
 
 def references_of(row: Row) -> dict[tuple[str, str], str]:
     """What the answers of the row's first job were scored against, by question and label."""
-    return {(line.prompt, line.label): line.reference.strip() for line in read_answers(row.jobs[0].folder)}
+    job = row.jobs[0]
+    answers = read_answers(job.folder, job.values.get("metric.without_reasoning") is True)
+    return {(line.prompt, line.label): line.reference.strip() for line in answers}
 
 
 def read_commands(root: Path) -> list[str]:

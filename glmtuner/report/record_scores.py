@@ -27,7 +27,7 @@ def record_scores(folder: RunFolder, values: Mapping[str, Any], measured: Iterab
     predicted = {name for name in measured if name.startswith("predict_")}
     metric = build_metric(values) if predicted else None
     if metric is not None:
-        for prompt, label, reference, answer in read_answers(folder):
+        for prompt, label, reference, answer in read_answers(folder, metric.without_reasoning):
             for name, score in metric.score(answer.strip(), reference.strip()).items():
                 if f"predict_{name}" in predicted:
                     _add(scores.setdefault(f"predict_{name}", {}), (prompt, label), score, 1.0)
@@ -73,10 +73,16 @@ class Answer(NamedTuple):
     answer: str
 
 
-def read_answers(folder: RunFolder) -> Iterator[Answer]:
-    """The answers of predictions.jsonl, in its order; earlier versions scored against the label itself."""
+def read_answers(folder: RunFolder, without_reasoning: bool = False) -> Iterator[Answer]:
+    """The answers of predictions.jsonl, in its order; earlier versions scored against the label itself.
+
+    `without_reasoning`: answers and what they were scored against without their thoughts, where they have any.
+    """
     for line in read_lines(folder / PREDICTIONS):
-        texts = [line.get("prompt"), line.get("label"), line.get("reference", line.get("label")), line.get("predict")]
+        reference, answer = line.get("reference", line.get("label")), line.get("predict")
+        if without_reasoning:
+            reference, answer = line.get("reference_answer", reference), line.get("answer", answer)
+        texts = [line.get("prompt"), line.get("label"), reference, answer]
         if all(isinstance(text, str) for text in texts):
             yield Answer(*map(str, texts))
 

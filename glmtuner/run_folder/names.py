@@ -14,6 +14,7 @@ FAILED, OUTPUT = "failed.json", "output.log"  # why the last attempt failed; the
 # One line per evaluation record: `index`, `loss` (in nats, summed over the answer), `tokens`; or the metrics of a stage.
 LOSSES = "losses.jsonl"
 LOCK = ".lock"  # locked by the process that executes the run
+RECEIPT = "export.json"  # in the folder of an exported model, written last
 TRACKERS = ("wandb", "tensorboard")
 RUN_ENTRIES = (  # everything that a run writes into its folder, except for LOCK
     CONFIG, OVERRIDES, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, REPORT_PAGE, LOSS_PLOT, TEMPLATE,

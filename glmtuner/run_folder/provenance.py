@@ -39,7 +39,7 @@ PACKAGES = (
 
 TYPES: dict[str, tuple[type, ...]] = {
     "command": (str,), "started": (str,), "packages": (dict,), "git": (dict, type(None)), "base": (dict,), "data": (dict,),
-    "resumed": (list,), "template": (dict, str),
+    "resumed": (list,), "template": (dict, str), "thinking": (str, type(None)),
 }  # fmt: skip
 
 

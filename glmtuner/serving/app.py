@@ -17,19 +17,27 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from glmtuner.data.records import Message
-from glmtuner.errors import GlmtunerError
 from glmtuner.inference.finished import Finished
 from glmtuner.serving.access import Gate, RequestFilter, error_response, is_json
+from glmtuner.serving.answers import WholeAnswer, parts_of
 from glmtuner.serving.calls import Call, Choice, Delta
-from glmtuner.serving.description import ANSWER, Health, ModelInfo, ModelList, describe, errors, request_body
+from glmtuner.serving.description import (
+    ANSWER,
+    Health,
+    ModelInfo,
+    ModelList,
+    abilities_of,
+    describe,
+    errors,
+    request_body,
+)
 from glmtuner.serving.engine import Engine, QueueFullError, Request, Sampling
+from glmtuner.serving.prompt import Prompt, length_of, prompt_of, tools_of, turns_of
 from glmtuner.serving.protocol import MAX_CHOICES, ApiError, ChatRequest, parse_request
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 4 * 2**20
 OTHER_BYTES = 256 * 1024  # of a body, beside the characters of its messages
-TEMPLATE_ROLES = {"developer": "system"}  # the templates' names of the API's roles, where they differ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +107,8 @@ class Server:
             raise stopping()
         return self.submit(Call(chat, prompt, started))
 
-    def read(self, body: bytes) -> tuple[ChatRequest, list[int]]:
-        """The request in a body, and the tokens of its conversation. Raises ApiError if it cannot be answered."""
+    def read(self, body: bytes) -> tuple[ChatRequest, Prompt]:
+        """The request in a body, and its prompt. Raises ApiError if it cannot be answered."""
         max_length = self.finished.run.generation.max_length
         chat = parse_request(body, max_items=max_length)
         if chat.model != self.name:
@@ -115,25 +123,19 @@ class Server:
             raise ApiError(
                 400, f"'n': at most {self.max_choices} requests may wait on this server (--waiting)", None, "n"
             )
-        turns = [Message(TEMPLATE_ROLES.get(message.role, message.role), message.text) for message in chat.messages]
-        if turns[-1].role == "assistant":
-            turns.append(Message("user", ""))  # templates begin an answer after a turn of the user
-        characters = sum(len(turn.content) for turn in turns)
+        turns, tools = turns_of(chat), tools_of(chat)
+        characters = length_of(turns, tools)
         if characters > self.limits.max_characters:
             raise ApiError(
                 400, f"this server's context holds {max_length} tokens (generation.max_length), at most "
                 f"{self.limits.max_characters} characters: the messages have {characters}",
                 "context_length_exceeded", "messages",
             )  # fmt: skip
-        try:
-            (encoded,) = self.finished.template.encode(self.finished.tokenizer, [turns])
-        except GlmtunerError as error:  # a jinja template that rejects the order of the turns
-            raise ApiError(400, str(error), None, "messages") from None
-        prompt = list(encoded.input_ids)
-        if len(prompt) >= max_length:
+        prompt = prompt_of(chat, turns, tools, self.finished)
+        if len(prompt.ids) >= max_length:
             raise ApiError(
                 400, f"this server's context holds {max_length} tokens (generation.max_length): the messages have "
-                f"{len(prompt)}, which leaves no room for an answer",
+                f"{len(prompt.ids)}, which leaves no room for an answer",
                 "context_length_exceeded", "messages",
             )  # fmt: skip
         return chat, prompt
@@ -146,7 +148,7 @@ class Server:
     def submit(self, call: Call) -> Call:
         """Give the call to the engine. Raises ApiError if too many requests are waiting."""
         chat, values = call.chat, self.finished.run.generation
-        room = values.max_length - len(call.prompt)
+        room = values.max_length - len(call.prompt.ids)
         loop = asyncio.get_running_loop()
 
         def emit(delta: Delta) -> None:
@@ -156,10 +158,11 @@ class Server:
                 loop.call_soon_threadsafe(call.deltas.put_nowait, delta)
 
         for index in range(chat.n or 1):
-            choice = Choice(index, self.finished, chat.stops, emit)
+            choice = Choice(index, self.finished, call.prompt, chat.stops, emit)
             max_new_tokens = min(chat.max_new_tokens or values.max_new_tokens or room, room)
+            sampling, prompt = self.sampling(chat, index), call.prompt
             call.requests.append(
-                Request(call.prompt, max_new_tokens, self.sampling(chat, index), choice.on_token, choice.on_end)
+                Request(prompt.ids, max_new_tokens, sampling, choice.on_token, choice.on_end, begins=prompt.begins)
             )
         try:
             self.engine.submit(*call.requests)
@@ -216,27 +219,22 @@ class Server:
 
     async def completion(self, call: Call, http: HttpRequest) -> dict[str, Any]:
         """The whole answer as one object; generation stops if the client disconnects."""
-        texts = [""] * len(call.requests)
-        reasons: list[str | None] = [None] * len(call.requests)
+        answers = [WholeAnswer() for _ in call.requests]
         watcher = asyncio.create_task(_cancel_on_disconnect(http, call))
         try:
             async for delta in self.deltas(call):
-                texts[delta.choice] += delta.text
-                reasons[delta.choice] = delta.finish_reason or reasons[delta.choice]
+                answers[delta.choice].add(delta)
         except ApiError as error:
             call.log(error.message)
             raise
         finally:
             watcher.cancel()
             self.close(call)
-        call.log(", ".join(dict.fromkeys(str(reason) for reason in reasons)))
+        call.log(", ".join(dict.fromkeys(str(answer.finish_reason) for answer in answers)))
         choices = [
-            {
-                "index": index, "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": None, "finish_reason": reason,
-            }
-            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]  # fmt: skip
+            {"index": index, "message": answer.message, "logprobs": None, "finish_reason": answer.finish_reason}
+            for index, answer in enumerate(answers)
+        ]
         return {
             "id": call.id, "object": "chat.completion", "created": call.created, "model": self.name,
             "choices": choices, "usage": call.usage, **call.tier,
@@ -250,7 +248,7 @@ class Server:
             "id": call.id, "object": "chat.completion.chunk", "created": call.created, "model": self.name, **call.tier
         }  # fmt: skip
 
-        def event(index: int, delta: dict[str, str], reason: str | None) -> str:
+        def event(index: int, delta: dict[str, Any], reason: str | None) -> str:
             choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
             return _sse({**head, "choices": [choice], **({"usage": None} if includes_usage else {})})
 
@@ -258,12 +256,12 @@ class Server:
         try:
             for index in range(len(call.requests)):
                 yield event(index, {"role": "assistant", "content": ""}, None)
-            async for index, text, reason in self.deltas(call):
-                if text:
-                    yield event(index, {"content": text}, None)
-                if reason is not None:
-                    outcome = reason
-                    yield event(index, {}, reason)
+            async for delta in self.deltas(call):
+                for part in parts_of(delta):
+                    yield event(delta.choice, part, None)
+                if delta.finish_reason is not None:
+                    outcome = delta.finish_reason
+                    yield event(delta.choice, {}, delta.finish_reason)
             if includes_usage:
                 yield _sse({**head, "choices": [], "usage": call.usage})
             yield "data: [DONE]\n\n"
@@ -386,6 +384,7 @@ def application(
         max_tokens=server.finished.run.generation.max_length,
         max_choices=server.max_choices,
         has_key=key is not None,
+        abilities=abilities_of(server.finished),
     )
     app.openapi = lambda: document  # type: ignore[method-assign]
     return app

@@ -1,10 +1,12 @@
 """The OpenAPI description of the server: what it accepts, and what it returns."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 
+from glmtuner.inference.finished import Finished
 from glmtuner.serving.protocol import ChatRequest
 
 
@@ -27,31 +29,66 @@ class ErrorBody(ClosedModel):
     error: ErrorDetail
 
 
+class AnsweredFunction(ClosedModel):
+    """The function that is called, and its arguments: the JSON of an object."""
+
+    name: str
+    arguments: str
+
+
+class AnsweredCall(ClosedModel):
+    id: str
+    type: Literal["function"]
+    function: AnsweredFunction
+
+
 class AnswerMessage(ClosedModel):
+    """An answer; `reasoning_content` is there if it has a thought, `tool_calls` if it has calls, beside which content may be null."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str
+    tool_calls: list[AnsweredCall]
 
 
 class AnswerChoice(ClosedModel):
     index: int
     message: AnswerMessage
     logprobs: None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class FunctionDelta(ClosedModel):
+    """The name of a function, or the next piece of its arguments."""
+
+    name: str
+    arguments: str
+
+
+class CallDelta(ClosedModel):
+    """A call; its first delta has id, type and the function's name, the following ones its arguments."""
+
+    index: int
+    id: str
+    type: Literal["function"]
+    function: FunctionDelta
 
 
 class Delta(ClosedModel):
-    """New text; the first delta of a choice has the role."""
+    """New text, of the answer or of its thought, or a call; the first delta of a choice has the role."""
 
     role: Literal["assistant"]
     content: str
+    reasoning_content: str
+    tool_calls: list[CallDelta]
 
 
 class ChunkChoice(ClosedModel):
     index: int
     delta: Delta
     logprobs: None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class Usage(ClosedModel):
@@ -101,7 +138,8 @@ class Health(ClosedModel):
 
 
 ERRORS = {
-    400: "the request is malformed, or asks for something that this server does not have",
+    400: "the request is malformed, or asks for something that this server does not have; with the code invalid_tools, its "
+    "tools, calls and results do not fit together",
     401: "the API key is missing or wrong",
     403: "the Host header names another host",
     404: "there is no such model",
@@ -153,7 +191,10 @@ ANSWER = {
 SOMETIMES = {
     "ChatCompletion": ("service_tier",),
     "ChatCompletionChunk": ("service_tier", "usage"),
-    "Delta": ("role", "content"),
+    "AnswerMessage": ("reasoning_content", "tool_calls"),
+    "Delta": ("role", "content", "reasoning_content", "tool_calls"),
+    "CallDelta": ("id", "type"),
+    "FunctionDelta": ("name",),
 }
 
 
@@ -163,8 +204,49 @@ def request_body() -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def describe(app: FastAPI, name: str, *, max_tokens: int, max_choices: int, has_key: bool) -> dict[str, Any]:
-    """The OpenAPI document of the app, for a model of this name and these limits of a request."""
+@dataclass(frozen=True)
+class Abilities:
+    """What the chat template renders: descriptions of tools, calls and results, thoughts, and both modes of prompts."""
+
+    tools: bool
+    calls: bool
+    reasoning: bool
+    modes: bool
+
+
+def abilities_of(finished: Finished) -> Abilities:
+    """The abilities of a run's chat template."""
+    template, tokenizer = finished.template, finished.tokenizer
+    return Abilities(
+        tools=template.renders_tools(tokenizer) and template.syntax(tokenizer) is not None,
+        calls=template.renders_calls(tokenizer),
+        reasoning=template.renders_reasoning,
+        modes=template.has_modes(tokenizer),
+    )
+
+
+def _leave_out(schemas: dict[str, Any], abilities: Abilities) -> None:
+    """Change the schemas of requests so that they accept nothing that the chat template lacks."""
+    request, answer = schemas["ChatRequest"]["properties"], schemas["AssistantMessage"]["properties"]
+    nothing = {"type": "null"}
+    if not abilities.tools:
+        request["tools"]["anyOf"] = [{"type": "array", "items": {}, "maxItems": 0}, nothing]
+        request["tool_choice"]["anyOf"] = [{"type": "string", "enum": ["none", "auto"]}, nothing]
+    if not abilities.calls:
+        answer["tool_calls"]["anyOf"] = [{"type": "array", "items": {}, "maxItems": 0}, nothing]
+        turns = request["messages"]["items"]
+        turns["oneOf"] = [turn for turn in turns["oneOf"] if not turn["$ref"].endswith("/ToolMessage")]
+        del turns["discriminator"]["mapping"]["tool"]
+    if not abilities.reasoning:
+        answer["reasoning_content"]["anyOf"] = [{"type": "string", "maxLength": 0}, nothing]
+    if not abilities.modes:
+        schemas["TemplateOptions"]["properties"]["enable_thinking"]["anyOf"] = [nothing]
+
+
+def describe(
+    app: FastAPI, name: str, *, max_tokens: int, max_choices: int, has_key: bool, abilities: Abilities
+) -> dict[str, Any]:
+    """The OpenAPI document of the app, for a model of this name with these abilities, and these limits of a request."""
     from fastapi.openapi.utils import get_openapi
 
     document = get_openapi(
@@ -193,6 +275,7 @@ def describe(app: FastAPI, name: str, *, max_tokens: int, max_choices: int, has_
         fields[limit]["anyOf"][0]["maximum"] = max_tokens
     fields["n"]["anyOf"][0]["maximum"] = max_choices
     schemas["ChatRequest"] = request
+    _leave_out(schemas, abilities)
     if has_key:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in document["paths"].items():

@@ -91,7 +91,8 @@ class Request:
 
     `on_token` gets each token and returns whether to continue; `on_end` gets the reason why the answer ends: stop, length,
     cancelled or error. Both are called in the engine's thread. Set `cancelled` to end the answer early, and `paused` while
-    its tokens are not taken; call the engine's `wake` after setting it to False again.
+    its tokens are not taken; call the engine's `wake` after setting it to False again. The answer begins with one of `begins`
+    if there are any.
     """
 
     prompt: Sequence[int]
@@ -99,9 +100,19 @@ class Request:
     sampling: Sampling
     on_token: Callable[[int], bool]
     on_end: Callable[[str], None]
+    begins: Sequence[Sequence[int]] = ()
     generated: list[int] = field(default_factory=list)
     cancelled: bool = False
     paused: bool = False
+
+    def allowed(self) -> list[int]:
+        """The tokens of which the next one must be one; [] if it may be any."""
+        length = len(self.generated)
+        if not any(length < len(begin) for begin in self.begins):
+            return []
+        if any(self.generated[: len(begin)] == list(begin) for begin in self.begins):
+            return []
+        return sorted({begin[length] for begin in self.begins if list(begin[:length]) == self.generated})
 
     def end(self, reason: str) -> None:
         """Call `on_end`; an error in it is logged and concerns no other request."""
@@ -121,9 +132,16 @@ class Row:
         if request.sampling.seed is not None:
             self.generator = torch.Generator(device).manual_seed(request.sampling.seed)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the next token is simply the most likely one."""
+        return self.request.sampling.is_greedy and not self.request.allowed()
+
     def choose(self, logits_V: torch.Tensor) -> torch.Tensor:
         """The next token's id, a tensor without dimensions; FAILED if the row's logits are not finite."""
         sampling, generated = self.request.sampling, self.request.generated
+        if allowed := self.request.allowed():
+            return self._choose_of(logits_V, allowed)
         scores_1V = logits_V[None]
         if sampling.needs_counts and generated:
             counts_V = torch.bincount(torch.tensor(generated, device=logits_V.device), minlength=len(logits_V))
@@ -137,6 +155,17 @@ class Row:
         # a CUDA kernel that draws from NaN ends the process's use of the GPU, so such rows draw from something else
         token = torch.multinomial(probabilities_V.nan_to_num(nan=1.0), 1, generator=self.generator)[0]
         return token.where(probabilities_V[0].isfinite(), FAILED)
+
+    def _choose_of(self, logits_V: torch.Tensor, allowed: Sequence[int]) -> torch.Tensor:
+        """The next token's id, of these: the most likely one, or one drawn at the request's temperature."""
+        ids = torch.tensor(allowed, device=logits_V.device)
+        logits = logits_V[ids].float()
+        if not self.request.sampling.draws:
+            token = ids[logits.argmax()]
+        else:
+            probabilities = (logits / self.request.sampling.temperature).softmax(-1)
+            token = ids[torch.multinomial(probabilities.nan_to_num(nan=1.0), 1, generator=self.generator)[0]]
+        return token.where(logits.isfinite().all(), FAILED)
 
     def advance(self, token: int, stop_ids: Sequence[int]) -> str | None:
         """Add the token; returns the reason why the answer ends with it, None if it continues."""
@@ -301,7 +330,7 @@ class Engine:
         tokens_B = most_likely(logits_BV)
         errors: set[int] = set()
         for row_id, row in enumerate(batch.rows):
-            if row is not None and not row.request.sampling.is_greedy:
+            if row is not None and not row.is_greedy:
                 with self._alone(row_id, errors):
                     tokens_B[row_id] = row.choose(logits_BV[row_id])
         left: dict[int, tuple[Row, str | None]] = {}  # rows that leave the batch, and why; None: it is paused

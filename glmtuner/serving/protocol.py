@@ -8,24 +8,28 @@ Source: the API reference at developers.openai.com, and the request types of the
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from glmtuner.serving.messages import (
+    MAX_ECHO,
+    MAX_TOOLS,
+    ChatMessage,
+    FunctionTool,
+    Label,
+    NoItems,
+    StrictModel,
+    ToolChoice,
+    text_or_list,
+    unique_fields,
+)
+
 MAX_STOP_LENGTH = 1024  # characters of a stop text
-MAX_LABEL_LENGTH = 1024  # characters of a text that only identifies something; OpenAI documents no limit
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONS = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "input should be an object")
+REASONS["string_pattern_mismatch"] = "a function's name has 1 to 128 of a-z, A-Z, 0-9, _, -, . and Chinese characters"
 MAX_CHOICES = 16
-MAX_ECHO = 100  # characters of a client's own text that an error message repeats
+TOOLS_CODE = "invalid_tools"  # the code of errors in tools, calls and results that the schema of a request cannot name
 
 # What is not there, and the values that do not ask for it.
 ABSENT = {
@@ -43,8 +47,7 @@ ABSENT = {
     "service_tier": ("service tiers are", "null, 'auto' or 'default'"),
     "store": ("storage of answers is", "null or false"),
     "stream_options.include_obfuscation": ("obfuscation is", "null or false"),
-    "tool_choice": ("tool calls are", "null, 'none' or 'auto'"),
-    "tools": ("tool calls are", "null or []"),
+    "tool_choice": ("a choice of tools other than these is", "null, 'none', 'auto', 'required' or one function"),
     "verbosity": ("a choice of verbosity is", "null or 'medium'"),
     "web_search_options": ("web search is", "null"),
 }
@@ -53,8 +56,8 @@ ABSENT_IN_MESSAGES = {
     "audio": ("spoken answers are", "null"),
     "function_call": ("function calls are", "null"),
     "refusal": ("refusals of other models are", "null"),
-    "tool_calls": ("tool calls are", "null or []"),
 }
+OTHER_TOOLS = ("tools other than functions are", 'null, or {"type": "function", "function": {"name": …}}')
 
 
 class ApiError(Exception):
@@ -73,26 +76,6 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-class StrictModel(BaseModel):
-    """Rejects unknown fields, and numbers given as strings."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def reject_unknown_fields(cls, body: Any) -> Any:
-        """Raises for the first unknown field alone: a body may have a hundred thousand of them."""
-        if isinstance(body, dict):
-            unknown = next((name for name in body if name not in cls.model_fields), None)
-            if unknown is not None:
-                raise PydanticCustomError("unknown_field", "unknown field", {"field": unknown})
-        return body
-
-
-def _text_or_list(value: Any) -> str:
-    return "list" if isinstance(value, list) else "text"
-
-
 def _reject_numbers(value: Any) -> Any:
     """The value; raises ValueError for 0, which Python takes for False and JSON does not."""
     if not isinstance(value, bool):
@@ -106,17 +89,9 @@ def _as_integer(value: Any) -> Any:
 
 
 AS_INTEGER = BeforeValidator(_as_integer)  # after the bounds, or the schema loses them
-Label = Annotated[str, Field(max_length=MAX_LABEL_LENGTH)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-NoItems = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
 Off = Annotated[Literal[False], BeforeValidator(_reject_numbers)]
 Zero = Annotated[float, Field(ge=0, le=0)]
-
-
-class CacheBreakpoint(StrictModel):
-    """A hint for OpenAI's prompt cache; it has no effect."""
-
-    mode: Literal["explicit"]
 
 
 class CacheOptions(StrictModel):
@@ -124,68 +99,6 @@ class CacheOptions(StrictModel):
 
     mode: Literal["implicit", "explicit"] | None = None
     ttl: Literal["30m"] | None = None
-
-
-class TextPart(StrictModel):
-    """A piece of a message's content; only text is supported."""
-
-    type: Literal["text"]
-    text: str
-    prompt_cache_breakpoint: CacheBreakpoint | None = None
-
-
-Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("list")],
-    Discriminator(_text_or_list),
-]
-
-
-class _Turn(StrictModel):
-    """What all messages have; `name`, the participant's, has no effect: no chat template shows it to the model."""
-
-    content: Content
-    name: Label | None = None
-
-    @property
-    def text(self) -> str:
-        """The text of all parts."""
-        content: Any = self.content
-        if isinstance(content, list):
-            return "".join(part.text for part in content)
-        return content or ""
-
-
-class SystemMessage(_Turn):
-    """Instructions to the model."""
-
-    role: Literal["system"]
-
-
-class DeveloperMessage(_Turn):
-    """The newer name of a system message."""
-
-    role: Literal["developer"]
-
-
-class UserMessage(_Turn):
-    """A turn of the user."""
-
-    role: Literal["user"]
-
-
-class AssistantMessage(_Turn):
-    """An earlier answer, also as the official client returns it; without `content` it is empty."""
-
-    role: Literal["assistant"]
-    content: Content | None = None  # type: ignore[assignment]
-    refusal: None = None
-    tool_calls: NoItems | None = None
-    function_call: None = None
-    audio: None = None
-    annotations: NoItems | None = None
-
-
-ChatMessage = Annotated[SystemMessage | DeveloperMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
 class StreamOptions(StrictModel):
@@ -201,11 +114,17 @@ class ResponseFormat(StrictModel):
     type: Literal["text"]
 
 
+class TemplateOptions(StrictModel):
+    """Variables of the chat template; `enable_thinking` is the mode of the prompt, instead of that of the training."""
+
+    enable_thinking: bool | None = None
+
+
 class ChatRequest(StrictModel):
     """A request for a chat completion; what is left out comes from the run's `generation` values.
 
-    `top_k` and `repetition_penalty` are not in OpenAI's API. After a last message that is the assistant's, an empty one of the
-    user is read.
+    `top_k`, `repetition_penalty` and `chat_template_kwargs` are not in OpenAI's API. After a last message that is the
+    assistant's, an empty one of the user is read.
     """
 
     model: Label
@@ -220,16 +139,21 @@ class ChatRequest(StrictModel):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), AS_INTEGER] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), AS_INTEGER] | None = None
     stop: (
         Annotated[
             Annotated[StopText, Tag("text")]
             | Annotated[list[StopText], Field(max_length=4, fail_fast=True), Tag("list")],
-            Discriminator(_text_or_list),
+            Discriminator(text_or_list),
         ]
         | None
     ) = None
+
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     # These identify the caller or tune OpenAI's own service: they have no effect on an answer.
     user: Label | None = None
@@ -243,7 +167,6 @@ class ChatRequest(StrictModel):
     prompt_cache_key: Label | None = None
     prompt_cache_options: CacheOptions | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
-    parallel_tool_calls: bool | None = None
 
     # These ask for something that this server does not have, except with the values listed (ABSENT).
     audio: None = None
@@ -259,8 +182,6 @@ class ChatRequest(StrictModel):
     response_format: ResponseFormat | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Off | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    tools: NoItems | None = None
     verbosity: Literal["medium"] | None = None
     web_search_options: None = None
 
@@ -302,7 +223,7 @@ def parse_request(body: bytes, max_items: int) -> ChatRequest:
     """
     try:
         text = body.decode(json.detect_encoding(body))  # json.loads itself would let half a surrogate pair through
-        value = json.loads(text, object_pairs_hook=_unique_fields)
+        value = json.loads(text, object_pairs_hook=unique_fields)
         if "\\ud" in text.lower():
             # JSON can hold half a surrogate pair, which is no text: no tokenizer reads it and no response can repeat it
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -339,16 +260,6 @@ def _check_count(body: Any, max_items: int) -> None:
             )  # fmt: skip
 
 
-def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs as a dictionary. Raises ValueError if a name comes twice: one of its values would be lost."""
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the field {twice[:MAX_ECHO]!r} comes twice in one object")
-    return fields
-
-
 def validation_error(errors: list[Any]) -> ApiError:
     """The first of pydantic's errors as an error of the API."""
     first = errors[0]
@@ -360,7 +271,7 @@ def _without_tags(loc: tuple[Any, ...]) -> list[str]:
     path: list[Any] = []
     for part in loc:
         is_tag = (path[:1] == ["messages"] and len(path) == 2 and not isinstance(part, int) and part in ROLES) or (
-            path[-1:] in (["content"], ["stop"]) and part in ("text", "list")
+            path[-1:] in (["content"], ["stop"], ["tool_choice"]) and part in ("text", "list", "object")
         )
         if not is_tag:
             path.append(part)
@@ -375,9 +286,9 @@ def _described(kind: str, path: list[str], error: Any) -> ApiError:
         path = [*path, "role"]
     field = ".".join(path)
     shown = field if len(field) <= 2 * MAX_ECHO else field[:MAX_ECHO] + "…"
-    if kind == "unknown_field":
-        return ApiError(400, f"unsupported parameter: '{shown}'", "unsupported_parameter", shown)
     absent = _absent(path)
+    if kind == "unknown_field" and not absent:
+        return ApiError(400, f"unsupported parameter: '{shown}'", "unsupported_parameter", shown)
     if absent is not None:
         what, legal = absent
         message = f"'{shown}': {what} not available on this server; leave it out, or send {legal}"
@@ -386,13 +297,20 @@ def _described(kind: str, path: list[str], error: Any) -> ApiError:
         return ApiError(400, f"'{shown}': legal are {', '.join(ROLES)}", None, shown)
     reason = REASONS.get(kind) or error["msg"].removeprefix("Value error, ").partition(" after validation")[0]
     reason = reason[:1].lower() + reason[1:]
+    code = TOOLS_CODE if kind in ("not_an_object", "not_finite", "too_deep", "not_text") else None
     return ApiError(
-        400, f"'{shown}': {reason}" if shown else f"the body is not a chat request: {reason}", None, shown or None
+        400, f"'{shown}': {reason}" if shown else f"the body is not a chat request: {reason}", code, shown or None
     )
 
 
 def _absent(path: list[str]) -> tuple[str, str] | None:
     """What the field at this path asks for in vain, and its values that do not ask for it."""
+    if path[:1] == ["tools"]:
+        return OTHER_TOOLS if path[2:3] in (["type"], ["custom"]) else None
+    if path[:1] == ["tool_choice"]:
+        return None if path[1:2] == ["function"] else ABSENT["tool_choice"]
+    if path[:1] == ["messages"] and path[2:3] == ["tool_calls"]:
+        return OTHER_TOOLS if path[4:5] in (["type"], ["custom"]) else None
     if path[:1] == ["messages"]:
         return ABSENT_IN_MESSAGES.get(path[2]) if len(path) > 2 else None
     return ABSENT.get(".".join(path[:2]), ABSENT.get(path[0])) if path else None

@@ -12,6 +12,7 @@ from glmtuner.stages.stage import LearningStage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from glmtuner.data.encode import Encoder
     from glmtuner.data.spec import DatasetSpec
     from glmtuner.data.splits import Datasets
     from glmtuner.inference.context import RunContext
@@ -64,9 +65,14 @@ class Dpo(LearningStage):
     def datasets(
         self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
     ) -> "Datasets":
-        from glmtuner.data.pairs import pair_datasets
+        from glmtuner.data.splits import datasets_of
 
-        return pair_datasets(run, specs, template, tokenizer)
+        return datasets_of(run, specs, self.encoder(run, template, tokenizer))
+
+    def encoder(self, run: Run, template: "Template", tokenizer: "PreTrainedTokenizerBase") -> "Encoder":
+        from glmtuner.data.pairs import PairEncoder
+
+        return PairEncoder(template=template, tokenizer=tokenizer, every_answer=False, **run.data.lengths())
 
     def largest_batch(self, run: Run) -> tuple[int, int]:
         rows, longest = super().largest_batch(run)

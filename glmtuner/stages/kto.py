@@ -12,6 +12,7 @@ from glmtuner.stages.stage import LearningStage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from glmtuner.data.encode import Encoder
     from glmtuner.data.spec import DatasetSpec
     from glmtuner.data.splits import Datasets
     from glmtuner.inference.context import RunContext
@@ -46,11 +47,10 @@ class Kto(LearningStage):
         self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
     ) -> "Datasets":
         """The encoded feedback; raises DataError where all answers are good, or all bad: the loss contrasts them."""
-        from glmtuner.data.feedback import FeedbackEncoder, with_other_answers
+        from glmtuner.data.feedback import with_other_answers
         from glmtuner.data.splits import datasets_of
 
-        encoder = FeedbackEncoder(template=template, tokenizer=tokenizer, every_answer=False, **run.data.lengths())
-        datasets = datasets_of(run, specs, encoder)
+        datasets = datasets_of(run, specs, self.encoder(run, template, tokenizer))
         if datasets.train is not None and len(kinds := set(datasets.train["is_desirable"])) < 2:
             raise DataError(
                 f"data.dataset=[{','.join(run.data.dataset)}]: every answer is marked {str(next(iter(kinds))).lower()}, and stage=kto "
@@ -61,6 +61,11 @@ class Kto(LearningStage):
             train=with_other_answers(datasets.train) if datasets.train is not None else None,
             evaluation=with_other_answers(datasets.evaluation) if datasets.evaluation is not None else None,
         )
+
+    def encoder(self, run: Run, template: "Template", tokenizer: "PreTrainedTokenizerBase") -> "Encoder":
+        from glmtuner.data.feedback import FeedbackEncoder
+
+        return FeedbackEncoder(template=template, tokenizer=tokenizer, every_answer=False, **run.data.lengths())
 
     def largest_batch(self, run: Run) -> tuple[int, int]:
         rows, longest = super().largest_batch(run)

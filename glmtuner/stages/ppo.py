@@ -17,6 +17,7 @@ from glmtuner.stages.stage import LearningStage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from glmtuner.data.encode import Encoder
     from glmtuner.data.spec import DatasetSpec
     from glmtuner.data.splits import Datasets
     from glmtuner.inference.context import RunContext
@@ -158,11 +159,21 @@ class Ppo(LearningStage):
     def datasets(
         self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
     ) -> "Datasets":
-        from glmtuner.data.prompts import PromptEncoder
         from glmtuner.data.splits import datasets_of
 
-        encoder = PromptEncoder(template=template, tokenizer=tokenizer, every_answer=False, **run.data.lengths())
-        return datasets_of(run, specs, encoder)
+        return datasets_of(run, specs, self.encoder(run, template, tokenizer))
+
+    def encoder(self, run: Run, template: "Template", tokenizer: "PreTrainedTokenizerBase") -> "Encoder":
+        from glmtuner.data.prompts import PromptEncoder
+
+        asks_thinking = getattr(template, "asks_thinking", None)  # as the policy was trained
+        return PromptEncoder(
+            template=template,
+            tokenizer=tokenizer,
+            every_answer=False,
+            asks_thinking=asks_thinking,
+            **run.data.lengths(),
+        )
 
     def collator(self, *, pad_id: int, ignore_pad_token_for_loss: bool) -> Any:
         from glmtuner.data.prompts import PromptCollator
@@ -180,7 +191,7 @@ class Ppo(LearningStage):
             reward=reward_weights(context, path),
             reward_head=head_file(path, "model.reward_model"),
             max_new_tokens=self.max_new_tokens or run.data.max_target_length,
-            stop_ids=stop_ids(context.template, context.tokenizer, context.family.name),
+            stop_ids=stop_ids(context.template, context.tokenizer, context.family.name, context.model),
             pad_id=context.tokenizer.pad_token_id,
         )
 

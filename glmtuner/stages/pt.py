@@ -12,6 +12,7 @@ from glmtuner.stages.stage import LearningStage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from glmtuner.data.encode import Encoder
     from glmtuner.data.spec import DatasetSpec
     from glmtuner.data.splits import Datasets
     from glmtuner.templates.base import Template
@@ -38,18 +39,21 @@ class Pt(LearningStage):
     def datasets(
         self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
     ) -> "Datasets":
-        from glmtuner.data.blocks import BlockEncoder
         from glmtuner.data.splits import datasets_of
 
+        return datasets_of(run, specs, self.encoder(run, template, tokenizer))
+
+    def encoder(self, run: Run, template: "Template", tokenizer: "PreTrainedTokenizerBase") -> "Encoder":
+        from glmtuner.data.blocks import BlockEncoder
+
         length = self.block_length
-        encoder = BlockEncoder(
+        return BlockEncoder(
             template=template,
             tokenizer=tokenizer,
             block_length=length,
             max_source_length=length,
             max_target_length=length,
         )
-        return datasets_of(run, specs, encoder)
 
     def largest_batch(self, run: Run) -> tuple[int, int]:
         return run.trainer.per_device_train_batch_size, self.block_length

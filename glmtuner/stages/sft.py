@@ -11,6 +11,7 @@ from glmtuner.stages.stage import LearningStage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from glmtuner.data.encode import Encoder
     from glmtuner.data.spec import DatasetSpec
     from glmtuner.data.splits import Datasets
     from glmtuner.inference.context import RunContext
@@ -30,14 +31,20 @@ class Sft(LearningStage):
     def datasets(
         self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
     ) -> "Datasets":
-        from glmtuner.data.encode import Encoder
         from glmtuner.data.prepare import with_earlier_answers
         from glmtuner.data.splits import datasets_of
 
-        every_answer = run.data.loss_on is LossOn.every_answer
-        encoder = Encoder(template=template, tokenizer=tokenizer, every_answer=every_answer, **run.data.lengths())
-        datasets = datasets_of(run, specs, encoder)
+        datasets = datasets_of(run, specs, self.encoder(run, template, tokenizer))
         return datasets if datasets.train is None else replace(datasets, train=with_earlier_answers(datasets.train))
+
+    def encoder(self, run: Run, template: "Template", tokenizer: "PreTrainedTokenizerBase") -> "Encoder":
+        from glmtuner.data.encode import Encoder
+
+        every_answer = run.data.loss_on is LossOn.every_answer
+        return Encoder(
+            template=template, tokenizer=tokenizer, every_answer=every_answer, asks_thinking=run.generation.asks_thinking,
+            **run.data.lengths(),
+        )  # fmt: skip
 
     def impossible(self, run: Run) -> Iterator[str]:
         if run.trainer.do_predict and not run.trainer.predict_with_generate:

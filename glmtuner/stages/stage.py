@@ -8,6 +8,7 @@ from glmtuner.config.schema import Run, Stage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from glmtuner.data.encode import Encoder
     from glmtuner.data.spec import DatasetSpec
     from glmtuner.data.splits import Datasets
     from glmtuner.inference.context import RunContext
@@ -25,6 +26,10 @@ class LearningStage(Stage):
     ) -> "Datasets":
         """The encoded records for training and evaluation."""
         raise NotImplementedError
+
+    def encoder(self, run: Run, template: "Template", tokenizer: "PreTrainedTokenizerBase") -> "Encoder | None":
+        """The encoder of its records; None for a plugin's stage that makes its rows in another way, of which there is no preview."""
+        return None
 
     def collator(self, *, pad_id: int, ignore_pad_token_for_loss: bool) -> Any:
         """A callable that turns a list of rows into a batch."""

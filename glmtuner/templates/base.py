@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from glmtuner.errors import ConfigError
 from glmtuner.templates.encoding import Ids, encode_text
+from glmtuner.templates.tool_calls import Syntax
+from glmtuner.templates.tool_calls import Tools as Tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,9 +24,10 @@ OWN = "tokenizer"  # the name of the tokenizer's own chat_template
 
 
 class Message(Protocol):
-    """One turn: role is system, user or assistant, or observation (the result of a tool call).
+    """One turn: role is system, user, assistant, or tool (the result of a call).
 
-    It may also have `learned` (is this answer learned?) and `reasoning` (the thought before it).
+    It may also have `learned` (is this answer learned?), `reasoning` (the thought before it), `tool_calls`, and `call_id`, which
+    of a result is the id of its call.
     """
 
     @property
@@ -35,10 +38,14 @@ class Message(Protocol):
 
 
 class Piece(NamedTuple):
-    """A control token (by name), a piece of prompt text, or the text of an answer."""
+    """A control token (by name), a piece of prompt text, or the text of an answer; `stop` is the token that ends the answer.
+
+    Of one answer in several pieces the stop is that of the last one.
+    """
 
     text: str
-    kind: str  # control, text, answer
+    kind: str  # control, generated control (inside an answer), text, answer
+    stop: str = ""  # "" for the template's
 
 
 @cache
@@ -52,8 +59,11 @@ class Encoded:
     """Token ids of a conversation and the positions of its answers.
 
     An answer is the half-open range of its tokens; its stop token is learned at the position right after it: that of the
-    next turn's first token, or one appended after the last answer. `stop` is that token's id. `context` are the answers that
-    are marked as not learned, by their numbers in `answers`; `dropped_reasoning` counts thoughts that the template left out.
+    next turn's first token, or one appended after the last answer. `stop` is the id of the last one, and `stops` those of all
+    answers where they differ. `context` are the answers that are marked as not learned, by their numbers in `answers`;
+    `outside` are the turns whose answers need a row of their own. `dropped_reasoning` counts thoughts that the template left
+    out; `thinking` is the mode of the last answer's prompt (None: the template has none). `unrendered`: the template renders
+    nothing of the last answer.
     """
 
     input_ids: Ids
@@ -61,6 +71,10 @@ class Encoded:
     stop: int
     context: frozenset[int] = frozenset()
     dropped_reasoning: int = 0
+    stops: tuple[int, ...] = ()
+    outside: frozenset[int] = frozenset()
+    thinking: bool | None = None
+    unrendered: bool = False
 
     def learned(self, every_answer: bool) -> list[tuple[int, int]]:
         """The ranges of the answers that are learned."""
@@ -74,9 +88,10 @@ class Encoded:
         length = len(self.input_ids)
         is_array = isinstance(self.input_ids, array)
         labels: Ids = array("i", [IGNORE_INDEX]) * length if is_array else [IGNORE_INDEX] * length
+        stop_at = {end: stop for (_, end), stop in zip(self.answers, self.stops, strict=False)}
         for start, end in self.learned(every_answer):
             labels[start:end] = self.input_ids[start:end]
-            labels[end] = self.stop
+            labels[end] = stop_at.get(end, self.stop)
         return labels
 
     def cut_answer(self, max_tokens: int) -> int:
@@ -106,49 +121,90 @@ class Template:
     prefix: tuple[str, ...] = ()  # control tokens before everything
     answer_prefix: tuple[str, ...] = ()  # control tokens between the prompt and the answer
     one_answer_a_row: ClassVar[bool] = False
-    reasoning_key: str | None = (
-        None  # the key of a turn under which the template renders a thought; None if it does not
-    )
+    rows_may_split: ClassVar[bool] = False  # may an earlier answer need a row of its own?
+    renders_reasoning: bool = False  # does it render the thought before an answer?
     calls_tokenizer: ClassVar[bool] = False  # does it call the tokenizer directly, so that threads cannot share one?
 
-    def turns(self, messages: Sequence[Message]) -> Iterable[Piece]:
-        """The pieces of the turns; if the last turn is the user's, up to where the answer begins."""
+    def turns(self, messages: Sequence[Message], tools: Tools = ()) -> Iterable[Piece]:
+        """The pieces of the turns, behind those that describe the tools; if the last turn is the user's, up to where the answer begins."""
         raise NotImplementedError
 
-    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
-        """The pieces of a conversation, the prefix included."""
-        return [*map(control, self.prefix), *self.turns(messages)]
+    def renders(self, message: Message) -> bool:
+        """Whether a turn is rendered."""
+        return True
 
-    def encode(self, tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+    def pieces(self, messages: Sequence[Message], tools: Tools = ()) -> list[Piece]:
+        """The pieces of a conversation, the prefix included."""
+        return [*map(control, self.prefix), *self.turns(messages, tools)]
+
+    def renders_tools(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
+        """Whether the template renders the descriptions of tools, and calls of them."""
+        return False
+
+    def renders_calls(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
+        """Whether the template renders calls of tools and their results, if not the descriptions of the tools."""
+        return self.renders_tools(tokenizer)
+
+    def syntax(self, tokenizer: "PreTrainedTokenizerBase") -> Syntax | None:
+        """The syntax in which the template writes tool calls; None if it writes none, or in a syntax that is not known."""
+        return None
+
+    def has_modes(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
+        """Whether prompts can ask for a thought, or for none."""
+        return False
+
+    def asking(self, thinking: bool | None) -> "Template":
+        """The template whose prompts ask for a thought, or for none; the same where it has no such modes."""
+        return self
+
+    def always_thinking(self) -> "Template":
+        """The template in which an answer without a thought is learned behind the thinking prompt; the same without modes."""
+        return self
+
+    def encode(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        conversations: Sequence[Sequence[Message]],
+        tools: Sequence[Tools] = (),
+    ) -> list[Encoded]:
         """Each conversation's tokens; a conversation that ends in an answer gets the stop token after it.
 
         All texts go to the tokenizer in one batch, each distinct one once.
         """
-        pieces_of = [self.pieces(messages) for messages in conversations]
+        pieces_of = [
+            self.pieces(messages, tools[index] if tools else ()) for index, messages in enumerate(conversations)
+        ]
+        kinds = ("control", "generated control")
         distinct = dict.fromkeys(chain.from_iterable(pieces_of))
-        texts = list(dict.fromkeys(piece.text for piece in distinct if piece.kind != "control"))
+        texts = list(dict.fromkeys(piece.text for piece in distinct if piece.kind not in kinds))
         ids_of = dict(zip(texts, encode_text(tokenizer, texts), strict=True))
-        controls = [piece.text for piece in distinct if piece.kind == "control"]
+        controls = [piece.text for piece in distinct if piece.kind in kinds]
+        controls += [piece.stop for piece in distinct if piece.stop]
         id_of = {token: control_id(tokenizer, token, self.name) for token in (*controls, self.stop)}
-        stop = id_of[self.stop]
         empty: Ids = next(iter(ids_of.values()), [])[:0]  # a list, or an array
         encoded = []
         for pieces, messages in zip(pieces_of, conversations, strict=True):
             input_ids = empty[:]
             answers: list[tuple[int, int]] = []
-            for piece in pieces:
-                if piece.kind == "control":
-                    input_ids.append(id_of[piece.text])
-                    continue
+            stops: list[int] = []
+            for text, kind, stop in pieces:
                 start = len(input_ids)
-                input_ids += ids_of[piece.text]
-                if piece.kind == "answer":
-                    if answers and answers[-1][1] == start:  # an answer in two pieces
+                if kind in kinds:
+                    input_ids.append(id_of[text])
+                else:
+                    input_ids += ids_of[text]
+                if kind not in ("control", "text"):
+                    if answers and answers[-1][1] == start:  # an answer in several pieces
                         start = answers.pop()[0]
+                        stops.pop()
                     answers.append((start, len(input_ids)))
+                    stops.append(id_of[stop or self.stop])
+            last = stops[-1] if stops else id_of[self.stop]
             if answers and answers[-1][1] == len(input_ids):
-                input_ids.append(stop)
-            encoded.append(Encoded(input_ids, answers, stop, _context(messages, len(answers))))
+                input_ids.append(last)
+            turns = [message for message in messages if self.renders(message)]
+            differing = tuple(stops) if len({*stops}) > 1 else ()
+            encoded.append(Encoded(input_ids, answers, last, _context(turns, len(answers)), stops=differing))
         return encoded
 
     def prefixed(self, messages: Sequence[Message], prefix: str) -> list[Message]:

@@ -1,197 +1,190 @@
 """The tokenizer's own chat template."""
 
 import re
-from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
-from glmtuner.errors import ConfigError
-from glmtuner.templates.base import OWN, Encoded, Message, Template, context_answers
-from glmtuner.templates.encoding import Ids, encode_text
+from glmtuner.templates.base import OWN, Encoded, Message, Template, Tools, context_answers, control_id
+from glmtuner.templates.marked import Offsets, encode_continued, encode_ids, encode_rendered
+from glmtuner.templates.rendering import Rendering, Row
+from glmtuner.templates.tool_calls import Syntax
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    Offsets = list[tuple[int, int]]
-
-
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # names by which templates read a thought
+READS_REASONING = re.compile(r"</think>|\breasoning(_content)?\b|[.\[]['\"]?thinking\b")
+_RENDERINGS: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, Rendering]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class TokenizersOwn(Template):
-    """The tokenizer's jinja template, encoded as transformers does, except that user text never becomes a control token."""
+    """The tokenizer's jinja template, encoded as transformers does, except that user text never becomes a control token.
+
+    `thinking` is data.thinking: auto, empty or strip. `asks_thinking` is the mode of a prompt that no answer follows: on, off,
+    or None for the template's default. `options` are further variables of the template, such as reasoning_effort. Where it is
+    `fitting`, tools and calls are given to the template in the form that it reads (GLM-4's own, content that is None); else
+    in OpenAI's, of which some templates leave out the calls.
+    """
 
     source: str
     calls_tokenizer: ClassVar[bool] = True
+    rows_may_split: ClassVar[bool] = True
     name: str = OWN
     stop: str = "eos"
     prefix: tuple[str, ...] = ()
+    thinking: str = "auto"
+    asks_thinking: bool | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fitting: bool = False
 
     @cached_property
-    def reasoning_key(self) -> str | None:  # type: ignore[override]  # of this template's source
-        """The name by which the template reads the thought before an answer; None if it reads none."""
-        return next((key for key in REASONING_KEYS if re.search(rf"\b{key}\b", self.source)), None)
+    def renders_reasoning(self) -> bool:  # type: ignore[override]  # of this template's source
+        """Whether the template renders the thought before an answer, by a key of its own or in the content."""
+        return self.thinking == "strip" or READS_REASONING.search(self.source) is not None
 
-    def encode(self, tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
-        rendered = [self._render(tokenizer, messages) for messages in conversations]
-        tokens = tokenizer(
-            [text for text, _, _, _ in rendered],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-        )
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        encoded = []
-        for messages, (text, spans, guarded, dropped), ids, offsets in zip(
-            conversations, rendered, tokens.input_ids, tokens.offset_mapping, strict=True
-        ):
-            if guarded:
-                ids, offsets = _encode_guarded(tokenizer, text, guarded)
-            answers, turns, stop = [], [], tokenizer.eos_token_id
-            for index, start, end in spans:
-                first, last = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
-                while first < last and offsets[first][1] == offsets[first][0]:  # a token of no text
-                    first += 1
-                while first < last and (offsets[last - 1][1] > end or offsets[last - 1][1] == offsets[last - 1][0]):
-                    last -= 1
-                if first == last:
-                    continue
-                stop_index = next((index for index in range(last, len(ids)) if ids[index] in special), None)
-                if stop_index is not None and stop_index - last <= 2:  # such as "<|im_end|>", or "\n</s>"
-                    last, stop = stop_index, ids[stop_index]
-                answers.append((first, last))
-                turns.append(messages[index])
-            ids = list(ids)
-            if answers and spans and ends_in_answer(answers, ids):
-                ids = [*ids[: answers[-1][1]], stop]
-            encoded.append(Encoded(ids, answers, stop, context_answers(turns), dropped))
-        return encoded
+    def rendering(self, tokenizer: "PreTrainedTokenizerBase") -> Rendering:
+        """The template with the tokenizer's special tokens; made once for a tokenizer."""
+        made = _RENDERINGS.setdefault(tokenizer, {})
+        key = f"{self.fitting}{self.source}{sorted(self.options.items())}"
+        if key not in made:
+            made[key] = Rendering(tokenizer, self.source, self.options, fitting=self.fitting)
+        return made[key]
 
-    def prompts(
+    def encode(
         self,
         tokenizer: "PreTrainedTokenizerBase",
         conversations: Sequence[Sequence[Message]],
-        encoded: Sequence[Encoded],
-    ) -> Sequence[Ids]:
-        """As transformers renders them: a jinja template may end a prompt otherwise than it begins an answer."""
-        texts, guards = [], []
-        for messages in conversations:
-            turns, guarded = self._guarded(tokenizer, messages[:-1])
-            texts.append(self._apply(tokenizer, turns, add_generation_prompt=True))
-            guards.append(guarded)
-        return [
-            _encode_guarded(tokenizer, text, guarded)[0] if guarded else ids
-            for text, guarded, ids in zip(
-                texts, guards, encode_text(tokenizer, texts, reads_controls=True), strict=True
-            )
-        ]
+        tools: Sequence[Tools] = (),
+    ) -> list[Encoded]:
+        """Each conversation's tokens; `tools` are those of each conversation. One that ends in a question gets a prompt."""
+        rendering = self.rendering(tokenizer)
+        encoded: dict[int, Encoded] = {}
+        rows: dict[int, Row] = {}
+        prompts: dict[int, tuple[str, Mapping[str, str]]] = {}
+        for index, messages in enumerate(conversations):
+            described = tools[index] if tools else ()
+            if messages[-1].role == "assistant":
+                row = rendering.row(messages, described, thinking=self.thinking)
+                rows[index] = row
+                prompts[index] = row.answer.prompt, row.marks
+            else:
+                prompts[index] = rendering.prompt(
+                    messages, described, thinking=self._asked(rendering), strip=self.thinking == "strip"
+                )
+        # offsets are needed to find earlier answers alone
+        placed = {index: prompts[index] for index, row in rows.items() if row.earlier}
+        alone = {index: prompt for index, prompt in prompts.items() if index not in placed}
+        offsets = dict(zip(placed, encode_rendered(tokenizer, *_columns(placed.values())), strict=True))
+        asked = dict(zip(alone, encode_ids(tokenizer, *_columns(alone.values())), strict=True))
+        texts = [(row.answer.prompt + row.answer.learned, row.marks) for row in rows.values()]
+        whole = dict(zip(rows, encode_ids(tokenizer, *_columns(texts)), strict=True))
+        stop_of_prompts = (
+            control_id(tokenizer, rendering.stop_of_answers or "eos", self.name) if len(rows) < len(prompts) else 0
+        )
+        for index in prompts:
+            if index in rows:
+                prompt = offsets[index] if index in offsets else (asked[index], [])
+                encoded[index] = self._row(tokenizer, conversations[index], rows[index], prompt, whole[index])
+            else:
+                encoded[index] = Encoded(asked[index], [], stop_of_prompts, thinking=self._asked(rendering))
+        return [encoded[index] for index in range(len(conversations))]
 
-    def _guarded(
-        self, tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]
-    ) -> tuple[list[dict[str, str]], dict[str, str]]:
-        """The turns with marks in place of the control tokens that users wrote, and the text of each mark."""
-        literals = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, literals))) if literals else None
-        guarded: dict[str, str] = {}
+    def _asked(self, rendering: Rendering) -> bool | None:
+        if rendering.switch is None or self.asks_thinking is not None:
+            return self.asks_thinking if rendering.switch else None
+        return {"auto": None, "empty": True, "strip": False}[self.thinking]
 
-        def guard(content: str) -> str:
-            def new_mark(match: re.Match[str]) -> str:
-                mark = chr(0xF0000 + len(guarded))  # a private-use character, one for each occurrence
-                guarded[mark] = match.group()
-                return mark
+    def _row(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        messages: Sequence[Message],
+        row: Row,
+        prompt: tuple[list[int], Offsets],
+        whole: list[int],
+    ) -> Encoded:
+        """The ids of the prompt as it is served, those of what is learned, and the stop token."""
+        ids, offsets = prompt
+        stop = control_id(tokenizer, row.answer.stop or "eos", self.name)
+        if not row.answer.learned.strip():
+            said: Any = messages[-1].content.strip() or getattr(messages[-1], "tool_calls", ())
+            place = (len(ids), len(ids))
+            return Encoded([*ids, stop], [place], stop, thinking=row.answer.thinking, unrendered=bool(said))
+        if whole[: len(ids)] != ids or len(whole) <= len(ids):
+            whole = [*ids, *encode_continued(tokenizer, row.answer.learned, row.marks)]
+        answers, turns, stops, outside = [], [], [], set(row.outside)
+        starts = [start for start, _ in offsets]
+        for index, start, end, stop_text in row.earlier:
+            first = bisect_right([right for _, right in offsets], start)
+            last = bisect_right(starts, end - 1)
+            while last > first and starts[last - 1] >= end:
+                last -= 1
+            # served behind the same ids, and with a token of its own behind it
+            if first < last < len(ids) and starts[first] == start and starts[last] == end:
+                answers.append((first, last))
+                turns.append(messages[index])
+                stops.append(control_id(tokenizer, stop_text or "eos", self.name))
+            else:
+                outside.add(index)
+        answers.append((len(ids), len(whole)))
+        turns.append(messages[-1])
+        return Encoded(
+            [*whole, stop],
+            answers,
+            stop,
+            context_answers(turns),
+            row.dropped_reasoning,
+            (*stops, stop),
+            frozenset(outside),
+            row.answer.thinking,
+        )
 
-            return pattern.sub(new_mark, content) if pattern else content
+    def stop_ids(self, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+        """The ids of the tokens that end an answer and a tool call."""
+        rendering = self.rendering(tokenizer)
+        return {
+            control_id(tokenizer, stop or "eos", self.name)
+            for stop in (rendering.stop_of_answers, rendering.stop_of_calls)
+        }
 
-        turns = []
-        for message in messages:
-            turn = {"role": message.role, "content": guard(message.content)}
-            reasoning = getattr(message, "reasoning", "")
-            if reasoning and self.reasoning_key:
-                turn[self.reasoning_key] = guard(reasoning)
-            turns.append(turn)
-        return turns, guarded
+    def has_modes(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
+        """Whether the template can be asked to think or not."""
+        return self.rendering(tokenizer).switch is not None
 
-    def _render(
-        self, tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]
-    ) -> "tuple[str, list[tuple[int, int, int]], dict[str, str], int]":
-        """The text, the turn and range of each answer in it, the text of each mark that replaces a user's control token, and
-        how many thoughts the template leaves out.
+    def renders_tools(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
+        """Whether the template renders the descriptions of tools, and calls of them."""
+        return self.rendering(tokenizer).renders_tools
 
-        A thought belongs to its answer: both are what the model writes after the prompt.
-        """
-        turns, guarded = self._guarded(tokenizer, messages)
-        text = self._apply(tokenizer, turns, add_generation_prompt=messages[-1].role != "assistant")
-        spans, num_dropped = [], 0
-        for index, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            is_last, content = index == len(turns) - 1, turn["content"].strip()
-            thought = turn.get(self.reasoning_key or "", "").strip()
-            before = self._apply(tokenizer, turns[:index], add_generation_prompt=True)
-            prompt_end = len(before) if text.startswith(before) else -1
-            thought_start = text.find(thought, max(prompt_end, 0)) if thought else -1
-            start = text.find(content, max(prompt_end, 0) if thought_start < 0 else thought_start + len(thought))
-            if thought and not 0 <= thought_start < start:
-                thought_start, start = -1, text.find(content, max(prompt_end, 0))
-                if is_last:
-                    raise ConfigError(
-                        "model.template=tokenizer: the tokenizer's chat template does not render the reasoning of the last "
-                        f"answer ({self.reasoning_key}); write it into the content of the turn, or type "
-                        f"data.ignore_columns={','.join(REASONING_KEYS)} to learn the answers without it"
-                    )
-                num_dropped += 1
-            if prompt_end < 0 or start < 0:
-                if is_last:
-                    raise ConfigError(
-                        "model.template=tokenizer: the tokenizer's chat template does not render an answer right after its "
-                        "prompt; choose a template of ours with model.template="
-                    )
-                continue  # a template that rewrites history: such turns are context and are not learned
-            spans.append((index, start if thought_start < 0 else prompt_end, start + len(content)))
-        return text, spans, guarded, num_dropped
+    def renders_calls(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
+        """Whether the template renders calls of tools and their results, if not the descriptions of the tools."""
+        return self.rendering(tokenizer).renders_calls
 
-    def _apply(
-        self, tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]], add_generation_prompt: bool
-    ) -> str:
-        try:
-            text = tokenizer.apply_chat_template(
-                turns, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # templates raise whatever their authors chose
-            raise ConfigError(
-                f"model.template=tokenizer: the tokenizer's chat template refuses these turns ({error}); "
-                "choose a template of ours with model.template="
-            ) from None
-        assert isinstance(text, str)  # tokenize=False
-        return text
+    def syntax(self, tokenizer: "PreTrainedTokenizerBase") -> Syntax | None:
+        """The syntax in which the template writes tool calls; None if it writes none, or in a syntax that is not known."""
+        return self.rendering(tokenizer).syntax
+
+    def asking(self, thinking: bool | None) -> "TokenizersOwn":
+        """The template whose prompts are of this mode."""
+        return replace(self, asks_thinking=thinking)
+
+    def always_thinking(self) -> "TokenizersOwn":
+        """The template in which an answer without a thought is learned behind the thinking prompt."""
+        return replace(self, thinking="empty")
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "jinja": self.source}
+        """The template as provenance.json stores it and the key of the cache is made of."""
+        return {
+            "name": self.name,
+            "jinja": self.source,
+            "thinking": self.thinking,
+            **({"options": dict(self.options)} if self.options else {}),
+        }
 
 
-def ends_in_answer(answers: Sequence[tuple[int, int]], ids: Sequence[int]) -> bool:
-    """Whether nothing but a stop token and white space follows the last answer."""
-    return len(ids) - answers[-1][1] <= 3
-
-
-def _encode_guarded(
-    tokenizer: "PreTrainedTokenizerBase", text: str, guarded: dict[str, str]
-) -> "tuple[list[int], Offsets]":
-    """Ids and offsets of a text with marks in place of users' control tokens: their text is encoded as plain text."""
-    ids: list[int] = []
-    offsets: list[tuple[int, int]] = []
-    position = 0
-    for part in re.split(f"([{''.join(guarded)}])", text):
-        if part in guarded:
-            plain_ids = encode_text(tokenizer, [guarded[part]])[0]
-            ids += plain_ids
-            offsets += [(position, position + 1)] * len(plain_ids)
-        elif part:
-            tokens = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
-            ids += tokens.input_ids
-            offsets += [(left + position, right + position) for left, right in tokens.offset_mapping]
-        position += len(part)
-    return ids, offsets
+def _columns(texts: Iterable[tuple[str, Mapping[str, str]]]) -> tuple[list[str], list[Mapping[str, str]]]:
+    """Texts with their marks as two lists."""
+    pairs = list(texts)
+    return [text for text, _ in pairs], [marks for _, marks in pairs]

@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def template_named(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
+def template_named(
+    name: str, tokenizer: "PreTrainedTokenizerBase", *, thinking: str = "auto", asks_thinking: bool | None = None
+) -> Template:
     """A template of ours, or the tokenizer's own; `plain` for a tokenizer that has none.
 
+    `thinking` is data.thinking, and `asks_thinking` the mode of prompts that no answer follows (None: the template's default).
     Of several templates by names the tokenizer's own is its `default`. Raises UnknownName, and ConfigError for templates
     without a `default`, and for the own template of a tokenizer without offsets.
     """
@@ -24,7 +27,9 @@ def template_named(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
                 f"model.template=tokenizer: {type(tokenizer).__name__} does not return the offsets of tokens; leave "
                 f"model.template out for the family's own template, or choose one of {', '.join(TEMPLATES)}"
             )
-        return TokenizersOwn(source=source) if source is not None else TEMPLATES["plain"]
+        if source is None:
+            return TEMPLATES["plain"]
+        return TokenizersOwn(source=source, thinking=thinking, asks_thinking=asks_thinking, fitting=True)
     if name not in TEMPLATES:
         raise UnknownName("template", name, [*TEMPLATES, OWN], add_one="glmtuner/templates/glm.py")
     return TEMPLATES[name]

@@ -35,7 +35,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
                             "num_key_value_heads": 4, "vocab_size": 59264, "max_position_embeddings": 8192},
 }  # fmt: skip
 PRESETS = {
-    "ChatGLM-6B": ("model=chatglm_6b",),
+    "ChatGLM-6B": (
+        "model=chatglm_6b",
+        "model.template=chatglm",
+    ),  # which the shipped tokenizer's own chat template is not
     "ChatGLM3-6B": ("model=chatglm3_6b", "model.template=glm4"),  # the shipped tokenizer has <sop>, ChatGLM3's has sop
     "GLM-4-9B": ("model=glm4_9b_chat_hf",),
     "GLM-Edge-1.5B": ("model=causal_lm", "model.family=glm"),

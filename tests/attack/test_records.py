@@ -54,6 +54,7 @@ SCALARS = st.one_of(st.none(), NUMBERS, TEXTS)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=5
 )
+DEPTH = "[" * 3000
 DEEP = st.integers(500, 3000).map(lambda depth: "[" * depth + "]" * depth)  # as JSON text
 
 # Records of every format
@@ -66,6 +67,75 @@ def turns(role_key, content_key, user, assistant):
     answer = st.tuples(WORDS, marks).map(lambda pair: {role_key: assistant, content_key: pair[0], **pair[1]})
     rounds = st.lists(st.tuples(WORDS, answer), min_size=1, max_size=3)
     return rounds.map(lambda pairs: [turn for q, a in pairs for turn in ({role_key: user, content_key: q}, a)])
+
+
+def as_json(values):
+    """The values, or their JSON."""
+    return values | values.map(json.dumps)
+
+
+def mostly(usual, odd):
+    """Nine values of `usual` to one of `odd`."""
+    return st.integers(0, 9).flatmap(lambda number: usual if number else odd)
+
+
+NAMES = mostly(st.sampled_from(["get_weather", "f", "g", "查询", "a b", "<|user|>"]), SCALARS)
+OBJECTS = st.dictionaries(WORDS, st.booleans() | st.integers(-9, 9) | WORDS | st.lists(WORDS, max_size=2), max_size=2)
+ARGUMENTS = mostly(as_json(OBJECTS), VALUES | st.sampled_from(["{", "[1]", "null", DEPTH]))
+FUNCTIONS = st.fixed_dictionaries(
+    {"name": NAMES}, optional={"description": WORDS, "parameters": mostly(OBJECTS, VALUES)}
+)
+TOOLS = as_json(st.lists(FUNCTIONS | FUNCTIONS.map(lambda tool: {"type": "function", "function": tool}), max_size=2))
+CALLS = st.lists(st.fixed_dictionaries({"name": NAMES, "arguments": ARGUMENTS}), min_size=1, max_size=2)
+RESULTS = st.lists(mostly(WORDS, as_json(VALUES)), min_size=2, max_size=2)
+ROUNDS = st.lists(st.tuples(WORDS, WORDS, CALLS, RESULTS, WORDS), min_size=1, max_size=2)
+IDS = st.sampled_from(["a", "b", "call00001", "call00002", "", 3])
+
+
+@st.composite
+def tool_turns(draw, form):
+    """Turns with calls and results in one of the four forms; now and then a turn is missing, doubled, or has a key too many."""
+    made = []
+    role, content = ("from", "value") if form == "sharegpt" else ("role", "content")
+    user, assistant = ("human", "gpt") if form == "sharegpt" else ("user", "assistant")
+    for number, (question, text, calls, results, answer) in enumerate(draw(ROUNDS)):
+        results = results if draw(st.integers(0, 9)) == 0 else results[: len(calls)]
+        made.append({role: user, content: question})
+        if form == "openai":
+            ids = [draw(mostly(st.just(f"id{number}{index}"), IDS)) for index in range(len(calls))]
+            calls = [{"id": id_, "type": "function", "function": call} for id_, call in zip(ids, calls, strict=True)]
+            made.append({role: assistant, content: draw(st.none() | TEXTS), "tool_calls": calls})
+            made += [
+                {role: "tool", content: result, "tool_call_id": draw(mostly(st.just(f"id{number}{index}"), IDS))}
+                for index, result in enumerate(results)
+            ]
+        elif form == "sharegpt":
+            made += [{role: assistant, content: text}] * draw(st.integers(0, 1))
+            made.append({role: "function_call", content: json.dumps(calls if len(calls) > 1 else calls[0])})
+            made += [{role: "observation", content: result} for result in results]
+        elif form == "glm4":
+            made += [{role: assistant, content: text}] * draw(st.integers(0, 1))
+            made += [{role: assistant, content: call["arguments"], "metadata": call["name"]} for call in calls]
+            made += [{role: "observation", content: result} for result in results]
+        else:
+            made += [
+                {role: "tool", "name": call["name"], "parameters": call["arguments"], "observation": result}
+                for call, result in zip(calls, results, strict=False)
+            ]
+        made.append({role: assistant, content: answer})
+    if form == "glm4":
+        made.insert(0, {role: "system", content: draw(TEXTS), "tools": draw(TOOLS)})
+    if draw(st.integers(0, 4)) == 0:
+        made.pop(draw(st.integers(0, len(made) - 1)))
+    if draw(st.integers(0, 9)) == 0:
+        made.insert(draw(st.integers(0, len(made))), draw(st.sampled_from(made or [{}])))
+    if made and draw(st.integers(0, 4)) == 0:
+        turn = dict(draw(st.sampled_from(made)))
+        key = draw(
+            st.sampled_from([*turn, "tool_calls", "function_call", "metadata", "tools", "name", "loss", "reasoning"])
+        )
+        made[draw(st.integers(0, len(made) - 1))] = {**turn, key: draw(VALUES)}
+    return made
 
 
 OPENAI, SHAREGPT = turns("role", "content", "user", "assistant"), turns("from", "value", "human", "gpt")
@@ -88,12 +158,23 @@ SHAPES = [
     ("PairEncoder", {name: WORDS.map(f"Human: q\nAssistant: {name[0]}{{}}".format) for name in ("chosen", "rejected")}, {}),
     ("BlockEncoder", {"text": TEXTS}, {"url": TEXTS}),
 ]  # fmt: skip
+TOOL_SHAPES = [
+    ("Encoder", {"messages": tool_turns("openai"), "tools": mostly(TOOLS, VALUES)}, {**LABEL, "weight": NUMBERS}),
+    ("Encoder", {"messages": tool_turns("openai")}, {"functions": TOOLS}),
+    ("Encoder", {"conversations": tool_turns("sharegpt"), "tools": mostly(TOOLS, TEXTS)}, {"system": TEXTS}),
+    ("Encoder", {"messages": tool_turns("glm4")}, {"tools": TOOLS}),
+    ("Encoder", {"conversations": tool_turns("chatglm3"), "tools": TOOLS}, {"id": SCALARS}),
+    ("FeedbackEncoder", {"conversations": tool_turns("sharegpt"), "tools": TOOLS, **LABEL}, {}),
+    ("PairEncoder", {"messages": tool_turns("openai").map(lambda made: made[:-1]), "tools": TOOLS, "chosen": WORDS, "rejected": CALLS.map(
+        lambda calls: {"role": "assistant", "content": None, "tool_calls": calls})}, {}),
+    ("Encoder", {"instruction": WORDS, "output": WORDS, "tools": TOOLS}, {}),
+]  # fmt: skip
 
 
 @st.composite
-def record_lists(draw):
+def record_lists(draw, shapes=SHAPES):
     """Records of one format and its encoder; some have a value of another kind, one value less, or another column."""
-    encoder, required, optional = draw(st.sampled_from(SHAPES))
+    encoder, required, optional = draw(st.sampled_from(shapes))
     records = draw(
         st.lists(st.fixed_dictionaries(required, optional=optional), min_size=1, max_size=2 * RECORDS_PER_FILE - 1)
     )
@@ -158,9 +239,9 @@ def write_stream(table, file):
 
 
 @st.composite
-def files(draw):
+def files(draw, shapes=SHAPES):
     """(suffix, bytes, records or None if the bytes were damaged, encoder)."""
-    encoder, records = draw(record_lists())
+    encoder, records = draw(record_lists(shapes))
     suffix = draw(st.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".feather"]))
     if suffix in (".parquet", ".arrow", ".feather"):
         writers = {".parquet": parquet.write_table, ".feather": feather.write_feather, ".arrow": write_stream}
@@ -193,7 +274,6 @@ ENCODERS = {
     "FeedbackEncoder": FeedbackEncoder,
     "BlockEncoder": BlockEncoder,
 }
-TOTALS = {"files": 0, "records": 0, "read": 0}
 NUMBERS_OF_FILES = count()
 
 
@@ -226,18 +306,35 @@ def is_blank(record):
 
 
 def test_ten_thousand_records(folder, tokenizer):
+    templates = st.sampled_from(["glm4", "plain", "tokenizer"])
+    totals = attack(folder, tokenizer, NUM_RECORDS, SHAPES, [None, None, None, *ENCODERS], templates)
+    assert totals["read"] > totals["records"] / 4  # or nothing was tested
+
+
+def test_records_with_tools(folder, tokenizer):
+    templates = st.sampled_from(["glm4", "glm4", "glm4_0414", "plain"])  # the last renders no tools
+    totals = attack(
+        folder, tokenizer, NUM_RECORDS // 2, TOOL_SHAPES, [None] * 9 + ["Encoder", "PairEncoder"], templates
+    )
+    assert totals["read"] > totals["records"] / 8
+
+
+def attack(folder, tokenizer, num_records, shapes, encoders, templates):
+    """How many files and records were made, and how many of these were read."""
+    totals = {"files": 0, "records": 0, "read": 0}
+
     @settings(
-        max_examples=max(NUM_RECORDS // RECORDS_PER_FILE, 1), deadline=None, database=None, derandomize=True,
+        max_examples=max(num_records // RECORDS_PER_FILE, 1), deadline=None, database=None, derandomize=True,
         suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink],
     )  # fmt: skip
-    @given(files(), st.sampled_from([None, None, None, *ENCODERS]), st.sampled_from(["glm4", "plain", "tokenizer"]))
+    @given(files(shapes), st.sampled_from(encoders), templates)
     def check(file, encoder, template):
         suffix, content, records, own = file
         encoder = encoder or own
         path = folder / f"{next(NUMBERS_OF_FILES)}{suffix}"
         path.write_bytes(content)
-        TOTALS["files"] += 1
-        TOTALS["records"] += len(records or [])
+        totals["files"] += 1
+        totals["records"] += len(records or [])
         start = time.monotonic()
         try:
             prepared = rows_of(path, ENCODERS[encoder], tokenizer, template)
@@ -256,13 +353,13 @@ def test_ten_thousand_records(folder, tokenizer):
             return
         is_csv = suffix.startswith((".csv", ".tsv"))
         assert total == sum(not (is_csv and is_blank(record)) for record in records)
-        TOTALS["read"] += counts.records
+        totals["read"] += counts.records
         if ENCODERS[encoder] is Encoder:
             nothing_lost(prepared, records, tokenizer)
 
     check()
-    print(TOTALS)
-    assert TOTALS["read"] > TOTALS["records"] / 4  # or nothing was tested
+    print(totals)
+    return totals
 
 
 def nothing_lost(prepared, records, tokenizer):
@@ -276,7 +373,7 @@ def nothing_lost(prepared, records, tokenizer):
             if (
                 name in prepared.spec.columns.values()
                 and isinstance(value, str)
-                and name not in ("label", "weight", "kto_tag", "history")
+                and name not in ("label", "weight", "kto_tag", "history", "tools", "functions")
             ):
                 assert value.strip() in decoded, (name, value)
             elif name not in prepared.spec.columns.values() and isinstance(value, str) and value.strip():

@@ -97,7 +97,7 @@ def check(status: int, body: bytes, request: Any) -> None:
         return
     answer = json.loads(text)
     if status == 200:
-        assert all(choice["finish_reason"] in ("stop", "length") for choice in answer["choices"])
+        assert all(choice["finish_reason"] in ("stop", "length", "tool_calls") for choice in answer["choices"])
         return
     assert 400 <= status < 500, (status, text[:500], str(request)[:500])
     error = answer["error"]

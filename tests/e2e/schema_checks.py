@@ -5,6 +5,7 @@ from typing import Any
 import hypothesis
 import schemathesis
 from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from starlette.testclient import TestClient
 
 from glmtuner.serving.app import Server, application
@@ -21,7 +22,7 @@ def check_description(api: Server, examples: int, seed: int | None = None) -> di
 
     api.engine.submit = submit_short  # type: ignore[method-assign]
     app = application(api, None, None)
-    operations = 0
+    operations, answered = 0, []
     for found in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations():
         operation = found.ok()
         modes = [GenerationMode.POSITIVE] + [GenerationMode.NEGATIVE] * bool(operation.body)
@@ -33,12 +34,17 @@ def check_description(api: Server, examples: int, seed: int | None = None) -> di
                 suppress_health_check=list(hypothesis.HealthCheck),
             )  # fmt: skip
             def passes_all_checks(case: Any) -> None:
-                case.call_and_validate()
+                response = case.call()
+                # how calls and their results follow each other is more than a schema can say
+                unfitting = response.status_code == 400 and response.json()["error"]["code"] == "invalid_tools"
+                case.validate_response(response, excluded_checks=[positive_data_acceptance] if unfitting else [])
+                answered.extend([response.status_code] * (case.method == "POST"))
 
             if seed is not None:
                 passes_all_checks = hypothesis.seed(seed)(passes_all_checks)
             passes_all_checks()
             operations += 1
     assert operations == 6  # five, one of them with a body
+    assert 200 in answered  # among the requests for an answer
     document: dict[str, Any] = TestClient(app).get("/openapi.json").json()
     return document

@@ -11,7 +11,11 @@ from safetensors.torch import load_file, save_file
 from stand_ins import write_parity
 from upstream import write_checkpoint
 
-MODELS = {"chatglm_6b": "THUDM/chatglm-6b", "chatglm2_6b": "THUDM/chatglm2-6b", "chatglm3_6b": "THUDM/chatglm3-6b"}
+MODELS = {
+    "chatglm_6b": "THUDM/chatglm-6b",
+    "chatglm2_6b": "zai-org/chatglm2-6b",
+    "chatglm3_6b": "zai-org/chatglm3-6b",
+}
 SHORT = (
     "tracker=none", "data.dataset=alpaca_zh_sample", "data.eval_dataset=identity_sample", "data.max_samples=12", "data.max_target_length=16",
     "trainer.max_steps=6", "trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=12",

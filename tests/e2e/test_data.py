@@ -132,3 +132,102 @@ def test_tokenized_once(glmtuner_process: Callable, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0
     assert len(list((cache / "tokenized").iterdir())) == 2
+
+
+WEATHER = {
+    "name": "get_weather",
+    "description": "查询天气",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+ASKED, RESULT, TOLD = "北京天气如何？", '{"weather": "晴"}', "北京今天晴。"
+CALL = {"name": "get_weather", "arguments": {"city": "北京"}}
+
+
+def tool_records() -> dict[str, dict]:
+    """One conversation with a call in each of the formats."""
+    described = [{"type": "function", "function": WEATHER}]
+    asked, told = {"role": "user", "content": ASKED}, {"role": "assistant", "content": TOLD}
+    call = {"id": "call00001", "type": "function", "function": {**CALL, "arguments": json.dumps(CALL["arguments"])}}
+    return {
+        "openai": {
+            "tools": described,
+            "messages": [
+                asked, {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "content": RESULT, "tool_call_id": "call00001"}, told,
+            ],
+        },
+        "glaive": {
+            "tools": json.dumps([WEATHER], ensure_ascii=False),
+            "conversations": [
+                {"from": "human", "value": ASKED}, {"from": "function_call", "value": json.dumps(CALL, ensure_ascii=False)},
+                {"from": "observation", "value": RESULT}, {"from": "gpt", "value": TOLD},
+            ],
+        },
+        "glm4": {
+            "messages": [
+                {"role": "system", "content": "", "tools": described}, asked,
+                {"role": "assistant", "metadata": "get_weather", "content": json.dumps(CALL["arguments"])},
+                {"role": "observation", "content": RESULT}, told,
+            ],
+        },
+        "chatglm3": {
+            "tools": [WEATHER],
+            "conversations": [
+                asked, {"role": "tool", "name": "get_weather", "parameters": CALL["arguments"], "observation": json.loads(RESULT)}, told,
+            ],
+        },
+    }  # fmt: skip
+
+
+TOOL_LENGTHS = ["data.max_source_length=1500", "data.max_target_length=100", "model.template=glm4"]
+
+
+def test_records_with_tools_train_whatever_their_format(glmtuner: Callable, tmp_path: Path) -> None:
+    """As LLaMA-Factory's glaive sets, GLM-4's and ChatGLM3's own, and OpenAI's; glaive's by its entry in dataset_info.json."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    records = tool_records()
+    for name, record in records.items():
+        (folder / f"{name}.json").write_text(json.dumps([record] * 3, ensure_ascii=False), encoding="utf-8")
+    entry = {
+        "file_name": "glaive.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations", "tools": "tools"},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps({"glaive_toolcall_zh_demo": entry}))
+    names = ["glaive_toolcall_zh_demo", *(f"{name}.json" for name in records if name != "glaive")]
+    done = glmtuner(*TINY, *TOOL_LENGTHS, f"data.dataset={','.join(names)}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "dataset 'glaive_toolcall_zh_demo': conversations -> turns, tools -> tools\n" in done.stdout
+    kept = json.loads((tmp_path / "run/provenance.json").read_text())["data"]
+    counts = {(about["records"], about["tokens"], about["learned_tokens"]) for about in kept.values()}
+    assert len(kept) == 4 and len(counts) == 1, kept
+    without = glmtuner(
+        *TINY, *TOOL_LENGTHS, "data.dataset=openai.json", "data.ignore_columns=tools", "trainer.output_dir=other"
+    )
+    assert without.returncode == 0 and "3 records call tools and describe none" in " ".join(
+        without.stdout.split()
+    ).replace("│ │ ", "")
+
+
+def test_what_a_call_was_to_be_stands_in_the_predictions(glmtuner: Callable, tmp_path: Path) -> None:
+    record = tool_records()["openai"]
+    dataset = written(tmp_path, record, {**record, "messages": record["messages"][:2]})
+    done = glmtuner(*TINY[:2], "trainer=predict", *TOOL_LENGTHS, dataset, "trainer.output_dir=run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer, call = map(json.loads, (tmp_path / "run/predictions.jsonl").read_text().splitlines())
+    assert call["label"] == 'get_weather\n{"city": "北京"}' and call["prompt"] == ASKED
+    assert answer["label"] == TOLD
+    assert answer["prompt"] == f'user: {ASKED}\nassistant: get_weather({{"city": "北京"}})\ntool: {RESULT}'
+
+
+def test_tools_that_cannot_be_learned_are_refused_in_words(glmtuner: Callable, tmp_path: Path) -> None:
+    record = tool_records()["openai"]
+    before = written(tmp_path, record)
+    refused = glmtuner(*TINY[:-1], "model.template=chatglm", before)
+    assert refused.returncode == 2 and "data.ignore_columns=tools,tool_calls" in refused.stderr
+    record["messages"][1]["tool_calls"][0]["function"]["arguments"] = "[1]"
+    refused = glmtuner(*TINY[:-1], *TOOL_LENGTHS, written(tmp_path, record))
+    assert refused.returncode == 2
+    place = "record 1: field messages[1].tool_calls[0].function.arguments: the arguments of a call are a JSON object"
+    assert place in refused.stderr and "Traceback" not in refused.stderr

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_the_rehearsal_passes_and_covers_every_part(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- gpu: begin -->\n<!-- gpu: end -->\n", encoding="utf-8")

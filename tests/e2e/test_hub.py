@@ -45,7 +45,7 @@ def test_what_the_hub_does_not_have_is_said(
 ) -> None:
     model = glmtuner_process("model=glm4_9b_chat_hf", "data.dataset=belle_sample", "tracker=none", env=hub)
     assert model.returncode == 2
-    assert "model.model_name_or_path=THUDM/glm-4-9b-chat-hf: no such folder here and no such model" in model.stderr
+    assert "model.model_name_or_path=zai-org/glm-4-9b-chat-hf: no such folder here and no such model" in model.stderr
     data = glmtuner_process("model=tiny_glm", "data.dataset=firefly", "tracker=none", env=hub)
     assert data.returncode == 2, data.stdout + data.stderr
     assert "YeungNLP/firefly-train-1.1M" in data.stderr

@@ -129,6 +129,7 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in children.split()]
 
 
+@pytest.mark.heavy
 def test_ranks_that_are_stopped_or_killed_end_the_run_and_go_on_to_the_same_bytes(
     here: Path, ddp: tuple[Path, str]
 ) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from glmtuner.data.formats.sharegpt import answer, conversation, turns_of
+from glmtuner.data.formats.sharegpt import answer, conversation, parts_of, spoken, with_parts
 from glmtuner.data.records import BadRecord, Example, list_of, ranked, value_of
+from glmtuner.data.tools import linked
 
 if TYPE_CHECKING:
     from glmtuner.data.spec import DatasetSpec
@@ -17,6 +18,8 @@ TAGS = {
     "user_tag": "user",
     "assistant_tag": "assistant",
     "system_tag": "system",
+    "function_tag": "function_call",
+    "observation_tag": "tool",
 }
 
 
@@ -33,8 +36,9 @@ def parse(raw: dict[str, Any], spec: DatasetSpec) -> Example:
     if not chosen or len(chosen) != len(rejected) or chosen[:-1] != rejected[:-1]:
         raise BadRecord(columns[1], f"its turns before the answer differ from those of {columns[0]}")
     last = len(chosen) - 1
+    parts = parts_of(chosen[:-1], spec, columns[0], tags)
     better, worse = (
-        answer(turns[last], spec, f"{column}[{last}]", tags)
+        answer(turns[last], parts, spec, f"{column}[{last}]", tags)
         for turns, column in zip((chosen, rejected), columns, strict=True)
     )
-    return ranked(turns_of(chosen[:-1], spec, columns[0], tags), better, worse)
+    return with_parts(ranked(linked(spoken(parts)), better, worse), parts)

@@ -12,7 +12,16 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from glmtuner.config.compose import compose
-from glmtuner.config.groups import SCHEMA_CLASSES, Dtype, Engine, LayerPart, LossOn, QuantizationType
+from glmtuner.config.groups import (
+    SCHEMA_CLASSES,
+    AskedThinking,
+    Dtype,
+    Engine,
+    LayerPart,
+    LossOn,
+    QuantizationType,
+    Thinking,
+)
 from glmtuner.config.paths import PACKAGE_DATA, conf_dir
 from glmtuner.config.schema import classes_of, groups
 from glmtuner.data import find
@@ -174,6 +183,7 @@ DATA = {
     "padding_free": (bool, True),
     "max_bad_records": (int, 0),
     "tiktoken_engine": (bool, True),
+    "thinking": (Thinking, "auto"),
 }
 LORA = {
     "finetuning_type": (str, "lora"),
@@ -203,6 +213,7 @@ GENERATION = {
     "repetition_penalty": (float, 1.0),
     "max_batch_size": (int | None, None),
     "engine": (Engine, "transformers"),
+    "thinking": (AskedThinking, "auto"),
 }
 TRAINER = {  # those that CET's page lists
     "output_dir": (str | None, None),

@@ -109,6 +109,7 @@ def test_a_broken_catalogue_file_is_reported(tmp_path):
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 SHAREGPT = {"messages": "conversations"}
 PAIR = {"chosen": "chosen", "rejected": "rejected"}
+BESIDE = {"system": "system", "tools": "tools"}  # the turns, read by these names if the entry names no columns
 
 
 @pytest.mark.parametrize(
@@ -119,10 +120,10 @@ PAIR = {"chosen": "chosen", "rejected": "rejected"}
         ({"columns": {"history": "h"}}, ("alpaca", {**ALPACA, "history": "h"})),
         ({"columns": {"response": "b"}}, ("alpaca", {"prompt": "instruction", "response": "b"})),
         ({"columns": {"prompt": "text"}}, ("text", {"prompt": "text"})),
-        ({"formatting": "sharegpt"}, ("sharegpt", {**SHAREGPT, "system": "system"})),
+        ({"formatting": "sharegpt"}, ("sharegpt", {**SHAREGPT, **BESIDE})),
         ({"formatting": "sharegpt", "columns": {"system": "s"}}, ("sharegpt", {**SHAREGPT, "system": "s"})),
-        ({"formatting": "openai"}, ("messages", {"messages": "messages", "system": "system"})),
-        ({"formatting": "sharegpt", "ranking": True}, ("sharegpt", {**SHAREGPT, **PAIR, "system": "system"})),
+        ({"formatting": "openai"}, ("messages", {"messages": "messages", **BESIDE})),
+        ({"formatting": "sharegpt", "ranking": True}, ("sharegpt", {**SHAREGPT, **PAIR, **BESIDE})),
         ({"formatting": "transcript", "ranking": True}, ("transcript", PAIR)),
         ({"formatting": "transcript", "columns": {"messages": "text"}}, ("transcript", {"prompt": "text"})),
         ({"ranking": True}, ("alpaca", {**ALPACA, "history": "history", "system": "system"})),
@@ -161,7 +162,11 @@ def test_every_documented_key_is_accepted(tmp_path):
         ({"file_name": "a.json", "num_samples": 0}, "num_samples=0: at least 1 is expected"),
         ({"file_name": "a.json", "columns": ["a"]}, "columns: an object is expected, got ['a'] (list)"),
         ({"file_name": "a.json", "columns": {"prompt": 1}}, "columns.prompt: text is expected, got 1 (int)"),
-        ({"file_name": "a.json", "columns": {"tools": "t"}}, "columns.tools=t: tool calls "),
+        (
+            {"file_name": "a.json", "formatting": "text", "columns": {"tools": "t"}},
+            "columns.tools: plain text calls no tools",
+        ),
+        ({"file_name": "a.json", "columns": {"prompt": "p", "tools": "t"}}, "prompt is named and the answer is not"),
         ({"file_name": "a.json", "columns": {"images": "i"}}, "columns.images=i: images "),
         ({"script_url": "belle"}, "script_url=belle: a dataset script is code and is not run; add file_name"),
         ({"ms_hub_url": "a/b"}, "ms_hub_url=a/b: ModelScope is not read; add file_name"),

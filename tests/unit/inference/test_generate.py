@@ -80,6 +80,9 @@ def test_a_stop_text_ends_the_answer_before_it(tokenizer: Any) -> None:
 class Characters:
     """A tokenizer with a token for each character."""
 
+    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012  # as that of a tokenizer without control tokens
+    all_special_ids = all_special_tokens = ()
+
     def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
         return "".join(map(chr, tokens))
 

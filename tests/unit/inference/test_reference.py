@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from glmtuner.config.paths import ASSETS
 from glmtuner.data.encode import Encoder
 from glmtuner.data.records import Example, Message
-from glmtuner.inference.predict import recover_answers
-from glmtuner.inference.reference import learned_answer, reference_of
+from glmtuner.inference.predict import line_of, pair_of, recover_answers
+from glmtuner.inference.reference import learned_answer, opens_reference, reference_of, split_answer
 from glmtuner.metrics.rouge_bleu_zh import RougeBleuZh
 from glmtuner.models.tokenization_chatglm import ChatGLMTokenizer
 from glmtuner.templates.base import IGNORE_INDEX, Template
@@ -99,7 +99,8 @@ def test_the_reference_is_the_decoded_label_and_a_perfect_answer_scores_100(kind
     for label in LABELS if "jinja" not in template.describe() else map(str.strip, LABELS):  # where tokens join others
         row = encoded(tokenizer, template, label, most)
         reference = reference_of(row, tokenizer, stops, most)
-        assert reference == decoded_label(tokenizer, label, most).strip()
+        begins = kind in ("byte-level", "jinja")  # GLM-4 learns the line break before an answer, too
+        assert reference == decoded_label(tokenizer, label, most - begins).strip()
         assert row["answer"] == label
         learned = [token for token in row["labels"] if token != IGNORE_INDEX]
         perfect = tokenizer.decode(learned[:-1], skip_special_tokens=True).strip()
@@ -177,3 +178,48 @@ def test_answers_of_an_earlier_version_get_their_reference_and_strangers_are_ans
         in capsys.readouterr().out
     )
     assert [json.loads(line)["index"] for line in early.read_text().splitlines()] == [0] and not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "in_thought", "parts"),
+    [
+        ("two", False, ("", "two")),
+        ("<think>hm\n</think>\n\ntwo", False, ("hm", "two")),
+        ("<think></think>two", False, ("", "two")),
+        ("hm</think>\n\ntwo", True, ("hm", "two")),
+        ("hm, and cut", True, ("hm, and cut", "")),  # the longest answer ends in the thought
+        ("<think>hm, and cut", False, ("hm, and cut", "")),
+        ("a <think> tag", False, ("", "a <think> tag")),
+        ("two </think>", False, ("", "two </think>")),
+    ],
+)
+def test_the_thought_of_an_answer_and_the_rest(text, in_thought, parts):
+    assert split_answer(text, in_thought) == parts
+
+
+def test_a_line_has_both_texts_without_their_thoughts_where_there_is_one():
+    row = {"prompt": "p", "answer": "two"}
+    plain = line_of(row, 0, "two", "2")
+    assert plain == {"index": 0, "prompt": "p", "label": "two", "reference": "two", "predict": "2"}
+    both = line_of(row, 0, "<think>a</think>two", "b</think>2", (True, False))
+    assert both == {
+        **plain, "reference": "<think>a</think>two", "predict": "b</think>2", "reasoning": "b", "answer": "2",
+        "reference_answer": "two",
+    }  # fmt: skip
+    assert line_of(row, 0, "a</think>two", "2", (False, True))["reference_answer"] == "two"
+    for line, whole in ((plain, ("2", "two")), (both, ("b</think>2", "<think>a</think>two"))):
+        assert pair_of(line, RougeBleuZh()) == whole
+        assert pair_of(line, RougeBleuZh(without_reasoning=True)) == ("2", "two")
+
+
+def test_whether_the_learned_prompt_opens_a_thought_whatever_is_asked(kinds):
+    tokenizer, _ = kinds["byte-level"]
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% if enable_thinking %}<think>{% endif %}{% endif %}"
+    )
+    for opens in (True, False):
+        row = encoded(tokenizer, TokenizersOwn(source, thinking="empty" if opens else "auto"), "答案")
+        assert opens_reference(row, tokenizer) is opens
+        other = tokenizer("<|user|>问 question<|assistant|>", add_special_tokens=False).input_ids
+        assert opens_reference({**row, "prompt_ids": other}, tokenizer) is opens

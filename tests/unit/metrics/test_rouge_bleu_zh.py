@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from glmtuner.metrics.none import NoMetric
-from glmtuner.metrics.rouge_bleu_zh import NAMES, RougeBleuZh, words
+from glmtuner.metrics.rouge_bleu_zh import NAMES, RougeBleuZh, bleu_4, words
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +85,13 @@ def test_odd_texts_are_scored(text):
 def test_words_are_cut_without_a_word_on_the_terminal(capfd):
     assert "".join(words("我爱北京天安门")) == "我爱北京天安门" and len(words("我爱北京天安门")) < 7
     assert capfd.readouterr() == ("", "")
+
+
+def test_bleu_4_is_that_of_nltk():
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    random, smoothing = Random(6), SmoothingFunction().method3
+    for _ in range(1000):
+        alphabet = "今天ab 。"[: random.randint(1, 7)]
+        one, other = ("".join(random.choices(alphabet, k=random.randint(1, random.choice((3, 6, 40))))) for _ in "ab")
+        assert bleu_4(one, other) == sentence_bleu([list(other)], list(one), smoothing_function=smoothing)

@@ -304,3 +304,34 @@ def test_busy_cancelled_failed_and_closed() -> None:
     engine.submit(last.request)
     engine.close()
     assert last.done.wait(1) and last.reason in ("cancelled", "stop")
+
+
+def test_an_answer_begins_with_one_of_the_given_texts_and_goes_on_as_it_likes() -> None:
+    model = built("Llama")
+    engine = engine_of(model, "Llama")
+    words = prompt("Llama", 1)
+    begins = ((11, 12, 13), (11, 12, 14, 15), (20,))
+    asked = [Asked(words, temperature=temperature, seed=seed) for seed, temperature in enumerate([0.0, *[50.0] * 12])]
+    asked += [Asked(words), Asked(words, repetition_penalty=1.7)]
+    for one in asked[:-2]:
+        one.request.begins = begins
+    for one in asked:
+        engine.submit(one.request)
+    engine.start()
+    found = [one.answer() for one in asked]
+    engine.close()
+    starts = [next(begin for begin in begins if tuple(answer[: len(begin)]) == begin) for answer in found[:-2]]
+    assert len({*starts}) > 1 and len({tuple(answer) for answer in found[:-2]}) > 3
+    assert found[0][len(starts[0]) :] == alone(model, [*words, *starts[0]], 12 - len(starts[0]))
+    assert found[-2] == alone(model, words) and found[-1] == alone(model, words, repetition_penalty=1.7)
+
+
+def test_a_beginning_that_is_cut_off_by_the_limit_is_no_error() -> None:
+    model = built("Llama")
+    engine = engine_of(model, "Llama")
+    one = Asked(prompt("Llama", 1), room=2)
+    one.request.begins = ((11, 12, 13),)
+    engine.submit(one.request)
+    engine.start()
+    assert one.answer() == [11, 12] and one.reason == "length"
+    engine.close()

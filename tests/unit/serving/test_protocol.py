@@ -10,14 +10,21 @@ from openai.types.chat import (
     ChatCompletionContentPartTextParam,
     ChatCompletionMessage,
     ChatCompletionStreamOptionsParam,
+    ChatCompletionToolMessageParam,
 )
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase, CompletionCreateParamsStreaming
+from openai.types.shared_params import FunctionDefinition
 
+from glmtuner.serving.messages import Function, ToolMessage
+from glmtuner.serving.prompt import tools_of, turns_of
 from glmtuner.serving.protocol import ApiError, ChatRequest, parse_request
+from glmtuner.templates.tool_calls import ToolCall
 
 HELLO = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+BARE = {"type": "function", "function": {"name": "查询.a-b", "description": None, "strict": True}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+RESULT = {"role": "tool", "content": "r", "tool_call_id": "1"}
 
 # Of each field: values that ask for nothing, or for what is there, and values that ask for what is not there.
 FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
@@ -54,8 +61,14 @@ FIELDS: dict[str, tuple[list[Any], list[Any]]] = {
         [{"include_obfuscation": True}],
     ),
     "temperature": ([None, 0, 2, 2e-38, 5e-324], []),
-    "tool_choice": ([None, "none", "auto"], ["required", {"type": "function", "function": {"name": "f"}}]),
-    "tools": ([None, []], [[TOOL], [{"type": "custom", "custom": {"name": "f"}}]]),
+    "tool_choice": (
+        [None, "none", "auto", "required", {"type": "function", "function": {"name": "f"}}],
+        [{"type": "custom", "custom": {"name": "f"}}, {"type": "allowed_tools", "allowed_tools": {}}, "any"],
+    ),
+    "tools": (
+        [None, [], [TOOL], [BARE] * 128],
+        [[{"type": "custom", "custom": {"name": "f"}}], [{"type": "file_search"}]],
+    ),
     "top_logprobs": ([None, 0], [1, 20]),
     "top_p": ([None, 1, 1e-300], []),
     "user": ([None, "", "me"], []),
@@ -67,7 +80,11 @@ OF_ASSISTANT: dict[str, tuple[list[Any], list[Any]]] = {
     "content": ([None, "", "hi", [{"type": "text", "text": "hi"}]], [[{"type": "refusal", "refusal": "no"}]]),
     "name": ([None, "a"], []),
     "refusal": ([None], ["no"]),
-    "tool_calls": ([None, []], [[CALL]]),
+    "reasoning_content": ([None, "", "hm"], []),
+    "tool_calls": (
+        [None, [], [CALL], [CALL] * 128],
+        [[{"id": "1", "type": "custom", "custom": {"name": "f", "input": ""}}]],
+    ),
     "function_call": ([None], [{"name": "f", "arguments": ""}]),
     "audio": ([None], [{"id": "1"}]),
     "annotations": ([None, []], [[{"type": "url_citation"}]]),
@@ -76,6 +93,11 @@ OF_ASSISTANT: dict[str, tuple[list[Any], list[Any]]] = {
 
 def parsed(**fields: Any) -> ChatRequest:
     return parse_request(json.dumps({"model": "m", "messages": HELLO, **fields}).encode(), max_items=100)
+
+
+def deep(levels: int) -> Any:
+    """An object of so many levels."""
+    return {"a": deep(levels - 1)} if levels > 1 else {}
 
 
 def error_of(body: bytes | dict[str, Any]) -> ApiError:
@@ -91,8 +113,10 @@ def error_of(body: bytes | dict[str, Any]) -> ApiError:
 def test_the_tables_hold_every_field_of_the_official_client() -> None:
     official = CompletionCreateParamsBase.__annotations__ | CompletionCreateParamsStreaming.__annotations__
     assert {*FIELDS} == {*official}
-    assert {*ChatRequest.model_fields} == {*FIELDS, "top_k", "repetition_penalty"}
-    assert {*OF_ASSISTANT} == {*ChatCompletionAssistantMessageParam.__annotations__, "annotations"}
+    assert {*ChatRequest.model_fields} == {*FIELDS, "top_k", "repetition_penalty", "chat_template_kwargs"}
+    assert {*OF_ASSISTANT} == {*ChatCompletionAssistantMessageParam.__annotations__, "annotations", "reasoning_content"}
+    assert {*ToolMessage.model_fields} == {*ChatCompletionToolMessageParam.__annotations__}
+    assert {*Function.model_fields} == {*FunctionDefinition.__annotations__}
     assert {*OF_ASSISTANT} >= {*ChatCompletionMessage.model_fields}  # clients send answers back as they came
     assert {*ChatCompletionStreamOptionsParam.__annotations__} == {"include_usage", "include_obfuscation"}
     assert {*ChatCompletionContentPartTextParam.__annotations__} == {"type", "text", "prompt_cache_breakpoint"}
@@ -107,6 +131,93 @@ def test_a_field_that_asks_for_nothing_is_accepted_and_anything_else_refused_by_
         error = error_of({field: value})
         assert str(error.param).startswith(field) and f"'{field}" in error.message, error.message
         assert "not available on this server; leave it out, or send null" in error.message
+
+
+def calling(arguments: Any = "{}", **more: Any) -> list[Any]:
+    """Turns with a call of these arguments."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}, **more}
+    return [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}, RESULT]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "", " ", "[]", "null", '"{}"', "{", "{} {}", "{'a': 1}", '{"a": NaN}', '{"a": 1e999}', '{"a": 1, "a": 2}', '{"a": "\\ud83d"}',
+        '{"a": ' * 65 + "1" + "}" * 65, "[" * 100_000, '{"a": ' + "9" * 5000 + "}",
+    ],
+)  # fmt: skip
+def test_arguments_that_are_not_the_json_of_an_object_are_told_with_their_place(arguments: str) -> None:
+    error = error_of({"messages": calling(arguments)})
+    assert error.param == "messages.1.tool_calls.0.function.arguments" and error.code == "invalid_tools"
+    assert f"'{error.param}'" in error.message
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("tools.0.function.name", [{"name": name} for name in ("", "a b", "x" * 129, "<f>", 5, None, "f\n")]),
+        ("tools.0.function.parameters", [{"name": "f", "parameters": each} for each in ([], "{}", 1, deep(70), {"a": [{"b": float("inf")}]})]),
+        ("tools.0.function.description", [{"name": "f", "description": 1}]),
+        ("tools.0.function.strict", [{"name": "f", "strict": 1}]),
+        ("tools.0.function.other", [{"name": "f", "other": 1}]),
+        ("tools.0.function", [None, [], "f"]),
+    ],
+)  # fmt: skip
+def test_a_tool_that_is_none_is_told_with_its_place(field: str, values: list[Any]) -> None:
+    for value in values:
+        error = error_of({"tools": [{"type": "function", "function": value}]})
+        assert error.param == field and f"'{field}" in error.message, (value, error.message)
+
+
+def test_a_tool_keeps_the_order_of_its_keys_and_loses_what_is_null() -> None:
+    given = {"parameters": {"b": 1, "a": None}, "strict": None, "name": "f", "description": "d"}
+    (tool,) = parsed(tools=[{"function": given, "type": "function"}]).tools or ()
+    assert json.dumps(tool.described) == json.dumps(
+        {"type": "function", "function": {"parameters": {"b": 1, "a": None}, "name": "f", "description": "d"}}
+    )
+
+
+def test_turns_of_a_request_with_calls() -> None:
+    calls = [{**CALL, "id": each, "function": {"name": "f", "arguments": f'{{"a": "{each}"}}'}} for each in "xyz"]
+    results = [{"role": "tool", "tool_call_id": each, "content": each} for each in "zxy"]
+    answer = {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": calls}
+    turns = turns_of(parsed(messages=[*HELLO, answer, *results, {"role": "developer", "content": "d"}]))
+    assert [turn.role for turn in turns] == ["user", "assistant", "tool", "tool", "tool", "system"]
+    assert turns[1].tool_calls == tuple(ToolCall("f", {"a": each}, each) for each in "xyz")
+    assert turns[1].content == "" and turns[1].reasoning == "hm"
+    assert [(turn.call_id, turn.content) for turn in turns[2:5]] == [("x", "x"), ("y", "y"), ("z", "z")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "place"),
+    [
+        ([RESULT], "messages.0.tool_call_id"),
+        ([*HELLO, RESULT], "messages.1.tool_call_id"),
+        (calling()[:2], "messages.1.tool_calls"),
+        ([*calling()[:2], *HELLO], "messages.1.tool_calls"),
+        ([*calling(), RESULT], "messages.3.tool_call_id"),
+        ([*calling(id="2")], "messages.2.tool_call_id"),
+        ([*calling(), {"role": "assistant", "content": "a"}, RESULT], "messages.4.tool_call_id"),
+        ([*HELLO, {"role": "assistant", "tool_calls": [CALL, CALL]}, RESULT], "messages.1.tool_calls"),
+    ],
+)
+def test_calls_and_results_that_do_not_belong_together_are_told(messages: list[Any], place: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        turns_of(parsed(messages=messages))
+    assert caught.value.status == 400 and caught.value.param == place and caught.value.code == "invalid_tools"
+
+
+def test_tools_that_the_model_is_shown() -> None:
+    names = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+    assert len(tools_of(parsed(tools=names))) == len(tools_of(parsed(tools=names, tool_choice="required"))) == 2
+    assert tools_of(parsed(tools=names, tool_choice="none")) == tools_of(parsed()) == ()
+    named = {"type": "function", "function": {"name": "h"}}
+    for tools, choice, place in (
+        (names, named, "tool_choice.function.name"), (None, named, "tool_choice.function.name"),
+        ([], "required", "tool_choice"), (names[:1] * 2, "auto", "tools.1.function.name"),
+    ):  # fmt: skip
+        with pytest.raises(ApiError, match=place):
+            tools_of(parsed(tools=tools, tool_choice=choice))
 
 
 @pytest.mark.parametrize("field", OF_ASSISTANT)

@@ -14,8 +14,9 @@ from glmtuner.data.records import Example, Message
 from glmtuner.errors import ConfigError
 from glmtuner.models.tokenization_chatglm import ChatGLMTokenizer, as_fast
 from glmtuner.templates.base import IGNORE_INDEX
-from glmtuner.templates.glm import TEMPLATES, with_tools
+from glmtuner.templates.glm import TEMPLATES
 from glmtuner.templates.named import template_named
+from glmtuner.templates.tool_calls import ToolCall
 
 SYSTEM, ASK, TOLD = (lambda text, role=role: Message(role, text) for role in ("system", "user", "assistant"))
 TURNS = [
@@ -76,19 +77,27 @@ def test_chatglm2_trains_on_what_the_original_project_trained_on(request, golden
 
 def test_chatglm3_asks_as_its_published_code_does(published_file, tokenizers, golden_folder):
     published_file("tokenizer.model")
+    tokenizer, template = tokenizers["chatglm3"], TEMPLATES["chatglm3"]
     golden = json.loads((golden_folder / "tokenizers/v3.json").read_text(encoding="utf-8"))
-    assert golden["build_chat_input"]
+    assert len(golden["build_chat_input"]) == 5
     for case in golden["build_chat_input"]:
-        messages = [
-            Message(turn["role"], with_tools(turn["content"], turn["tools"]) if "tools" in turn else turn["content"])
-            for turn in case["history"] or []
-            if not turn.get("metadata")
-        ]
-        if len(messages) != len(case["history"] or []):
-            continue  # a tool's name behind the role: the tokenizer's build_chat_input has it, no record does
-        messages.append(Message(case["role"], case["query"]))
-        (found,) = TEMPLATES["chatglm3"].encode(tokenizers["chatglm3"], [messages])
-        assert found.input_ids == case["input_ids"][0]
+        messages, tools, wanted = [], [], case["input_ids"][0]
+        for turn in [*(case["history"] or []), {"role": case["role"], "content": case["query"]}]:
+            tools += [{"type": "function", "function": tool} for tool in turn.get("tools", ())]
+            role, content, calls = {"observation": "tool"}.get(turn["role"], turn["role"]), turn["content"], ()
+            if turn.get("metadata"):
+                # its call begins with a space, which the maker's trainer does not write
+                spaced, plain = ids(tokenizer, content), ids(tokenizer, content.strip())
+                start = next(at for at in range(len(wanted)) if wanted[at : at + len(spaced)] == spaced)
+                wanted = [*wanted[:start], *plain, *wanted[start + len(spaced) :]]
+                content, calls = "", (ToolCall(turn["metadata"], {"symbol": "10111"}),)
+            messages.append(Message(role, content, tool_calls=calls))
+        (found,) = template.encode(tokenizer, [messages], [tools])
+        assert found.input_ids == wanted
+    assert any(turn.tool_calls for turn in messages)
+    (called,) = template.encode(tokenizer, [messages[:2]])
+    assert called.stop == 64797, "<|observation|> ends a call"
+    assert template.stop_ids(tokenizer) == {2, 64795, 64797}
 
 
 def test_chatglm3_learns_the_line_break_that_it_writes(tokenizers):
@@ -117,7 +126,11 @@ def test_chatglm3_learns_all_answers_in_one_row(tokenizers):
     (row,), _ = encoder(tokenizers, "chatglm3").encode([Example(TURNS)])
     assert "earlier" not in row
     learned = [label for label in row["labels"] if label != IGNORE_INDEX]
-    wanted = [[30910, 13, *ids(tokenizers["chatglm3"], turn.content), 2] for turn in TURNS if turn.role == "assistant"]
+    answers = [turn for turn in TURNS if turn.role == "assistant"]
+    stops = [64795] * (len(answers) - 1) + [2]  # <|user|>, as in the maker's trainer; </s> at the end
+    wanted = [
+        [30910, 13, *ids(tokenizers["chatglm3"], turn.content), stop] for turn, stop in zip(answers, stops, strict=True)
+    ]
     assert learned == [token for part in wanted for token in part]
 
 

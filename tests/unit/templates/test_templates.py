@@ -69,7 +69,8 @@ def test_glm4_is_the_tokenizer_s_own_template_and_a_stop_token(tokenizer, name):
     encoded = encode(glm4, tokenizer, messages)
     stop = tokenizer.convert_tokens_to_ids("<|user|>")
     assert encoded.input_ids == [*reference(tokenizer, messages), stop]
-    assert encoded.stop == stop and glm4.stop_ids(tokenizer) == {stop}
+    assert encoded.stop == stop
+    assert glm4.stop_ids(tokenizer) == {stop, tokenizer.convert_tokens_to_ids("<|observation|>")}  # of calls, too
     assert encode(glm4, tokenizer, messages[:-1]).input_ids == reference(tokenizer, messages[:-1])
 
 
