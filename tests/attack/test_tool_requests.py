@@ -1,7 +1,7 @@
 """Requests with tools from clients that are broken or hostile: each gets an answer or an error of the API within ten seconds.
 
-ATTACK_TOOL_REQUESTS is their number (300), ATTACK_SEED their seed. The model writes noise with the markup of thoughts and calls in
-it, so that its answers are an attack, too.
+ATTACK_TOOL_REQUESTS is their number (300), ATTACK_SEED their seed. The model has learned calls a little, so that whole ones, broken
+ones and stray markup are among its answers.
 """
 
 import json
@@ -61,16 +61,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(ASSETS / "tiny_glm", vocab_size=len(tokenizer), num_hidden_layers=2)
     model = AutoModelForCausalLM.from_config(config)
-    noise = model.lm_head.weight.data
-    for tag in (*MARKUP, '{"', '"}', "\n"):  # what answers are made of comes more often than all else
-        (*_, token) = tokenizer(tag, add_special_tokens=False).input_ids
-        noise[token] *= 8
     model.save_pretrained(folder / "base")
-    line = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "two"}]}
-    (folder / "data.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    asked = [{"role": "user", "content": "1+1?"}]
+    function = {"type": "function", "function": {"name": "get", "parameters": {"type": "object", "properties": {}}}}
+    lines = [
+        {
+            "messages": [
+                *asked, {"role": "assistant", "content": text, "tool_calls": [{"type": "function", "function": call} for call in made]},
+            ],
+            "tools": [function],
+        }
+        for text, made in (
+            ("", [{"name": "get", "arguments": {}}]), ("a", [{"name": "get", "arguments": {"a": 1}}]),
+            ("", [{"name": "get", "arguments": {}}] * 2), ("two", []),
+        )
+    ]  # fmt: skip
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     words = (
         f"model.model_name_or_path={folder}/base", "model.family=auto", "model.template=tokenizer",
-        f"data.dataset={folder}/data.jsonl", "finetuning=full", "trainer.max_steps=1", "trainer.learning_rate=1e-9",
+        f"data.dataset={folder}/data.jsonl", "finetuning=full", "trainer.max_steps=120", "trainer.learning_rate=3e-3",
+        "trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=1",
         f"trainer.output_dir={folder}/m", "trainer.disable_tqdm=true", "tracker=none",
     )  # fmt: skip
     assert main([*words]) == 0
@@ -237,4 +247,4 @@ def test_fuzzed_tool_requests(port: int) -> None:  # noqa: F811
         list(pool.map(ask, range(COUNT)))
     assert statuses.count(200) > COUNT / 10 and statuses.count(400) > COUNT / 10, statuses
     assert {*statuses} <= {200, 400, 404, 413}
-    assert COUNT < 300 or sum(num_calls) > 5
+    assert COUNT < 300 or sum(num_calls) > 10
