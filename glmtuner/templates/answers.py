@@ -1,6 +1,6 @@
 """An answer read while it is generated: its thought, its text and its tool calls, each as soon as it is certain.
 
-    reader = AnswerReader(syntax_of(jinja), tools, thinks=True, in_thought=prompt.endswith("<think>"))
+    reader = AnswerReader(template.syntax(tokenizer), tools, thinks=True, in_thought=prompt.endswith("<think>"))
     for piece in pieces:
         delta = reader.feed(piece)
     delta = reader.finish()
@@ -9,7 +9,6 @@ All that is fed comes back: what begins like a call and is none comes back as te
 which belongs to the syntax, is the only thing that is left out. Nothing raises for what a model writes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -253,8 +252,3 @@ class _Untagged:
 
 def _may_be_name(text: str) -> bool:
     return not text or ONE_NAME.fullmatch(text.strip()) is not None
-
-
-def joined(deltas: Sequence[Delta]) -> Delta:
-    """All of an answer that was read piece by piece."""
-    return sum(deltas, Delta())

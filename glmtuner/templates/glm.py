@@ -1,7 +1,7 @@
 """The templates of ChatGLM and GLM, and the plain one."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.templates.base import TEMPLATES, Message, Piece, Template, Turn, control, control_id
@@ -220,32 +220,16 @@ class Plain(Template):
             yield Piece(text + self.role_labels["assistant"], "text")
 
 
+GLM4 = RoleTokens(
+    name="glm4", stop="<|user|>", prefix=("[gMASK]", "<sop>"), separate_newline=True, skips_empty=True, calls="glm4"
+)
+CHATGLM3 = RoleTokens(
+    name="chatglm3", stop="</s>", prefix=("[gMASK]", "sop"), separate_newline=True, spaced=True, inner_stop="<|user|>", calls="chatglm3"
+)  # fmt: skip
 for _template in (
-    RoleTokens(
-        name="glm4",
-        stop="<|user|>",
-        prefix=("[gMASK]", "<sop>"),
-        separate_newline=True,
-        skips_empty=True,
-        calls="glm4",
-    ),
-    RoleTokens(
-        name="chatglm3",
-        stop="</s>",
-        prefix=("[gMASK]", "sop"),
-        separate_newline=True,
-        spaced=True,
-        inner_stop="<|user|>",
-        calls="chatglm3",
-    ),
-    RoleTokens(
-        name="glm4_0414",
-        stop="<|user|>",
-        prefix=("[gMASK]", "<sop>"),
-        separate_newline=True,
-        skips_empty=True,
-        calls="glm4",
-    ),
+    GLM4,
+    replace(GLM4, name="glm4_0414"),  # its tools are described otherwise
+    CHATGLM3,
     RoleTokens(name="codegeex4", stop="<|user|>", prefix=("[gMASK]", "<sop>"), system=CODEGEEX4),
     RoleTokens(name="glm_edge", stop="<|user|>", prefix=()),
     Rounds(name="chatglm2", stop="</s>", prefix=("[gMASK]", "sop")),

@@ -1,25 +1,19 @@
 """The version of a template of ours with which a run was trained: today's, or one of an earlier release."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 from glmtuner.templates.base import TEMPLATES, Template
-from glmtuner.templates.glm import RoleTokens
+from glmtuner.templates.glm import CHATGLM3, GLM4
 
 # What earlier releases called by today's names, as their runs keep it in provenance.json.
 EARLIER: tuple[Template, ...] = (
     # the line break behind <|assistant|> ended the prompt, where the maker lets the model generate it
-    RoleTokens(name="glm4", stop="<|user|>", prefix=("[gMASK]", "<sop>")),
+    replace(GLM4, separate_newline=False, skips_empty=False, calls=""),
     # the stop token of every answer was </s>, where the maker has <|user|> between turns
-    RoleTokens(
-        name="chatglm3",
-        stop="</s>",
-        prefix=("[gMASK]", "sop"),
-        separate_newline=True,
-        spaced=True,
-        calls="chatglm3",
-    ),
+    replace(CHATGLM3, inner_stop=""),
 )
 IN_PROMPTS = ("name", "example", "tokenized_apart")  # the keys of a description that say how a prompt is rendered
 

@@ -429,20 +429,3 @@ def syntax(name: str) -> Syntax:
     if name not in SYNTAXES:
         raise UnknownName("syntax of tool calls", name, list(SYNTAXES), add_one="glmtuner/templates/tool_calls.py")
     return SYNTAXES[name]
-
-
-def syntax_of(jinja: str) -> Syntax | None:
-    """The syntax in which a chat template (its jinja source) writes calls; None if it writes none that is known."""
-    if "<arg_key>" in jinja:
-        return SYNTAXES["glm4.5" if "\\n<tool_call>" in jinja else "glm4.7"]
-    if "[TOOL_CALLS]" in jinja:
-        return SYNTAXES["mistral" if "[TOOL_CALLS] [" in jinja else "mistral_nemo"]
-    if "<tool_call>" in jinja:
-        return SYNTAXES["hermes"]
-    if "<｜tool▁calls▁begin｜>" in jinja:
-        return SYNTAXES["deepseek"]
-    if re.search(r"parameters\\?\"\s*: ", jinja) and "tool_calls" in jinja:
-        return SYNTAXES["llama3"]
-    if "metadata" in jinja and "tools" in jinja:
-        return SYNTAXES["glm4"]
-    return None
