@@ -179,7 +179,7 @@ class GlmTrainer(Trainer):
         past = [path for path in checkpoints(self.folder.path) if step_of(path) <= self.state.global_step]
         droppable = [path for path in past if str(path) != best]
         keep = limit - 1 if best and self.args.load_best_model_at_end else limit
-        for path in droppable[: len(droppable) - max(keep, 1)]:
+        for path in droppable[: max(len(droppable) - max(keep, 1), 0)]:
             shutil.rmtree(path, ignore_errors=True)
 
     def _progress(self) -> dict[str, Any]:

@@ -89,6 +89,8 @@ def test_the_precision_of_an_evaluation(history: Callable) -> None:
 def test_checkpoints(glmtuner: Callable, tmp_path: Path) -> None:
     for number, (case, kept) in enumerate((
         ("trainer.save_strategy=steps trainer.save_steps=1 trainer.save_total_limit=2", [3, 4]),
+        ("trainer.save_strategy=steps trainer.save_steps=1 trainer.save_total_limit=3", [2, 3, 4]),
+        ("trainer.save_strategy=steps trainer.save_steps=1 trainer.save_total_limit=9", [1, 2, 3, 4]),
         ("trainer.save_strategy=steps trainer.save_steps=0.5", [2, 4]),
         ("trainer.save_strategy=best trainer.metric_for_best_model=loss trainer.eval_strategy=steps trainer.eval_steps=2 "
          "trainer.learning_rate=1e-3", [2, 4]),
@@ -99,12 +101,12 @@ def test_checkpoints(glmtuner: Callable, tmp_path: Path) -> None:
         done = glmtuner(*BASE, f"trainer.output_dir={folder}", *case.split())
         assert done.returncode == 0, done.stderr
         assert sorted(int(path.name.split("-")[1]) for path in (folder / "checkpoints").iterdir()) == kept, case
-    history = [json.loads(line) for line in (tmp_path / "3/history.jsonl").read_text().splitlines()]
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     first, last, of_the_result = (line["eval_loss"] for line in history if "eval_loss" in line)
     assert of_the_result == max(first, last) > min(first, last)
     greatest = 2 if first > last else 4
     best, same, other = (
-        (tmp_path / "3" / part / "adapter_model.safetensors").read_bytes()
+        (folder / part / "adapter_model.safetensors").read_bytes()
         for part in ("adapter", f"checkpoints/checkpoint-{greatest}", f"checkpoints/checkpoint-{6 - greatest}")
     )
     assert best == same != other
