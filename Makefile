@@ -25,8 +25,8 @@ test: $(READY)
 test-attack: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attack --numprocesses 2 --dist loadfile
 
-# four conversations learned by heart behind each of the 21 official chat templates in ../shared, every syntax of tool calls, the
-# GPU check rehearsed on the CPU, killed ranks
+# conversations learned by heart behind 18 of the 21 official chat templates in ../shared (make test has the others), more syntaxes of
+# tool calls, the GPU check rehearsed on the CPU, killed ranks
 test-heavy: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -m heavy --numprocesses 2 --dist loadscope
 

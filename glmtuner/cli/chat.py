@@ -153,8 +153,11 @@ def set_tools(conversation: "Conversation", name: str) -> None:
     except BadRecord as error:
         problem = error.reason.partition("; type data.")[0]  # of a record
         say(f"({name}: {error.field}: {problem})")
-    except (OSError, UnicodeDecodeError) as error:
-        say(f"({name}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'})")
+    except (OSError, RuntimeError, ValueError) as error:  # no such file or home directory, not UTF-8, no name of a file
+        problem = (
+            "not UTF-8" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or str(error)
+        )
+        say(f"({name}: {problem})")
     else:
         conversation.tools, conversation.turns = tools, []
         say(f"(tools: {', '.join(tool['function']['name'] for tool in tools) or 'none'})")

@@ -44,6 +44,7 @@ NOT_FROM_CHECKPOINT = {
     "quant.quantization_bit",
     "finetuning.finetuning_type",
 }
+THINKING = "data.thinking"  # comes from a checkpoint's own run, too, unless it is trained further
 
 
 @dataclass(frozen=True)
@@ -253,8 +254,18 @@ def _say_unknown(sentence: str) -> None:
     complain(sentence)
 
 
+def _take(config: DictConfig, key: str, value: Any, source: Path) -> None:
+    """Set a value of the config to that of the run in a folder; raises CheckpointError if it is not legal."""
+    try:
+        OmegaConf.update(config, key, value)
+    except (OmegaConfBaseException, OverflowError) as error:
+        raise CheckpointError(f"{source / CONFIG} is damaged ({key}: {explain(error)})") from None
+
+
 def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> DictConfig:
     """The config with the model, quantization, method and generation of the last checkpoint's run, except for user keys.
+
+    And with its data.thinking, unless it is trained further.
 
     `recompose(choices)` composes again with more group choices in front of the user's overrides. Raises CheckpointError where
     a checkpoint is not found, or where its run was trained on another model than the user names.
@@ -274,6 +285,8 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
     bits = saved.quant.get("quantization_bit")
     chosen = {"finetuning": saved.finetuning.finetuning_type, "quant": f"int{bits}" if bits else "none"}
     config = recompose([f"{group}={name}" for group, name in chosen.items() if group not in user_keys])
+    if not config.trainer.do_train and THINKING not in user_keys and "thinking" in saved.get("data", {}):
+        _take(config, THINKING, saved.data.thinking, source)
     for group in FROM_CHECKPOINT:
         if group == "finetuning" and config.finetuning.finetuning_type != chosen["finetuning"]:
             continue
@@ -282,10 +295,7 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
         for name, value in saved[group].items():
             key = f"{group}.{name}"
             if key not in user_keys and key not in NOT_FROM_CHECKPOINT and name in config[group]:
-                try:
-                    OmegaConf.update(config, key, value)
-                except (OmegaConfBaseException, OverflowError) as error:
-                    raise CheckpointError(f"{source / CONFIG} is damaged ({key}: {explain(error)})") from None
+                _take(config, key, value, source)
             elif name not in config[group] and value not in (None, False):
                 _say_unknown(f"{source / CONFIG}: {key}={value} is unknown to this version of glmtuner and left out")
     trained_on, base = saved.model.model_name_or_path, config.model.model_name_or_path

@@ -212,9 +212,9 @@ class Data:
             raise ConfigError("; ".join(wrong))
 
     def lengths(self) -> dict[str, Any]:
-        """An encoder's keyword arguments: the lengths in tokens and the prefix of the prompts."""
+        """An encoder's keyword arguments: the lengths in tokens, the prefix of the prompts, and whether thoughts are left out."""
         names = ("max_source_length", "max_target_length", "source_prefix")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "strips_reasoning": self.thinking is Thinking.strip}
 
 
 class ModelFamily(Protocol):

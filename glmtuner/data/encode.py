@@ -9,7 +9,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.data.records import REASONING, Example, Message
+from glmtuner.data.records import REASONING, Example, Message, without_reasoning
 from glmtuner.errors import ConfigError
 from glmtuner.templates.base import OWN, TEMPLATES, Encoded, Template, Tools
 from glmtuner.templates.base import Message as Turn
@@ -104,6 +104,7 @@ class Encoder:
     max_target_length: int
     every_answer: bool = True
     source_prefix: str | None = None
+    strips_reasoning: bool = False  # are thoughts left out? A template that renders them does so itself
     asks_thinking: bool | None = None  # the mode of the prompts that are answered; None: each as it was learned
 
     accepts: ClassVar[tuple[str, ...]] = ("single answers", "feedback")
@@ -317,12 +318,18 @@ class Encoder:
         return conversations, encoded
 
     def _prefixed(self, messages: Sequence[Message]) -> Sequence[Turn]:
-        """The turns with `source_prefix`, where the template puts it."""
+        """The turns with `source_prefix`, where the template puts it, and without the thoughts that are left out."""
+        if self._strips:
+            messages = [without_reasoning(message) for message in messages]
         return self.template.prefixed(messages, self.source_prefix) if self.source_prefix else messages
 
+    @property
+    def _strips(self) -> bool:
+        return self.strips_reasoning and not self.template.renders_reasoning
+
     def _encode(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Tools] = ()) -> list[Encoded]:
-        template = self.template
-        if not template.renders_reasoning and any(turn.reasoning for turns in conversations for turn in turns):
+        template, rendered = self.template, self.template.renders_reasoning or self._strips
+        if not rendered and any(turn.reasoning for turns in conversations for turn in turns):
             raise ConfigError(
                 f"model.template={template.name}: it does not render the reasoning that answers of the data have "
                 f"({', '.join(REASONING)}); write it into their content, type model.template=tokenizer if the tokenizer's "
@@ -333,7 +340,7 @@ class Encoder:
         if not any(tools) and not any(
             turn.role == "tool" or turn.tool_calls for turns in conversations for turn in turns
         ):
-            return template.encode(self.tokenizer, prefixed)
+            return self._without_empty(template.encode(self.tokenizer, prefixed), prefixed)
         renders_calls = template.renders_calls(self.tokenizer)
         if any(tools) and renders_calls and not template.renders_tools(self.tokenizer):
             raise ConfigError(
@@ -349,7 +356,14 @@ class Encoder:
                 f"model.template={template.name}: it does not render the tools and tool calls that the data has; type "
                 f"{elsewhere}, or data.ignore_columns=tools,tool_calls to learn the turns without them"
             )
-        return template.encode(self.tokenizer, prefixed, tools)
+        return self._without_empty(template.encode(self.tokenizer, prefixed, tools), prefixed)
+
+    def _without_empty(self, encoded: list[Encoded], conversations: Sequence[Sequence[Turn]]) -> list[Encoded]:
+        """The rows, with those marked as unrendered whose last answer was nothing but a thought that is left out."""
+        for row, turns in zip(encoded, conversations, strict=True) if self._strips else ():
+            last = turns[-1]
+            row.unrendered |= last.role == "assistant" and last.content == "" and not getattr(last, "tool_calls", ())
+        return encoded
 
     def _shortened(self, messages: list[Message], tools: Tools = ()) -> tuple[list[Message], int]:
         """The turns with a prompt that fits, and how many old rounds (a question and its answers) were dropped.

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from glmtuner.templates.tool_calls import ToolCall
+from glmtuner.templates.rendering import split_reasoning
+from glmtuner.templates.tool_calls import SURROGATE, ToolCall
 
 
 class BadRecord(Exception):
@@ -77,7 +78,6 @@ class Example:
         return "single answers" if self.desirable is None else "feedback"
 
 
-SURROGATE = re.compile("[\ud800-\udfff]")
 UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 )  # control characters, line breaks, halves of pairs
@@ -112,6 +112,15 @@ def answer_turn(
 ) -> Message:
     """The assistant's turn; an empty answer, which only stands before other turns, is context and is not learned."""
     return Message("assistant", content, learned and bool(calls or content.strip()), reasoning, calls)
+
+
+def without_reasoning(message: Message) -> Message:
+    """The turn without its thought, be it apart or in its content; an answer that was nothing else is context."""
+    if message.role != "assistant":
+        return message
+    content = split_reasoning(message.content)[1]
+    learned = message.learned and bool(content or message.tool_calls)
+    return message._replace(content=content, reasoning="", learned=learned)
 
 
 def optional_text(raw: Mapping[str, Any], column: str | None, what: str) -> str:

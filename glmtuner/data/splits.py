@@ -1,16 +1,18 @@
 """From the datasets that a run names to its training and evaluation data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.config.compose import run_folder_of
 from glmtuner.config.schema import Run
 from glmtuner.console import say
 from glmtuner.data import DatasetSpec, find
 from glmtuner.data.encode import Encoder
 from glmtuner.data.prepare import Prepared, held_out, mixed, prepare
 from glmtuner.errors import DataError
+from glmtuner.run_folder.folder import RunFolder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,19 +24,26 @@ OPTIONAL_COLUMNS = {"query", "history", "system", "tools", "kto_tag", "weight"}
 
 @dataclass(frozen=True)
 class Datasets:
-    """The training and evaluation data of a run; None if it does not train or evaluate."""
+    """The training and evaluation data of a run; None if it does not train or evaluate.
+
+    `asks_thinking` is the mode of the prompts that are answered; None: each as it was learned.
+    """
 
     train: "Dataset | None"
     evaluation: "Dataset | None"
     prepared: list[Prepared]
     shares: dict[str, float]  # of each dataset in the training records, after mixing
     columns: tuple[str, ...]  # of the evaluation records: those that a batch is made of
+    asks_thinking: bool | None = None
 
     def thinking(self) -> str | None:
-        """The mode of most of the records' prompts, on or off; None for a template without modes."""
-        on = sum(part.counts.thinking for part in self.prepared)
-        off = sum(part.counts.not_thinking for part in self.prepared)
-        return None if not on + off else "on" if on > off else "off"
+        """The mode of most prompts that are trained, else of those that are answered: on or off; None for a template without modes."""
+        trained = [part for part in self.prepared if part.spec.name in self.shares]
+        on, off = _modes(trained or self.prepared)
+        if not on + off:
+            return None
+        asked = None if trained else self.asks_thinking
+        return "on" if (on > off if asked is None else asked) else "off"
 
     def about(self) -> dict[str, Any]:
         """The datasets' entries in provenance.json, by name."""
@@ -68,12 +77,17 @@ def datasets_of(run: Run, specs: dict[str, DatasetSpec], encoder: Encoder) -> Da
 
     data, trainer = run.data, run.trainer
     evaluates = trainer.do_eval or trainer.do_predict or trainer.eval_strategy != "no" or trainer.eval_on_start
-    names = [*data.dataset] if trainer.do_train or not data.eval_dataset else []
-    names += data.eval_dataset if evaluates else []
-    prepared = {
-        name: prepare(specs[name], data, encoder, hub_cache=run.model.cache_dir, token=run.model.use_auth_token)
-        for name in dict.fromkeys(names)
-    }
+
+    def encoded(names: Iterable[str], encoder: Encoder) -> dict[str, Prepared]:
+        return {
+            name: prepare(specs[name], data, encoder, hub_cache=run.model.cache_dir, token=run.model.use_auth_token)
+            for name in dict.fromkeys(names)
+        }
+
+    prepared = encoded(data.dataset if trainer.do_train or not data.eval_dataset else (), encoder)
+    if trainer.do_train and encoder.asks_thinking is None:
+        encoder = replace(encoder, asks_thinking=only_mode(*_modes(prepared.values())))
+    prepared |= encoded([name for name in data.eval_dataset if evaluates and name not in prepared], encoder)
     held = {name.rpartition(".")[2] for part in prepared.values() for name in part.columns}
     if unknown := [name for name in data.ignore_columns if name not in held]:
         say(f"data.ignore_columns={','.join(unknown)}: no record that was read holds anything there")
@@ -98,7 +112,26 @@ def datasets_of(run: Run, specs: dict[str, DatasetSpec], encoder: Encoder) -> Da
     if trainer.do_train:
         train, part_shares = mixed(parts, data.mix_probabilities, seed)
         shares = dict(zip(data.dataset, part_shares, strict=True))
-    return Datasets(train, evaluation, list(prepared.values()), shares, encoder.columns)
+    return Datasets(train, evaluation, [*prepared.values()], shares, encoder.columns, encoder.asks_thinking)
+
+
+def _modes(parts: Iterable[Prepared]) -> tuple[int, int]:
+    """How many records are learned behind prompts with thinking on, and how many behind those with thinking off."""
+    counts = [part.counts for part in parts]
+    return sum(each.thinking for each in counts), sum(each.not_thinking for each in counts)
+
+
+def only_mode(on: int, off: int) -> bool | None:
+    """The mode of all prompts, of which so many have thinking on and off; None if there are both, or none of either."""
+    return None if bool(on) == bool(off) else bool(on)
+
+
+def mode_of_checkpoint(run: Run) -> bool | None:
+    """The mode of all prompts that the last checkpoint was trained behind; None if there were both, or nothing says."""
+    source = run_folder_of(run.model.checkpoint_dir[-1]) if run.model.checkpoint_dir else None
+    entries = RunFolder(source).provenance().get("data", {}).values() if source is not None else ()
+    trained = [entry for entry in entries if "share" in entry]
+    return only_mode(*(sum(bool(entry.get(name)) for entry in trained) for name in ("thinking", "not_thinking")))
 
 
 def longest_row(rows: "Dataset") -> int:

@@ -69,7 +69,7 @@ def with_tools(example: Example, raw: Mapping[str, Any], spec: DatasetSpec) -> E
 
 def keys_read(turn: Mapping[str, Any], spec: DatasetSpec) -> set[str]:
     """The keys of a turn's object, beside role and content, that its tools, calls or result are read from."""
-    word = turn.get(spec.tags.get("role_tag", ""), turn.get("role", turn.get("from")))
+    word = turn.get(spec.tags.get("role_tag") or ("from" if spec.formatting == "sharegpt" else "role"))
     if word in RESULT_ROLES or word == spec.tags.get("observation_tag", ""):
         keys = {"tool_call_id", "name", "parameters", "observation"}
     else:

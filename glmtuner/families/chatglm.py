@@ -4,11 +4,11 @@ ChatGLM2 and ChatGLM3 have the same config.json and compute the same; they diffe
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from glmtuner.families.family import Family, register
 
-OTHER_LINEARS = ("dense", "dense_h_to_4h", "dense_4h_to_h")
 CHATGLM2_VOCABULARY = 65024  # tokens: the padded_vocab_size of ChatGLM2 and ChatGLM3; GLM-4 has 151552
 
 
@@ -32,7 +32,7 @@ CHATGLM = register(
         attention_block="attention",
         mlp="mlp",
         attention=("query_key_value",),
-        other_linears=OTHER_LINEARS,
+        other_linears=("dense", "dense_h_to_4h", "dense_4h_to_h"),
         template="chatglm",
         stop_tokens=("<eop>",),
         fits=_first_generation,
@@ -46,7 +46,7 @@ CHATGLM2 = register(
         attention_block="self_attention",
         mlp="mlp",
         attention=("query_key_value",),
-        other_linears=OTHER_LINEARS,
+        other_linears=CHATGLM.other_linears,
         template="chatglm2",
         stop_tokens=("</s>",),
         fits=_second_generation,
@@ -55,48 +55,29 @@ CHATGLM2 = register(
     )
 )
 CHATGLM3 = register(
-    Family(
+    replace(
+        CHATGLM2,
         name="chatglm3",
-        model_types=("chatglm",),
-        layers="transformer.encoder.layers",
-        attention_block="self_attention",
-        mlp="mlp",
-        attention=("query_key_value",),
-        other_linears=OTHER_LINEARS,
         template="chatglm3",
         stop_tokens=("</s>", "<|user|>", "<|observation|>"),
-        fits=_second_generation,
-        wide_prefix=True,
+        interpolates=False,
     )
 )
 GLM4_ORIGINAL = register(
-    Family(
+    replace(
+        CHATGLM3,
         name="glm4_original",
-        model_types=("chatglm",),
-        layers="transformer.encoder.layers",
-        attention_block="self_attention",
-        mlp="mlp",
-        attention=("query_key_value",),
-        other_linears=OTHER_LINEARS,
         template="glm4",
         stop_tokens=("<|endoftext|>", "<|user|>", "<|observation|>"),
         fits=_glm4,
-        wide_prefix=True,
     )
 )
 CODEGEEX4 = register(
-    Family(
+    replace(
+        GLM4_ORIGINAL,
         name="codegeex4",
-        model_types=("chatglm",),
-        layers="transformer.encoder.layers",
-        attention_block="self_attention",
-        mlp="mlp",
-        attention=("query_key_value",),
-        other_linears=OTHER_LINEARS,
         template="codegeex4",
         # as the maker's server stops (THUDM/CodeGeeX4, candle_demo/api-server/src/api.rs)
         stop_tokens=("<|endoftext|>", "<|user|>", "<|assistant|>", "<|observation|>"),
-        fits=_glm4,
-        wide_prefix=True,
     )
 )

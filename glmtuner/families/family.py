@@ -93,10 +93,10 @@ def family_of(model_config: Mapping[str, Any], declared: str) -> Family | None:
 # The names of attention and MLP modules, and of their projections, in transformers.
 _ATTENTION_BLOCKS = ("self_attn", "self_attention", "attention", "attn")
 _MLPS = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-_LATENT_ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+LATENT_ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # as in DeepSeek-V2
 _ATTENTION = (
     *("q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", "Wqkv", "query", "key", "value"),
-    *_LATENT_ATTENTION,
+    *LATENT_ATTENTION,
 )
 
 

@@ -17,6 +17,7 @@ from glmtuner.finetuning.adapter import (
     settings_of,
     sort_names,
 )
+from glmtuner.run_folder.folder import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,6 +97,13 @@ class Lora(Finetuning):
             raise ConfigError(
                 f"{wrong}; name linear layers, or type a regular expression that matches their whole paths"
             ) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"finetuning.lora_rank={self.lora_rank}: not enough memory for the adapter ({reason}); type a smaller one"
+            ) from error
         return adapted
 
     def save(self, model: "PreTrainedModel", folder: Path) -> None:

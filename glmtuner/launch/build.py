@@ -87,6 +87,11 @@ def resolve_template(
     if source is not None and (resumed or not run.trainer.do_train) and "thinking" not in about:
         thinking = "empty"  # trained before there were modes: its prompts are those of the template's default
     template = template_named(name, tokenizer, thinking=thinking, asks_thinking=asked_mode(run))
+    if run.generation.thinking is not AskedThinking.auto and not template.has_modes(tokenizer):
+        say(
+            f"generation.thinking={run.generation.thinking.value} has no effect: model.template={name} has no modes with and without "
+            "thinking"
+        )
     if about.get("name") != template.name or "example" not in about:
         return name, template
     stored = version_stored(template.name, about)

@@ -1,4 +1,4 @@
-"""Checks of a run against config.json, before anything heavy is loaded."""
+"""Checks of a run against config.json and its data, before the model is loaded."""
 
 import importlib.util
 import os
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.compose import run_folder_of
 from glmtuner.config.groups import Model
 from glmtuner.config.schema import Run
+from glmtuner.distributed import ranks
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.finetuning.start import check_checkpoints
 from glmtuner.launch.libraries import quieten_libraries
@@ -78,4 +79,20 @@ def check_liger_runs(run: Run, device: "torch.device") -> None:
         raise ConfigError(
             f"trainer.use_liger_kernel=true: Liger's kernels need a GPU that Triton compiles for, and this run is on "
             f"{device.type}; leave it out"
+        )
+
+
+def check_whole_batch(run: Run, rows: int, kind: str = "records") -> None:
+    """Raise ConfigError where all rows to train on are the incomplete last batch that is dropped: no step would be taken."""
+    trainer = run.trainer
+    config = trainer.accelerator_config
+    # one batch for all processes, which the file that a text names may ask for, too
+    splits = config.get("split_batches") if isinstance(config, dict) else config is not None
+    processes = 1 if splits else ranks.world_size()
+    if trainer.dataloader_drop_last and rows < trainer.per_device_train_batch_size * processes:
+        shared = f" on {processes} processes" if processes > 1 else ""
+        raise ConfigError(
+            f"trainer.dataloader_drop_last=true: {rows:,} {kind} are less than a batch of trainer.per_device_train_batch_size="
+            f"{trainer.per_device_train_batch_size}{shared}, so that no step would be taken; type trainer.dataloader_drop_last="
+            "false, or a smaller trainer.per_device_train_batch_size"
         )

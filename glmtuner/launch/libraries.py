@@ -77,3 +77,5 @@ def quieten_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports missing kernels that it does not need
     # PEFT still uses names that transformers renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    # and looks for routed experts, which are parameters, among the modules alone
+    warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys .*gate_up_proj'\]", RuntimeWarning)

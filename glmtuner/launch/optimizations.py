@@ -10,6 +10,7 @@ from glmtuner.config.schema import Run
 from glmtuner.console import say
 from glmtuner.inference.context import RunContext
 from glmtuner.kernels.fast_paths import FastPath
+from glmtuner.launch.checks import check_whole_batch
 
 if TYPE_CHECKING:
     import torch
@@ -112,6 +113,7 @@ def apply_optimizations(
         )
         return replace(batches, sampling="group_by_length")
     packs = Packs(data.train, run.data.max_source_length + run.data.max_target_length)
+    check_whole_batch(run, len(packs), "packed rows")
     # packed rows have nearly equal lengths
     sampling = "random" if batches.sampling == "group_by_length" else batches.sampling
     return replace(batches, rows=packs, sampling=sampling)

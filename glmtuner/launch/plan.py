@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from glmtuner.config.compose import Composed
+from glmtuner.config.groups import AskedThinking
 from glmtuner.config.plugins import loaded_plugins
 from glmtuner.console import table
 from glmtuner.inference.context import RunContext
@@ -83,14 +84,11 @@ def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device"
     if run.data.mix_probabilities and data.train is not None:
         rows.append(("mix", ", ".join(f"{name} {share:.1%}" for name, share in data.shares.items())))
     if mode := data.thinking():
-        asked = run.generation.thinking.value
-        predicted = "as each record was learned" if asked == "auto" else f"with thinking {asked}"
-        rows.append(
-            (
-                "thinking",
-                f"data.thinking={run.data.thinking.value}; predictions {predicted}, chat and serve with thinking {mode}",
-            )
-        )
+        words = {None: "as each record was learned", True: "with thinking on", False: "with thinking off"}
+        asked = run.generation.thinking
+        chat = f", chat and serve with thinking {mode if asked is AskedThinking.auto else asked.value}"
+        predictions = f"predictions {words[data.asks_thinking]}{chat if data.train is not None else ''}"
+        rows.append(("thinking", f"data.thinking={run.data.thinking.value}; {predictions}"))
     if data.evaluation is not None:
         rows.append(("evaluation", f"{len(data.evaluation):,} records"))
     if data.train is not None:

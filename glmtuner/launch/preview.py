@@ -147,6 +147,7 @@ class Preview:
 
     def _shown(self, name: str, index: int, row: Row, **more: Any) -> Shown:
         encoder, asks_thinking = self.encoder, self.composed.run.generation.asks_thinking
+        asks_thinking = encoder.asks_thinking if asks_thinking is None else asks_thinking
         served = served_prompt(encoder.template, encoder.tokenizer, row, asks_thinking)
         differs = None
         if self.official and not self.official.comparable(row):

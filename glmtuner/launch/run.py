@@ -16,7 +16,7 @@ from glmtuner.families.hub import read_config
 from glmtuner.inference.context import RunContext
 from glmtuner.launch.arguments import training_arguments
 from glmtuner.launch.build import load_trainable_model, resolve_family, resolve_template
-from glmtuner.launch.checks import check_base, check_liger, check_liger_runs
+from glmtuner.launch.checks import check_base, check_liger, check_liger_runs, check_whole_batch
 from glmtuner.launch.device import device_of, place_model
 from glmtuner.launch.libraries import load_libraries
 from glmtuner.launch.memory_check import needs_checkpointing
@@ -136,6 +136,8 @@ def run_in_folder(
     encoder = stage.encoder(run, template, tokenizer) if run.trainer.do_train else None
     agrees = check_template(run, encoder, template_name)
     data = stage.datasets(run, specs, template, tokenizer)
+    if data.train is not None:
+        check_whole_batch(run, len(data.train))
     if agrees:  # one difference is said once
         check_first_rows(run, encoder, template_name, {part.spec.name: part.first for part in data.prepared})
     checkpointing = needs_checkpointing(composed, model_config, finetuning, family, data, device)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -109,6 +110,12 @@ def _check_arguments(text: str) -> str:
     return text
 
 
+def _as_integer(value: Any) -> Any:
+    """1 for 1.0, which are the same number in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+AS_INTEGER = BeforeValidator(_as_integer)  # after the bounds, or the schema loses them
 JsonObject = Annotated[dict[str, Any], AfterValidator(_shallow)]
 Label = Annotated[str, Field(max_length=MAX_LABEL_LENGTH)]
 FunctionName = Annotated[str, Field(pattern=NAME)]
@@ -137,7 +144,7 @@ Content = Annotated[
 
 
 class _Turn(StrictModel):
-    """What all messages have; `name`, the participant's, has no effect: no chat template shows it to the model."""
+    """What all messages have; `name`, the participant's or the tool's, has no effect: no chat template shows it to the model."""
 
     content: Content
     name: Label | None = None
@@ -170,18 +177,23 @@ class UserMessage(_Turn):
 
 
 class CalledFunction(StrictModel):
-    """The function that is called, and its arguments: the JSON of an object."""
+    """The function that is called, and its arguments: the JSON of an object.
+
+    `parsed_arguments`, which the official client's `parse` and `stream` add to an answer, have no effect.
+    """
 
     name: FunctionName
     arguments: Annotated[str, AfterValidator(_check_arguments)]
+    parsed_arguments: JsonObject | None = None
 
 
 class FunctionCall(StrictModel):
-    """A call of a function in an earlier answer."""
+    """A call of a function in an earlier answer; `index`, which it has in a stream, has no effect."""
 
     id: CallId
     type: Literal["function"]
     function: CalledFunction
+    index: Annotated[int, Field(ge=0, lt=2**31), AS_INTEGER] | None = None
 
 
 class AssistantMessage(_Turn):
@@ -198,19 +210,14 @@ class AssistantMessage(_Turn):
     function_call: None = None
     audio: None = None
     annotations: NoItems | None = None
+    parsed: None = None
 
 
-class ToolMessage(StrictModel):
+class ToolMessage(_Turn):
     """The result of a call in the answer before it."""
 
     role: Literal["tool"]
-    content: Content
     tool_call_id: CallId
-
-    @property
-    def text(self) -> str:
-        """The text of all parts."""
-        return "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
 
 
 ChatMessage = Annotated[

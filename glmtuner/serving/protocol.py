@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 from pydantic_core import PydanticCustomError
 
 from glmtuner.serving.messages import (
+    AS_INTEGER,
     MAX_ECHO,
     MAX_TOOLS,
     ChatMessage,
@@ -55,6 +56,7 @@ ABSENT_IN_MESSAGES = {
     "annotations": ("annotations of earlier answers are", "null or []"),
     "audio": ("spoken answers are", "null"),
     "function_call": ("function calls are", "null"),
+    "parsed": ("JSON answer formats are", "null"),
     "refusal": ("refusals of other models are", "null"),
 }
 OTHER_TOOLS = ("tools other than functions are", 'null, or {"type": "function", "function": {"name": …}}')
@@ -83,12 +85,6 @@ def _reject_numbers(value: Any) -> Any:
     return value
 
 
-def _as_integer(value: Any) -> Any:
-    """1 for 1.0, which are the same number in JSON."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-AS_INTEGER = BeforeValidator(_as_integer)  # after the bounds, or the schema loses them
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Off = Annotated[Literal[False], BeforeValidator(_reject_numbers)]
 Zero = Annotated[float, Field(ge=0, le=0)]

@@ -39,10 +39,14 @@ class Sft(LearningStage):
 
     def encoder(self, run: Run, template: "Template", tokenizer: "PreTrainedTokenizerBase") -> "Encoder":
         from glmtuner.data.encode import Encoder
+        from glmtuner.data.splits import mode_of_checkpoint
 
         every_answer = run.data.loss_on is LossOn.every_answer
+        asks_thinking = run.generation.asks_thinking
+        if asks_thinking is None and not run.trainer.do_train:
+            asks_thinking = mode_of_checkpoint(run)
         return Encoder(
-            template=template, tokenizer=tokenizer, every_answer=every_answer, asks_thinking=run.generation.asks_thinking,
+            template=template, tokenizer=tokenizer, every_answer=every_answer, asks_thinking=asks_thinking,
             **run.data.lengths(),
         )  # fmt: skip
 

@@ -36,6 +36,21 @@ def require_finite_weights(parameters: Iterable[torch.nn.Parameter], args: "Trai
             )
 
 
+def require_finite_evaluation(losses: torch.Tensor, step: int, args: "TrainingArguments") -> None:
+    """Raise TrainingError unless every evaluation record has a finite loss after `step` optimizer steps."""
+    failed = int((~torch.isfinite(losses)).sum())
+    if not failed:
+        return
+    what = f"the loss of {failed:,} of {len(losses):,} evaluation records is not finite"
+    higher = "a higher precision (trainer.bf16=true instead of fp16, model.dtype=float32)"
+    if not step:
+        raise TrainingError(f"{what}: the model overflows; type {higher}")
+    raise TrainingError(
+        f"{what} after step {step}: the training diverged with trainer.learning_rate={args.learning_rate:g}; type a smaller "
+        f"trainer.learning_rate, trainer.warmup_ratio=0.03, or {higher}"
+    )
+
+
 def require_steps(taken: int, trained: int) -> None:
     """Raise TrainingError where there were steps, and none of the `trained` ones updated the weights."""
     if trained and not taken:

@@ -27,7 +27,7 @@ from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import CHECKPOINTS, LOSSES
 from glmtuner.templates.base import IGNORE_INDEX
 from glmtuner.training.callbacks import CountOptimizerSteps, History
-from glmtuner.training.divergence import require_finite
+from glmtuner.training.divergence import require_finite, require_finite_evaluation
 from glmtuner.training.label_smoothing import SmoothedLoss
 from glmtuner.training.measurements import Measurements, forget_peak, losses_text, peak_memory_gib, sample_losses
 from glmtuner.training.neftune import noisy_embeddings
@@ -274,14 +274,14 @@ class GlmTrainer(Trainer):
         """The losses, then the scores of generated answers, so that both are in one line of the history.
 
         The loss is the mean over all tokens of the evaluation records, whatever the batches and the ranks; transformers
-        takes the mean over batches. The metrics of an objective are means over the records. losses.jsonl has a line for each
-        record.
+        takes the mean over batches. An objective's metrics are means over the records. losses.jsonl has a line a record.
         """
         self.evaluated_batches = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         columns = {
             name: torch.cat([rows[name] for rows in self.evaluated_batches]) for name in self.evaluated_batches[0]
         }
+        require_finite_evaluation(columns["loss"], self.state.global_step, self.args)
         if self.args.should_save:
             write_text(self.folder / LOSSES, losses_text(columns))
         if self.objective is None:

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from family_models import CONFIGS, write_model
+from json_lines import lines
 
 PRESETS = {"glm": "glm4_9b_chat_hf", "glm4": "glm4_9b_0414", "glm4_moe": "glm4_7", "glm4_moe_lite": "glm4_7_flash", "glm_moe_dsa": "glm5"}  # fmt: skip
 METHODS = {
@@ -22,7 +24,10 @@ METHODS = {
     "bfloat16": "model.dtype=bfloat16",
     "checkpointing": "trainer.gradient_checkpointing=true",
 }
-COMMON = ("tracker=none", "data.max_samples=6", "trainer.disable_tqdm=true", "generation.max_new_tokens=5")
+COMMON = (
+    "tracker=none", "data.dataset=identity_sample", "data.max_samples=6", "trainer.disable_tqdm=true",
+    "generation.max_new_tokens=5",
+)  # fmt: skip
 
 
 def refused(model_type: str, method: str) -> str | None:
@@ -34,18 +39,28 @@ def refused(model_type: str, method: str) -> str | None:
     return None
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+EXPORTED = [
+    (model_type, method)
+    for model_type in CONFIGS
+    for method in ("lora", "experts", "full")
+    if refused(model_type, method) is None
+]
+
+
+def train(glmtuner: Callable, folder: Path, model_type: str, method: str, *words: str) -> CompletedProcess[str]:
+    write_model(model_type, folder / "base")
+    return glmtuner(
+        f"model={PRESETS[model_type]}", "model.model_name_or_path=base", *COMMON, "trainer.max_steps=2",
+        "trainer.learning_rate=1e-2", "trainer.output_dir=run", *METHODS[method].split(), *words,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_a_method(glmtuner: Callable, tmp_path: Path, model_type: str, method: str) -> None:
-    write_model(model_type, tmp_path / "base")
-    done = glmtuner(
-        f"model={PRESETS[model_type]}", "model.model_name_or_path=base", *COMMON, "data.dataset=identity_sample",
-        "data.eval_dataset=identity_sample", "trainer.max_steps=2", "trainer.logging_steps=1", "trainer.do_predict=true",
-        "trainer.predict_with_generate=true", "trainer.learning_rate=1e-2", "trainer.output_dir=run", *METHODS[method].split(),
+    done = train(
+        glmtuner, tmp_path, model_type, method, "data.eval_dataset=identity_sample", "trainer.logging_steps=1",
+        "trainer.do_predict=true", "trainer.predict_with_generate=true",
     )  # fmt: skip
     told = refused(model_type, method)
     assert (done.returncode, "Traceback" in done.stderr) == (2 if told else 0, False), done.stdout + done.stderr
@@ -54,28 +69,15 @@ def test_a_method(glmtuner: Callable, tmp_path: Path, model_type: str, method: s
         return
     first, second = (line["loss"] for line in lines(tmp_path / "run/history.jsonl")[:2])
     assert second < first
-    again = glmtuner(
-        "trainer=predict",
-        "model.checkpoint_dir=run",
-        *COMMON,
-        "data.dataset=identity_sample",
-        "trainer.output_dir=predicted",
-    )
+    again = glmtuner("trainer=predict", "model.checkpoint_dir=run", *COMMON, "trainer.output_dir=predicted")
     assert again.returncode == 0, again.stdout + again.stderr
     assert lines(tmp_path / "predicted/predictions.jsonl") == lines(tmp_path / "run/predictions.jsonl")
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
-@pytest.mark.parametrize("method", ["lora", "experts", "full"])
+@pytest.mark.parametrize(("model_type", "method"), EXPORTED)
 def test_export_of_a_method(glmtuner: Callable, tmp_path: Path, model_type: str, method: str) -> None:
     """The exported folder is reloaded and compared with the run by `export` itself."""
-    if refused(model_type, method):
-        pytest.skip("the model has no experts")
-    write_model(model_type, tmp_path / "base")
-    done = glmtuner(
-        f"model={PRESETS[model_type]}", "model.model_name_or_path=base", *COMMON, "data.dataset=identity_sample",
-        "trainer.max_steps=2", "trainer.learning_rate=1e-2", "trainer.output_dir=run", *METHODS[method].split(),
-    )  # fmt: skip
+    done = train(glmtuner, tmp_path, model_type, method)
     assert done.returncode == 0, done.stdout + done.stderr
     exported = glmtuner("export", "run", "--to", "exported")
     assert exported.returncode == 0, exported.stdout + exported.stderr

@@ -7,23 +7,21 @@ the others of the 21 by `make test-heavy`.
 import io
 import json
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from listening import official_client
 from official_templates import MODELS, Official, official
 from omegaconf import OmegaConf
-from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from glmtuner.cli.main import main
+from glmtuner.launch.build import finished_run
 from glmtuner.report.record_scores import record_scores
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.redaction import flatten
@@ -116,8 +114,6 @@ def expected(template: Official, record: Record) -> str:
 
 @pytest.fixture(scope="module", params=CHOICES)
 def template(request: pytest.FixtureRequest, shared: Path | None) -> Official:
-    if shared is None:
-        pytest.skip(f"needs the template of {request.param} in ../shared/goldens/templates")
     return official(shared, request.param)
 
 
@@ -186,36 +182,9 @@ def test_chat(
         capsys.readouterr()
         assert main(["chat", "run", f"generation.thinking={'on' if record.thinks else 'off'}"]) == 0
         shown = capsys.readouterr().out
-        assert record.answer["content"] in shown and record.answer.get("reasoning_content", "") in shown
-
-
-@contextmanager
-def served(run: str) -> Iterator[OpenAI]:
-    """The official client of a server of the run."""
-    from glmtuner.cli.serve import bind_listener
-    from glmtuner.launch.build import finished_run
-    from glmtuner.serving.app import Limits, Server, max_characters
-    from glmtuner.serving.engine import Engine
-    from glmtuner.serving.listen import HttpServer
-
-    finished = finished_run([Path(run)], [])
-    engine = Engine(finished, 8, 64)
-    engine.start()
-    listener = bind_listener("127.0.0.1", 0)
-    api = Server(finished, engine, "m", Limits(max_characters=max_characters(finished), timeout_s=60))
-    server = HttpServer(api, None, ("127.0.0.1", "localhost"), 5)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        port = listener.getsockname()[1]
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
-    finally:
-        server.handle_exit(signal.SIGTERM, None)
-        server.handle_exit(signal.SIGTERM, None)
-        thread.join(20)
-        engine.close()
-        api.close_reader()
-        listener.close()
+        assert f"\n{record.answer['content']}\n" in shown
+        thought = [f"(thinking) {record.answer['reasoning_content']}"] if record.thinks else []
+        assert [line for line in shown.splitlines() if line.startswith("(thinking)")] == thought
 
 
 def as_request(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -255,7 +224,7 @@ def test_serve(template: Official, trained: Path) -> None:
         assert choice.finish_reason == ("tool_calls" if calls else "stop")
 
     records = records_of(template.name)
-    with served("run") as client:
+    with official_client(finished_run([Path("run")], [])) as client:
         for record in records:
             check(record, ask(record))
         with ThreadPoolExecutor(8) as pool:
@@ -303,10 +272,8 @@ def test_control_tokens_of_answers_are_kept_and_scores_may_leave_thoughts_out(
     shared: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`<think>` and `<tool_call>` are special tokens of this tokenizer, and the records that are predicted have other thoughts."""
-    if shared is None:
-        pytest.skip("needs the template of qwen3 in ../shared/goldens/templates")
-    monkeypatch.chdir(tmp_path)
     template = official(shared, "qwen3")
+    monkeypatch.chdir(tmp_path)
     write_base(template, tmp_path / "base", special_markup=True)
     added = AutoTokenizer.from_pretrained("base").added_tokens_decoder.values()
     assert {"<think>", "<tool_call>"} <= {str(token) for token in added if token.special}

@@ -9,14 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_models import run_of_one_step
 
+from glmtuner.cli.chat import answer_line
 from glmtuner.data.records import Message
 from glmtuner.errors import ConfigError
 from glmtuner.inference.conversation import Conversation
 from glmtuner.launch.build import finished_run
+from glmtuner.templates.glm import TEMPLATES
 
 ROOT = Path(__file__).parent.parent.parent
 GREEDY = ["generation=greedy"]
@@ -84,6 +87,37 @@ def test_old_turns_make_room_and_a_question_that_cannot_fit_is_told(run: Path) -
     ):
         conversation.ask("很长的问题" * 40, lambda text: None)
     assert conversation.turns == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("no_such_file", None, "no_such_file: No such file or directory"),
+        ("~no_such_user_of_this_machine/tools.json", None, "Could not determine home directory"),
+        ("a\0b", None, "null byte"),
+        (".", None, "Is a directory"),
+        ("a.json", b"\xff", "a.json: not UTF-8"),
+        ("a.json", b"[", "a.json: tools: a list of descriptions of tools is expected, or its JSON, got '['"),
+        ("a.json", b'[{"name": 1}]', "a.json: tools[0].name: text is expected"),
+    ],
+)
+def test_a_file_that_names_no_tools_is_told_and_the_conversation_stays(
+    name: str,
+    content: bytes | None,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).write_bytes(content)
+    conversation = Conversation(SimpleNamespace(template=TEMPLATES["glm4"], tokenizer=None))  # type: ignore[arg-type]
+    conversation.turns = [Message("user", "a"), Message("assistant", "b")]
+    assert answer_line(conversation, f"/tools {name}")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert told in line and "data." not in line
+    assert conversation.tools == () and len(conversation.turns) == 2
 
 
 def test_beams_and_sampling(run: Path) -> None:

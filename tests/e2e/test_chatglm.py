@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 from hub_server import serve
+from json_lines import lines
 from safetensors.torch import load_file, save_file
 from stand_ins import write_parity
 from upstream import write_checkpoint
+
+from glmtuner.models.tokenization_chatglm import ChatGLMTokenizer
 
 MODELS = {
     "chatglm_6b": "THUDM/chatglm-6b",
@@ -22,10 +25,6 @@ SHORT = (
     "trainer.disable_tqdm=true",
 )  # fmt: skip
 PREDICTS = ("trainer.do_predict=true", "trainer.predict_with_generate=true")
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def predict_again(glmtuner: Callable, tmp_path: Path) -> None:
@@ -54,6 +53,31 @@ def test_trains_and_predicts_from_a_folder(
     templates = {"chatglm_6b": "chatglm", "chatglm2_6b": "chatglm2", "chatglm3_6b": "chatglm3", "glm4_9b_chat": "glm4"}
     assert about["template"]["name"] == templates[preset]
     predict_again(glmtuner, tmp_path)
+
+
+@pytest.mark.parametrize("preset", ["chatglm_6b", "chatglm2_6b"])
+@pytest.mark.parametrize(("typed", "asked"), [((), "译成英文\n早"), (("data.input_separator=",), "译成英文早")])
+def test_a_prompt_begins_with_the_prefix_and_its_input_is_joined_as_typed(
+    glmtuner: Callable, tmp_path: Path, upstream_files: Path, preset: str, typed: tuple[str, ...], asked: str
+) -> None:
+    """As in the original project: `prefix + build_prompt(instruction + input)`, where nothing stands between the two."""
+    write_checkpoint(preset, tmp_path / "base", upstream_files)
+    record = {"instruction": "译成英文", "input": "早", "output": "Morning"}
+    (tmp_path / "records.jsonl").write_text(f"{json.dumps(record)}\n", encoding="utf-8")
+    done = glmtuner(
+        "--preview", "--json", f"model={preset}", "model.model_name_or_path=base", "tracker=none", "data.dataset=records.jsonl",
+        "data.source_prefix=请认真：", *typed,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads(done.stdout)
+    tokenizer = ChatGLMTokenizer.from_pretrained(tmp_path / "base")
+    text, answer = (
+        tokenizer(text, add_special_tokens=False).input_ids
+        for text in (f"请认真：[Round 1]\n\n问：{asked}\n\n答：", "Morning")
+    )
+    special = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>" if preset == "chatglm_6b" else "sop"])
+    prompt = [*text, *special] if preset == "chatglm_6b" else [*special, *text]
+    assert row["input_ids"][:-1] == [*prompt, *answer]
 
 
 @pytest.mark.parametrize("preset", MODELS)

@@ -126,6 +126,26 @@ def test_a_reader_that_goes_away_is_no_crash(tmp_path: Path) -> None:
     assert done.stdout.startswith("glmtuner fine-tunes") and done.stderr == ""
 
 
+def test_without_a_reader_what_only_prints_ends_and_what_writes_files_goes_on(tmp_path: Path) -> None:
+    run = [*TINY, "data.dataset=belle_sample", "trainer.output_dir=run"]
+    written = ["run/metrics.json", "run/adapter/adapter_model.safetensors", "run/report.html", "exported/export.json"]
+    for words, code, said, count in (
+        (run, 0, "glmtuner: the reader of standard output has gone; the run goes on\n", 2),
+        (["show", "run"], 141, "", 2),
+        (["--check", *run[:-1]], 141, "", 2),
+        (["report", "run"], 0, "", 3),
+        (["export", "run", "--to", "exported"], 0, "", 4),
+    ):
+        with subprocess.Popen(
+            [sys.executable, "-m", "glmtuner", *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}, text=True,
+        ) as process:  # fmt: skip
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            assert (process.stderr.read(), process.wait()) == (said, code), words
+        assert [(tmp_path / name).is_file() for name in written] == [True] * count + [False] * (4 - count), words
+
+
 def test_a_finished_run_is_pushed_to_a_hub(glmtuner_process: Callable, tmp_path: Path) -> None:
     root = tmp_path / "hub"
     root.mkdir()

@@ -55,7 +55,9 @@ def test_a_wrong_word_is_answered_before_anything_is_estimated(glmtuner):
     assert told.returncode == 2 and "trainer=train" in told.stderr
 
 
-@pytest.mark.parametrize("typed", [(), ("trainer.gradient_checkpointing=false",)])
+@pytest.mark.parametrize(
+    "typed", [(), ("trainer.gradient_checkpointing=false",), ("trainer.activation_checkpointing=false",)]
+)
 def test_a_run_checkpoints_where_its_longest_batch_would_not_fit(glmtuner, monkeypatch, records, typed):
     monkeypatch.setattr("glmtuner.launch.memory_check.device_memory", lambda device: 2**26)
     monkeypatch.setattr("glmtuner.launch.memory_check.process_baseline_bytes", lambda device, tracker: 0)

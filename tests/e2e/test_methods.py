@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from json_lines import lines
 
 from glmtuner.config.compose import presets
 from glmtuner.config.paths import conf_dir
@@ -16,10 +17,6 @@ METHODS = [name for name in presets([conf_dir()])["finetuning"] if name != "none
 
 def test_every_method_is_tried() -> None:
     assert sorted(RATES) == sorted(METHODS)
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
@@ -100,6 +97,27 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(glmtuner: C
     written = {name: (tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in "abcd"}
     assert written["a"] == written["b"]
     assert len(set(written.values())) == 3
+
+
+def test_a_process_whose_sets_have_another_order_writes_the_same_bytes(
+    glmtuner_process: Callable, tmp_path: Path
+) -> None:
+    """PEFT holds the names of an adapter's targets as sets, and Python orders a set of texts anew in each process."""
+    timed = {"provenance.json", "metrics.json", "report.md", "progress.json", "complete.json"}
+    written = []
+    for seed in ("1", "2"):
+        done = glmtuner_process(
+            "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "trainer.max_steps=1", "data.max_samples=4",
+            "finetuning.lora_target=all", "trainer.output_dir=run", "trainer.disable_tqdm=true", env={"PYTHONHASHSEED": seed},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        folder = (tmp_path / "run").rename(tmp_path / seed)
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name not in timed]
+        written.append({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+    assert written[0] == written[1]
+    for name in ("adapter/adapter_config.json", "checkpoints/checkpoint-1/adapter_config.json"):
+        targets = ["down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
+        assert json.loads(written[0][name])["target_modules"] == targets
 
 
 def test_accumulation_equals_the_big_batch(glmtuner: Callable, tmp_path: Path) -> None:

@@ -53,6 +53,29 @@ def test_a_run_that_diverges_fails(glmtuner: Callable, tmp_path: Path, kind: str
     strict_files(run)
 
 
+@pytest.mark.parametrize("words", [(), ("trainer.max_steps=9", "trainer.eval_strategy=steps", "trainer.eval_steps=1")])
+@pytest.mark.parametrize(
+    "stage", [("data.dataset=identity_sample", "finetuning=full"), ("data.dataset=preference_sample", "stage=dpo")]
+)
+def test_an_evaluation_that_finds_no_finite_loss_fails(
+    glmtuner: Callable, tmp_path: Path, stage: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    """The weights of a last step may be finite, and too large for any loss; the mean would be null, or that of the other records."""
+    steps = [] if words else ["trainer.max_steps=1"]
+    done = glmtuner(
+        *TINY, *stage, *words, *steps, "data.dev_ratio=0.1", "trainer.do_eval=true", "trainer.warmup_steps=0",
+        "trainer.learning_rate=1e30", "trainer.output_dir=run",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    said = " ".join(done.stderr.split())
+    assert (
+        "evaluation records is not finite after step 1: the training diverged with trainer.learning_rate=1e+30" in said
+    )
+    assert not any((tmp_path / "run" / name).exists() for name in ("metrics.json", "losses.jsonl", "report.md"))
+    assert "eval_loss" not in (tmp_path / "run/history.jsonl").read_text()
+    strict_files(tmp_path / "run")
+
+
 def test_a_diverged_job_is_never_ranked(glmtuner: Callable, tmp_path: Path) -> None:
     done = glmtuner(
         "-m", *TINY, "data.dataset=identity_sample", "trainer.max_steps=4", "trainer.learning_rate=1e-3,1e30",
@@ -65,6 +88,71 @@ def test_a_diverged_job_is_never_ranked(glmtuner: Callable, tmp_path: Path) -> N
     strict_files(tmp_path / "outputs/sweeps/rates")
 
 
+def test_a_diverged_job_is_never_the_best_of_a_search(glmtuner: Callable, tmp_path: Path) -> None:
+    done = glmtuner(
+        "-m", *TINY, "data.dataset=identity_sample", "trainer.max_steps=4", "trainer.learning_rate=choice(1e-3, 1e30)",
+        "hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "objective=train_loss", "name=search",
+    )  # fmt: skip
+    assert done.returncode == 1 and "diverged" in done.stderr, done.stdout + done.stderr
+    sweep = tmp_path / "outputs/sweeps/search"
+    (metrics,) = sweep.glob("*/metrics.json")  # the search has tried both rates
+    assert len([*sweep.glob("*/failed.json")]) == 1
+    best = (sweep / "optimization_results.yaml").read_text()
+    assert "learning_rate: 0.001" in best and f"best_value: {json.loads(metrics.read_text())['train_loss']}" in best
+
+
+# -- a run without an optimizer step is none -----------------------------------------------------------------------------
+
+DROPPED = ("trainer.dataloader_drop_last=true", "trainer.per_device_train_batch_size=128")
+WITHOUT_A_BATCH = {
+    "epochs": ("data.dataset=identity_sample",),
+    "steps": ("data.dataset=identity_sample", "trainer.max_steps=4"),
+    "pt": ("stage=pt", "data.dataset=text_sample", "trainer.max_steps=4"),
+    "dpo": ("stage=dpo", "data.dataset=preference_sample", "trainer.max_steps=4"),
+    "kto": ("stage=kto", "data.dataset=feedback_sample", "trainer.max_steps=4"),
+    "rm": ("stage=rm", "data.dataset=preference_sample"),
+    "packs": ("data.dataset=identity_sample", "data.packing=true", "trainer.max_steps=4"),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_A_BATCH)
+def test_records_that_make_no_batch_are_refused(glmtuner: Callable, tmp_path: Path, kind: str) -> None:
+    words = (*TINY, *WITHOUT_A_BATCH[kind], "trainer.output_dir=run")
+    packed = "trainer.per_device_train_batch_size=48"  # more than the packs, and fewer than the records
+    done = glmtuner(*words, *DROPPED, *([packed] if kind == "packs" else []))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "so that no step would be taken" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "run").exists() is (kind == "packs"), "packs are known only when the model is"
+    again = glmtuner(*words, "trainer.per_device_train_batch_size=1", DROPPED[0], "trainer.max_steps=1")
+    assert again.returncode == 0, again.stdout + again.stderr
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_whose_every_step_was_skipped_fails(
+    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """As fp16's scaler skips them when every gradient overflows."""
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    words = (
+        *TINY,
+        "data.dataset=identity_sample",
+        f"finetuning={method}",
+        "trainer.max_steps=3",
+        "trainer.output_dir=run",
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(AcceleratedOptimizer, "step", lambda self, closure=None: None)
+        patched.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
+        done = glmtuner(*words)
+    assert done.returncode == 2 and "no optimizer step was taken in 3 steps" in done.stderr, done.stdout + done.stderr
+    assert not any((tmp_path / "run" / name).exists() for name in ("metrics.json", "adapter", "model"))
+
+
+# -- a run that was killed behind its last checkpoint ------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     "ends", [("trainer.max_steps=5",), ("trainer.num_train_epochs=1.5",), ("trainer.num_train_epochs=1",)]
 )
@@ -74,7 +162,8 @@ def test_a_run_that_was_killed_behind_its_last_checkpoint_trains_nothing(
 ) -> None:
     words = [
         *TINY, f"finetuning={method}", "data.dataset=identity_sample", "data.dev_ratio=0.1", "trainer.do_eval=true", "trainer.do_predict=true",
-        "trainer.predict_with_generate=true", "trainer.eval_strategy=epoch", *ends, "trainer.output_dir=run",
+        "trainer.predict_with_generate=true", "trainer.eval_strategy=epoch", "trainer.lr_scheduler_type=constant", *ends,
+        "trainer.output_dir=run",
     ]  # fmt: skip
     done = glmtuner(*words)
     assert done.returncode == 0, done.stdout + done.stderr

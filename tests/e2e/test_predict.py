@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from json_lines import lines
 from upstream import write_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -19,10 +20,6 @@ WORDS = (
     "trainer=predict", "model=tiny_glm", "finetuning=none", "tracker=none", "data.dataset=identity_sample", "data.max_samples=30",
     "data.max_target_length=40", "trainer.disable_tqdm=true",
 )  # fmt: skip
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("other", ["trainer.per_device_eval_batch_size=1", "trainer.per_device_eval_batch_size=30"])
@@ -167,6 +164,30 @@ def test_answers_of_an_earlier_version_are_kept_and_those_to_other_records_are_n
     assert {name: again[name] for name in scores if name.startswith("predict_")} == {
         name: value for name, value in scores.items() if name.startswith("predict_")
     }
+
+
+def test_an_answer_that_is_lost_is_named_and_never_left_out_of_the_scores(
+    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glmtuner.inference import generate
+
+    words, real = [*WORDS, "data.max_samples=8", "trainer.output_dir=run"], generate.answers
+    path, metrics = tmp_path / "run/predictions.jsonl", tmp_path / "run/metrics.json"
+    with monkeypatch.context() as patched:
+        patched.setattr(generate, "answers", lambda *given: (each for each in real(*given) if each[0] != 3))
+        done = glmtuner(*words)
+    assert done.returncode == 2 and not metrics.exists(), done.stdout + done.stderr
+    assert "7 answers for 8 records (record 3 is the first" in " ".join(done.stderr.split())
+    assert glmtuner(*words).returncode == 0
+    kept, scores = path.read_text(encoding="utf-8"), json.loads(metrics.read_text())
+    assert [line["index"] for line in lines(path)] == list(range(8))
+    path.write_text(kept.replace('{"index": 2,', '{"index": 2;'), encoding="utf-8")  # a line that cannot be read
+    metrics.unlink()
+    done = glmtuner(*words)
+    assert done.returncode == 0 and "line 3 is not a JSON object" in done.stdout, done.stdout + done.stderr
+    assert path.read_text(encoding="utf-8") == kept
+    again = json.loads(metrics.read_text())
+    assert all(again[name] == value for name, value in scores.items() if name.startswith("predict_"))
 
 
 @pytest.fixture

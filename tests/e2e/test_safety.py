@@ -108,3 +108,37 @@ def test_half_a_file_of_weights_is_told_by_every_verb(
     assert not Path("out").exists()
     weights.write_bytes(whole)
     assert main(["export", "run", "--to", "out"]) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["show", "run"],
+        ["report", "run"],
+        ["chat", "run"],
+        ["serve", "run", "--port", "0"],
+        ["export", "run", "--to", "out"],
+        ["trainer=predict", *SHORT[1:5], "model.checkpoint_dir=run", "trainer.output_dir=out"],
+        [*SHORT, "model.checkpoint_dir=run", "trainer.output_dir=out"],
+        [*SHORT, "stage=ppo", "model.reward_model=run", "trainer.output_dir=out"],
+        [*SHORT, "trainer.resume_from_checkpoint=run", "trainer.output_dir=out"],
+    ],
+    ids=["show", "report", "chat", "serve", "export", "predict", "start", "reward", "resume"],
+)
+def test_the_config_of_a_strangers_run_reads_no_variable_of_the_reader(
+    run: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINE", "typed-env-value")
+    shutil.copytree(run, "run")
+    config = Path("run/config.yaml")
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace("model_name_or_path: package://tiny_glm", "model_name_or_path: ${oc.env:MINE}"))
+    assert config.read_text(encoding="utf-8") != text
+    before = {path for path in tmp_path.rglob("*") if path.name != ".lock"}
+    assert main(words) == 2
+    out, err = capfd.readouterr()
+    assert "model.model_name_or_path holds an interpolation" in err and "config.yaml" in err and err.count("\n") == 1
+    assert {path for path in tmp_path.rglob("*") if path.name != ".lock"} == before
+    assert "typed-env-value" not in out + err
+    assert not [path for path in before if path.is_file() and b"typed-env-value" in path.read_bytes()]

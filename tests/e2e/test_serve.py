@@ -15,13 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from listening import listening
 from openai import OpenAI
 from small_models import run_of_one_step
 
@@ -323,35 +323,6 @@ def endless(run: Path) -> Any:
 
 def replace_generation(finished: Any, **values: Any) -> Any:
     return replace(finished, run=replace(finished.run, generation=replace(finished.run.generation, **values)))
-
-
-@contextmanager
-def listening(finished: Any, rows: int = 4, grace_s: float = 10.0, delay_s: float = 0.0) -> Iterator[tuple[Any, int]]:
-    """(the HTTP server, its port); every step of the model takes `delay_s` seconds longer."""
-    from glmtuner.cli.serve import bind_listener
-    from glmtuner.serving.app import Limits, Server, max_characters
-    from glmtuner.serving.engine import Engine
-    from glmtuner.serving.listen import HttpServer
-
-    engine = Engine(finished, rows, 64)
-    step = engine.decoder.step
-    engine.decoder.step = lambda batch: (time.sleep(delay_s), step(batch))[1]  # type: ignore[method-assign]
-    engine.start()
-    listener = bind_listener("127.0.0.1", 0)
-    api = Server(finished, engine, "m", Limits(max_characters=max_characters(finished), timeout_s=60))
-    server = HttpServer(api, None, ("127.0.0.1", "localhost"), grace_s)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    port = listener.getsockname()[1]
-    try:
-        yield server, port
-    finally:
-        server.handle_exit(signal.SIGTERM, None)
-        server.handle_exit(signal.SIGTERM, None)
-        thread.join(20)
-        engine.close()
-        listener.close()
-    assert not thread.is_alive()
 
 
 def opened(port: int, receive_buffer: int = 0, **fields: Any) -> socket.socket:

@@ -1,14 +1,12 @@
 """Tools and reasoning by `serve` and `chat`: the official client asks a tiny model that has learned conversations by heart.
 
 What the model has learned is what transformers renders with the official templates, so that its answers are in the syntax that
-the published models write; GLM-4's behind the prompts of our own template. GLM-4 and GLM-4.7 by default, GLM-4.5, Qwen3, Mistral,
+the published models write; GLM-4's is asked by our own template. GLM-4 and GLM-4.7 by default, GLM-4.5, Qwen3, Mistral,
 Llama 3.1 and GLM-4's own jinja by `make test-heavy`.
 """
 
 import json
-import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,25 +15,20 @@ from typing import Any
 import openai
 import pytest
 import torch
+from listening import official_client
 from official_templates import Official, official
 from openai import OpenAI
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glmtuner.cli import chat
-from glmtuner.cli.serve import bind_listener
 from glmtuner.config.groups import Generation
-from glmtuner.data.records import Message
 from glmtuner.inference.conversation import Conversation
-from glmtuner.serving.app import Limits, Server, max_characters
-from glmtuner.serving.engine import Engine
-from glmtuner.serving.listen import HttpServer
 from glmtuner.templates.glm import TEMPLATES
 from glmtuner.templates.jinja import TokenizersOwn
-from glmtuner.templates.tool_calls import ToolCall
 
 FAMILIES = ("glm4", "glm-4.5", "glm-4.7", "glm-4-9b-chat", "qwen3", "mistral-7b-instruct-v0.3", "llama-3.1-instruct")
-CHOICES = [pytest.param(name, marks=() if name in ("glm4", "glm-4.7") else pytest.mark.heavy) for name in FAMILIES]
-ONE_CALL = {"llama-3.1-instruct"}
+ONE_CALL = {"llama-3.1-instruct"}  # in a turn
+THINK = {"glm-4.5", "glm-4.7", "qwen3"}
 WEATHER = {
     "type": "function",
     "function": {
@@ -55,6 +48,11 @@ TIME = {
 TOOLS: Any = [WEATHER, TIME]
 BEIJING, SHANGHAI = {"city": "北京", "days": 3}, {"city": "上海", "days": 1}
 THOUGHT = "6*7, 试试"
+
+
+def choices(names: Iterable[str]) -> list[Any]:
+    """Parameters of these families; two are tried by default."""
+    return [pytest.param(name, marks=() if name in ("glm4", "glm-4.7") else pytest.mark.heavy) for name in names]
 
 
 def called(*arguments: dict[str, Any], as_text: bool = False) -> dict[str, Any]:
@@ -91,7 +89,7 @@ def learned(name: str) -> list[tuple[list[dict[str, Any]], list[Any], bool]]:
             ([user("两地?"), both], TOOLS, False),
             ([user("两地?"), both, result("晴 25"), result("晴 19", 1), said], TOOLS, False),
         ]
-    if "reasoning_content" in template_of(name).source:
+    if name in THINK:
         found += [([user("6*7?"), {"role": "assistant", "content": "四十二", "reasoning_content": THOUGHT}], [], True)]
         found += [([user("想想北京?"), {**called(BEIJING), "reasoning_content": "要查天气"}], TOOLS, True)]
     return found
@@ -99,17 +97,16 @@ def learned(name: str) -> list[tuple[list[dict[str, Any]], list[Any], bool]]:
 
 @cache
 def template_of(name: str) -> Official:
-    return official(SHARED[0], "glm-4-9b-chat" if name == "glm4" else name)
+    return official(SHARED[0], "glm-4-9b-chat-1m-hf" if name == "glm4" else name)
 
 
-SHARED: list[Path] = []
+SHARED: list[Path | None] = []
 
 
-@pytest.fixture(scope="module", params=CHOICES)
+@pytest.fixture(scope="module", params=choices(FAMILIES))
 def family(request: pytest.FixtureRequest, shared: Path | None) -> str:
-    if shared is None:
-        pytest.skip(f"needs the template of {request.param} in ../shared/goldens/templates")
     SHARED[:] = [shared]
+    template_of(request.param)
     return str(request.param)
 
 
@@ -128,6 +125,7 @@ MALFORMED = {  # a call that breaks off before the stop token
 def finished(family: str) -> Any:
     """A loaded run whose model has learned by heart what transformers renders of the conversations."""
     template = template_of(family)
+    assert ("reasoning_content" in template.source) == (family in THINK)
     records = learned(family)
     texts = [json.dumps([messages, tools], ensure_ascii=False) for messages, tools, _ in records]
     tokenizer = template.tokenizer([*texts, template.source])
@@ -136,17 +134,12 @@ def finished(family: str) -> Any:
     rows = []
     for messages, tools, thinks in records:
         options = {"enable_thinking": thinks} if "enable_thinking" in template.source else {}
-        prompt = rendered(template, messages[:-1], tools, prompts=True, **options)
-        whole = rendered(template, messages, tools, prompts=False, **options)
-        behind = min((whole[len(prompt) :].split(stop)[0] for stop in template.stops), key=len)
+        behind = template.behind(messages, tools, **options)
+        assert behind.strip(), messages
         stop = stops[1 if "tool_calls" in messages[-1] else 0]
-        assert whole.startswith(prompt) and behind.strip(), (messages, behind)
-        rows.append((own_prompt(tokenizer, messages[:-1], tools) if family == "glm4" else prompt, behind + stop))
+        rows.append((template.prompt(messages[:-1], tools, **options), behind + stop))
     options = {"enable_thinking": False} if "enable_thinking" in template.source else {}
-    broken = [user("坏了?")]
-    prompt = rendered(template, broken, TOOLS, prompts=True, **options)
-    prompt = own_prompt(tokenizer, broken, TOOLS) if family == "glm4" else prompt
-    rows.append((prompt, MALFORMED[family] + template.stops[0]))
+    rows.append((template.prompt([user("坏了?")], TOOLS, **options), MALFORMED[family] + template.stops[0]))
     model = learned_by_heart(tokenizer, rows)
     run = SimpleNamespace(generation=Generation(do_sample=False))
     return SimpleNamespace(
@@ -154,42 +147,6 @@ def finished(family: str) -> Any:
         template=TEMPLATES["glm4"] if family == "glm4" else TokenizersOwn(source=template.source, fitting=True),
         stops=tuple(sorted(tokenizer.convert_tokens_to_ids(stop) for stop in template.stops)),
     )  # fmt: skip
-
-
-def own_prompt(tokenizer: Any, messages: list[dict[str, Any]], tools: Any) -> str:
-    """The prompt of our own template of GLM-4."""
-    turns = [
-        Message(
-            turn["role"],
-            turn["content"],
-            tool_calls=tuple(ToolCall(**call["function"]) for call in turn.get("tool_calls", ())),
-        )
-        for turn in messages
-    ]
-    (encoded,) = TEMPLATES["glm4"].encode(tokenizer, [turns], [tools])
-    return str(tokenizer.decode(encoded.input_ids))
-
-
-def rendered(template: Official, messages: list[dict[str, Any]], tools: Any, prompts: bool, **options: Any) -> str:
-    """What transformers renders; GLM-4 has its tools in a system turn, calls as turns with metadata, results as observations."""
-    if not template.name.startswith("glm-4-9b"):
-        return template.render(messages, tools, add_generation_prompt=prompts, **options)
-    turns: list[dict[str, Any]] = [{"role": "system", "content": "", "tools": tools}] if tools else []
-    for message in messages:
-        if message["role"] == "tool":
-            turns.append({"role": "observation", "content": message["content"]})
-        elif "tool_calls" in message:
-            functions = [call["function"] for call in message["tool_calls"]]
-            turns += [
-                {
-                    "role": "assistant", "metadata": function["name"],
-                    "content": json.dumps(function["arguments"], ensure_ascii=False),
-                }
-                for function in functions
-            ]  # fmt: skip
-        else:
-            turns.append(message)
-    return template.render(turns, add_generation_prompt=prompts)
 
 
 def learned_by_heart(tokenizer: Any, rows: list[tuple[str, str]]) -> LlamaForCausalLM:
@@ -228,23 +185,8 @@ def client(finished: Any) -> Iterator[OpenAI]:
     """The official client of a server of the model."""
     if finished.tokenizer.pad_token_id is None:
         finished.tokenizer.pad_token = finished.tokenizer.convert_ids_to_tokens(finished.stops[0])
-    engine = Engine(finished, 8, 64)
-    engine.start()
-    listener = bind_listener("127.0.0.1", 0)
-    api = Server(finished, engine, "m", Limits(max_characters=max_characters(finished), timeout_s=60))
-    server = HttpServer(api, None, ("127.0.0.1", "localhost"), 5)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        port = listener.getsockname()[1]
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
-    finally:
-        server.handle_exit(signal.SIGTERM, None)
-        server.handle_exit(signal.SIGTERM, None)
-        thread.join(20)
-        engine.close()
-        api.close_reader()
-        listener.close()
+    with official_client(finished) as made:
+        yield made
 
 
 def ask(client: OpenAI, messages: list[Any], thinking: bool | None = None, **asked: Any) -> Any:
@@ -322,9 +264,22 @@ def test_a_call_its_result_and_the_answer(family: str, client: OpenAI) -> None:
     assert again["content"] == "晴, 25 度" and again["reasons"] == ["stop"] and not again["calls"]
 
 
+def test_an_answer_is_sent_back_as_the_client_put_it_together_from_a_stream(family: str, client: OpenAI) -> None:
+    asked: list[Any] = [user("北京?")]
+    thinking = off(family)
+    extra = {} if thinking is None else {"chat_template_kwargs": {"enable_thinking": thinking}}
+    with client.chat.completions.stream(
+        model="m", messages=asked, tools=TOOLS, max_tokens=150, extra_body=extra
+    ) as events:
+        choice = events.get_final_completion().choices[0]
+    assert calls_of(choice) == [("get_weather", BEIJING)] and choice.finish_reason == "tool_calls"
+    results = [{**each, "name": "get_weather"} for each in results_of(choice.message, ["晴 25"])]
+    for sent in (choice.message, choice.message.model_dump()):
+        assert ask(client, [*asked, sent, *results], thinking).message.content == "晴, 25 度"
+
+
+@pytest.mark.parametrize("family", choices(name for name in FAMILIES if name not in ONE_CALL), indirect=True)
 def test_two_calls_at_once(family: str, client: OpenAI) -> None:
-    if family in ONE_CALL:
-        pytest.skip("its template has one call in a turn")
     asked: list[Any] = [user("两地?")]
     choice = ask(client, asked, off(family))
     assert calls_of(choice) == [("get_weather", BEIJING), ("get_weather", SHANGHAI)]
@@ -340,9 +295,8 @@ def test_two_calls_at_once(family: str, client: OpenAI) -> None:
     assert len(streamed(client, asked, off(family), parallel_tool_calls=False)["calls"]) == 1
 
 
+@pytest.mark.parametrize("family", choices(name for name in FAMILIES if name in THINK), indirect=True)
 def test_a_thought_apart_from_the_answer_and_from_calls(family: str, client: OpenAI) -> None:
-    if "reasoning_content" not in template_of(family).source:
-        pytest.skip("its template has no thoughts")
     choice = ask(client, [user("6*7?")], True, tools=None)
     assert choice.message.content == "四十二" and choice.message.reasoning_content == THOUGHT
     parts = streamed(client, [user("6*7?")], True, tools=None)
@@ -387,8 +341,6 @@ def test_the_choice_of_tools(family: str, client: OpenAI) -> None:
 
 def test_a_prompt_is_that_of_transformers(family: str, client: OpenAI, finished: Any) -> None:
     """Also with arguments as JSON text and null content."""
-    if family == "glm4":
-        pytest.skip("tests/unit/templates compares our own template with the maker's")
     from glmtuner.serving.prompt import prompt_of, tools_of, turns_of
     from glmtuner.serving.protocol import parse_request
 
@@ -409,9 +361,7 @@ def test_a_prompt_is_that_of_transformers(family: str, client: OpenAI, finished:
         }
         chat_request = parse_request(json.dumps(body).encode(), 100)
         prompt = prompt_of(chat_request, turns_of(chat_request), tools_of(chat_request), finished)
-        assert finished.tokenizer.decode(prompt.ids) == rendered(
-            template, messages[:-1], tools, prompts=True, **options
-        )
+        assert finished.tokenizer.decode(prompt.ids) == template.prompt(messages[:-1], tools, **options)
 
 
 @pytest.mark.parametrize(
@@ -462,7 +412,7 @@ def test_chat_shows_thoughts_and_calls_apart(
             "(type the result of get_weather on the next line)",
             "都是晴天",
         ]
-    if "reasoning_content" in template_of(family).source:
+    if family in THINK:
         thinking = Conversation(SimpleNamespace(**{**vars(finished), "template": template.asking(True)}))  # type: ignore[arg-type]
         assert chat.answer_line(thinking, "6*7?")
         assert capsys.readouterr().out.splitlines() == [f"(thinking) {THOUGHT}", "四十二"]

@@ -13,6 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from json_lines import lines
 from safetensors.torch import load_file
 from upstream import write_checkpoint
 
@@ -39,10 +40,6 @@ def run(folder: Path, *words: str) -> str:
         code = main([*SHORT, *words, f"trainer.output_dir={folder}"])
     assert code == 0, out.getvalue()
     return out.getvalue()
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def logged(folder: Path, name: str) -> list[float]:

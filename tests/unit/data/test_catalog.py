@@ -210,6 +210,7 @@ def test_an_entry_that_cannot_be_served_points_to_the_catalogues(tmp_path):
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 PLAIN = {"prompt": "instruction", "response": "output"}
 JUDGED = {"response": "answer", "kto_tag": "label"}
+TRL = {"messages": "prompt", "response": "completion"}
 DIALOGUE = "Human: q\nAssistant: a"
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
@@ -234,6 +235,11 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
         ({"messages": TURNS}, "sharegpt", {"messages": "messages"}),
         ({"conversations": ["q", "a"]}, "turns", {"messages": "conversations"}),
         ({"text": "x", "url": "y"}, "text", {"prompt": "text"}),
+        ({"prompt": "q", "completion": "a"}, "alpaca", {"prompt": "prompt", "response": "completion"}),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, "messages", TRL),
+        ({"prompt": MESSAGES[:1], "completion": "a"}, "messages", TRL),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:], "label": True}, "messages", {**TRL, "kto_tag": "label"}),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "sharegpt", TRL),
     ],
 )  # fmt: skip
 def test_a_path_is_read_by_its_first_record(tmp_path, monkeypatch, record, formatting, columns):

@@ -123,6 +123,14 @@ def test_the_keys_of_turns_that_are_not_used_are_named(tmp_path):
     }
 
 
+def test_another_key_than_that_of_the_role_does_not_say_whose_turn_it_is(tmp_path):
+    chat = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "role": "tool", "name": "x"}]
+    chat[0]["role"] = ["a"]
+    examples, read = loaded(write(tmp_path, {"conversations": chat}), entry={"formatting": "sharegpt"})
+    assert turns(examples[0]) == [("user", "q"), ("assistant", "a")]
+    assert read == "conversations -> turns; not used: conversations.name"
+
+
 def test_an_entry_that_names_no_columns_reads_history_and_system_and_refuses_the_rest(tmp_path):
     records = [{**A, "history": [["x", "y"]], "system": "s"}]
     examples, read = loaded(write(tmp_path, *records), entry={})

@@ -3,12 +3,15 @@
 import pytest
 from transformers import AddedToken, AutoTokenizer
 
+from glmtuner.config.groups import Data, Thinking
 from glmtuner.config.paths import ASSETS
 from glmtuner.data.encode import Encoder
 from glmtuner.data.pairs import PairEncoder
+from glmtuner.data.prompts import PromptEncoder
 from glmtuner.data.records import Example, Message
 from glmtuner.errors import ConfigError
 from glmtuner.templates.base import IGNORE_INDEX
+from glmtuner.templates.glm import TEMPLATES
 from glmtuner.templates.jinja import TokenizersOwn
 
 # in the manner of Qwen3: the last answer has a thought, if an empty one; earlier ones have none
@@ -70,6 +73,31 @@ def test_an_answer_is_learned_behind_the_prompt_of_its_mode(tokenizer, thinking,
     assert row["input_ids"].count(think) == 1, "the answer's own tag is the token"
 
 
+@pytest.mark.parametrize("name", ["glm4", "chatglm3", "plain", "chatglm2"])
+@pytest.mark.parametrize("kind", [Encoder, PromptEncoder])
+def test_a_template_without_thoughts_leaves_them_out_where_it_is_asked_to(tokenizer, name, kind):
+    own = AutoTokenizer.from_pretrained(ASSETS / "tiny_glm")
+    own.add_tokens([AddedToken(token, special=True) for token in ("sop", "</s>")])
+    lengths = {"max_source_length": 200, "max_target_length": 200}
+    plain = kind(template=TEMPLATES[name], tokenizer=own, **lengths)
+    strip = Data(dataset=["a"], dataset_dir=".", thinking=Thinking.strip, **lengths).lengths()
+    stripping = kind(template=TEMPLATES[name], tokenizer=own, **strip)
+    again, more = Message("user", "b"), Message("assistant", "bb")
+    for answer in (THOUGHT, TAGGED):
+        for before, after in (([], []), ([], [again, more]), ([ASK, more], [])):
+            rows, _ = stripping.encode([Example([*before, ASK, answer, *after])])
+            wanted, _ = plain.encode([Example([*before, ASK, TOLD, *after])])
+            columns = ("input_ids", "labels", "prompt_ids", "prompt", "earlier")
+            assert [[row.get(key) for key in columns] for row in rows] == [
+                [row.get(key) for key in columns] for row in wanted
+            ]
+    if kind is Encoder:
+        rows, counts = stripping.encode([Example([ASK, Message("assistant", "<think>only</think>\n")])])
+        assert (rows, counts.records, counts.unrendered) == ([], 0, 1)
+        with pytest.raises(ConfigError, match=r"does not render the reasoning .*data\.thinking=strip"):
+            plain.encode([Example([ASK, THOUGHT])])
+
+
 def test_earlier_answers_of_a_rewritten_history_are_rows_of_their_own(tokenizer):
     messages = [ASK, THOUGHT, Message("user", "b"), Message("assistant", "bb"), Message("user", "c"), TAGGED]
     (row,), counts = encoder(tokenizer).encode([Example(messages)])
@@ -105,7 +133,7 @@ def test_both_answers_of_a_pair_follow_one_prompt(tokenizer):
     assert tokenizer.decode(row["rejected_ids"][start:]) == "<think></think>3<eop>"
 
 
-def test_a_record_of_which_the_template_renders_nothing_has_no_row(tokenizer):
+def test_a_record_of_which_the_template_renders_nothing_has_no_row():
     own = AutoTokenizer.from_pretrained(ASSETS / "tiny_glm")
     own.chat_template = SOURCE.replace("{{ content.strip() }}", "{{ content.strip() if content != '2' else '' }}")
     rows, counts = encoder(own).encode([Example([ASK, TOLD]), Example([ASK, Message("assistant", "3")])])
@@ -113,7 +141,7 @@ def test_a_record_of_which_the_template_renders_nothing_has_no_row(tokenizer):
     assert "renders nothing" in counts.summary()
 
 
-def test_stops_do_not_depend_on_what_follows(tokenizer):
+def test_stops_do_not_depend_on_what_follows():
     """Where the template writes nothing behind an answer, the stop is the token of the user's turn."""
     own = AutoTokenizer.from_pretrained(ASSETS / "tiny_glm")
     template = TokenizersOwn(source=own.chat_template)

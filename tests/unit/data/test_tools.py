@@ -178,8 +178,6 @@ def test_each_format_is_recognized_without_an_entry(tmp_path, name):
 
 
 def small_encoder(shared, model, kind=Encoder, **options):
-    if shared is None or not (shared / f"goldens/templates/{model}.jinja").is_file():
-        pytest.skip(f"needs {model}.jinja as ../shared/goldens/templates/{model}.jinja")
     template = official(shared, model)
     tokenizer = template.tokenizer([ASK, TOLD, RESULT, of_json(WRAPPED)])
     lengths = {"max_source_length": 4000, "max_target_length": 4000, **options}

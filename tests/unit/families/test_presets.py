@@ -2,12 +2,14 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from family_models import CONFIGS, built
+from official_templates import official
 from torch import nn
 
 from glmtuner.config.compose import compose
@@ -16,6 +18,7 @@ from glmtuner.errors import ConfigError
 from glmtuner.families import FAMILIES
 from glmtuner.families.family import Family, families_that_fit, family_from_structure, family_of
 from glmtuner.finetuning.lora import Lora
+from glmtuner.launch.libraries import quieten_libraries
 from glmtuner.launch.register import register_presets
 from glmtuner.templates.base import OWN, TEMPLATES
 from glmtuner.templates.named import template_named  # noqa: F401  (fills TEMPLATES)
@@ -213,6 +216,16 @@ def test_routed_experts_are_adapted_where_asked_for(name: str) -> None:
     }
 
 
+def test_experts_that_are_adapted_are_not_called_ignored() -> None:
+    """As PEFT does, which looks for its own pattern of them among the modules."""
+    family = FAMILIES["glm4_moe"]
+    lora = Lora(finetuning_type="lora", lora_rank=2, lora_alpha=4, lora_dropout=0.0, lora_target=[*family.experts])
+    with warnings.catch_warnings(record=True) as shown:
+        quieten_libraries()
+        lora.resolved(family, 2).attach(built("glm4_moe"), family)
+    assert not [each.message for each in shown if issubclass(each.category, RuntimeWarning)]
+
+
 @pytest.mark.parametrize("name", MOE)
 def test_a_regular_expression_that_selects_experts_with_dropout_is_one_paragraph(name: str) -> None:
     family = FAMILIES[name]
@@ -251,10 +264,8 @@ def test_models_that_publish_a_template_use_it(shared: Path | None) -> None:
     """Its answers end at a stop of the family: no official template of GLM writes anything else behind them."""
     for preset in OFFICIAL:
         assert FAMILIES[PRESETS[preset]["family"]].template == OWN
-    if shared is None or not (shared / "goldens/templates").is_dir():
-        pytest.skip("needs the official templates in ../shared/goldens/templates")
     for preset, name in OFFICIAL.items():
-        source = (shared / f"goldens/templates/{name}.jinja").read_text(encoding="utf-8")
+        source = official(shared, name).source
         assert {"<|user|>", "<|observation|>"} <= {*re.findall(r"<\|\w+\|>", source)} <= {
             "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
             "<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|video|>",
@@ -262,12 +273,19 @@ def test_models_that_publish_a_template_use_it(shared: Path | None) -> None:
 
 
 def test_the_page_of_models_lists_every_preset() -> None:
+    """With the sizes and contexts that its file says in words."""
     page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
     rows = {
         match[1]: line for line in page.splitlines() if (match := re.match(r"\| `(\w+)`(?: \(default\))? \|", line))
     }
     assert PRESETS.keys() <= rows.keys()
+    num_facts = 0
     for preset, values in PRESETS.items():
         family = FAMILIES[values["family"]]
         assert values["model_name_or_path"] in rows[preset] or preset == "tiny_glm"
         assert f"`{family.name}`" in rows[preset] and f"`{family.template}`" in rows[preset], preset
+        said = (conf_dir() / f"model/{preset}.yaml").read_text(encoding="utf-8")
+        facts = re.findall(r"\d+[kM](?= context)|\d+B(?= parameters)|\d+B active", said)
+        assert all(re.search(rf"\b{fact}\b", rows[preset]) for fact in facts), preset
+        num_facts += len(facts)
+    assert num_facts > len(PRESETS) / 2

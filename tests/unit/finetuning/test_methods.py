@@ -194,6 +194,11 @@ def test_a_lora_target_that_matches_no_layer_is_answered_with_the_nearest():
         method("lora", lora_target=["query_key_value"]).resolved(family, 2)
 
 
+def test_a_lora_rank_that_no_memory_holds_is_one_paragraph():
+    with pytest.raises(ConfigError, match=r"finetuning\.lora_rank=1000000000000: not enough memory for the adapter"):
+        attached("lora", "glm", lora_rank=10**12)
+
+
 @every_kind
 def test_merged_lora_keeps_outputs(kind):
     model, _ = trained("lora", kind, lora_target=["all"])

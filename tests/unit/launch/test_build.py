@@ -8,17 +8,11 @@ import sys
 
 import pytest
 import torch
+from described_runs import run_with
 
-from glmtuner.config.compose import compose
 from glmtuner.errors import ConfigError
 from glmtuner.launch.checks import check_liger, check_liger_runs
 from glmtuner.launch.libraries import load_libraries
-from glmtuner.launch.register import register_presets
-
-
-def run_with(*words):
-    register_presets()
-    return compose(["model=tiny_glm", *words]).run
 
 
 def test_liger_kernels_that_are_not_installed(monkeypatch):

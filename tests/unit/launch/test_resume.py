@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from glmtuner.config.compose import compose
 from glmtuner.config.schema import legal_keys
 from glmtuner.errors import CheckpointError, ConfigError, GlmtunerError
 from glmtuner.launch.register import register_presets
 from glmtuner.launch.resume import MAY_CHANGE, checkpoint_to_resume, may_change, require_same_optimizer
+from glmtuner.run_folder.acquire import DERIVED_KEYS, RESUME_IGNORED_KEYS
 from glmtuner.run_folder.checkpoints import mark_complete
 
 register_presets()
@@ -116,6 +117,51 @@ def test_another_training_is_named_and_refused(run_folder: Path, tmp_path: Path,
     ((name, value),) = changed.items()
     told = refused(run_folder, tmp_path / "second", **changed)
     assert f"trainer.{name} is " in told and f" there and {str(value).lower()} here" in told
+
+
+def leaves(config: DictConfig, prefix: str = "") -> dict[str, object]:
+    """The value of every key."""
+    found: dict[str, object] = {}
+    for name, value in OmegaConf.to_container(config, enum_to_str=True).items():  # type: ignore[union-attr]
+        key = f"{prefix}{name}"
+        found |= leaves(config[name], f"{key}.") if isinstance(value, dict) and value else {key: value}
+    return found
+
+
+def another(value: object) -> object:
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int | float) else ["other"] if isinstance(value, list) else "other"
+
+
+def test_every_key_that_may_not_change_is_named_and_refused(run_folder: Path, tmp_path: Path) -> None:
+    """The dataset, the lengths, the rank and the dtype among them."""
+    wanted = {
+        key: value
+        for key, value in leaves(COMPOSED.config).items()
+        if not may_change(key) and key not in (*RESUME_IGNORED_KEYS, *DERIVED_KEYS)
+    }
+    assert {
+        "data.dataset",
+        "data.max_target_length",
+        "finetuning.lora_rank",
+        "model.dtype",
+        "stage.name",
+    } <= wanted.keys()
+    checkpoint_2 = run_folder / "checkpoints/checkpoint-2"
+    run = dataclasses.replace(
+        COMPOSED.run, trainer=dataclasses.replace(COMPOSED.run.trainer, resume_from_checkpoint=str(checkpoint_2))
+    )
+    accepted = []
+    for key, value in wanted.items():
+        config = OmegaConf.create(OmegaConf.to_container(COMPOSED.config))
+        OmegaConf.update(config, key, another(value))
+        try:
+            checkpoint_to_resume(run, config, tmp_path / "second", 1)
+            accepted.append(key)
+        except CheckpointError as error:
+            assert f"with another configuration: {key} is " in str(error)
+    assert accepted == []
 
 
 def test_a_longer_training_with_other_measurements_is_the_same(

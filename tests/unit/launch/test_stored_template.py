@@ -3,16 +3,14 @@
 import json
 
 import pytest
-from omegaconf import OmegaConf
+from described_runs import run_with, write_run
 from transformers import AutoTokenizer
 
-from glmtuner.config.compose import compose
 from glmtuner.config.paths import ASSETS
 from glmtuner.data.records import Message
 from glmtuner.errors import CheckpointError
 from glmtuner.families.family import family_named
 from glmtuner.launch.build import resolve_template
-from glmtuner.launch.register import register_presets
 from glmtuner.templates.base import TEMPLATES
 from glmtuner.templates.stored import version_stored
 
@@ -34,21 +32,8 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ASSETS / "tiny_glm")
 
 
-def run_with(*words):
-    register_presets()
-    return compose(["model=tiny_glm", *words]).run
-
-
 def stored(folder, template, name="glm4"):
-    """A folder with the files that describe a run."""
-    folder.mkdir()
-    register_presets()
-    config = OmegaConf.to_container(compose(["model=tiny_glm"]).config, resolve=True, enum_to_str=True)
-    config["model"]["template"] = name
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)), encoding="utf-8")
-    (folder / "overrides.txt").write_text("model=tiny_glm\n", encoding="utf-8")
-    (folder / "provenance.json").write_text(json.dumps({"template": template, "data": {}}), encoding="utf-8")
-    return folder
+    return write_run(folder, {"template": template}, name)
 
 
 def prompt(template, tokenizer):

@@ -36,16 +36,14 @@ WITH_BREAK = RoleTokens(name="glm4", stop="<|user|>", prefix=("[gMASK]", "<sop>"
 
 
 @cache
-def golden(shared: Path, model: str):
-    folder = shared / "goldens/templates"
-    content = json.loads((folder / f"{model}.json").read_text(encoding="utf-8"))
-    return content, official_templates.official(shared, model).tokenizer([])
+def golden(shared: Path | None, model: str):
+    template = official_templates.official(shared, model)
+    content = json.loads((shared / f"goldens/templates/{model}.json").read_text(encoding="utf-8"))
+    return content, template.tokenizer([])
 
 
 @pytest.fixture(params=official_templates.MODELS)
 def official(request, shared: Path | None):
-    if shared is None:
-        pytest.skip(f"needs the template and renderings of {request.param} in ../shared/goldens/templates")
     return golden(shared, request.param)
 
 
@@ -124,19 +122,15 @@ def test_rows_of_the_conversations_agree_with_the_stored_renderings(official):
     [("glm4", "glm-4-9b-chat"), ("glm4", "glm-4-9b-chat-1m-hf"), ("glm_edge", "glm-edge-4b-chat")],
 )
 def test_templates_of_ours_agree_with_their_makers(shared: Path | None, ours, model):
-    if shared is None:
-        pytest.skip(f"needs the template of {model} in ../shared/goldens/templates")
     _, tokenizer = golden(shared, model)
     assert check_template(run_of(), encoder_of(TEMPLATES[ours], tokenizer), ours)
 
 
 def test_spaces_that_sentencepiece_adds_to_pieces_are_no_difference(shared: Path | None, published_file, tmp_path):
-    if shared is None:
-        pytest.skip("needs the template of chatglm3-6b in ../shared/goldens/templates")
     from glmtuner.models.tokenization_chatglm import ChatGLMTokenizer
 
     tokenizer = ChatGLMTokenizer(str(published_file("tokenizer.model")))
-    tokenizer.chat_template = (shared / "goldens/templates/chatglm3-6b.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = official_templates.official(shared, "chatglm3-6b").source
     assert check_template(run_of(), encoder_of(TEMPLATES["chatglm3"], tokenizer), "chatglm3")
     with pytest.raises(ConfigError):
         check_template(run_of(), encoder_of(TEMPLATES["chatglm2"], tokenizer), "chatglm2")
@@ -146,8 +140,6 @@ def test_spaces_that_sentencepiece_adds_to_pieces_are_no_difference(shared: Path
 @pytest.mark.parametrize("mistake", ["prompt", "answer", "tokens"])
 def test_a_mistake_of_the_encoder_is_found(shared: Path | None, monkeypatch, model, mistake):
     """Whatever part of a row is wrong."""
-    if shared is None:
-        pytest.skip(f"needs the template of {model} in ../shared/goldens/templates")
     _, tokenizer = golden(shared, model)
     template = TokenizersOwn(source=tokenizer.chat_template)
     encoder = encoder_of(template, tokenizer)

@@ -11,6 +11,8 @@ from openai.types.chat import (
     ChatCompletionMessage,
     ChatCompletionStreamOptionsParam,
     ChatCompletionToolMessageParam,
+    ParsedChatCompletionMessage,
+    ParsedFunctionToolCall,
 )
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase, CompletionCreateParamsStreaming
 from openai.types.shared_params import FunctionDefinition
@@ -88,6 +90,7 @@ OF_ASSISTANT: dict[str, tuple[list[Any], list[Any]]] = {
     "function_call": ([None], [{"name": "f", "arguments": ""}]),
     "audio": ([None], [{"id": "1"}]),
     "annotations": ([None, []], [[{"type": "url_citation"}]]),
+    "parsed": ([None], [{"a": 1}]),
 }
 
 
@@ -114,10 +117,13 @@ def test_the_tables_hold_every_field_of_the_official_client() -> None:
     official = CompletionCreateParamsBase.__annotations__ | CompletionCreateParamsStreaming.__annotations__
     assert {*FIELDS} == {*official}
     assert {*ChatRequest.model_fields} == {*FIELDS, "top_k", "repetition_penalty", "chat_template_kwargs"}
-    assert {*OF_ASSISTANT} == {*ChatCompletionAssistantMessageParam.__annotations__, "annotations", "reasoning_content"}
-    assert {*ToolMessage.model_fields} == {*ChatCompletionToolMessageParam.__annotations__}
+    assert {*OF_ASSISTANT} - {"annotations", "parsed", "reasoning_content"} == {
+        *ChatCompletionAssistantMessageParam.__annotations__
+    }
+    assert {*ToolMessage.model_fields} == {*ChatCompletionToolMessageParam.__annotations__, "name"}
     assert {*Function.model_fields} == {*FunctionDefinition.__annotations__}
-    assert {*OF_ASSISTANT} >= {*ChatCompletionMessage.model_fields}  # clients send answers back as they came
+    # clients send answers back as they came
+    assert {*OF_ASSISTANT} >= {*ChatCompletionMessage.model_fields, *ParsedChatCompletionMessage.model_fields}
     assert {*ChatCompletionStreamOptionsParam.__annotations__} == {"include_usage", "include_obfuscation"}
     assert {*ChatCompletionContentPartTextParam.__annotations__} == {"type", "text", "prompt_cache_breakpoint"}
 
@@ -230,6 +236,18 @@ def test_an_earlier_answer_is_taken_as_the_official_client_returns_it(field: str
     for value in something:
         error = error_of({"messages": [*HELLO, {**answer, field: value}, *HELLO]})
         assert str(error.param).startswith(f"messages.1.{field}") and f"'messages.1.{field}" in error.message
+
+
+def test_a_call_is_taken_as_the_official_client_parses_and_streams_it() -> None:
+    function = {**CALL["function"], "parsed_arguments": {"a": [1]}}
+    call = ParsedFunctionToolCall(**{**CALL, "function": function, "index": 0})  # type: ignore[arg-type]  # fields are checked
+    message = ParsedChatCompletionMessage[None](role="assistant", content="", tool_calls=[call])
+    for sent in (message.model_dump(), message.to_dict()):
+        chat = parsed(messages=[*HELLO, sent, {**RESULT, "name": "f"}])
+        assert turns_of(chat)[1].tool_calls == (ToolCall("f", {}, "1"),)
+    for wrong in ({"index": -1}, {"index": "0"}, {"function": {**function, "parsed_arguments": [1]}}):
+        error = error_of({"messages": [*HELLO, {"role": "assistant", "tool_calls": [{**CALL, **wrong}]}, RESULT]})
+        assert str(error.param).startswith(f"messages.1.tool_calls.0.{next(iter(wrong))}")
 
 
 def test_texts_of_all_parts_are_read() -> None:

@@ -4,7 +4,6 @@ Each conversation goes through the project's own encoder, in each mode of data.t
 """
 
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,12 +11,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import official_templates
 import pytest
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
+from official_templates import MARKUP, MODELS
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from glmtuner.errors import ConfigError
@@ -25,17 +21,8 @@ from glmtuner.templates.base import IGNORE_INDEX
 from glmtuner.templates.jinja import TokenizersOwn
 from glmtuner.templates.tool_calls import ToolCall
 
-MODELS = [
-    "chatglm3-6b", "deepseek-r1-distill", "glm-4-9b-chat", "glm-4-9b-chat-1m-hf", "glm-4.5", "glm-4.6", "glm-4.7",
-    "glm-4.7-flash", "glm-5", "glm-5.1", "glm-5.2", "glm-5.3-flash", "glm-edge-4b-chat", "glm-z1-9b-0414",
-    "glm-z1-rumination-32b-0414", "llama-3.1-instruct", "mistral-7b-instruct-v0.3", "mistral-nemo-instruct-2407",
-    "qwen2.5-instruct", "qwen3", "qwen3-instruct-2507",
-]  # fmt: skip
 NATIVE = ("glm-4-9b-chat", "glm-4-9b-chat-1m-hf", "glm-z1-9b-0414", "glm-z1-rumination-32b-0414")  # calls are turns
 OPENS = {"deepseek-r1-distill": "<think>\n", "glm-z1-9b-0414": "<think>"}  # prompts that open a thought, always
-CONTROL = re.compile(r"<\|[^|<>{}'\s]+\|>|<｜[^｜<>]+｜>|\[/?[A-Z_]{3,}\]|\[gMASK\]|<sop>|</?s>")
-MARKUP = re.compile(r"</?(?:think|tool_call|tool_response|arg_key|arg_value)>")
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 TYPES = ("auto", "empty", "strip")
 OTHERWISE = {  # conversations that are not rendered as the official template renders them in the form they are given in
     "content that is null is written as the word None; it is read as empty": {
@@ -135,31 +122,14 @@ def as_read(model: str, turns: list[Turn], tools: list[Any]) -> tuple[list[dict[
 
 
 @cache
-def golden(shared: Path, model: str) -> tuple[dict[str, Any], str, Any]:
-    folder = shared / "goldens/templates"
-    content = json.loads((folder / f"{model}.json").read_text(encoding="utf-8"))
-    source = (folder / f"{model}.jinja").read_text(encoding="utf-8")
-    return content, source, tokenizer_for(source, content)
-
-
-def tokenizer_for(source: str, content: dict[str, Any]) -> Any:
-    """A tokenizer of single bytes with the control tokens of the template."""
-    alphabet = sorted(ByteLevel.alphabet())
-    backend = Tokenizer(BPE({character: index for index, character in enumerate(alphabet)}, []))
-    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    tokens = {*CONTROL.findall(source), *content["special_tokens"].values(), *content["stop_tokens"]}
-    tokens |= {*ROLES} if "<|{{" in source or "<|user|>" in source or "'<|'" in source else set()
-    backend.add_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(tokens)])
-    backend.add_tokens(
-        [AddedToken(token, special=False, normalized=False) for token in sorted({*re.findall(MARKUP, source)})]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=source, **content["special_tokens"])
+def golden(shared: Path | None, model: str) -> tuple[dict[str, Any], str, Any]:
+    template = official_templates.official(shared, model)
+    content = json.loads((shared / f"goldens/templates/{model}.json").read_text(encoding="utf-8"))
+    return content, template.source, template.tokenizer([])
 
 
 @pytest.fixture(params=MODELS)
 def official(request, shared: Path | None):
-    if shared is None:
-        pytest.skip(f"needs the template and renderings of {request.param} in ../shared/goldens/templates")
     return golden(shared, request.param)
 
 
@@ -391,8 +361,6 @@ def stripped(turn: Turn) -> Turn:
 @pytest.mark.parametrize("model", [*NATIVE, "deepseek-r1-distill"])
 def test_as_openai_writes_them_tools_are_what_the_template_makes_of_them(shared: Path | None, model):
     """Without the form that it reads, a template leaves out what it leaves out for everybody."""
-    if shared is None:
-        pytest.skip(f"needs the template of {model} in ../shared/goldens/templates")
     content, source, tokenizer = official = golden(shared, model)
     for case in content["cases"]:
         if any({"metadata", "tools"} & {*message} for message in case["messages"]) or "error" in case:
@@ -486,8 +454,6 @@ def test_the_syntax_of_calls_is_read_off_the_template(official):
 
 @pytest.mark.parametrize("model", STOPS)
 def test_the_stops_of_answers_and_calls(shared: Path | None, model):
-    if shared is None:
-        pytest.skip(f"needs the template of {model} in ../shared/goldens/templates")
     content, source, tokenizer = golden(shared, model)
     template = TokenizersOwn(source=source)
     ids = {tokenizer.convert_tokens_to_ids(stop) for stop in STOPS[model]}

@@ -4,6 +4,7 @@ import base64
 import json
 
 import pytest
+from official_templates import official
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -14,7 +15,6 @@ from glmtuner.templates.answers import read_answer
 from glmtuner.templates.base import IGNORE_INDEX
 from glmtuner.templates.glm import TEMPLATES
 from glmtuner.templates.tool_calls import ToolCall
-from glmtuner.templates.tool_prompts import USE_JSON
 
 TOOL = {
     "type": "function",
@@ -112,9 +112,7 @@ def test_glm4_learns_calls_and_stops_at_the_observation(published):
 @pytest.mark.parametrize("model", ["glm-4-9b-chat-1m-hf", "glm-4-9b-chat"])
 def test_glm4_describes_tools_as_the_official_template(shared, model):
     """GLM-4's two templates differ in one word, the model's name."""
-    if shared is None:
-        pytest.skip(f"needs the template of {model} in ../shared/goldens/templates")
-    source = (shared / f"goldens/templates/{model}.jinja").read_text(encoding="utf-8")
+    source = official(shared, model).source
     for system in ([], [Message("system", "你是出行助手。")]):
         for tools in ([TOOL], [TOOL, OTHER]):
             turn = {"role": "system", "content": system[0].content if system else "", "tools": tools}
@@ -129,8 +127,9 @@ def test_glm4_0414_has_the_heading_alone_before_the_functions():
     ours = "".join(piece.text for piece in TEMPLATES["glm4_0414"].pieces([ASK], [TOOL, OTHER]))
     head, first, second = ours.split("\n\n## ")
     assert head == "[gMASK]<sop><|system|>\n# 可用工具"
-    assert first == f"weather\n\n{json.dumps(TOOL['function'], indent=4, ensure_ascii=False)}\n{USE_JSON}"
-    assert second.endswith(f"{USE_JSON}<|user|>\n你好<|assistant|>")
+    use_json = "在调用上述函数时，请使用 Json 格式表示调用的参数。"
+    assert first == f"weather\n\n{json.dumps(TOOL['function'], indent=4, ensure_ascii=False)}\n{use_json}"
+    assert second.endswith(f"{use_json}<|user|>\n你好<|assistant|>")
 
 
 @pytest.mark.parametrize("name", ["glm4", "glm4_0414", "chatglm3"])
@@ -194,22 +193,26 @@ def test_glm_edge_has_no_prefix_and_ends_its_prompt_in_a_line_break(shared, toke
     text = "<|system|>\ns<|user|>\n你好<|assistant|>\na\n\nb<|user|>\n你好<|assistant|>\n"
     assert tokenizer.decode(encoded.input_ids) == text
     if shared is not None:  # the official template
-        source = (shared / "goldens/templates/glm-edge-4b-chat.jinja").read_text(encoding="utf-8")
+        source = official(shared, "glm-edge-4b-chat").source
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
         assert render_jinja_template([turns], chat_template=source, add_generation_prompt=True)[0][0] == text
 
 
-def test_codegeex4_has_a_system_text_of_its_own(tokenizer):
+def test_codegeex4_has_a_system_text_of_its_own():
+    """That of the maker's guide for chat (THUDM/CodeGeeX4, guides/System_prompt_guideline.md)."""
     template = TEMPLATES["codegeex4"]
+    system = (
+        "你是一位智能编程助手，你叫CodeGeeX。你会为用户回答关于编程、代码、计算机方面的任何问题，"
+        "并提供格式规范、可以执行、准确安全的代码，并在必要时提供详细的解释。"
+    )
     text = "".join(piece.text for piece in template.pieces([ASK]))
-    assert text == f"[gMASK]<sop><|system|>\n{template.system}<|user|>\n你好<|assistant|>\n"
-    assert "你叫CodeGeeX" in template.system
+    assert text == f"[gMASK]<sop><|system|>\n{system}<|user|>\n你好<|assistant|>\n"
     other = "".join(piece.text for piece in template.pieces([Message("system", "s"), ASK]))
     assert other == "[gMASK]<sop><|system|>\ns<|user|>\n你好<|assistant|>\n"
 
 
 @pytest.mark.parametrize("name", ["glm4", "glm4_0414", "codegeex4", "glm_edge"])
-def test_the_jinja_of_a_template_renders_the_same(name, tokenizer):
+def test_the_jinja_of_a_template_renders_the_same(name):
     template = TEMPLATES[name]
     for messages in ([ASK], [Message("system", "s"), ASK, TOLD, ASK], [ASK, TOLD]):
         asked = messages[-1].role == "user"

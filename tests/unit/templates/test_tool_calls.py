@@ -51,11 +51,16 @@ TOOL = {
 }
 
 
+@pytest.fixture
+def model(request, shared):
+    if shared is None:
+        pytest.skip(f"needs the template and renderings of {request.param} in ../shared/goldens/templates")
+    return request.param
+
+
 @cache
 def golden(model):
     path = OFFICIAL / f"{model}.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not here; it holds conversations rendered by official templates")
     return json.loads(path.read_text(encoding="utf-8")), (OFFICIAL / f"{model}.jinja").read_text(encoding="utf-8")
 
 
@@ -130,7 +135,7 @@ CALLS_RENDERED = {  # in the goldens' conversations, behind a prompt that they c
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("model", CALLS_RENDERED)
+@pytest.mark.parametrize("model", CALLS_RENDERED, indirect=True)
 def test_rendered_answers_give_back_the_records_calls(model):
     family, num_calls = SYNTAXES[OF_MODEL[model]], 0
     for name, text, prompt, turn, tools in [*rendered_answers(model), *rendered_calls(model)]:
@@ -151,7 +156,7 @@ def test_rendered_answers_give_back_the_records_calls(model):
     assert num_calls == CALLS_RENDERED[model]
 
 
-@pytest.mark.parametrize("model", CALLS_RENDERED)
+@pytest.mark.parametrize("model", CALLS_RENDERED, indirect=True)
 def test_calls_are_written_as_official_templates_write_them(model):
     family = SYNTAXES[OF_MODEL[model]]
     for name, text, _, turn, _ in rendered_calls(model):

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from glmtuner.errors import TrainingError
-from glmtuner.training.divergence import require_finite, require_finite_weights, require_steps
+from glmtuner.training.divergence import (
+    require_finite,
+    require_finite_evaluation,
+    require_finite_weights,
+    require_steps,
+)
 
 
 class Args:
@@ -36,3 +41,13 @@ def test_steps_that_were_all_skipped_are_an_error():
     require_steps(taken=0, trained=0)
     with pytest.raises(TrainingError, match=r"trainer\.bf16=true"):
         require_steps(taken=0, trained=4)
+
+
+def test_an_evaluation_has_a_finite_loss_of_every_record():
+    losses = torch.tensor([1.0, float("nan"), 2.0, float("inf")])
+    require_finite_evaluation(losses[:1], 7, Args)
+    with pytest.raises(TrainingError, match=r"of 2 of 4 evaluation records .* after step 7: .*learning_rate=0\.5"):
+        require_finite_evaluation(losses, 7, Args)
+    with pytest.raises(TrainingError, match=r"the model overflows; type .*model\.dtype=float32") as raised:
+        require_finite_evaluation(losses, 0, Args)
+    assert "learning_rate" not in str(raised.value)

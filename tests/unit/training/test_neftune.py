@@ -1,23 +1,27 @@
 """NEFTune's noise of every sample, against the paper's formula and transformers' own noise of a batch of one sample."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from small_models import built
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Seq2SeqTrainingArguments
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from glmtuner.config.groups import PreferenceLoss
+from glmtuner.config.schema import Tracker
 from glmtuner.data.collate import Collator
 from glmtuner.data.segments import SegmentCollator
 from glmtuner.kernels.chunked_loss import enable_chunked_loss
 from glmtuner.kernels.segment_attention import enable_segment_attention, position_function
 from glmtuner.objectives.dpo import DpoObjective
+from glmtuner.run_folder.folder import RunFolder
 from glmtuner.stages.dpo import Dpo
 from glmtuner.training.neftune import noisy_embeddings
+from glmtuner.training.trainer import GlmTrainer
 
 ALPHA = 5.0
 CONTEXT_END = [6, 4]  # [gMASK] <sop> of the small ChatGLM
@@ -79,6 +83,33 @@ def test_every_sample_has_the_noise_of_its_own_length(name: str, adapted: bool) 
             assert_noise(noise)
     assert not noise_of(model, flat(ROWS), None).any() and not noise_of(model, flat(ROWS), 0.0).any()
     assert not noise_of(model.eval(), flat(ROWS)).any()
+
+
+@pytest.mark.parametrize("kind", ["padded", "without padding", "packs"])
+def test_a_training_adds_the_noise_of_every_sample(tmp_path: Path, kind: str) -> None:
+    model = built("Glm").float()
+    enable_segment_attention(model)
+    enable_chunked_loss(model)
+    collate: Any = Collator(pad_id=3) if kind == "padded" else SegmentCollator(positions_of=position_function(model))
+    rows: Any = [ROWS[:1], ROWS[1:]] if kind == "packs" else ROWS
+    given = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].detach()))
+    for alpha in (None, ALPHA):
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=str(tmp_path), neftune_noise_alpha=alpha, max_steps=1, learning_rate=1e-30, report_to="none", use_cpu=True,
+            per_device_train_batch_size=len(rows), train_sampling_strategy="sequential", save_strategy="no",
+            remove_unused_columns=False, disable_tqdm=True,
+        )  # fmt: skip
+        none: Any = None
+        GlmTrainer(
+            model, arguments, finetuning=none, tracker=Tracker(name="none"), folder=RunFolder(tmp_path),
+            train_dataset=rows, data_collator=collate,
+        ).train()  # fmt: skip
+    clean, noisy = given
+    lengths = [len(row["input_ids"]) for row in ROWS]
+    samples = noisy - clean if kind == "padded" else (noisy - clean)[0].split(lengths)
+    for noise, length in zip(samples, lengths, strict=True):
+        assert_noise(noise[:length])
 
 
 def test_the_reference_of_dpo_has_no_noise_and_the_policy_has_it() -> None:
