@@ -36,7 +36,7 @@ OTHERWISE = {  # conversations that are not rendered as the official template re
         "deepseek-r1-distill": 13, "glm-4-9b-chat": 24, "glm-4-9b-chat-1m-hf": 24, "glm-z1-9b-0414": 16,
         "glm-z1-rumination-32b-0414": 11,
     },
-    "GLM-4's form, of which the template leaves out the function's name; such records are refused": {"chatglm3-6b": 6},
+    "GLM-4's form, of which the template leaves out the function's name": {"chatglm3-6b": 6},
     "a call whose text is code, not JSON; such records are refused": {
         "chatglm3-6b": 1, "glm-4-9b-chat": 1, "glm-4-9b-chat-1m-hf": 1, "glm-z1-9b-0414": 1,
         "glm-z1-rumination-32b-0414": 1,
