@@ -11,7 +11,7 @@ import re
 import select
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 from glmtuner import __version__
 from glmtuner.cli.options import hydra_flags, parse_options
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Preempted as stopped:
         if ranks.is_main() and not ranks.is_started_by_glmtuner():
             complain(f"glmtuner: {stopped}; the same command with the same trainer.output_dir resumes")
+        with suppress(RuntimeError):  # another rank has gone
+            ranks.destroy_process_group()  # its threads would abort the process at its end, and hide the exit code
         stopped.call_previous_handler()
         return stopped.exit_code
     except KeyboardInterrupt:
