@@ -154,7 +154,8 @@ def test_in_a_terminal(run: Path, tmp_path: Path) -> None:
     master, slave = pty.openpty()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "GLMTUNER_CACHE": str(tmp_path), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
     child = subprocess.Popen(
-        ["setsid", "--ctty", sys.executable, "-m", "glmtuner", "chat", str(run), *GREEDY],
+        # a suite that was started in the background has SIGINT ignored, and so would have the child
+        ["env", "--default-signal=INT", "setsid", "--ctty", sys.executable, "-m", "glmtuner", "chat", str(run), *GREEDY],
         stdin=slave, stdout=slave, stderr=slave, env=env,
     )  # fmt: skip
     os.close(slave)
