@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIGER := .liger
+LATEST := .latest
 
-.PHONY: setup quickstart test test-attack test-heavy test-slurm test-liger check format schema wheel clean
+.PHONY: setup quickstart test test-attack test-heavy test-architectures test-latest test-slurm test-liger check format schema wheel clean
 
 setup: $(READY)
 
@@ -29,6 +30,15 @@ test-attack: $(READY)
 # tool calls, the GPU check rehearsed on the CPU, killed ranks
 test-heavy: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -m heavy --numprocesses 2 --dist loadscope
+
+# what works on which architecture of transformers; `--accept` behind matrix.py writes what is expected, and docs/architectures.md
+test-architectures: $(READY)
+	$(BIN)/python tests/architectures/matrix.py
+
+# the same with the newest release of transformers, beside the environment: prints the cells that change
+test-latest: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(LATEST) transformers
+	PYTHONPATH=$(LATEST) $(BIN)/python tests/architectures/matrix.py
 
 test-slurm: $(READY)
 	SLURM_CONF=$$(scripts/local_slurm.sh start .slurm) $(BIN)/python -m pytest tests/slurm; \
@@ -56,4 +66,4 @@ wheel: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(LIGER) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGER) $(LATEST) build dist *.egg-info .pytest_cache .ruff_cache

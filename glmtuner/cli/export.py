@@ -284,19 +284,21 @@ def _as_openai(turn: "Message") -> dict[str, Any]:
 def reloaded(finished: "Finished", folder: Path, prefix: bool) -> "PreTrainedModel":
     """The written model, loaded by transformers as a user would, in float32 on the run's device."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from glmtuner.models.load import auto_class, load_model
 
     if prefix:
         from glmtuner.launch.device import device_of
-        from glmtuner.models.load import load_model
 
         device = device_of(finished.run)
         base = load_model(finished.run.model, finished.family, finished.run.quant, device, torch.float32).to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
         model = finished.finetuning.attach(base, finished.family)
         finished.finetuning.restore(model, folder)
         return model.eval()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-    return model.to(finished.model.device).eval()  # type: ignore[arg-type]
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    loaded: PreTrainedModel = auto_class(config).from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    return loaded.to(finished.model.device).eval()  # type: ignore[arg-type]
 
 
 def push(folder: Path, repository: str) -> None:

@@ -5,7 +5,7 @@ tracker) have a base class, in this module or in schema.py; each choice is a sub
 """
 
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -221,6 +221,8 @@ class ModelFamily(Protocol):
     """The part of families/family.py's Family that fine-tuning methods use."""
 
     @property
+    def name(self) -> str: ...
+    @property
     def attention_block(self) -> str: ...
     @property
     def mlp(self) -> str: ...
@@ -229,10 +231,20 @@ class ModelFamily(Protocol):
     @property
     def linears(self) -> tuple[str, ...]: ...
     @property
+    def lora_targets(self) -> tuple[str, ...]: ...
+    @property
+    def left_out(self) -> Mapping[str, str]: ...
+    @property
+    def towers(self) -> tuple[str, ...]: ...
+    @property
     def experts(self) -> tuple[str, ...]: ...
     @property
     def wide_prefix(self) -> bool: ...
     def blocks(self, model: "nn.Module") -> "list[nn.Module]": ...
+    def is_in_blocks(self, path: str) -> bool: ...
+    def projections_in(self, block: "nn.Module") -> "list[nn.Module]": ...
+    def frozen_linears(self, model: "nn.Module") -> dict[str, str]: ...
+    def mlps_in(self, block: "nn.Module") -> "list[nn.Module]": ...
 
 
 @dataclass(kw_only=True)
@@ -253,6 +265,9 @@ class Finetuning:
         Raises ConfigError where a setting does not fit the model.
         """
         return self
+
+    def check_model(self, model: Model, family: ModelFamily | None) -> None:
+        """Raise ConfigError where config.json alone tells that the method cannot train this model."""
 
     def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
         """The model with all parameters frozen except those that this method trains, which are float32."""

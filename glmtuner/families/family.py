@@ -1,14 +1,13 @@
 """What a model family is: the paths of its layers, the names of its linear layers, its template and stop tokens."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.errors import ConfigError, UnknownName
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +17,15 @@ class Family:
     name: str
     model_types: tuple[str, ...]  # model_type in config.json
     layers: str  # the list of blocks, from the causal LM down
+    more_layers: tuple[str, ...] = ()  # further lists of blocks
     attention_block: str  # inside a block
     mlp: str  # inside a block; "" if it has no module of its own
-    attention: tuple[str, ...]  # the query, key and value projections: LoRA's default targets
+    attention: tuple[str, ...]  # the query, key and value projections
+    lora_targets: tuple[str, ...] = ()  # LoRA's default targets, where they are not these projections
     other_linears: tuple[str, ...]  # the block's remaining linear layers
     experts: tuple[str, ...] = ()  # the layers of routed experts, by the names that PEFT adapts them; not part of `all`
+    left_out: Mapping[str, str] = field(default_factory=dict, hash=False)  # linear layers that `all` leaves out -> why
+    towers: tuple[str, ...] = ()  # modules that text alone does not reach, which stay as they are
     template: str
     stop_tokens: tuple[str, ...] = ()
     fits: Callable[[Mapping[str, Any]], bool] = lambda config: (
@@ -38,7 +41,34 @@ class Family:
 
     def blocks(self, model: "nn.Module") -> "list[nn.Module]":
         """The model's blocks, first to last."""
-        return list(_block_list(model, self.layers))
+        return [block for path in (self.layers, *self.more_layers) for block in _block_list(model, path)]
+
+    def is_in_blocks(self, path: str) -> bool:
+        """Whether the module at a path of the model is inside of a block."""
+        return path.startswith(tuple(f"{layers}." for layers in (self.layers, *self.more_layers)))
+
+    def attention_in(self, block: "nn.Module") -> "nn.Module | None":
+        """A block's attention; None in a block without."""
+        return block.get_submodule(self.attention_block)
+
+    def projections_in(self, block: "nn.Module") -> "list[nn.Module]":
+        """A block's projections of queries, keys and values; empty in a block without attention."""
+        attention = block.get_submodule(self.attention_block)
+        return [module for path, module in attention.named_modules() if path.rpartition(".")[2] in self.attention]
+
+    def frozen_linears(self, model: "nn.Module") -> dict[str, str]:
+        """Path -> reason, for linear layers of the blocks that are adapted only by their own names, or never."""
+        from torch import nn
+
+        return {
+            path: self.left_out[path.rpartition(".")[2]]
+            for path, module in model.named_modules()
+            if path.rpartition(".")[2] in self.left_out and isinstance(module, nn.Linear) and self.is_in_blocks(path)
+        }
+
+    def mlps_in(self, block: "nn.Module") -> "list[nn.Module]":
+        """A block's MLPs; empty in a block without."""
+        return [block.get_submodule(self.mlp)] if self.mlp else []
 
 
 def _block_list(model: "nn.Module", path: str) -> "nn.ModuleList":
@@ -49,6 +79,10 @@ def _block_list(model: "nn.Module", path: str) -> "nn.ModuleList":
     return blocks
 
 
+LATENT_ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # as in DeepSeek-V2
+UNTRAINED = "training on text gives it no gradient"
+READ = "auto"  # the name of a family that is read off the model's modules
+ROUTES = "it routes tokens to experts, so it is adapted only by its name"  # why `all` leaves a layer out
 FAMILIES: dict[str, Family] = {}
 
 
@@ -88,56 +122,3 @@ def family_of(model_config: Mapping[str, Any], declared: str) -> Family | None:
             f"differently; type model.family={names}"
         )
     return fitting[0] if fitting else None
-
-
-# The names of attention and MLP modules, and of their projections, in transformers.
-_ATTENTION_BLOCKS = ("self_attn", "self_attention", "attention", "attn")
-_MLPS = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-LATENT_ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # as in DeepSeek-V2
-_ATTENTION = (
-    *("q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn", "Wqkv", "query", "key", "value"),
-    *LATENT_ATTENTION,
-)
-
-
-def family_from_structure(model: "PreTrainedModel") -> Family:
-    """A family for a model without one, inferred from its modules; raises ConfigError if that is not possible."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and name.count(".") <= 3
-    ]
-    if not lists:
-        raise ConfigError(
-            f"model.family=auto: no list of {count} blocks in {type(model).__name__}; "
-            "declare the family in glmtuner/families/<family>.py and name it with model.family="
-        )
-    block = _block_list(model, lists[0])[0]
-    linear = {
-        path: path.rpartition(".")[2]
-        for path, module in block.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    }
-    children = dict(block.named_children())
-    attention_block = next((name for name in _ATTENTION_BLOCKS if name in children), "")
-    mlp = next((name for name in _MLPS if name in children), "")
-    attention = [name for name in dict.fromkeys(linear.values()) if name in _ATTENTION]
-    if not (attention_block and attention):
-        raise ConfigError(
-            f"model.family=auto: no attention module recognised in {type(model).__name__}'s blocks "
-            f"({', '.join(children)}); declare the family in glmtuner/families/<family>.py and name it with model.family="
-        )
-    return Family(
-        name="auto",
-        model_types=(model.config.model_type,),
-        layers=lists[0],
-        attention_block=attention_block,
-        mlp=mlp,
-        attention=tuple(attention),
-        other_linears=tuple(dict.fromkeys(name for name in linear.values() if name not in attention)),
-        template="tokenizer",
-    )

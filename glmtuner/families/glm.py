@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from glmtuner.families.family import LATENT_ATTENTION, Family, register
+from glmtuner.families.family import LATENT_ATTENTION, ROUTES, UNTRAINED, Family, register
 
 STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")  # as the makers' clients stop (THUDM/GLM-4, hf.py)
 # transformers holds all routed experts of a block in one parameter each for gate and up projection, and for down projection.
-# PEFT adapts those where a target has one of these names, and then no dense MLP and no shared expert; the router stays as it is.
-EXPERTS = ("gate_proj", "up_proj", "down_proj")
+# PEFT adapts those where a target has one of the first three names, and then no dense MLP and no shared expert; the router stays
+# as it is.
+MLP = ("gate_proj", "up_proj", "down_proj")
+EXPERTS = (*MLP, "experts", "experts.gate_up_proj", "experts.down_proj")
 
 
 def _has_latent_queries(config: Mapping[str, Any]) -> bool:
@@ -44,8 +46,9 @@ GLM4_MOE = register(
         GLM,
         name="glm4_moe",
         model_types=("glm4_moe",),
-        other_linears=("o_proj",),
+        other_linears=("o_proj", *MLP),  # of dense blocks and shared experts
         experts=EXPERTS,
+        left_out={"gate": ROUTES},
         template="tokenizer",
     )
 )
@@ -59,4 +62,11 @@ GLM4_MOE_LITE = register(
     )
 )
 # GLM-5, GLM-5.1, GLM-5.2: `GlmMoeDsaForCausalLM`; the indexer, which selects tokens, gets no gradient
-GLM_MOE_DSA = register(replace(GLM4_MOE_LITE, name="glm_moe_dsa", model_types=("glm_moe_dsa",)))
+GLM_MOE_DSA = register(
+    replace(
+        GLM4_MOE_LITE,
+        name="glm_moe_dsa",
+        model_types=("glm_moe_dsa",),
+        left_out={"gate": ROUTES, **dict.fromkeys(("wq_b", "wk", "weights_proj"), UNTRAINED)},
+    )
+)

@@ -192,11 +192,12 @@ def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:
         targets = ["all"]
     elif isinstance(targets, list) and not EMBEDDINGS.isdisjoint(targets):
         targets = rf"(.*\.)?({'|'.join(re.escape(name) for name in sorted(targets))})"
+    parameters = [] if isinstance(targets, str) else saved.get("target_parameters") or []
     return {
         "lora_rank": saved["r"],
         "lora_alpha": float(saved["lora_alpha"]),
         "lora_dropout": float(saved.get("lora_dropout") or 0.0),
-        "lora_target": [targets] if isinstance(targets, str) else sorted(targets),
+        "lora_target": [targets] if isinstance(targets, str) else sorted([*targets, *parameters]),
     }
 
 
@@ -345,7 +346,7 @@ def sort_names(folder: Path) -> None:
     """Sort the names in adapter_config.json that PEFT holds as sets, whose order differs between processes."""
     path = folder / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("target_modules", "exclude_modules"):
+    for name in ("target_modules", "exclude_modules", "target_parameters"):
         if isinstance(config.get(name), list):
             config[name].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

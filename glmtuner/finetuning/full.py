@@ -8,6 +8,7 @@ from glmtuner.config.groups import Finetuning, ModelFamily, preset
 from glmtuner.finetuning.trained import (
     TRAINED,
     VALUE_HEAD,
+    freeze_all,
     load_model_folder,
     make_trainable,
     restore_trained,
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
 @preset("finetuning", "full")
 @dataclass(kw_only=True)
 class Full(Finetuning):
-    """Every weight is trained."""
+    """Every weight is trained; of a multimodal model those of the language model."""
 
     on_quantized: ClassVar[bool] = False
     saved_as: ClassVar[str] = "model"
 
     def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
-        for parameter in model.parameters():
-            make_trainable(parameter)
+        freeze_all(model)
+        towers = tuple(f"{tower}." for tower in family.towers)
+        for name, parameter in model.named_parameters():
+            if not name.startswith(towers):
+                make_trainable(parameter)
         return model
 
     def save(self, model: "PreTrainedModel", folder: Path) -> None:

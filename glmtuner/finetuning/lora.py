@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from glmtuner.config.groups import Finetuning, ModelFamily, preset
+from glmtuner.config.groups import Finetuning, Model, ModelFamily, preset
 from glmtuner.config.ranges import range_errors
-from glmtuner.errors import CheckpointError, ConfigError, did_you_mean
+from glmtuner.console import say
+from glmtuner.errors import CheckpointError, ConfigError
+from glmtuner.families.experts import ALL_EXPERTS
+from glmtuner.families.family import READ
 from glmtuner.finetuning.adapter import (
     adapter_parameters,
     is_pattern,
@@ -17,6 +20,8 @@ from glmtuner.finetuning.adapter import (
     settings_of,
     sort_names,
 )
+from glmtuner.finetuning.experts import Targets, adapted_by_peft, set_dropout, settle, targets_matching, targets_of
+from glmtuner.finetuning.targets import check_attachment, excluded_modules, no_module_named
 from glmtuner.run_folder.folder import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -49,51 +54,53 @@ class Lora(Finetuning):
             raise ConfigError("; ".join(wrong))
 
     def resolved(self, family: ModelFamily, layers: int) -> Self:
-        """The method with the family's targets for an empty list, all linear layers for [all]; raises ConfigError on unknown names."""
+        """The method with the family's targets for an empty list, all linear layers and experts for [all]; raises ConfigError.
+
+        Names are checked as far as the family knows them; `attach` checks all of them by the model's own modules.
+        """
         if not self.lora_target:
-            return replace(self, lora_target=list(family.attention))
+            targets = family.lora_targets or family.attention
+            if not targets:
+                raise ConfigError(
+                    "finetuning.lora_target=[]: no projections of attention or of a recurrent state were recognised in the blocks of "
+                    f"this model, so there is no default; name layers of its blocks ({', '.join(family.linears)}), or type "
+                    "finetuning.lora_target=[all]"
+                )
+            return replace(self, lora_target=list(targets))
         if self.lora_target == ["all"]:
-            return replace(self, lora_target=list(family.linears))
-        self._check(family.linears, family.experts)
+            return replace(self, lora_target=[*family.linears, *([ALL_EXPERTS] if family.experts else [])])
+        known = (*family.linears, *family.experts, *family.left_out)
+        if family.name != READ and not is_pattern(self.lora_target):
+            for name in self.lora_target:
+                if not {name, name.rpartition(".")[2]} & {*known}:
+                    raise no_module_named(name, known, family, self.lora_target)
         return self
 
-    def _check(self, linears: tuple[str, ...], experts: tuple[str, ...]) -> None:
-        if is_pattern(self.lora_target):
-            return
-        names = {name.rpartition(".")[2] for name in self.lora_target}
-        if names & {*experts} and self.lora_dropout:
-            raise ConfigError(
-                f"finetuning.lora_target=[{','.join(self.lora_target)}] with finetuning.lora_dropout={self.lora_dropout:g}: routed "
-                f"experts are adapted without dropout; type finetuning.lora_dropout=0, or finetuning.lora_target=all for "
-                f"{', '.join(linears)}"
-            )
-        unknown = [name for name in self.lora_target if name.rpartition(".")[2] not in (*linears, *experts)]
-        if unknown:
-            known = f"this model's blocks have {', '.join(linears)}; `all` selects all of them"
-            known += f"; {', '.join(experts)} select the routed experts" if experts else ""
-            raise ConfigError(
-                f"finetuning.lora_target=[{','.join(self.lora_target)}]: no linear layer is named "
-                f"{' or '.join(map(repr, unknown))}{did_you_mean(unknown[0], (*linears, *experts), known)}"
-            )
+    def check_model(self, model: Model, family: ModelFamily | None) -> None:
+        if family is None or is_pattern(self.lora_target) or not {*self.lora_target} <= {*family.linears}:
+            check_attachment(self, model, family)
 
     def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
-        from peft import LoraConfig, TaskType, get_peft_model
+        from peft import LoraConfig, TaskType
 
+        pattern = self.lora_target[0] if is_pattern(self.lora_target) else None
+        found = targets_matching(model, pattern) if pattern else targets_of(model, self.lora_target)
+        targets = found or Targets([], [], [])
+        excluded = excluded_modules(model, family, [pattern] if pattern else targets.modules, is_pattern=bool(pattern))
         config = LoraConfig(
             r=self.lora_rank,
             lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # PEFT accepts fractions, too
             lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target[0] if is_pattern(self.lora_target) else list(self.lora_target),
+            target_modules=targets.modules if found else pattern,
+            target_parameters=targets.parameters or None,
+            exclude_modules=excluded,
             task_type=TaskType.CAUSAL_LM,
         )
         try:
-            adapted: Any = get_peft_model(model, config)  # PEFT keeps adapters in float32 on a half-precision base
-        except ValueError as error:  # no module's path matches, or one that is no linear layer; experts with dropout
+            settle(config, model)
+            adapted: Any = adapted_by_peft(model, config)  # PEFT keeps adapters in float32 on a half-precision base
+        except ValueError as error:  # no module's path matches, or one that is no linear layer
             wrong = f"finetuning.lora_target=[{','.join(self.lora_target)}]: {' '.join(str(error).split())[:300]}"
-            if "lora_dropout" in str(error):
-                raise ConfigError(
-                    f"{wrong}: routed experts are adapted without dropout; type finetuning.lora_dropout=0, or name other layers"
-                ) from None
             raise ConfigError(
                 f"{wrong}; name linear layers, or type a regular expression that matches their whole paths"
             ) from None
@@ -104,6 +111,13 @@ class Lora(Finetuning):
             raise ConfigError(
                 f"finetuning.lora_rank={self.lora_rank}: not enough memory for the adapter ({reason}); type a smaller one"
             ) from error
+        if config.target_parameters and self.lora_dropout:
+            set_dropout(adapted, self.lora_dropout)
+        if targets.left_out and not next(model.parameters()).is_meta:  # said once, of the model with values
+            say(
+                f"{len(targets.left_out)} linear layers (such as {targets.left_out[0]}) are not adapted: PEFT reads their names as "
+                f"those of the routed experts of {model.config.model_type}, and their weights are quantized"
+            )
         return adapted
 
     def save(self, model: "PreTrainedModel", folder: Path) -> None:
@@ -135,12 +149,12 @@ class SavedLora(Lora):
 
     def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
         import torch
-        from peft import get_peft_model
 
         on_meta = any(parameter.is_meta for parameter in model.parameters())
         config = peft_config(self.saved, self.folder, on_meta=on_meta)
         try:
-            adapted: Any = get_peft_model(model, config)
+            settle(config, model)
+            adapted: Any = adapted_by_peft(model, config)
         except (
             ValueError,
             TypeError,

@@ -1,5 +1,6 @@
 """Merges a saved LoRA adapter into its base, and compares the logits before and after."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,14 @@ def merged_adapter(model: "PreTrainedModel", family: ModelFamily, folder: Path) 
     adapted: Any = method.attach(model, family).eval()
     method.restore(adapted, folder)
     before = probe_logits(adapted)
+    if quantized_bits(model):
+        from glmtuner.models.quantized_experts import merge_experts
+
+        merge_experts(adapted)
     try:
-        merged: PreTrainedModel = adapted.merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")  # experts, above
+            merged: PreTrainedModel = adapted.merge_and_unload()
     except (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the adapter in {folder} cannot be merged into this model: {' '.join(str(error).split())[:300]}"

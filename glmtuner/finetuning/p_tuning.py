@@ -6,11 +6,12 @@ cache instead, which shifts positions and cannot be checkpointed (peft#869, peft
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.config.groups import Finetuning, ModelFamily, preset
+from glmtuner.config.groups import Finetuning, Model, ModelFamily, preset
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.families.weight_files import file_metadata, tensor_shapes
 from glmtuner.finetuning.adapter import ADAPTER, ADAPTER_CONFIG, read_adapter_config
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from glmtuner.models.attention_calls import AttentionCall
 
 RAW = "prefix_encoder.safetensors"  # the trained parameters, before projection; PEFT's file holds the projected prefix
 PUBLISHED_PREFIX = "transformer.prefix_encoder."  # of the parameter names in checkpoints of ChatGLM's own trainer
@@ -42,6 +44,18 @@ class PTuning(Finetuning):
         if self.pre_seq_len < 1:
             raise ConfigError(f"finetuning.pre_seq_len={self.pre_seq_len}: a prefix has at least 1 token")
 
+    def check_model(self, model: Model, family: ModelFamily | None) -> None:
+        from glmtuner.models.attention_calls import UNTRACED, traced_calls
+        from glmtuner.models.load import auto_class, load_config
+        from glmtuner.models.prefix import check_calls
+
+        config = load_config(model, family)  # type: ignore[arg-type]  # a Family is what the groups call ModelFamily
+        try:
+            calls = traced_calls(auto_class(config).from_config, config)
+        except UNTRACED:
+            return  # what only the loaded model can tell, `attach` checks
+        check_calls((config.architectures or [config.model_type])[0], calls)
+
     def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
         from glmtuner.models.prefix import add_prefix
 
@@ -59,10 +73,8 @@ class PTuning(Finetuning):
             task_type=TaskType.CAUSAL_LM,
             base_model_name_or_path=model.config.name_or_path,
             num_virtual_tokens=encoder.tokens,
-            num_layers=encoder.layers,
-            num_attention_heads=encoder.heads,
-            token_dim=encoder.heads * encoder.head_dim,
             num_transformer_submodules=1,
+            **peft_sizes(encoder.calls, model),
             inference_mode=True,
         ).save_pretrained(str(folder))
 
@@ -83,6 +95,18 @@ class PTuning(Finetuning):
         else:
             saved: dict[str, torch.Tensor] = load_tensors(folder / ADAPTER)
             assign(dict(encoder.named_parameters()), {"embedding.weight": saved["prompt_embeddings"]}, folder)
+
+
+def peft_sizes(calls: "Sequence[AttentionCall]", model: "PreTrainedModel") -> dict[str, Any]:
+    """The sizes of PEFT's PrefixTuningConfig; none where PEFT has no such prefix, so that it refuses to load it.
+
+    Its prefixes have keys and values of one width, the same in all layers, and every layer has one.
+    """
+    call, layers = calls[0], model.config.get_text_config().num_hidden_layers
+    alike = {(each.heads, each.key_dim, each.value_dim) for each in calls} == {(call.heads, call.key_dim, call.key_dim)}
+    if not alike or len(calls) != layers:
+        return {}
+    return {"num_layers": layers, "num_attention_heads": call.heads, "token_dim": call.heads * call.key_dim}
 
 
 def prefix_settings(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The model that a run starts from: the base with the checkpoints of `model.checkpoint_dir` applied in order."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from glmtuner.finetuning.merge import merged_adapter
 from glmtuner.finetuning.p_tuning import PUBLISHED_PREFIX, prefix_settings
 from glmtuner.finetuning.trained import TRAINED, assign, load_folder, load_tensors, names_in
 from glmtuner.run_folder.folder import RunFolder
+from glmtuner.run_folder.names import ADAPTER, KEPT, MODEL
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +52,7 @@ PREFIX = CheckpointKind(
 )  # PEFT's or ChatGLM's own
 WEIGHTS = CheckpointKind("weights", is_whole_model=True)
 CHANGED = CheckpointKind("changed")  # only the parameters that were trained
+EMBEDDING = re.compile(r"embed|(^|\.)(wte|w)\.weight$")  # in names of weights; those of GPT-2 and CTRL do not say it
 PEFT_KINDS = {"LORA": LORA, "PREFIX_TUNING": PREFIX}
 
 
@@ -74,7 +77,7 @@ class Checkpoint:
 def checkpoint_in(path: str) -> Checkpoint:
     """The weights in a run folder or checkpoint folder; raises CheckpointError if there are none, or of an unknown kind."""
     folder = Path(path).expanduser()
-    for candidate in (folder, folder / "adapter", folder / "model"):
+    for candidate in (folder, folder / ADAPTER, folder / MODEL, folder / KEPT):
         if (candidate / ADAPTER_CONFIG).is_file():
             settings = read_adapter_config(candidate)
             kind = PEFT_KINDS.get(settings["peft_type"])
@@ -97,7 +100,7 @@ def _kind_by_names(names: Iterable[str]) -> CheckpointKind:
     """The kind of weights without an adapter_config.json; ChatGLM's own trainers save only the trained parameters."""
     if any(PUBLISHED_PREFIX in name for name in names):
         return PREFIX
-    return WEIGHTS if any("embed" in name for name in names) else CHANGED
+    return WEIGHTS if any(EMBEDDING.search(name) for name in names) else CHANGED
 
 
 def checkpoints_of(model: Model) -> list[Checkpoint]:

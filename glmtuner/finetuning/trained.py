@@ -1,21 +1,20 @@
 """Trained parameters in files, for every method: by name, bit-exact, and never as pickles."""
 
-import hashlib
-import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.errors import CheckpointError
 from glmtuner.families.weight_files import tensor_shapes, weight_files
+from glmtuner.run_folder.folder import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
 TRAINED = "trained.safetensors"
-EXPERT = re.compile(r"\.experts\.\d+\.")  # in names of weights
 VALUE_HEAD = "value_head"  # a module that an objective adds to the model, and saves itself
 
 
@@ -170,41 +169,100 @@ def require_finite(tensors: "Mapping[str, torch.Tensor]", source: object) -> Non
         )
 
 
-def load_model_folder(model: "nn.Module", folder: Path) -> None:
+def load_model_folder(model: "PreTrainedModel", folder: Path) -> None:
     """Copy the weights of a transformers folder into the model; raises CheckpointError."""
-    parameters = own_parameters(model)
-    assign(parameters, weights_in(folder, parameters), folder)
+    assign(own_parameters(model), weights_in(folder, model), folder)
 
 
-def weights_in(folder: Path, parameters: "Mapping[str, nn.Parameter]") -> "dict[str, torch.Tensor]":
-    """The tensors of a transformers folder by the names of these parameters; raises CheckpointError.
+def differing(model: "PreTrainedModel", folder: Path) -> list[str]:
+    """The model's parameters that a transformers folder holds with other values, bit by bit; raises CheckpointError.
 
-    Routed experts, which transformers saves one by one and holds in one parameter, are stacked as it does while loading.
+    The model stays as it is.
     """
-    saved = load_folder(folder)
-    found = {name: value for name, value in saved.items() if name in parameters}
-    missing = parameters.keys() - found.keys()
-    if not missing or not any(EXPERT.search(name) for name in saved):
-        return found
-    del saved
-    return found | _stacked_experts(folder, missing)
+    parameters, saved = own_parameters(model), weights_in(folder, model)
+    check_fit(parameters, saved, folder)
+    require_finite(saved, folder)
+    return [name for name, value in parameters.items() if not same_bits(value, saved[name])]
 
 
-def _stacked_experts(folder: Path, names: Set[str]) -> "dict[str, torch.Tensor]":
-    """Those of these parameters that transformers stacks from the experts in a folder, in float32; raises CheckpointError."""
+def misread(model: "nn.Module", restore: Callable[[], None]) -> list[str]:
+    """The trained parameters that `restore` gives other values, bit by bit; the model stays as it is."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    before = {name: value.detach().clone() for name, value in trained_parameters(model).items()}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        restore()
+        return [name for name, value in trained_parameters(model).items() if not same_bits(before[name], value)]
+    finally:
+        with torch.no_grad():
+            for name, value in trained_parameters(model).items():
+                value.copy_(before[name])
+
+
+def same_bits(value: "torch.Tensor", saved: "torch.Tensor") -> bool:
+    """Whether a saved value, cast to the dtype of the other one, has the same bits."""
+    import torch
+
+    one, other = (
+        each.detach().cpu().to(value.dtype).contiguous().flatten().view(torch.uint8) for each in (value, saved)
+    )
+    return torch.equal(one, other)
+
+
+def weights_in(folder: Path, model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
+    """The values of a transformers folder by the names of the model's parameters, on the CPU; raises CheckpointError.
+
+    Where transformers renames, stacks or transposes this model's weights on disk, they are loaded by its `from_pretrained`, in
+    float32; elsewhere they are read as they are.
+    """
+    if not is_converted(model):
+        saved, names = load_folder(folder), own_parameters(model).keys()
+        return {name: value for name, value in saved.items() if name in names}
+    import torch
+
+    with _without_zero3():  # this may be the only rank that loads
+        loaded, info = _loaded(model, folder, torch.float32)
+    left_out = {*info["missing_keys"]}
+    return {name: value.detach() for name, value in own_parameters(loaded).items() if name not in left_out}
+
+
+def is_converted(model: "PreTrainedModel") -> bool:
+    """Whether transformers stores weights of this model under other names, or in other shapes, than the model holds them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    # those of the class, and those by which this very model was loaded
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    return bool(known or getattr(model, "_weight_conversions", None))
+
+
+def _loaded(model: "PreTrainedModel", folder: Path, dtype: "torch.dtype") -> "tuple[PreTrainedModel, dict[str, Any]]":
+    """A model of the same class with a folder's weights, and what transformers says about them; raises CheckpointError."""
+    from torch.distributed.fsdp import FSDPModule
+
+    plain: Any = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
+    try:
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = plain.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{folder} holds experts that cannot be loaded ({reason}); use another checkpoint"
-        ) from None
-    model, loading = loaded
-    parameters = own_parameters(model)
-    return {name: parameters[name].detach() for name in names & parameters.keys() - loading["missing_keys"]}
+        raise CheckpointError(f"{folder} cannot be loaded by transformers ({reason}); use another checkpoint") from None
+    return loaded
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """While this lasts, transformers loads whole models, also where ZeRO stage 3 would shard them, with all ranks taking part."""
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 @contextmanager
@@ -257,14 +315,3 @@ def full_parameters(model: "nn.Module", everything: bool) -> "dict[nn.Parameter,
                 if ranks.is_main():
                     full[parameter] = parameter.detach().cpu().clone()
     return full
-
-
-def digest_of(model: "nn.Module") -> str:
-    """A hash of the trained parameters' names and bytes."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, parameter in sorted(trained_parameters(model).items()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -25,6 +25,7 @@ from glmtuner.console import say
 from glmtuner.errors import ConfigError, PreflightError
 from glmtuner.inference.batch import Batch
 from glmtuner.inference.replay import Recorder, can_replay
+from glmtuner.models.mixing_layers import masks_padding
 from glmtuner.models.unwrap import unwrapped
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
 
 PREFILL_TOKENS = 8192  # prompt tokens of one prefill, padding included: bounds memory, and how long other rows wait
-PADDING_TOLERANCE = 0.05  # largest difference that padding may make, relative to the largest logit: rounding makes less
+# Largest difference that padding or other rows may make, relative to the largest logit: rounding makes less.
+LOGITS_TOLERANCE, HALF_LOGITS_TOLERANCE = 1e-3, 0.05
+CHECKED_STEPS = 2  # behind the prompt: the first of them reads what the prompt left
 FAILED = -1  # in place of the token of a row whose logits are not finite
 RECORDED_STEP = 3  # which step on the same buffers is recorded: many batches end earlier
 
@@ -70,12 +73,26 @@ class Decoder:
         return device
 
     def padding_invariant(self, short: Sequence[int], long: Sequence[int]) -> bool:
-        """Whether the logits of the shorter prompt stay the same when it is padded (transformers' Bloom gives NaN).
+        """Whether padding leaves the logits of the shorter prompt as they are, and those of the next tokens.
 
-        Raises NoCacheError, a ConfigError, for a model that returns no cache.
+        transformers' Bloom gives NaN for padding; layers that keep a state may take it for text. Raises NoCacheError, a
+        ConfigError, for a model that returns no cache.
         """
-        unpadded, padded = self.prefill([0], [short])[1][0], self.prefill([0, 1], [short, long])[1][0]
-        return bool((unpadded - padded).abs().max() <= PADDING_TOLERANCE * unpadded.abs().max())
+        return self.batch_invariant(short, long) and masks_padding(self.model)
+
+    def batch_invariant(self, prompt: Sequence[int], other: Sequence[int]) -> bool:
+        """Whether the logits of the prompt, and those of the next tokens, are the same beside another prompt; see above."""
+        alone, alone_BV = self.prefill([0], [prompt])
+        beside, beside_BV = self.prefill([0, 1], [prompt, other])
+        for step in range(CHECKED_STEPS + 1):
+            if not same_logits(alone_BV[0], beside_BV[0], self.model.dtype):
+                return False
+            if step < CHECKED_STEPS:
+                token = alone_BV.argmax(-1)
+                alone.append(token)
+                beside.append(token.repeat(2))
+                alone_BV, beside_BV = self.step(alone), self.step(beside)
+        return True
 
     def prefill(self, rows: Sequence[Any], prompts: Sequence[Sequence[int]]) -> tuple[Batch, torch.Tensor]:
         """A batch of these rows, and the logits after their prompts, [B, V], float32."""
@@ -120,6 +137,13 @@ class Decoder:
         return logits_BV
 
 
+def same_logits(alone_V: torch.Tensor, beside_V: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a row's logits alone and in a batch, by a model in this dtype, differ by no more than rounding."""
+    tolerance = LOGITS_TOLERANCE if dtype == torch.float32 else HALF_LOGITS_TOLERANCE
+    alone_V, beside_V = alone_V.float(), beside_V.float()
+    return bool((alone_V - beside_V).abs().max() <= tolerance * alone_V.abs().max())
+
+
 def most_likely(logits_BV: torch.Tensor) -> torch.Tensor:
     """The most likely token of each row, [B]; FAILED where the largest logit is NaN or infinite."""
     best_B = logits_BV.argmax(-1)  # NaN counts as the largest
@@ -134,11 +158,12 @@ def greedy(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     repetition_penalty: float,
+    pads: bool = True,
 ) -> Iterator[tuple[int, list[int]]]:
     """(index in `prompts`, its greedy continuation up to and including the first stop token), in the order they finish.
 
-    At most `max_rows` prompts are in the batch at once, and they start in their order. Raises PreflightError for logits that
-    are not finite.
+    At most `max_rows` prompts are in the batch at once, and they start in their order; without `pads` those in a batch have
+    the same length, and start together. Raises PreflightError for logits that are not finite.
     """
     processor = RepetitionPenaltyLogitsProcessor(repetition_penalty) if repetition_penalty != 1 else None
     batch: Batch | None = None
@@ -172,8 +197,8 @@ def greedy(
         free = max_rows - batch.num_active if batch else max_rows
         # prompts are read an eighth of the rows at a time: reading one costs about as much as a step of all rows
         wait = free < min(max(max_rows // 8, 1), len(prompts) - started)
-        if batch is None or (started < len(prompts) and batch.joinable and not wait):
-            count = prefill_count(prompts[started : started + free])
+        if batch is None or (started < len(prompts) and batch.joinable and pads and not wait):
+            count = prefill_count(prompts[started : started + free], pads)
             new_rows: list[tuple[int, list[int]]] = [(index, []) for index in range(started, started + count)]
             new_batch, logits_BV = decoder.prefill(new_rows, prompts[started : started + count])
             started += count
@@ -188,11 +213,11 @@ def greedy(
             batch = None
 
 
-def prefill_count(prompts: Sequence[Sequence[int]]) -> int:
-    """How many of the first prompts, at least one, fit into one prefill of PREFILL_TOKENS."""
+def prefill_count(prompts: Sequence[Sequence[int]], pads: bool = True) -> int:
+    """How many of the first prompts, at least one, fit into one prefill of PREFILL_TOKENS; of one length unless it `pads`."""
     longest = 0
     for count, prompt in enumerate(prompts):
         longest = max(longest, len(prompt))
-        if count and longest * (count + 1) > PREFILL_TOKENS:
+        if count and (longest * (count + 1) > PREFILL_TOKENS or not (pads or len(prompt) == len(prompts[0]))):
             return count
     return len(prompts)

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from glmtuner.inference.detokenize import decode_answer
@@ -37,9 +39,11 @@ def rows_that_fit(model: "PreTrainedModel", tokens: int, max_rows: int | None = 
     import torch
 
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row_bytes: int = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * tokens
+    # layers that keep a state need less; RWKV and Mamba have no heads
+    heads = getattr(config, "num_attention_heads", None) or 1
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    row_bytes: int = 2 * config.num_hidden_layers * groups * head_dim * model.dtype.itemsize * tokens
     if model.device.type == "cuda":
         # memory that torch has reserved and does not use is free, too
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
@@ -85,45 +89,103 @@ def answers(
 def _continuously_batched(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Greedy answers by continuous batching; one at a time where padding changes the model's logits.
+    """Greedy answers by continuous batching; without padding where it changes the model's logits.
 
     Raises NoCacheError before the first answer.
     """
     from glmtuner.inference.decoding import Decoder, greedy
 
     decoder = Decoder(model, decoding.pad_id)
-    if prompts:
+    order: Sequence[int] = range(len(prompts))
+    pads = True
+    if prompts and batch_size == 1:
+        decoder.prefill([0], [min(prompts, key=len)])  # is there a cache?
+    elif prompts:
         short, long = min(prompts, key=len), max(prompts, key=len)
-        if not decoder.padding_invariant(short, long):
-            batch_size = 1
-    return greedy(
+        pads = decoder.padding_invariant(short, long)
+        if not pads:
+            if not decoder.batch_invariant(short, long[: len(short)]):
+                batch_size = 1
+            _say_unpadded(model, batch_size)
+            order = by_length(prompts)
+    answered = greedy(
         decoder,
-        prompts,
+        [prompts[index] for index in order],
         max_rows=batch_size,
         max_new_tokens=decoding.max_new_tokens,
         stop_ids=decoding.stop_ids,
         repetition_penalty=decoding.repetition_penalty,
+        pads=pads,
+    )
+    return ((order[place], tokens) for place, tokens in answered)
+
+
+def by_length(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The indices of the prompts, the longest first."""
+    return sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+
+
+def _say_unpadded(model: "PreTrainedModel", batch_size: int) -> None:
+    from glmtuner.console import say
+    from glmtuner.models.unwrap import unwrapped
+
+    together = "only prompts of the same number of tokens are answered together"
+    name = type(unwrapped(model)).__name__
+    say(
+        f"padding changes the answers of {name}: {together}"
+        if batch_size > 1
+        else f"other rows of a batch change the answers of {name}: prompts are answered one by one"
     )
 
 
 def _generated(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Answers by `generate`, batch by batch; left-padded, since tokens would follow right padding (LLaMA-Factory#10611)."""
-    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
-    for start in range(0, len(order), batch_size):
+    """Answers by `generate`, batch by batch; left-padded, since tokens would follow right padding (LLaMA-Factory#10611).
+
+    Where padding changes the answers, the prompts of a batch have the same length.
+    """
+    order, start, pads = by_length(prompts), 0, True
+    if batch_size > 1 and prompts:
+        short, long = prompts[order[-1]], prompts[order[0]]
+        pads = _generates_same(model, short, long, decoding.pad_id)
+        if not pads:
+            if not _generates_same(model, short, long[: len(short)], decoding.pad_id):
+                batch_size = 1
+            _say_unpadded(model, batch_size)
+    while start < len(order):
         indices = order[start : start + batch_size]
-        batch = continuations(
+        if not pads:
+            indices = [index for index in indices if len(prompts[index]) == len(prompts[indices[0]])]
+        start += len(indices)
+        batch = _continued(
             model,
             [prompts[index] for index in indices],
+            decoding.pad_id,
+            decoding.stop_ids,
             max_new_tokens=decoding.max_new_tokens,
-            stop_ids=decoding.stop_ids,
-            pad_id=decoding.pad_id,
             num_beams=decoding.num_beams,
             repetition_penalty=decoding.repetition_penalty,
             do_sample=False,
         )
         yield from zip(indices, batch, strict=True)
+
+
+def _generates_same(model: "PreTrainedModel", prompt: Sequence[int], other: Sequence[int], pad_id: int) -> bool:
+    """Whether `generate` gives the prompt the same logits beside another, behind the prompt and one token further."""
+    from glmtuner.inference.decoding import same_logits
+    from glmtuner.models.mixing_layers import masks_padding
+    from glmtuner.models.unwrap import unwrapped
+
+    base = unwrapped(model)
+    if len(prompt) != len(other) and not masks_padding(base):
+        return False
+    alone, beside = (
+        _sequences(model, prompts, pad_id, max_new_tokens=2, do_sample=False, eos_token_id=-1, output_logits=True,
+                   return_dict_in_generate=True).logits
+        for prompts in ([prompt], [prompt, other])
+    )  # fmt: skip
+    return all(same_logits(one[0], two[0], base.dtype) for one, two in zip(alone, beside, strict=True))
 
 
 def continuations(
@@ -137,17 +199,57 @@ def continuations(
 ) -> list[list[int]]:
     """The token ids that the model generates after each prompt of one batch, up to and including the first stop token.
 
-    `decoding` holds fields of transformers' GenerationConfig. Samples are drawn from the whole vocabulary, with torch's
-    global random state.
+    Layers that keep a state may change with the batch: then the prompts go in batches of one length, or one by one. `decoding`
+    holds fields of transformers' GenerationConfig. Samples are drawn from the whole vocabulary, with torch's global random state.
     """
-    import torch
-    from transformers import GenerationConfig
+    from glmtuner.models.mixing_layers import is_recurrent
+    from glmtuner.models.unwrap import unwrapped
 
     if decoding["do_sample"]:
         decoding |= {"top_k": 0, "top_p": 1.0}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=pad_id, use_cache=True, **decoding
+    order = by_length(prompts)
+    batches = [list(range(len(prompts)))]
+    if len(order) > 1 and is_recurrent(unwrapped(model)):
+        short, long = prompts[order[-1]], prompts[order[0]]
+        if not _generates_same(model, short, long, pad_id):
+            groups = groupby(order, key=lambda index: len(prompts[index]))
+            batches = [list(indices) for _, indices in groups]
+            if not _generates_same(model, short, long[: len(short)], pad_id):
+                batches = [[index] for index in order]
+    rows: dict[int, list[int]] = {}
+    for indices in batches:
+        batch = [prompts[index] for index in indices]
+        found = _continued(model, batch, pad_id, stop_ids, max_new_tokens=max_new_tokens, **decoding)
+        rows.update(zip(indices, found, strict=True))
+    return [rows[index] for index in range(len(prompts))]
+
+
+def _continued(
+    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], pad_id: int, stop_ids: Sequence[int], **decoding: Any
+) -> list[list[int]]:
+    """What `generate` adds to each prompt of a batch, up to and including the first stop token."""
+    sequences = _sequences(model, prompts, pad_id, eos_token_id=list(stop_ids), **decoding)
+    width = max(len(prompt) for prompt in prompts)
+    return [tokens[: len(until_stop(tokens, stop_ids)) + 1] for tokens in sequences[:, width:].tolist()]
+
+
+def _sequences(model: "PreTrainedModel", prompts: Sequence[Sequence[int]], pad_id: int, **decoding: Any) -> Any:
+    """What transformers' `generate` returns for prompts of one batch, padded on the left, with these values of its config."""
+    import torch
+    from transformers import GenerationConfig
+
+    from glmtuner.models.unwrap import unwrapped
+
+    base = unwrapped(model)
+    # RecurrentGemma's layers keep the states themselves, and those of the last text still are in them
+    empty_states: Any = getattr(base.base_model, "_setup_cache", None)
+    # beams reorder neither these nor a list of states (RWKV's)
+    reorders = empty_states is None and (
+        "state" not in signature(type(base).forward).parameters or hasattr(base, "_reorder_cache")
     )
+    config = GenerationConfig(pad_token_id=pad_id, use_cache=decoding.get("num_beams", 1) == 1 or reorders, **decoding)
+    if empty_states is not None:
+        empty_states(base.config, len(prompts), base.device, base.dtype)
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
@@ -159,15 +261,11 @@ def continuations(
     model.eval()
     try:
         with torch.no_grad():
-            sequences = generator_of(model).generate(
+            return generator_of(model).generate(
                 input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
             )
     finally:
         model.train(was_training)
-    rows: list[list[int]] = []
-    for tokens in sequences[:, width:].tolist():
-        rows.append(tokens[: len(until_stop(tokens, stop_ids)) + 1])
-    return rows
 
 
 class GeneratingModel(Protocol):

@@ -1,7 +1,8 @@
 """Chooses the optimizations that keep a model's loss.
 
-Each is enabled only after it gave the loss of the unoptimized model on a few samples: what else a model's code computes is
-not known here, such as a scale on the logits, an auxiliary loss of its router, or its own attention.
+Each is enabled only after it gave the loss of the unoptimized model on a few samples, in float32 and as the training computes it:
+what else a model's code computes is not known here, such as its own attention. Of the loss in chunks it is also checked that the
+model does nothing else with its logits: a cap does not show on those of a new model.
 """
 
 import contextlib
@@ -18,9 +19,11 @@ from glmtuner.templates.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 SEARCHED_ROWS = 50  # rows among which the shortest are taken as samples
 ANSWER_TOKENS = 64  # of the first sample's answer; the second has half as many, so that its row is padded
+EXACT = 1e-4  # of a loss in float32
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -76,19 +79,20 @@ def choose_optimizations(
     collate = padded
     left_out = dict(excluded or {})
 
-    def keeps_loss(path: FastPath, collate: Collate) -> bool:
+    def tried(path: FastPath, attempt: Callable[[], str | None]) -> bool:
+        """Whether an optimization is kept: its `attempt` returns why not, or raises."""
         try:
-            loss = loss_of(model, collate(rows), autocast)
+            problem = attempt()
         except Exception as error:
             if (problem := problem_of(error)) is None:
                 error.add_note(f"raised when {path.value} were tried on two samples before step 1 (glmtuner/kernels)")
                 raise
+        if problem is not None:
             left_out[path] = problem
-            return False
-        if is_same_loss(model, expected, loss, autocast):
-            return True
-        left_out[path] = f"the loss of two samples would be {loss:.6g} instead of {expected:.6g}"
-        return False
+        return problem is None
+
+    def keeps_loss(path: FastPath, collate: Collate) -> bool:
+        return tried(path, lambda: losses.problem(collate))
 
     def possible(path: FastPath, problem: Callable[[], str | None]) -> bool:
         """Whether an optimization is to be tried; `problem` says why it cannot be."""
@@ -97,7 +101,7 @@ def choose_optimizations(
         return path not in left_out
 
     with evaluating(model):
-        expected = loss_of(model, padded(rows), autocast) if left_out.keys() != set(FastPath) else 0.0
+        losses = Losses(model, rows, padded, autocast, needed=left_out.keys() != set(FastPath))
         if possible(FastPath.without_padding, lambda: segment_attention_problem(base)):
             enable_segment_attention(base)
             segmented = SegmentCollator(positions_of=position_function(base))
@@ -105,7 +109,9 @@ def choose_optimizations(
                 collate = segmented
             else:
                 disable_segment_attention(base)
-        if possible(FastPath.chunked_loss, lambda: chunked_loss_problem(base)):
+        if possible(FastPath.chunked_loss, lambda: chunked_loss_problem(base)) and tried(
+            FastPath.chunked_loss, lambda: losses.problem_of_head(base, collate)
+        ):
             enable_chunked_loss(base)
             if not keeps_loss(FastPath.chunked_loss, collate):
                 disable_chunked_loss(base)
@@ -115,6 +121,50 @@ def choose_optimizations(
         ):
             unfuse_lora(model)
     return Optimizations(collate, left_out)
+
+
+class Losses:
+    """The loss of a few samples by the unoptimized model, to compare with: in float32, and as the training computes it."""
+
+    def __init__(
+        self, model: "nn.Module", rows: Sequence[Any], padded: Collate, autocast: Autocast, *, needed: bool
+    ) -> None:
+        self.model, self.rows, self.autocast = model, rows, autocast
+        self.expected = loss_of(model, padded(rows), autocast) if needed else 0.0
+        self.exact = self._exact(padded) if needed else None
+
+    def problem(self, collate: Collate) -> str | None:
+        """How the loss of these batches differs from the unoptimized model's; None if by no more than rounding."""
+        loss = loss_of(self.model, collate(self.rows), self.autocast)
+        if not is_same_loss(self.model, self.expected, loss, self.autocast):
+            return f"the loss of two samples would be {loss:.6g} instead of {self.expected:.6g}"
+        exact = self._exact(collate) if self.exact is not None else None
+        if exact is not None and self.exact is not None and not abs(exact - self.exact) <= EXACT * max(self.exact, 1.0):
+            return f"the loss of two samples in float32 would be {exact:.7g} instead of {self.exact:.7g}"
+        return None
+
+    def problem_of_head(self, base: "PreTrainedModel", collate: Collate) -> str | None:
+        """What the model's loss is besides a cross-entropy on its head's outputs; None if nothing."""
+        from glmtuner.kernels.exact import in_float32, loss_problem
+
+        widened = self.exact is not None  # half precision hides a scale near 1
+        with in_float32(self.model) if widened else self.autocast():
+            return loss_problem(self.model, base, on_device_of(self.model, collate(self.rows)))
+
+    def _exact(self, collate: Collate) -> float | None:
+        """The loss in float32; None where weights cannot be widened, or are float32 already and computed with as such."""
+        from glmtuner.kernels.exact import can_be_exact, in_float32, is_exact
+
+        if not can_be_exact(self.model) or (is_exact(self.model) and self.autocast is contextlib.nullcontext):
+            return None
+        try:
+            with in_float32(self.model):
+                return loss_of(self.model, collate(self.rows), contextlib.nullcontext)
+        except Exception as error:
+            # kernels of attention for half precision only
+            if is_out_of_memory(error) or "dtype" in str(error) or "fp16" in str(error):
+                return None
+            raise
 
 
 def problem_of(error: Exception) -> str | None:
@@ -165,17 +215,15 @@ def apply_liger(
 
     knob = "trainer.use_liger_kernel=true"
     with evaluating(model):
-        expected = loss_of(model, collate(rows), autocast) if rows else 0.0
+        losses = Losses(model, rows, collate, autocast, needed=bool(rows))
         try:
             enable_liger(unwrapped(model), chosen)
-            loss = loss_of(model, collate(rows), autocast) if rows else 0.0
+            problem = losses.problem(collate) if rows else None
         except Exception as error:  # from a compiler or a driver, too
             reason = " ".join(str(error).split())
             raise ConfigError(f"{knob}: {type(error).__name__}: {reason[:300]}; leave it out") from error
-    if not is_same_loss(model, expected, loss, autocast):
-        raise ConfigError(
-            f"{knob}: the loss of two samples is {loss:.6g} with Liger's kernels and {expected:.6g} without; leave it out"
-        )
+    if problem is not None:
+        raise ConfigError(f"{knob}: {problem}; leave it out")
 
 
 @contextlib.contextmanager
@@ -193,10 +241,16 @@ def loss_of(model: "nn.Module", batch: Mapping[str, Any], autocast: Autocast) ->
     """The model's loss of a batch, in nats per labelled token, as the trainer computes it."""
     import torch
 
-    device = next(model.parameters()).device
-    on_device = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     with torch.no_grad(), autocast():
-        return float(model(**on_device).loss)
+        return float(model(**on_device_of(model, batch)).loss)
+
+
+def on_device_of(model: "nn.Module", batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch on the device of the model."""
+    import torch
+
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def is_same_loss(model: "nn.Module", expected: float, loss: float, autocast: Autocast) -> bool:
@@ -206,4 +260,4 @@ def is_same_loss(model: "nn.Module", expected: float, loss: float, autocast: Aut
     with autocast():
         half = torch.is_autocast_enabled(next(model.parameters()).device.type)
     exact = unwrapped(model).dtype == torch.float32 and not half
-    return abs(loss - expected) <= (1e-4 if exact else 2e-2) * max(abs(expected), 1.0)
+    return abs(loss - expected) <= (EXACT if exact else 2e-2) * max(abs(expected), 1.0)

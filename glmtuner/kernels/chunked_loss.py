@@ -107,24 +107,33 @@ def enable_chunked_loss(model: "PreTrainedModel") -> None:
     where the head is not applied to the last hidden states, as where the model projects them first.
     """
 
+    plain = model.forward  # of its class, or with segments
+
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, labels: torch.Tensor | None = None, **options: Any) -> Any:
         if labels is None:
-            return type(self).forward(self, *args, **options)
+            return plain(*args, **options)
         num_items, each = options.pop("num_items_in_batch", None), options.pop("each", False)
         hidden_BTH = getattr(self.base_model(*args, **{"use_cache": False, **options}), "last_hidden_state", None)
         head = self.get_output_embeddings()
         if hidden_BTH is None or hidden_BTH.shape[-1] != head.in_features:
             raise NotImplementedError("the output layer is not applied to the last hidden states")
+        if not torch.is_autocast_enabled(hidden_BTH.device.type):
+            hidden_BTH = hidden_BTH.to(head.weight.dtype)  # residual sums may be float32 (Mamba)
         total, losses_BT = cross_entropy(hidden_BTH, head, labels)
         if each:
             return CausalLMOutputWithPast(loss=losses_BT)
         num_items = labels[:, 1:].ne(IGNORE_INDEX).sum() if num_items is None else num_items
         return CausalLMOutputWithPast(loss=total / num_items)
 
+    model.__dict__["unchunked"] = model.__dict__.get("forward")
     model.forward = types.MethodType(forward, model)
 
 
 def disable_chunked_loss(model: "PreTrainedModel") -> None:
     """Undo `enable_chunked_loss`."""
+    if "unchunked" not in model.__dict__:
+        return
     model.__dict__.pop("forward", None)
+    if (plain := model.__dict__.pop("unchunked")) is not None:
+        model.forward = plain

@@ -13,9 +13,10 @@ from glmtuner.config.paths import PACKAGE_MODEL
 from glmtuner.config.schema import Run
 from glmtuner.console import complain, say
 from glmtuner.errors import CheckpointError
-from glmtuner.families.family import Family, families_that_fit, family_from_structure, family_named, family_of
+from glmtuner.families.family import Family, families_that_fit, family_named, family_of
 from glmtuner.families.hub import read_config
 from glmtuner.families.stop_tokens import stop_ids
+from glmtuner.families.structure import family_from_structure
 from glmtuner.inference.finished import Finished
 from glmtuner.launch.checks import check_base
 from glmtuner.launch.device import compute_dtype, device_of
@@ -169,6 +170,11 @@ def load_trainable_model(
     run.quant.prepare(model)
     if family is None:
         family = family_from_structure(model)
+        if not family.lora_targets:
+            say(
+                f"model.family=auto: no projections of attention or of a recurrent state were recognised in {type(model).__name__}; "
+                "finetuning=lora needs names in finetuning.lora_target"
+            )
         finetuning = finetuning.resolved(family, len(family.blocks(model)))
     set_seed(run.trainer.seed)  # a method's random initialisation does not depend on what was loaded before
     model, finetuning = build_trainable_model(

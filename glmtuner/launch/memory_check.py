@@ -101,7 +101,11 @@ def estimate_run(composed: Composed, device: "torch.device", available: int | No
     rows, longest = run.stage.largest_batch(run)
     estimate_of = estimator(composed, finetuning, family, device, rows, longest, ranks.processes_to_start(run.parallel))
     notice = checkpointing_notice(composed, estimate_of, available)
-    return estimate_of(bool(configured_checkpointing(run.trainer)) or notice is not None), notice
+    needed = estimate_of(bool(configured_checkpointing(run.trainer)) or notice is not None)
+    if needed.longest < longest:
+        limit = f"rows have at most {needed.longest:,} tokens, since the model has no positions for more; a longer one is refused"
+        notice = f"{limit}\n{notice}" if notice else limit
+    return needed, notice
 
 
 def estimator(
@@ -114,16 +118,19 @@ def estimator(
     processes: int,
 ) -> Callable[[bool], Estimate]:
     """A function that estimates the run's peak on batches of that size, given whether gradient checkpointing is on."""
+    from glmtuner.models.positions import most_positions
+
     run = composed.run
     baseline = process_baseline_bytes(device, run.tracker.name)
 
     @cache  # called more than once per run, and a large model takes seconds
     def estimate_of(checkpointing: bool) -> Estimate:
         model = build_meta_model(run, finetuning, family, device, compute_dtype(run, device))
+        most = most_positions(model) or longest
         folder = RunFolder(Path("outputs"))
         arguments = training_arguments(run, folder, model, device, checkpointing=checkpointing, for_estimate=True)
         estimated = estimate(
-            model, arguments, device, rows=rows, longest=longest, baseline=baseline, without_logits=not run.stage.policy,
+            model, arguments, device, rows=rows, longest=min(longest, most), baseline=baseline, without_logits=not run.stage.policy,
             fast_paths=frozenset(FastPath) - excluded_optimizations(run).keys(),
         )  # fmt: skip
         return estimated.per_process(run.parallel.shares, processes)

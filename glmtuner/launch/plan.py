@@ -13,6 +13,7 @@ from glmtuner.config.compose import Composed
 from glmtuner.config.groups import AskedThinking
 from glmtuner.config.plugins import loaded_plugins
 from glmtuner.console import table
+from glmtuner.families.family import Family
 from glmtuner.inference.context import RunContext
 from glmtuner.kernels.fast_paths import FastPath
 from glmtuner.launch.checks import SHAPE
@@ -23,6 +24,7 @@ from glmtuner.run_folder.redaction import redact_config, redact_overrides
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import TrainingArguments
 
     from glmtuner.training.trainer import GlmTrainer
@@ -72,14 +74,17 @@ def write_description(composed: Composed, context: RunContext, model_config: Map
 def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device") -> None:
     """Print a table of the run: model, data, method, steps, device and folder."""
     from glmtuner.data.segments import Packs
-    from glmtuner.training.throughput import size_of
+    from glmtuner.finetuning.targets import adapted_layers
+    from glmtuner.models.sizes import active_summary
 
     run, model, data = context.run, context.model, context.data
     arguments = trainer.args
     train_rows: Any = trainer.train_dataset
-    total = sum(map(size_of, model.parameters()))
-    trained = sum(size_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    rows = [("model", f"{run.model.model_name_or_path} ({context.family.name}), {total:,} parameters")]
+    trained, total, beside = sizes(model, context.family)
+    towers = f"; {', '.join(context.family.towers)} ({beside:,} more) as they are" if beside else ""
+    rows = [("model", f"{run.model.model_name_or_path} ({context.family.name}), {total:,} parameters{towers}")]
+    if active := active_summary(model):
+        rows.append(("active", active))
     rows += [("data", f"{part.spec.name}: {part.counts.summary()}") for part in data.prepared]
     if run.data.mix_probabilities and data.train is not None:
         rows.append(("mix", ", ".join(f"{name} {share:.1%}" for name, share in data.shares.items())))
@@ -93,6 +98,8 @@ def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device"
         rows.append(("evaluation", f"{len(data.evaluation):,} records"))
     if data.train is not None:
         rows.append(("method", f"{run.finetuning.finetuning_type}: {trained:,} of them trained, {trained / total:.4%}"))
+        if adapted := adapted_layers(model):
+            rows.append(("adapters", adapters_summary(adapted, context.family)))
         kind = "records"
         if isinstance(train_rows, Packs):
             filled = sum(train_rows.lengths) / (len(train_rows) * train_rows.capacity)
@@ -111,6 +118,32 @@ def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device"
     rows.append(("device", f"{device}, {precision}"))
     rows.append(("run folder", str(context.folder.path)))
     table("", ("", ""), rows, show_header=False)
+
+
+def sizes(model: "nn.Module", family: Family) -> tuple[int, int, int]:
+    """The numbers of trained parameters, of all of the language model's, and of its towers for images and sound."""
+    from glmtuner.models.sizes import sizes_of
+    from glmtuner.models.unwrap import unwrapped
+
+    base = unwrapped(model)
+    modules = dict(base.named_modules())
+    towers = {value for path in family.towers if path in modules for value in modules[path].parameters()}
+    counts = sizes_of(model)
+    beside = sum(count for value, count in counts.items() if value in towers)
+    trained = sum(count for value, count in counts.items() if value.requires_grad)
+    return trained, sum(counts.values()) - beside, beside
+
+
+def adapters_summary(adapted: Mapping[str, int], family: Family) -> str:
+    """The layers that have a LoRA with their numbers, and the linear layers that `all` leaves out, with the reasons."""
+    layers = ", ".join(f"{name} ×{count}" for name, count in adapted.items())
+    if not {*family.linears} <= adapted.keys():
+        return layers
+    by_reason: dict[str, list[str]] = {}
+    for name in family.left_out.keys() - adapted.keys():
+        by_reason.setdefault(family.left_out[name], []).append(name)
+    without = [f"{', '.join(sorted(names))} ({reason})" for reason, names in sorted(by_reason.items())]
+    return "; ".join([layers, *([f"left out: {', '.join(without)}"] if without else [])])
 
 
 def fast_paths_summary(left_out: Mapping[FastPath, str]) -> str:

@@ -9,7 +9,7 @@ from glmtuner.config.run_rules import unused_values
 from glmtuner.config.schema import Tracker
 from glmtuner.console import say
 from glmtuner.data.spec import DatasetSpec
-from glmtuner.data.splits import dataset_entries
+from glmtuner.data.splits import dataset_entries, longest_row
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import Preempted
 from glmtuner.families.hub import read_config
@@ -120,7 +120,10 @@ def run_in_folder(
     family, finetuning = resolve_family(run, model_config)
 
     load_libraries(compiles=needs_compiler(run), trains=True)
+    if run.trainer.do_train:
+        finetuning.check_model(run.model, family)
     from glmtuner.models.load import load_tokenizer
+    from glmtuner.models.positions import check_positions
     from glmtuner.models.unwrap import unwrapped
 
     if run.trainer.predict_with_generate and ranks.is_main():
@@ -142,6 +145,8 @@ def run_in_folder(
         check_first_rows(run, encoder, template_name, {part.spec.name: part.first for part in data.prepared})
     checkpointing = needs_checkpointing(composed, model_config, finetuning, family, data, device)
     model, finetuning, family = load_trainable_model(composed, finetuning, family, device)
+    if data.train is not None:
+        check_positions(model, longest_row(data.train))
     context = RunContext(
         run=run, folder=folder, model=model, tokenizer=tokenizer, template=template, template_name=template_name,
         family=family, finetuning=finetuning, data=data, tracker=tracker,

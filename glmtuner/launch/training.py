@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmtuner.console import say
+from glmtuner.console import complain, say
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import capture_signals
-from glmtuner.errors import CheckpointError, TrainingError
+from glmtuner.errors import CheckpointError, GlmtunerError, TrainingError
 from glmtuner.inference.context import RunContext
 from glmtuner.inference.predict import answer_all
 from glmtuner.launch.optimizations import TrainingBatches
 from glmtuner.launch.resume import lies_in
 from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, step_of
-from glmtuner.run_folder.folder import RunFolder
-from glmtuner.run_folder.names import EVALUATIONS
+from glmtuner.run_folder.folder import RunFolder, is_out_of_memory
+from glmtuner.run_folder.names import EVALUATIONS, KEPT
 from glmtuner.stages.stage import learning_stage
 from glmtuner.templates.base import IGNORE_INDEX
 
@@ -146,28 +146,67 @@ def generation_smoke_test(
 
 
 def save_trained(context: RunContext, objective: "Objective | None") -> None:
-    """Write adapter/ or model/ atomically, and verify that it restores the trained parameters bit for bit (CET#262)."""
-    from glmtuner.finetuning.trained import digest_of, gathered
+    """Write adapter/ or model/ atomically, and verify that it holds the trained parameters bit for bit (CET#262).
+
+    Whatever fails, the trained parameters are kept.
+    """
+    from glmtuner.finetuning.trained import differing, gathered, misread
 
     model, finetuning = context.model, context.finetuning
     final = context.folder / finetuning.saved_as
     partial = final.with_name(f".{final.name}.partial")
     with gathered(model, everything=finetuning.saved_as == "model"):
         if ranks.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-            finetuning.save(model, partial)
-            context.tokenizer.save_pretrained(partial)
-            if objective is not None:
-                objective.save(partial)
-            trained = digest_of(model)
-            finetuning.restore(model, partial)
-            if digest_of(model) != trained:
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                finetuning.save(model, partial)
+                context.tokenizer.save_pretrained(partial)
+                if objective is not None:
+                    objective.save(partial)
+                if finetuning.saved_as == "model":
+                    wrong = differing(model, partial)
+                else:
+                    wrong = misread(model, lambda: finetuning.restore(model, partial))
+                if wrong:
+                    raise CheckpointError(
+                        f"the weights read back from {partial} are not the trained ones ({len(wrong)} differ, such as {wrong[0]}); "
+                        "check the disk, and type the same command again"
+                    )
+            except Exception as error:
+                kept = keep_trained(context, partial)
+                if isinstance(error, GlmtunerError):
+                    raise CheckpointError(f"{error}; {kept}") from error
+                if isinstance(error, OSError) or is_out_of_memory(error):  # whose sentences are made elsewhere
+                    complain(kept)
+                    raise
+                reason = " ".join(str(error).split())[:300]
                 raise CheckpointError(
-                    f"the weights read back from {partial} are not the trained ones; check the disk, and type the same command again"
-                )
+                    f"{partial} could not be written ({type(error).__name__}: {reason}); {kept}"
+                ) from error
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
     ranks.barrier()
+
+
+def keep_trained(context: RunContext, partial: Path) -> str:
+    """Write the trained parameters by their names in the model, where the folder to save could not be; returns a sentence."""
+    from glmtuner.finetuning.trained import TRAINED, save_tensors, trained_parameters
+
+    kept = context.folder / KEPT
+    try:
+        try:
+            save_tensors(trained_parameters(context.model), kept / TRAINED)
+        except OSError:  # a full disk: the unfinished folder makes room
+            shutil.rmtree(partial, ignore_errors=True)
+            save_tensors(trained_parameters(context.model), kept / TRAINED)
+    except Exception as error:
+        shutil.rmtree(kept, ignore_errors=True)
+        last = latest_complete_checkpoint(context.folder.path, ranks.world_size())[0]
+        return f"the trained weights could not be kept either ({' '.join(str(error).split())[:200]}); " + (
+            f"the last complete checkpoint is {last}" if last else "there is no complete checkpoint"
+        )
+    start = f"; type model.checkpoint_dir={kept} to start from them" if context.finetuning.saved_as == "model" else ""
+    return f"the trained weights are kept in {kept / TRAINED}{start}"
 
 
 def numeric(metrics: Mapping[str, Any]) -> dict[str, float]:

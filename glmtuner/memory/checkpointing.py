@@ -24,10 +24,17 @@ def enable_checkpointing(model: "PreTrainedModel", arguments: "TrainingArguments
     """Enable it in the model if the arguments ask for it, with the options that transformers' Trainer takes from them.
 
     Without a `use_reentrant` it is False in the arguments from now on, as it is without any options; torch's own default cuts
-    the graph of a model whose embeddings are frozen.
+    the graph of a model whose embeddings are frozen. Raises ConfigError for a model without.
     """
     if not arguments.activation_checkpointing:
         return
+    if not model.supports_gradient_checkpointing:
+        from glmtuner.models.unwrap import unwrapped
+
+        raise ConfigError(
+            f"trainer.gradient_checkpointing=true: transformers has none for {type(unwrapped(model)).__name__}; leave it out, and if memory "
+            "does not suffice, type a smaller trainer.per_device_train_batch_size"
+        )
     options = dict(arguments.activation_checkpointing_kwargs or {})  # type: ignore[arg-type]  # parsed, no longer a str
     if options.keys() - {"every_n_layers", "offload"}:
         options.setdefault("use_reentrant", False)

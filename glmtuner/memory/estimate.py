@@ -3,8 +3,7 @@
 The model is built from config.json alone, on tensors that have shapes and no memory (torch's fake tensors), with the
 fine-tuning method attached. An optimizer step, a forward and backward pass and another step are traced in the run's
 precision, with its optimizer and its gradient checkpointing, and every allocation and every free is counted. The estimate
-therefore holds for any method, dropout and attention, and for any architecture whose forward pass does not depend on values
-(that of a mixture of experts does).
+therefore holds for any method, dropout and attention, and for any architecture whose forward pass does not depend on values.
 """
 
 import dataclasses
@@ -43,6 +42,7 @@ class Estimate:
     device: str  # CPU or GPU
     total_parameters: int
     trained_parameters: int
+    active_parameters: str | None  # that compute a token, in words; None without experts
     parts: dict[str, int]  # name -> bytes
     rows: int  # of the batch
     longest: int  # tokens of a row
@@ -58,6 +58,7 @@ class Estimate:
         batch = f"{self.rows} rows of {self.longest:,} tokens, gradient checkpointing {'on' if self.checkpointing else 'off'}"
         return [
             ("parameters", f"{self.total_parameters:,}"),
+            *([("active", self.active_parameters)] if self.active_parameters else []),
             ("trained", f"{self.trained_parameters:,}"),
             ("longest batch", batch),
             *((name, gib(size)) for name, size in self.parts.items()),
@@ -137,11 +138,13 @@ def estimate(
     from glmtuner.kernels.chunked_loss import chunked_loss_problem
     from glmtuner.kernels.fused_lora import fuse_lora
     from glmtuner.kernels.segment_attention import segment_attention_problem
+    from glmtuner.models.sizes import active_summary
     from glmtuner.models.unwrap import unwrapped
 
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     total_parameters, trained_parameters = sum(map(torch.numel, parameters)), sum(map(torch.numel, trained))
+    active = active_summary(model)
     frozen_bytes = sum(stored_nbytes(parameter) for parameter in parameters if not parameter.requires_grad)
     trained_bytes = sum(map(stored_nbytes, trained))
     on_gpu = device.type == "cuda"
@@ -175,7 +178,8 @@ def estimate(
         raise estimation_unsupported(error) from None
     gradients = ledger.gradients_at_peak
     transient = ledger.peak - states - gradients  # activations and temporary memory
-    kept = min(max(ledger.kept_at_peak - states, 0), transient)
+    # where the peak is in the forward pass itself, what it holds at its end is nearly what it held then
+    kept = min(max((ledger.kept_at_peak or ledger.kept) - states, 0), transient)
     temporary = transient - kept
     if offloads:  # to the host's memory, but for the block that is being computed
         kept //= base.config.get_text_config().num_hidden_layers
@@ -194,6 +198,7 @@ def estimate(
         device="GPU" if on_gpu else "CPU",
         total_parameters=total_parameters,
         trained_parameters=trained_parameters,
+        active_parameters=active,
         parts={
             "frozen weights": frozen_bytes,
             "trained weights": trained_bytes,

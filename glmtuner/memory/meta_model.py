@@ -37,11 +37,10 @@ def build_meta_model(
 ) -> "PreTrainedModel":
     """The model as it will be trained, with its method attached, on the meta device: shapes and dtypes without values."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from glmtuner.families.family import family_from_structure
+    from glmtuner.families.structure import family_from_structure
     from glmtuner.finetuning.start import adapter_to_resume, base_folder, checkpoints_of
-    from glmtuner.models.load import dtype_of, load_config
+    from glmtuner.models.load import auto_class, dtype_of, load_config
 
     checkpoints = checkpoints_of(run.model)
     base = base_folder(checkpoints)
@@ -51,7 +50,7 @@ def build_meta_model(
     if dtype == "auto":
         dtype = config.dtype or torch.float32
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
         if run.quant.bits:
             quantize(model, run.quant.bits, compute_dtype)
         if family is None:
@@ -66,10 +65,14 @@ def build_meta_model(
 
 
 def quantize(model: "nn.Module", bits: int, compute_dtype: "torch.dtype") -> None:
-    """Turn every linear layer that bitsandbytes would quantize into a stand-in that takes the same memory."""
+    """Turn every linear layer and all experts that would be quantized into stand-ins that take the same memory."""
     import torch
     from torch import nn
     from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    from glmtuner.families.experts import is_experts
+    from glmtuner.models.quantized_experts import From8Bits, store
 
     class Product(torch.autograd.Function):
         """x W^T, where W is dequantized for the product and freed after it, and nothing is saved for the backward pass."""
@@ -90,8 +93,24 @@ def quantize(model: "nn.Module", bits: int, compute_dtype: "torch.dtype") -> Non
             product: torch.Tensor = Product.apply(x, self.out_features)
             return product if self.bias is None else product + self.bias
 
+    class Computed(From8Bits):
+        """Experts, of which the module computes all values at once."""
+
+        def __init__(self, value: "torch.Tensor") -> None:
+            super().__init__(value.new_empty(0), value.dtype, value.shape)
+
+        def forward(self, value: "torch.Tensor") -> "torch.Tensor":
+            with torch.no_grad():
+                return torch.empty_like(value, dtype=torch.float32 if bits == 8 else value.dtype).to(value.dtype)
+
     excluded = get_keys_to_not_convert(model)
-    for name, module in model.named_modules():
+    for name, module in [*model.named_modules()]:
+        for own, value in [*module.named_parameters(recurse=False)]:
+            if is_experts(module, own, value.ndim) and should_convert_module(name, excluded):
+                value.requires_grad_(False)
+                store(module, own, Computed(value))
+                stored: Any = module.parametrizations[own].original
+                stored.stored_bits = bits
         if type(module) is nn.Linear and not any(name == key or name.startswith(f"{key}.") for key in excluded):
             module.__class__ = Quantized
             weight: Any = module.weight.requires_grad_(False)
@@ -104,7 +123,7 @@ def stored_nbytes(parameter: "torch.Tensor") -> int:
     if bits == 4:  # and an 8-bit scale for every block; the scales of the scales are negligible
         return parameter.numel() // 2 + parameter.numel() // ABSMAX_BLOCK
     if bits == 8:  # and a float32 scale for every row
-        return parameter.numel() + 4 * parameter.shape[0]
+        return parameter.numel() + 4 * parameter.numel() // parameter.shape[-1]
     return parameter.numel() * parameter.element_size()
 
 

@@ -78,9 +78,11 @@ def upper_bound_fits(config: Mapping[str, Any], run: Run, rows: int, longest: in
     inner = size("intermediate_size", "ffn_hidden_size", "inner_hidden_size")
     vocabulary = size("vocab_size", "padded_vocab_size")
     heads = size("num_attention_heads")
-    if any("expert" in name for name in config) or not (hidden and layers and inner and vocabulary and heads):
+    unlike = any("expert" in name or name in ("kv_lora_rank", "layers_block_type", "text_config") for name in config)
+    if unlike or not (hidden and layers and inner and vocabulary and heads):
         return False
-    weights = layers * (4 * hidden**2 + 3 * hidden * inner) + 2 * vocabulary * hidden
+    width = max(hidden, heads * (size("head_dim", "kv_channels") or 0))  # of all heads' queries together
+    weights = layers * (4 * hidden * width + 3 * hidden * inner) + 2 * vocabulary * hidden
     weight_bytes = weights * (20 if run.finetuning.saved_as == "model" else 8)
     activations = rows * longest * (layers * (40 * hidden + 10 * inner + 3 * heads * longest) + 8 * vocabulary)
     return weight_bytes + 4 * activations + 2 * GIB < available
@@ -116,7 +118,7 @@ def does_not_fit(run: Run, needed: Estimate, available: int) -> ConfigError:
     suggestions = []
     if not needed.checkpointing:
         suggestions.append("trainer.gradient_checkpointing=true")
-    if run.quant.bits is None and run.finetuning.on_quantized:
+    if run.quant.bits != 4 and run.finetuning.on_quantized:  # 8 bits are twice as many
         suggestions.append("quant=int4")
     if not run.finetuning.on_quantized or run.finetuning.saved_as == "model":
         suggestions.append("finetuning=lora")

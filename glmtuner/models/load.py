@@ -1,8 +1,10 @@
 """Loads a model's config, tokenizer and weights from a folder or a hub; code that comes with them is never run."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from glmtuner.config.groups import Dtype, Model, Quant
@@ -104,6 +106,43 @@ def dtype_of(model: Model, config: "PreTrainedConfig", device: "torch.device") -
     return "auto"
 
 
+def auto_class(config: "PreTrainedConfig") -> Any:
+    """The Auto class by which a config's model is built: that for multimodal models where it has towers, else for causal LMs.
+
+    Some multimodal checkpoints can also be loaded as a causal LM, which leaves out the towers, so that what is saved would lack
+    them; of these, the class that config.json names decides.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForMultimodalLM,
+    )
+
+    kind: Any = type(config)
+    if kind not in MODEL_FOR_MULTIMODAL_LM_MAPPING or config.is_encoder_decoder:
+        return AutoModelForCausalLM
+    whole: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING[kind]
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING and whole.__name__ not in (config.architectures or ()):
+        return AutoModelForCausalLM
+    return AutoModelForMultimodalLM
+
+
+def meta_model(model: Model, family: "Family | None") -> "PreTrainedModel | None":
+    """The model of config.json on the meta device, shapes without values; None where it cannot be built so."""
+    import torch
+
+    config = load_config(model, family)
+    try:
+        with torch.device("meta"):
+            built: PreTrainedModel = auto_class(config).from_config(config)
+    except (
+        Exception
+    ):  # of a model that computes with values while it is built, whatever it raises; loading it will tell
+        return None
+    return built
+
+
 def load_model(
     model: Model,
     family: "Family | None",
@@ -119,16 +158,21 @@ def load_model(
     CheckpointError if the checkpoint lacks weights of the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     source = model_source(model.model_name_or_path)
     config = load_config(model, family)
     dtype = dtype_of(model, config, device)
+    if quant.bits is not None and getattr(config, "rescale_every", None):  # RWKV
+        config.rescale_every = 0
+        say(
+            f"quant=int{quant.bits}: the model does not halve its hidden states every few layers for generation, which would change "
+            "quantized weights in place; what it computes is the same"
+        )
     device_map = {"device_map": {"": device}} if device.type == "cuda" and not sharded else {}
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert .bin files
 
     def load() -> "tuple[PreTrainedModel, dict[str, Any]]":
-        result: Any = AutoModelForCausalLM.from_pretrained(
+        result: Any = auto_class(config).from_pretrained(
             source,
             output_loading_info=True,
             config=config,
@@ -140,11 +184,25 @@ def load_model(
         loaded, loading_info = result  # a pair because of `output_loading_info`
         return loaded, loading_info
 
-    loaded, loading_info = from_files(model, "the model", load)
+    with quantizing(quant):
+        loaded, loading_info = from_files(model, "the model", load)
     check_loading(loaded, loading_info, f"model.model_name_or_path={model.model_name_or_path}")
     if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16 and quant.bits is None:
         loaded = loaded.float()  # config.json did not state its half precision
+    if quant.bits is not None:
+        from glmtuner.models.quantized_experts import described
+
+        say(f"quant=int{quant.bits}: {described(loaded)}")
     return loaded
+
+
+def quantizing(quant: Quant) -> AbstractContextManager[None]:
+    """Within this context, bitsandbytes' weights are quantized with the experts, if the run quantizes."""
+    if quant.bits is None:
+        return nullcontext()
+    from glmtuner.models.quantized_experts import quantizing_experts
+
+    return quantizing_experts()
 
 
 def check_loading(loaded: "PreTrainedModel", loading_info: Mapping[str, Any], name: str) -> None:
@@ -155,7 +213,7 @@ def check_loading(loaded: "PreTrainedModel", loading_info: Mapping[str, Any], na
     from torch import nn
 
     missing, unexpected = sorted(loading_info["missing_keys"]), sorted(loading_info["unexpected_keys"])
-    depth = loaded.config.get_text_config().num_hidden_layers
+    depth: float = getattr(loaded.config.get_text_config(decoder=True), "num_hidden_layers", math.inf)
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise CheckpointError(
             f"{name}: an adapter_config.json stands beside the model, and transformers would add that adapter unchecked; move the "

@@ -1,9 +1,12 @@
 """The prefix of P-Tuning v2 (Liu et al. 2022, arXiv:2110.07602): its encoder, and attention functions that include it.
 
-Shape letters: B batch, M prefix tokens, L layers, H query heads, G key-value heads, D head dimension, Q query tokens, K key tokens.
+Shape letters: B batch, M prefix tokens, H query heads, G key-value heads, D head dimension, Q query tokens, K key tokens. Keys and
+values may differ in D, and layers in G and D.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from glmtuner.errors import ConfigError
+from glmtuner.models.attention_calls import AttentionCall, attention_calls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,28 +28,20 @@ PREFIXED = "prefix|"  # prefix|sdpa is sdpa with the prefix
 class PrefixEncoder(nn.Module):
     """The prefix's keys and values, one layer at a time.
 
-    Without projection an embedding holds all of them, [M, L * 2 * G * D]: slot 2l has the keys of layer l, slot 2l + 1 its
-    values. With projection an embedding goes through a two-layer MLP, of which each layer computes its own slice: no graph
-    is shared between layers, so every kind of gradient checkpointing works. The embedding is as wide as the hidden size or,
-    if `wide`, as the output: in this the published code of ChatGLM-6B and of ChatGLM2 differ.
+    Without projection an embedding holds all of them, a row for each prefix token: the keys of the first layer, [G * D], its
+    values, and so on for the other layers. With projection an embedding goes through a two-layer MLP, of which each layer
+    computes its own slice: no graph is shared between layers, so every kind of gradient checkpointing works. The embedding is
+    as wide as the hidden size or, if `wide`, as the output: in this the published code of ChatGLM-6B and of ChatGLM2 differ.
     """
 
     def __init__(
-        self,
-        *,
-        tokens: int,
-        layers: int,
-        heads: int,
-        head_dim: int,
-        hidden: int,
-        projection: bool,
-        wide: bool,
-        dropout: float,
+        self, calls: Sequence[AttentionCall], *, tokens: int, hidden: int, projection: bool, wide: bool, dropout: float
     ) -> None:
         super().__init__()
-        self.tokens, self.layers, self.heads, self.head_dim = tokens, layers, heads, head_dim
-        self.layer_width = 2 * heads * head_dim
-        width = layers * self.layer_width
+        self.tokens, self.calls = tokens, tuple(calls)
+        ends = list(accumulate((call.heads * (call.key_dim + call.value_dim) for call in calls), initial=0))
+        self.rows = [slice(*bounds) for bounds in pairwise(ends)]  # of each layer
+        width = ends[-1]
         embedding_width = hidden if projection and not wide else width
         self.embedding = nn.Embedding(tokens, embedding_width)
         self.trans: nn.Sequential | None = None
@@ -54,22 +50,24 @@ class PrefixEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def folded(self) -> torch.Tensor:
-        """All layers' keys and values without dropout, [M, L * 2 * G * D]: the form in which PEFT stores a prefix."""
+        """All layers' keys and values without dropout, as wide as the embedding without projection: PEFT's form of a prefix."""
         folded: torch.Tensor = self.embedding.weight if self.trans is None else self.trans(self.embedding.weight)
         return folded
 
-    def forward(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, each [G, M, D]."""
-        rows = slice(layer_id * self.layer_width, (layer_id + 1) * self.layer_width)
+        call, rows = self.calls[layer], self.rows[layer]
         if self.trans is None:
             slots = self.embedding.weight[:, rows]
         else:
             first, tanh, last = self.trans
             assert isinstance(last, nn.Linear)
             slots = nn.functional.linear(tanh(first(self.embedding.weight)), last.weight[rows], last.bias[rows])
-        slots = self.dropout(slots).view(self.tokens, 2, self.heads, self.head_dim)
-        keys, values = slots.permute(1, 2, 0, 3)
-        return keys, values
+        keys, values = self.dropout(slots).split([call.heads * call.key_dim, call.heads * call.value_dim], dim=1)
+        return (
+            keys.view(self.tokens, call.heads, call.key_dim).transpose(0, 1),
+            values.view(self.tokens, call.heads, call.value_dim).transpose(0, 1),
+        )
 
 
 def add_prefix(
@@ -77,78 +75,91 @@ def add_prefix(
 ) -> PrefixEncoder:
     """Add a prefix of `tokens` tokens to the model, as `model.prefix_encoder`, and include it in attention.
 
-    Raises ConfigError for a model whose attention functions cannot be replaced.
+    Each layer's keys and values have the heads and widths that its attention function is given. Raises ConfigError for a model
+    whose attention functions cannot be replaced, or where a prefix would not be learned.
     """
-    config = model.config.get_text_config()
-    if getattr(config, "kv_lora_rank", None):
-        raise ConfigError(
-            f"finetuning=p_tuning: {type(model).__name__} has multi-head latent attention (kv_lora_rank={config.kv_lora_rank}), "
-            "where keys and values differ in width and no prefix can be added; type finetuning=lora"
-        )
-    blocks = family.blocks(model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    calls = attention_calls(model)
+    check_calls(type(model).__name__, calls)
     encoder = PrefixEncoder(
+        calls,
         tokens=tokens,
-        layers=len(blocks),
-        heads=heads,
-        head_dim=head_dim,
-        hidden=config.hidden_size,
+        hidden=model.config.get_text_config().hidden_size,
         projection=projection,
         wide=family.wide_prefix,
         dropout=dropout,
     ).to(model.device)
+    _use_prefixed_attention(model, calls)
     model.prefix_encoder = encoder
-    for layer_id, block in enumerate(blocks):
-        attention = block.get_submodule(family.attention_block)
+    for layer, call in enumerate(calls):
         # past nn.Module's own __setattr__: the encoder is registered once, on the model, not in every attention
-        object.__setattr__(attention, "prefix", _LayerPrefix(encoder, layer_id))
-    _use_prefixed_attention(model)
+        object.__setattr__(model.get_submodule(call.module), "prefix", _LayerPrefix(encoder, layer))
     return encoder
+
+
+def check_calls(name: str, calls: Sequence[AttentionCall]) -> None:
+    """Raise ConfigError unless a prefix can be added to the attention of a model of class `name`, and be learned."""
+    if not calls:
+        raise ConfigError(
+            f"finetuning=p_tuning: no layer of {name} computes attention through transformers' AttentionInterface (it has recurrent "
+            "states, or attention in its own code), so there are no keys and values to add a prefix to; type finetuning=lora"
+        )
+    idle = [call.module for call in calls if not call.learns]
+    if idle:
+        raise ConfigError(
+            f"finetuning=p_tuning: no gradient of the loss of {name} reaches the attention in {idle[0]}"
+            f"{f' and {len(idle) - 1} more' if len(idle) > 1 else ''}, so a prefix there would not be learned; type finetuning=lora"
+        )
 
 
 class _LayerPrefix:
     """A function without arguments that returns one layer's keys and values, each [G, M, D]."""
 
-    def __init__(self, encoder: PrefixEncoder, layer_id: int) -> None:
-        self.encoder, self.layer_id = encoder, layer_id
+    def __init__(self, encoder: PrefixEncoder, layer: int) -> None:
+        self.encoder, self.layer = encoder, layer
 
     def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.encoder(self.layer_id)
+        keys, values = self.encoder(self.layer)
         return keys, values
 
 
-def _use_prefixed_attention(model: "PreTrainedModel") -> None:
+def _use_prefixed_attention(model: "PreTrainedModel", calls: Sequence[AttentionCall]) -> None:
     """Register the model's attention function with the prefix under a name of its own, and select it."""
     base = model.config._attn_implementation or "eager"
     if base.startswith(PREFIXED):
         return
-    name = f"{PREFIXED}{base}"
-    if base == "eager":
-        raise ConfigError(
-            "finetuning=p_tuning: this model has only its own eager attention, where a prefix cannot be added; type "
-            "finetuning=lora"
-        )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ConfigError(
-            f"finetuning=p_tuning: {type(model).__name__} computes attention in its own code, where a prefix cannot be "
-            "added; type finetuning=lora"
-        )
+    for call in calls:
+        if _attention_of(model.get_submodule(call.module), base) is None:
+            raise ConfigError(
+                f"finetuning=p_tuning: {type(model).__name__} has an eager attention of its own, where a prefix cannot be added; "
+                "type finetuning=lora"
+            )
     if base not in ALL_MASK_ATTENTION_FUNCTIONS:
         raise ConfigError(
             f"finetuning=p_tuning: transformers has no masks for attention {base!r}; type finetuning=lora"
         )
-    AttentionInterface.register(name, _prefixed(ALL_ATTENTION_FUNCTIONS[base], causal_from_right="flash" in base))
+    name = f"{PREFIXED}{base}"
+    AttentionInterface.register(name, _prefixed(base))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     # not set_attn_implementation, which looks up a name with "flash" in it as a kernel on the hub
     model.config._attn_implementation = name
 
 
-def _prefixed(attention: Callable[..., Any], causal_from_right: bool) -> Callable[..., Any]:
-    """The attention function with the prefix prepended to keys and values.
+def _attention_of(module: nn.Module, name: str) -> Callable[..., Any] | None:
+    """The attention function of that name that a module would call; None where its file has none.
 
-    `causal_from_right`: its causal mask is aligned to the lower right, as flash attention's is; a prefix needs no mask then.
+    Eager attention stands in the model's own file, which may also have an AttentionInterface of its own.
     """
+    file = vars(sys.modules[type(module).__module__])
+    if name == "eager":
+        found: Callable[..., Any] | None = file.get("eager_attention_forward")
+        return found
+    interface: AttentionInterface = file.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    return interface.get(name)
+
+
+def _prefixed(base: str) -> Callable[..., Any]:
+    """The attention function named `base` with the prefix prepended to keys and values."""
+    causal_from_right = "flash" in base  # its causal mask is aligned to the lower right; a prefix needs no mask then
 
     def attend_with_prefix(
         module: nn.Module,
@@ -158,13 +169,22 @@ def _prefixed(attention: Callable[..., Any], causal_from_right: bool) -> Callabl
         attention_mask: torch.Tensor | None,
         **options: Any,
     ) -> Any:
+        attention = _attention_of(module, base)
+        assert attention is not None
         prefix = getattr(module, "prefix", None)
         if prefix is not None:
             keys, values = (part.to(key_BGKD.dtype).expand(key_BGKD.shape[0], -1, -1, -1) for part in prefix())
+            # latent attention widens values to the keys' width for kernels that want one width, and cuts the result
+            values = nn.functional.pad(values, (0, value_BGKD.shape[-1] - values.shape[-1]))
             if attention_mask is not None or not causal_from_right:
                 attention_mask = widen_mask(attention_mask, keys.shape[2], query_BHQD.shape[2], key_BGKD)
             key_BGKD = torch.cat([keys, key_BGKD], dim=2)
             value_BGKD = torch.cat([values, value_BGKD], dim=2)
+        if base == "eager" and attention_mask is not None and attention_mask.dtype == torch.bool:  # which adds its mask
+            blocked = torch.finfo(query_BHQD.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=query_BHQD.dtype).masked_fill(
+                ~attention_mask, blocked
+            )
         return attention(module, query_BHQD, key_BGKD, value_BGKD, attention_mask, **options)
 
     return attend_with_prefix
@@ -176,12 +196,14 @@ def widen_mask(
     """The mask with `prefix_tokens` visible columns prepended, [..., Q, prefix_tokens + K].
 
     No mask means causal attention for several query tokens. SDPA aligns that to the upper left, where a prefix would shift
-    it, so it becomes a mask; a single query token sees everything and needs none.
+    it, so it becomes a mask; a single query token sees everything and needs none. A single column stands for all of them.
     """
     if mask is None:
         if query_tokens == 1:
             return None
         visible = torch.ones(query_tokens, key_BGKD.shape[2], dtype=torch.bool, device=key_BGKD.device)
         mask = visible.tril(diagonal=max(key_BGKD.shape[2] - query_tokens, 0))[None, None]
+    if mask.dim() == 4 and mask.shape[-1] == 1:
+        mask = mask.expand(*mask.shape[:-1], key_BGKD.shape[2])
     visible_value = True if mask.dtype == torch.bool else (0.0 if mask.dim() == 4 else 1)
     return nn.functional.pad(mask, (prefix_tokens, 0), value=visible_value)

@@ -91,7 +91,7 @@ class Weights:
         trained = trained_parameters(model)
         if finetuning.saved_as == "model":
             parameters = own_parameters(model)
-            saved = weights_in(folder, parameters)
+            saved = weights_in(folder, model)
             check_fit(parameters, saved, folder)
             saved = {name: value.to(parameters[name]) for name, value in saved.items()}
             same = {name for name in saved.keys() - trained.keys() if torch.equal(parameters[name], saved[name])}

@@ -1,6 +1,7 @@
 """Eight-bit base weights, by bitsandbytes."""
 
 import functools
+import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,16 +24,31 @@ class Int8(Quant):
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
 
     def prepare(self, model: "nn.Module") -> None:
-        """Make the layers save no inputs for the backward pass, which only gradients of the weights would need.
+        """Make the layers take inputs of any shape, and save none for the backward pass, which only gradients of the weights need.
 
-        bitsandbytes saves each input, as an attribute that gradient checkpointing does not free: training ChatGLM-6B on 4
-        rows of 512 tokens took 13.8 GiB of an H200, where 8.0 were estimated.
+        bitsandbytes multiplies rows and batches of rows; of other inputs, such as the latent keys and values of DeepSeek-V2,
+        [B, 1, S, H], its code for CPUs takes the maxima along another dimension than the last. It saves each input as an attribute
+        that gradient checkpointing does not free: training ChatGLM-6B on 4 rows of 512 tokens took 13.8 GiB of an H200, where 8.0
+        were estimated.
         """
         from bitsandbytes.autograd._functions import (
             MatMul8bitLt,
         )  # the public `matmul` gives no access to what is saved
 
         drop_saved_inputs(MatMul8bitLt)
+        from bitsandbytes.nn import Linear8bitLt
+
+        for module in model.modules():
+            if isinstance(module, Linear8bitLt):
+                module.forward = types.MethodType(_forward_of_rows, module)  # type: ignore[method-assign]
+
+
+def _forward_of_rows(self: Any, x: Any) -> Any:
+    """Replaces the forward of a layer: x [..., I] -> [..., O]."""
+    if x.ndim in (2, 3):
+        return type(self).forward(self, x)
+    out = type(self).forward(self, x.reshape(-1, x.shape[-1]))
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def drop_saved_inputs(matmul: Any) -> None:

@@ -26,6 +26,7 @@ from glmtuner.run_folder.names import (
     CONFIG,
     FAILED,
     HISTORY,
+    KEPT,
     LOCK,
     METRICS,
     MODEL,
@@ -206,7 +207,7 @@ class RunFolder:
     @property
     def has_results(self) -> bool:
         """Whether starting over would lose anything: a trained step, a checkpoint, trained weights, answers or final metrics."""
-        if (self / METRICS).exists() or self.trained() is not None or checkpoints(self.path):
+        if (self / METRICS).exists() or self.trained() is not None or (self / KEPT).exists() or checkpoints(self.path):
             return True
         if (self / PREDICTIONS).is_file() and (self / PREDICTIONS).stat().st_size:
             return True

@@ -1,5 +1,6 @@
 """The end of a training that diverged: at the first number that is not finite, before it reaches the saved weights."""
 
+from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,44 @@ def require_finite(name: str, value: torch.Tensor, step: int, args: "TrainingArg
             "model.dtype=float32)"
         )
     return value
+
+
+class FiniteChecks:
+    """`require_finite` for the numbers of every step, without waiting for the GPU in every step.
+
+    A number on a GPU is copied beside the computation and looked at when it has arrived, at most LAG numbers later; the GPU has work
+    for the next step meanwhile. `settle` waits for what has not arrived, before anything of the training is logged or saved.
+    """
+
+    LAG = 4
+
+    def __init__(self, args: "TrainingArguments") -> None:
+        self.args = args
+        self._pending: deque[tuple[torch.cuda.Event, str, torch.Tensor, int]] = deque()
+
+    def add(self, name: str, value: torch.Tensor, step: int) -> None:
+        """Check a number, [], now or later; raises TrainingError for it or an earlier one."""
+        if isinstance(value, DTensor) or value.device.type != "cuda":
+            self.settle()
+            require_finite(name, value, step, self.args)
+            return
+        arrived = torch.cuda.Event()
+        copy = torch.empty((), dtype=value.dtype, pin_memory=True)
+        copy.copy_(value.detach().reshape(()), non_blocking=True)
+        arrived.record(torch.cuda.current_stream(value.device))
+        self._pending.append((arrived, name, copy, step))
+        while self._pending and (len(self._pending) > self.LAG or self._pending[0][0].query()):
+            self._check_first()
+
+    def settle(self) -> None:
+        """Check all numbers; raises TrainingError for the first that is not finite."""
+        while self._pending:
+            self._check_first()
+
+    def _check_first(self) -> None:
+        arrived, name, copy, step = self._pending.popleft()
+        arrived.synchronize()
+        require_finite(name, copy, step, self.args)
 
 
 def require_finite_weights(parameters: Iterable[torch.nn.Parameter], args: "TrainingArguments") -> None:

@@ -2,20 +2,19 @@
 
 Counted are the FLOPs that the training needs. Per token and weight of a matrix product: 2 in the forward pass, 2 more if a
 gradient flows through it (from the first block with a trained parameter on), and 2 more if the weight itself is trained; and
-the products inside attention. Gradients of frozen weights and the recomputation of gradient checkpointing are not counted.
+the products inside attention. Of experts those are counted to which a token is routed. Gradients of frozen weights and the
+recomputation of gradient checkpointing are not counted.
 """
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
+
+from glmtuner.models.sizes import routed_shares, share_of, sizes_of, towers
 from glmtuner.models.unwrap import unwrapped
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 # Dense TFLOPS of 16-bit matrix products with float32 accumulation, by a part of the GPU's name in CUDA; the first match
 # counts. From NVIDIA's data sheets, which often print twice as much, for sparse matrices:
@@ -71,45 +70,54 @@ class ModelFlops:
 
 
 def model_flops(model: "nn.Module") -> ModelFlops | None:
-    """The FLOPs of the model with its trained parameters; None for experts, where a token does not meet every weight."""
+    """The FLOPs of the model with its trained parameters; None where it is not known how many experts compute a token."""
     base: Any = unwrapped(model)
-    config = base.config.get_text_config()
-    if any("expert" in name for name in config.to_dict()):
+    shares, sizes = routed_shares(base), sizes_of(model)
+    if shares is None:
         return None
-    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings()
-    tied = head is not None and head.weight is embedding
+    head = base.get_output_embeddings()
+    read = {module.weight for module in base.modules() if isinstance(module, nn.Embedding)}
+    unused = {parameter for tower in towers(base) for parameter in tower.parameters()}
+    if head is not None:
+        read.discard(head.weight)  # tied
     lowest: float = math.inf  # the first block that a gradient reaches; 0 also for parameters outside of the blocks
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            block = BLOCK_INDEX.search(name)
-            lowest = min(lowest, int(block.group(1)) if block else 0)
-    per_token = 0
+            lowest = min(lowest, _block_of(name, 0))
+    per_token = 0.0
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or (parameter is embedding and not tied) or name.startswith("prefix_encoder."):
+        if parameter.dim() < 2 or parameter in read or parameter in unused or name.startswith("prefix_encoder."):
             continue  # no matrix product per token: looked up, or computed once a batch
-        block = BLOCK_INDEX.search(name)
-        has_gradient = block is None or int(block.group(1)) >= lowest
-        per_token += (2 + 2 * has_gradient + 2 * parameter.requires_grad) * size_of(parameter)
-    layers = config.num_hidden_layers
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", 0) or config.hidden_size // config.num_attention_heads
-    )
-    layers_with_gradient = max(layers - min(lowest, layers), 0)
+        has_gradient = _block_of(name, math.inf) >= lowest
+        per_token += (2 + 2 * has_gradient + 2 * parameter.requires_grad) * sizes[parameter] * share_of(name, shares)
     # queries by keys, and weights by values: 2 products of 2 FLOPs, half of them masked; twice that in the backward pass
-    return ModelFlops(per_token, int(2 * width * (layers + 2 * layers_with_gradient)))
+    per_squared_length = sum(
+        width * (3 if _block_of(path, math.inf) >= lowest else 1) for path, width in attention_widths(base).items()
+    )
+    return ModelFlops(round(per_token), per_squared_length)
 
 
-def size_of(parameter: "torch.Tensor") -> int:
-    """The parameter's number of elements, whether this rank holds a shard of them (ZeRO-3) or they are packed (int4)."""
-    if hasattr(parameter, "ds_numel"):
-        return int(parameter.ds_numel)
-    packed = getattr(parameter, "quant_state", None)
-    return math.prod(packed.shape) if packed is not None else parameter.numel()
+def _block_of(name: str, outside: float) -> float:
+    """The index of the block in which a parameter or module is; `outside` where it is in none."""
+    block = BLOCK_INDEX.search(f"{name}.")
+    return int(block.group(1)) if block else outside
 
 
-def parameter_count(parameters: Iterable["torch.Tensor"]) -> int:
-    """The number of all elements, those of other ranks' shards included."""
-    return sum(size_of(parameter) for parameter in parameters)
+def attention_widths(base: Any) -> dict[str, int]:
+    """Path of each layer's attention -> the widths of a query and of a value, each over all heads of queries, together."""
+    from glmtuner.models.attention_calls import UNTRACED, traced_calls
+
+    config = base.config.get_text_config()
+    try:
+        calls = traced_calls(type(base), base.config)
+    except UNTRACED:
+        calls = []
+    if calls:
+        return {call.module: call.heads * call.groups * (call.key_dim + call.value_dim) for call in calls}
+    # attention in the model's own code, if any: as config.json has it
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    width = heads * (getattr(config, "head_dim", 0) or config.hidden_size // max(heads, 1))
+    return {f"blocks.{block}": 2 * width for block in range(config.num_hidden_layers) if width}
 
 
 def utilization(flops: float, seconds: float, gpu: str, gpus: int) -> float | None:

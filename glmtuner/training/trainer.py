@@ -1,39 +1,39 @@
 """transformers' Trainer with crash-safe checkpoints and a history that reads the same after a resume."""
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
 from glmtuner.config.groups import Finetuning
 from glmtuner.config.schema import Tracker
-from glmtuner.data.segments import lengths_of
 from glmtuner.distributed import ranks
 from glmtuner.finetuning.trained import gathered
 from glmtuner.kernels.fast_paths import FastPath
 from glmtuner.memory.checkpointing import enable_checkpointing
+from glmtuner.models.sizes import parameter_count
 from glmtuner.run_folder.checkpoints import checkpoints, mark_complete, step_of
 from glmtuner.run_folder.files import read_json, write_json, write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import CHECKPOINTS, LOSSES
 from glmtuner.templates.base import IGNORE_INDEX
 from glmtuner.training.callbacks import CountOptimizerSteps, History
-from glmtuner.training.divergence import require_finite, require_finite_evaluation
+from glmtuner.training.divergence import FiniteChecks, require_finite_evaluation
 from glmtuner.training.label_smoothing import SmoothedLoss
+from glmtuner.training.loaders import LoadingTrainer
 from glmtuner.training.measurements import Measurements, forget_peak, losses_text, peak_memory_gib, sample_losses
 from glmtuner.training.neftune import noisy_embeddings
 from glmtuner.training.quantized import quantization_check_skipped
-from glmtuner.training.samplers import EvenBatches, PaddedRows, draw_base_seed
-from glmtuner.training.throughput import model_flops, parameter_count, utilization
+from glmtuner.training.samplers import draw_base_seed
+from glmtuner.training.throughput import ModelFlops, model_flops, utilization
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 PROGRESS = "progress.json"  # what trainer_state.json lacks: the loss since the last logged step, and the time so far
 
 
-class GlmTrainer(Trainer):
+class GlmTrainer(LoadingTrainer):
     """transformers' Trainer, except where a method below says otherwise.
 
     `score` is called with the step after the losses of an evaluation and returns more metrics, such as the scores of
@@ -87,7 +87,7 @@ class GlmTrainer(Trainer):
                 **(config.gradient_accumulation_kwargs or {}),
                 "sync_each_batch": True,
             }
-        # it would log 0.0 for a loss that is not finite; `_require_finite` ends such a run
+        # it would log 0.0 for a loss that is not finite; FiniteChecks end such a run
         args.logging_nan_inf_filter = False
         if args.label_smoothing_factor and objective is None:
             kwargs["compute_loss_func"] = SmoothedLoss(args.label_smoothing_factor)
@@ -114,7 +114,8 @@ class GlmTrainer(Trainer):
         self.seconds_before_resume = 0.0
         self.train_seconds = 0.0
         self.epoch_ended = True  # False from an epoch's first step on, until what follows its last one
-        self.last_step: dict[str, float | None] = {}  # what is logged of it
+        self.last_step: dict[str, Any] = {}  # what is logged of it; the norm is on the device
+        self.finite = FiniteChecks(self.args)
         self.resumed_from: Path | None = None
         self.history_lines: int | None = None  # at the checkpoint that is resumed from
         self.optimizer_steps = CountOptimizerSteps(lambda: self.accelerator.optimizer_step_was_skipped)
@@ -130,6 +131,18 @@ class GlmTrainer(Trainer):
         """Enable activation checkpointing if the arguments ask for it; `train` does so too, but after the preflight check."""
         enable_checkpointing(self.model, self.args)
 
+    @cached_property
+    def flops(self) -> ModelFlops | None:
+        """The FLOPs that utilization is computed from; None on a CPU, and for losses of an objective."""
+        return model_flops(self.model) if self.args.device.type == "cuda" and self.objective is None else None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' training."""
+        _ = (
+            self.flops
+        )  # counted on the model as it is before it is wrapped, and before the clock runs: it takes a second
+        return super().train(*args, **kwargs)
+
     # -- checkpoints: written to a temporary name, marked complete, renamed ------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -141,6 +154,7 @@ class GlmTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         root = self.folder / CHECKPOINTS
         partial, final = root / f".partial-{name}", root / name
+        self.finite.settle()
         progress = self._progress()
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
@@ -194,7 +208,7 @@ class GlmTrainer(Trainer):
             "seconds": self.seconds_before_resume + time.time() - self._session_start,
             "optimizer_steps": self.optimizer_steps.steps,
             "epoch_ended": self.epoch_ended,
-            "last_step": self.last_step,
+            "last_step": {name: None if value is None else float(value) for name, value in self.last_step.items()},
             "history_lines": len(self.folder.history()),  # what comes later, a resumed run writes again
         }
 
@@ -257,6 +271,7 @@ class GlmTrainer(Trainer):
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> "TrainOutput":
         """Loss and time of the whole training, not only of the part since the last resume."""
+        self.finite.settle()
         self._initial_global_step = 0
         self.train_seconds = self.seconds_before_resume + time.time() - start_time
         start_time -= self.seconds_before_resume
@@ -276,6 +291,7 @@ class GlmTrainer(Trainer):
         The loss is the mean over all tokens of the evaluation records, whatever the batches and the ranks; transformers
         takes the mean over batches. An objective's metrics are means over the records. losses.jsonl has a line a record.
         """
+        self.finite.settle()
         self.evaluated_batches = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         columns = {
@@ -316,7 +332,9 @@ class GlmTrainer(Trainer):
         """transformers' step, with the tokens counted; an objective that takes its own optimizer steps replaces it."""
         if self.objective is not None and self.objective.takes_optimizer_steps:
             model.train()
-            return self._require_finite("loss", self.objective.update(self, model, self._prepare_inputs(inputs)))
+            loss = self.objective.update(self, model, self._prepare_inputs(inputs))
+            self.finite.add("loss", loss, self.state.global_step)
+            return loss
         if "segments" in inputs:
             taught = inputs["segments"].taught
             self.tokens += sum(taught)
@@ -326,20 +344,19 @@ class GlmTrainer(Trainer):
             tokens_B = (inputs["attention_mask"] * is_taught_B[:, None]).sum(1).to(self.tokens.device)
             self.tokens += tokens_B.sum()
             self.squared_lengths += tokens_B.square().sum()
-        return self._require_finite("loss", super().training_step(model, inputs, num_items_in_batch))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.finite.add("loss", loss, self.state.global_step)
+        return loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The gradient norm before clipping; raises TrainingError unless it is finite, or fp16's scaler skips such steps."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        value = None if norm is None else float(norm)  # read from the device once
-        finite = value if value is not None and math.isfinite(value) else None
-        self.last_step = {"grad_norm": finite, "learning_rate": self._get_learning_rate()}
-        if value is not None and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
-            self._require_finite("gradient norm", torch.as_tensor(value))
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        self.last_step = {"grad_norm": norm, "learning_rate": self._get_learning_rate()}
+        if norm is not None and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+            self.finite.add("gradient norm", torch.as_tensor(norm), self.state.global_step)
         return norm
-
-    def _require_finite(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        return require_finite(name, value, self.state.global_step, self.args)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """An epoch, unless the last step was taken before: transformers would take one more before it looks.
@@ -384,56 +401,22 @@ class GlmTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A logging step of the training also reports the objective's metrics since the last one."""
+        self.finite.settle()
         if "loss" in logs and self.objective is not None:
             means = self.measured.reduce_and_reset()
             logs |= means | self.derived(means)
         super().log(logs, start_time)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """Batches of similar length read the lengths as a column; transformers would read the rows one by one."""
-        rows: Any = train_dataset if train_dataset is not None else self.train_dataset
-        if isinstance(rows, PaddedRows):
-            rows = rows.rows
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(rows)
-        group_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(group_size, lengths=lengths_of(rows))
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """On several ranks, every row of an epoch is learned once: accelerate would repeat rows to fill the last batches.
-
-        The last batches are filled with padding rows instead; not for an objective, whose rows have no padding row.
-        """
-        if ranks.world_size() == 1 or self.args.dataloader_drop_last or self.objective is not None:
-            return super().get_train_dataloader()
-        rows: Any = self.train_dataset
-        padded = PaddedRows(rows)
-        self.train_dataset = padded
-        try:
-            loader = super().get_train_dataloader()
-        finally:
-            self.train_dataset = rows
-        shard: Any = loader.batch_sampler  # accelerate's BatchSamplerShard
-        shard.batch_sampler = EvenBatches(shard.batch_sampler, ranks.world_size(), padded.padding_index)
-        return loader
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """transformers' loader, which it keeps for the next evaluation if its workers persist."""
-        loader = super().get_eval_dataloader(eval_dataset)
-        draw_base_seed(loader)
-        return loader
-
     def resources(self) -> dict[str, float]:
         """Peak memory in GiB (the largest rank's), numbers of parameters, tokens a second without padding, MFU, fast paths."""
         used: dict[str, float] = {
             "peak_memory_gib": max(ranks.all_gather(peak_memory_gib(self.args.device))),
-            "total_parameters": parameter_count(self.model.parameters()),
+            "total_parameters": parameter_count(self.model),
         }
         if self.train_seconds:
-            tokens = sum(ranks.all_gather(int(self.tokens)))
-            squared_lengths = sum(ranks.all_gather(int(self.squared_lengths)))
+            tokens, squared_lengths = (sum(ranks.all_gather(int(n))) for n in (self.tokens, self.squared_lengths))
             used |= {
-                "trained_parameters": parameter_count(p for p in self.model.parameters() if p.requires_grad),
+                "trained_parameters": parameter_count(self.model, trained=True),
                 "train_tokens_per_second": tokens / self.train_seconds,
                 **{f"fast_path_{path.name}": int(path not in self.left_out) for path in FastPath},
             }
@@ -443,8 +426,7 @@ class GlmTrainer(Trainer):
 
     def utilization(self, tokens: float, squared_lengths: float, seconds: float) -> float | None:
         """Model FLOPs utilization of all ranks together; None on a CPU, an unknown GPU, and for losses of an objective."""
-        device = self.args.device
-        if device.type != "cuda" or self.objective is not None or (flops := model_flops(self.model)) is None:
+        if self.flops is None:
             return None
-        name = torch.cuda.get_device_name(device)
-        return utilization(flops.of(tokens, squared_lengths), seconds, name, ranks.world_size())
+        name = torch.cuda.get_device_name(self.args.device)
+        return utilization(self.flops.of(tokens, squared_lengths), seconds, name, ranks.world_size())

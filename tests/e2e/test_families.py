@@ -11,7 +11,7 @@ import pytest
 import torch
 from family_models import CONFIGS, write_model
 from json_lines import lines
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from upstream import write_checkpoint
 
 # model_type of config.json -> a preset of that architecture
@@ -80,12 +80,29 @@ def test_a_mixture_of_experts_is_saved_and_read_again(glmtuner: Callable, tmp_pa
     assert method == "full" or all(name.startswith("model.layers.1.mlp.") for name in changed)
 
 
-def test_a_prefix_for_latent_attention_is_refused(glmtuner: Callable, tmp_path: Path) -> None:
-    write_model("glm4_moe_lite", tmp_path / "base")
-    done = glmtuner("model=glm4_7_flash", "model.model_name_or_path=base", "finetuning=p_tuning", *SHORT)
+@pytest.mark.parametrize(("model_type", "preset"), [("glm4_moe_lite", "glm4_7_flash"), ("glm_moe_dsa", "glm5")])
+def test_a_prefix_for_latent_attention_is_learned_resumed_and_exported(
+    glmtuner: Callable, tmp_path: Path, model_type: str, preset: str
+) -> None:
+    write_model(model_type, tmp_path / "base")
+    words = (f"model={preset}", "model.model_name_or_path=base", "finetuning=p_tuning", "finetuning.pre_seq_len=3", "tracker=none",
+             "data.dataset=identity_sample", "data.max_samples=6", "trainer.disable_tqdm=true", "trainer.max_steps=2",
+             "trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.learning_rate=0.1")  # fmt: skip
+    for more in (["run"], ["again", "trainer.resume_from_checkpoint=run/checkpoints/checkpoint-1"]):
+        done = glmtuner(*words, f"trainer.output_dir={more[0]}", *more[1:])
+        assert done.returncode == 0, done.stdout + done.stderr
+    name = "adapter/prefix_encoder.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    exported = glmtuner("export", "run", "--to", "exported")
+    assert exported.returncode == 0, exported.stdout + exported.stderr
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "rwkv"])
+def test_a_prefix_is_refused_before_weights_are_read(glmtuner: Callable, tmp_path: Path, model_type: str) -> None:
+    AutoConfig.for_model(model_type, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path / "base")
+    done = glmtuner("model=causal_lm", "model.model_name_or_path=base", "finetuning=p_tuning", *SHORT)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "finetuning=p_tuning: Glm4MoeLiteForCausalLM has multi-head latent attention (kv_lora_rank=8)" in done.stderr
-    assert "type finetuning=lora" in done.stderr
+    assert "so there are no keys and values to add a prefix to; type finetuning=lora" in done.stderr
 
 
 def test_a_model_type_with_several_prompts_is_told(glmtuner: Callable, tmp_path: Path) -> None:

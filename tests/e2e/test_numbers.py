@@ -264,6 +264,7 @@ def test_a_stopped_run_resumes_to_the_undisturbed_one(
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
 
 
+@pytest.mark.heavy
 def test_the_workers_that_load_batches_do_not_change_a_run(glmtuner: Callable, tmp_path: Path) -> None:
     words = (*FIVE_STEPS_AN_EPOCH, "trainer.eval_strategy=steps", "trainer.eval_steps=3", "trainer.save_steps=4")
     workers = ("trainer.dataloader_num_workers=2", "trainer.dataloader_persistent_workers=true")

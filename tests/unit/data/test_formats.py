@@ -27,7 +27,9 @@ def refused(raw, *shape, **options):
 
 
 def test_an_unknown_formatting_names_those_there_are():
-    with pytest.raises(UnknownName, match=r"no formatting named 'alpcaa'; did you mean 'alpaca'.*known: alpaca, m"):
+    with pytest.raises(
+        UnknownName, match=r"no formatting named 'alpcaa'; did you mean 'alpaca'.*known: alpaca, .*messages, sharegpt"
+    ):
         parser("alpcaa")
 
 

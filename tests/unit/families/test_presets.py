@@ -16,7 +16,9 @@ from glmtuner.config.compose import compose
 from glmtuner.config.paths import conf_dir
 from glmtuner.errors import ConfigError
 from glmtuner.families import FAMILIES
-from glmtuner.families.family import Family, families_that_fit, family_from_structure, family_of
+from glmtuner.families.experts import expert_names
+from glmtuner.families.family import Family, families_that_fit, family_of
+from glmtuner.families.structure import family_from_structure
 from glmtuner.finetuning.lora import Lora
 from glmtuner.launch.libraries import quieten_libraries
 from glmtuner.launch.register import register_presets
@@ -141,12 +143,13 @@ def test_latent_attention_without_latent_queries_is_another_model() -> None:
 
 
 def test_a_family_names_the_linear_layers_of_its_blocks(model: Any) -> None:
-    """All of them but the indexer's, which get no gradient, and in a mixture of experts those of dense and shared MLPs."""
+    """All of them but the indexer's, which get no gradient."""
     for family in families_of(model.config.model_type):
         paths = linears_in(family, model)
-        left_out = {path for path in paths if "indexer" in path or (family.experts and path.startswith("mlp."))}
+        left_out = {path for path in paths if "indexer" in path}
         assert {path.rpartition(".")[2] for path in paths - left_out} == {*family.linears}
-        assert {path.rpartition(".")[2] for path in paths if path.startswith("mlp.")} >= {*family.experts}
+        named = {path.rpartition(".")[2] for path in paths}
+        assert {*family.experts} - named == {*expert_names(model)}  # nothing in a dense model
         assert len(family.blocks(model)) == 2
         for block in family.blocks(model):
             attention = block.get_submodule(family.attention_block)
@@ -177,27 +180,38 @@ def test_default_lora_targets_are_trained_and_the_router_is_not(model: Any, targ
     adapted(input_ids=ids, labels=ids).loss.backward()
     trained = {name: each for name, each in adapted.named_parameters() if each.requires_grad}
     named = {re.sub(r".*\.(\w+)\.lora_[AB].*", r"\1", name) for name in trained}
-    assert named == {*(family.linears if target else family.attention)}
+    experts = {"experts", "base_layer"} if target and family.experts else set()  # one inside of the other
+    assert named == {*(family.linears if target else family.attention)} | experts
     assert all(each.grad is not None for each in trained.values())
     # B is zero at the start, so only it has a gradient that is not
     assert all(each.grad.abs().max() > 0 for name, each in trained.items() if "lora_B" in name)
-    assert not any("experts" in name or "gate." in name or "indexer" in name for name in trained)
+    assert not any("gate." in name or "indexer" in name for name in trained)
+    if target and family.experts:  # the dense MLP of the first block, and the shared expert of the second
+        assert {name.split(".mlp.")[1].split(".lora")[0] for name in trained if ".mlp." in name} == {
+            *("gate_proj", "up_proj", "down_proj", "experts", "experts.base_layer"),
+            *("shared_experts.gate_proj", "shared_experts.up_proj", "shared_experts.down_proj"),
+        }
 
 
 MOE = [family.name for family in FAMILIES.values() if family.experts]
 
 
 @pytest.mark.parametrize("name", MOE)
-def test_routed_experts_are_adapted_where_asked_for(name: str) -> None:
-    """Both of their parameters, and no router; dropout and half of a fused parameter are refused."""
+def test_routed_experts_are_adapted_where_asked_for(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both of their parameters, and no router, without dropout, which is said; half of a fused parameter is refused."""
     family = FAMILIES[name]
 
     def method(target: list[str], dropout: float = 0.0) -> Lora:
         lora = Lora(finetuning_type="lora", lora_rank=2, lora_alpha=4, lora_dropout=dropout, lora_target=target)
         return lora.resolved(family, 2)
 
-    with pytest.raises(ConfigError, match=r"lora_target=\[down_proj\] with finetuning\.lora_dropout=0\.1: .* type finetuning\.lora_dropout=0"):  # fmt: skip
-        method(["down_proj"], 0.1)
+    adapted = method(["down_proj", "o_proj"], 0.1).attach(built(family.model_types[0]), family)
+    told = " ".join(capsys.readouterr().out.split())
+    assert (
+        "finetuning.lora_dropout=0.1 holds for the 2 other layers: routed experts are adapted without dropout" in told
+    )
+    assert adapted.peft_config["default"].lora_dropout == 0
+    assert {each.p for each in adapted.modules() if isinstance(each, nn.Dropout)} >= {0.1}
     with pytest.raises(
         ConfigError, match=r"'gate_prj'; did you mean 'gate_proj'\? .*down_proj select the routed experts"
     ):
@@ -219,23 +233,47 @@ def test_routed_experts_are_adapted_where_asked_for(name: str) -> None:
 def test_experts_that_are_adapted_are_not_called_ignored() -> None:
     """As PEFT does, which looks for its own pattern of them among the modules."""
     family = FAMILIES["glm4_moe"]
-    lora = Lora(finetuning_type="lora", lora_rank=2, lora_alpha=4, lora_dropout=0.0, lora_target=[*family.experts])
+    lora = Lora(
+        finetuning_type="lora",
+        lora_rank=2,
+        lora_alpha=4,
+        lora_dropout=0.0,
+        lora_target=["gate_proj", "up_proj", "down_proj"],
+    )
     with warnings.catch_warnings(record=True) as shown:
         quieten_libraries()
         lora.resolved(family, 2).attach(built("glm4_moe"), family)
     assert not [each.message for each in shown if issubclass(each.category, RuntimeWarning)]
 
 
+SHARED = {f"1.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}
+
+
 @pytest.mark.parametrize("name", MOE)
-def test_a_regular_expression_that_selects_experts_with_dropout_is_one_paragraph(name: str) -> None:
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        (
+            r".*\.(gate|up|down)_proj",
+            {
+                *(f"0.mlp.{name}_proj" for name in ("gate", "up", "down")),
+                "1.mlp.experts",
+                "1.mlp.experts.base_layer",
+                *SHARED,
+            },
+        ),
+        (r".*\.shared_experts\.(gate|up|down)_proj", SHARED),
+        (r".*layers\.1\..*(experts\.gate_up_proj|o_proj)", {"1.mlp.experts", "1.self_attn.o_proj"}),
+        (r".*\.gate|.*0\.self_attn\.o_proj", {"1.mlp.gate", "0.self_attn.o_proj"}),
+    ],
+)
+def test_a_regular_expression_adapts_what_it_matches(name: str, pattern: str, expected: set[str]) -> None:
+    """And nothing else, although PEFT reads some names as experts; with dropout, which experts do not have."""
     family = FAMILIES[name]
-    method = Lora(
-        finetuning_type="lora", lora_rank=2, lora_alpha=4, lora_dropout=0.1, lora_target=[r".*\.(gate|up|down)_proj"]
-    )
-    with pytest.raises(
-        ConfigError, match=r"routed experts are adapted without dropout; type finetuning\.lora_dropout=0"
-    ):
-        method.resolved(family, 2).attach(built(family.model_types[0]), family)
+    method = Lora(finetuning_type="lora", lora_rank=2, lora_alpha=4, lora_dropout=0.1, lora_target=[pattern])
+    adapted = method.resolved(family, 2).attach(built(family.model_types[0]), family)
+    found = {path.split(".lora_")[0] for path, each in adapted.named_parameters() if each.requires_grad}
+    assert {path.removeprefix("base_model.model.model.layers.") for path in found} == expected
 
 
 def test_stops_are_the_role_tokens_that_end_an_answer() -> None:

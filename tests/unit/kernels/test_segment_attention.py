@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GlmConfig, GlmForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import GlmConfig, GlmForCausalLM, GPTJConfig, GPTJForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from glmtuner.data.collate import Collator
@@ -225,8 +225,9 @@ def test_a_model_with_a_loss_of_its_own_keeps_it():
 
 
 def test_a_model_whose_attention_cannot_be_told_of_segments_gets_padded_rows():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=64))
-    model.config._attn_implementation = "eager"
+    model = GPTJForCausalLM(
+        GPTJConfig(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=64, rotary_dim=4)
+    )
     plain = Collator(pad_id=3)
     assert choose_optimizations(model, samples()[:2], plain).collate is plain
     assert model.config._attn_implementation == "eager"

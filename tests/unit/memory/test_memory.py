@@ -6,16 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from zoo import built, config_of
 
 from glmtuner.config.compose import compose
 from glmtuner.errors import ConfigError
+from glmtuner.families.experts import expert_parameters
 from glmtuner.families.hub import read_config
 from glmtuner.launch.arguments import training_arguments
 from glmtuner.launch.build import resolve_family
 from glmtuner.launch.register import register_presets
 from glmtuner.memory.estimate import GIB, Estimate, estimate
+from glmtuner.memory.ledger import grouped_shape
 from glmtuner.memory.meta_model import build_meta_model, stored_nbytes
 from glmtuner.memory.policy import checkpointing_notice, does_not_fit, upper_bound_fits
+from glmtuner.models.sizes import active_summary
 from glmtuner.run_folder.folder import RunFolder
 
 register_presets()
@@ -80,6 +84,65 @@ def test_int4_stores_less_and_trains_the_same():
     assert (packed.total_parameters, packed.trained_parameters) == (plain.total_parameters, plain.trained_parameters)
 
 
+def moe(name: str, tmp_path: Path) -> str:
+    """The word that names a mixture of experts, of which config.json alone is there."""
+    config_of(name).save_pretrained(tmp_path)
+    return f"model.model_name_or_path={tmp_path}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "mixtral", "gpt_oss", "qwen3_next"])
+def test_experts_are_estimated_in_every_precision(name, dtype, tmp_path):
+    found = estimated("model=causal_lm", moe(name, tmp_path), f"model.dtype={dtype}", "finetuning=full")
+    plain = built(name)
+    assert found.total_parameters == sum(value.numel() for value in plain.parameters())
+    assert found.parts["trained weights"] == 4 * found.total_parameters  # trained in float32
+    assert found.active_parameters == active_summary(plain)
+    assert ("active", found.active_parameters) in found.table_rows()
+
+
+def test_products_by_groups_have_the_shapes_that_torch_gives_them():
+    ends = torch.tensor([1, 3, 8], dtype=torch.int32)
+    rows, matrices, columns = torch.randn(8, 16), torch.randn(3, 16, 8), torch.randn(8, 8)
+    for one, other in ((rows, matrices), (rows.T.contiguous(), columns)):
+        expected = torch.nn.functional.grouped_mm(one, other, offs=ends)
+        assert grouped_shape(one, other, ends) == [*expected.shape]
+    assert grouped_shape(torch.randn(3, 4, 16), matrices) == [3, 4, 8]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_experts_are_stored_small_and_computed_one_block_at_a_time(bits, tmp_path):
+    words = ("model=causal_lm", moe("mixtral", tmp_path), "model.dtype=float32", "finetuning=lora")
+    plain, packed = estimated(*words), estimated(*words, f"quant=int{bits}")
+    assert (packed.total_parameters, packed.active_parameters) == (plain.total_parameters, plain.active_parameters)
+    experts = sum(value.numel() for value in expert_parameters(built("mixtral")).values())
+    saved = plain.parts["frozen weights"] - packed.parts["frozen weights"]
+    assert saved > experts * (4 - bits / 8 - 0.3)  # of 4 bytes, but for the scales
+    assert packed.parts["activations"] < 1.2 * plain.parts["activations"]  # computed values are not kept
+
+
+def test_the_peak_in_the_forward_pass_is_made_of_activations(tmp_path):
+    words = ("model=causal_lm", moe("mixtral", tmp_path), "model.dtype=float32", "finetuning=lora", "quant=int4")
+    assert estimated(*words, longest=512).parts["activations"] > 2**20
+
+
+def test_rows_are_no_longer_than_the_positions_of_the_model(tmp_path):
+    from glmtuner.launch.memory_check import estimate_run
+
+    for name, longest in (("gpt_neo", 512), ("gpt2", 512), ("llama", 1024)):
+        words = [
+            "model=causal_lm",
+            moe(name, tmp_path),
+            "tracker=none",
+            "finetuning=lora",
+            "data.dataset=identity_sample",
+        ]
+        found, notice = estimate_run(compose(words), CPU, None)
+        assert found.longest == longest
+        assert (notice is None) == (longest == 1024)
+    assert notice is None or "at most 512 tokens" in notice
+
+
 def test_chatglm_is_estimated_without_its_special_tokens(golden_folder):
     for name in ("chatglm_v1", "chatglm2"):
         folder = golden_folder / name
@@ -100,7 +163,14 @@ def test_a_process_holds_its_share():
 def sized(peak_gib: float, **changes: Any) -> Estimate:
     parts = {"frozen weights": int(peak_gib * GIB)}
     plain = Estimate(
-        device="GPU", total_parameters=9, trained_parameters=1, parts=parts, rows=8, longest=512, checkpointing=False
+        device="GPU",
+        total_parameters=9,
+        trained_parameters=1,
+        active_parameters=None,
+        parts=parts,
+        rows=8,
+        longest=512,
+        checkpointing=False,
     )
     return dataclasses.replace(plain, **changes)
 
@@ -257,6 +327,8 @@ def test_checkpointing_is_not_reentrant_unless_it_is_asked_for():
     from glmtuner.memory.checkpointing import enable_checkpointing
 
     class Model:
+        supports_gradient_checkpointing = True
+
         def activation_checkpointing_enable(self, **options: Any) -> None:
             self.options = options
 

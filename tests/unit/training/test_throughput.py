@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from transformers import GlmConfig, GlmForCausalLM
+from transformers import GlmConfig, GlmForCausalLM, MixtralConfig, MixtralForCausalLM
+from zoo import built
 
 from glmtuner.config.groups import LayerPart
 from glmtuner.families import family_named
 from glmtuner.finetuning.freeze import Freeze
 from glmtuner.finetuning.full import Full
 from glmtuner.finetuning.lora import Lora
-from glmtuner.training.throughput import ModelFlops, model_flops, peak_flops, utilization
+from glmtuner.training.throughput import ModelFlops, attention_widths, model_flops, peak_flops, utilization
 
 # of a block of `small`: q 8x8, k and v 4x8 each, o 8x8, gate and up 2x(16x8), down 8x16
 BLOCK = 64 + 32 + 32 + 64 + 256 + 128
@@ -55,10 +56,53 @@ def test_no_gradient_passes_below_the_first_trained_block():
     assert found.per_squared_length == (2 * 2 * 8) * (3 + 2 * 1) // 2
 
 
-def test_experts_are_not_counted():
+def test_experts_that_the_model_does_not_show_are_not_guessed():
     model = small()
     model.config.num_experts = 4
     assert model_flops(model) is None
+
+
+def test_a_token_meets_the_experts_that_it_is_routed_to():
+    """2 of 5 experts of 3 matrices 8x12, and the whole router."""
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+    }
+    config = MixtralConfig(
+        **sizes, intermediate_size=12, vocab_size=40, num_local_experts=5, num_experts_per_tok=2, pad_token_id=0
+    )
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config)
+    block = 64 + 32 + 32 + 64 + 5 * 8 + 2 * (3 * 8 * 12)
+    found = model_flops(Full(finetuning_type="full").attach(model, family_named("glm")))
+    assert found == ModelFlops(per_token=6 * (3 * block + HEAD), per_squared_length=3 * (2 * 2 * 8) * 3 // 2)
+
+
+def test_attention_counts_the_widths_that_it_has_in_the_layers_that_have_it():
+    """Latent attention: 4 heads, queries of 12 and values of 8. A hybrid: 1 of 2 blocks has attention. Neither: none."""
+    widths = {
+        name: sum(attention_widths(built(name)).values()) for name in ("deepseek_v3", "jamba", "bloom", "mamba", "rwkv")
+    }
+    assert widths == {
+        "deepseek_v3": 2 * 4 * (12 + 8),
+        "jamba": 4 * (8 + 8),
+        "bloom": 2 * 4 * (8 + 8),
+        "mamba": 0,
+        "rwkv": 0,
+    }
+    for name in ("mamba", "rwkv"):
+        found = model_flops(built(name))
+        assert found is not None and found.per_token > 0 and found.per_squared_length == 0
+
+
+def test_tables_that_are_looked_up_are_no_products():
+    model = built("gpt2")  # learned positions, tied embeddings
+    block = sum(value.numel() for value in model.transformer.h[0].parameters() if value.dim() > 1)
+    found = model_flops(model.requires_grad_(True))
+    assert found is not None and found.per_token == 6 * (2 * block + model.lm_head.weight.numel())
 
 
 @pytest.mark.parametrize(
