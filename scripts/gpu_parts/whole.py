@@ -16,7 +16,7 @@ from torch import nn
 
 from gpu_parts.kernels import loss_and_gradients, models, relative_error, samples, with_lora
 from gpu_parts.record import Check
-from gpu_parts.runs import Training, command, train
+from gpu_parts.runs import Failed, Training, command, train
 
 ROUNDING = 2**-8  # of bfloat16
 TINY_RUN = ("model=tiny_glm", "tracker=none", "metric=none", "trainer.disable_tqdm=true", "trainer.logging_steps=1",
@@ -27,6 +27,7 @@ TINY_RUN = ("model=tiny_glm", "tracker=none", "metric=none", "trainer.disable_tq
 def run(check: Check) -> None:
     items: dict[str, tuple[Callable[[Check], None], float]] = {
         "killed by SIGKILL and resumed": (resume_after_kill, 0),
+        "a diverged run": (diverged, 0),
         "dpo": (dpo, 0),
         "ppo": (ppo, 0),
         "full fine-tuning in fp16": (fp16, 0),
@@ -59,6 +60,28 @@ def add_falling_loss(check: Check, what: str, losses: list[float], note: str = "
     note = "; ".join(filter(None, (f"loss {losses[0]:.3f} to {losses[-1]:.3f} over the run", note)))
     met = all(map(math.isfinite, losses)) and losses[-1] < losses[0]
     check.add(what, losses[-1], "loss", goal="falls", met=met, note=note)
+
+
+def diverged(check: Check) -> None:
+    """A run whose loss is not finite ends before anything of it is logged or saved, though no step waits for the GPU."""
+    folder, overrides = (
+        check.folder / "diverged",
+        ["trainer.learning_rate=1e30", "trainer.logging_steps=7", "trainer.max_steps=20"],
+    )
+    try:
+        command([*TINY_RUN, *overrides, *on_cpu(check), "data.dataset=identity_sample", f"trainer.output_dir={folder}"])
+        ended = "exit code 0"
+    except Failed as failed:
+        ended = str(failed).partition(":")[0]
+    left = [name for name in ("adapter", "checkpoints") if (folder / name).exists()] + history(folder)
+    check.add(
+        "a diverged run",
+        len(left),
+        "lines and folders",
+        goal="0, exit code 2",
+        met=ended == "exit code 2" and not left,
+        note=ended,
+    )
 
 
 def dpo(check: Check) -> None:
