@@ -3,6 +3,7 @@
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
@@ -232,9 +233,15 @@ class Run:
 ConfigStore.instance().store(group="schema", name="run", node=Run, package="_global_")
 
 
+@cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """The resolved type hints of a class; resolving them takes milliseconds, and every override asks."""
+    return typing.get_type_hints(cls)
+
+
 def classes_of(group: str) -> dict[str, type]:
     """The classes that a root key can have, by preset; single-type groups have one, named like the group."""
-    hint = typing.get_type_hints(Run)[group]
+    hint = hints_of(Run)[group]
     if group in SCHEMA_CLASSES:
         return SCHEMA_CLASSES[group]
     return {group: hint} if isinstance(hint, type) and is_dataclass(hint) else {}
@@ -251,9 +258,9 @@ def legal_keys() -> dict[str, Any]:
     for declared in fields(Run):
         owners = classes_of(declared.name)
         if not owners:
-            keys[declared.name] = typing.get_type_hints(Run)[declared.name]
+            keys[declared.name] = hints_of(Run)[declared.name]
         for cls in owners.values():
-            hints = typing.get_type_hints(cls)
+            hints = hints_of(cls)
             keys |= {f"{declared.name}.{inner.name}": hints[inner.name] for inner in fields(cls)}
     return keys
 

@@ -6,6 +6,7 @@ python tests/architectures/matrix.py --only glm4_moe_lite --cells lora,full
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -69,6 +70,8 @@ def outcomes(name: str, wanted: list[str] | None) -> dict[str, str]:
     from cells import CELLS, Refused, Tried, Wrong
     from zoo import write_checkpoint
 
+    gc.collect()
+    gc.freeze()  # collections, of which every training does some, took a quarter of the time to look at what is imported
     found: dict[str, str] = {}
     folder = Path(tempfile.mkdtemp(prefix=f"{name}_"))
     try:
