@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIGER := .liger
+TRL := .trl
 LATEST := .latest
 
-.PHONY: setup quickstart test test-attack test-heavy test-architectures test-latest test-slurm test-liger check format schema wheel clean
+.PHONY: setup quickstart test test-attack test-heavy test-architectures test-latest test-slurm test-liger test-trl check format schema wheel clean
 
 setup: $(READY)
 
@@ -49,6 +50,11 @@ test-liger: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(LIGER) 'liger-kernel==0.8.5' 'triton==3.9.0'
 	PYTHONPATH=$(LIGER) $(BIN)/python -m pytest tests/liger
 
+# the losses of TRL's own trainers, of the version that the tests were written for
+test-trl: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRL) 'trl==1.16.0'
+	PYTHONPATH=$(TRL) $(BIN)/python -m pytest tests/trl
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,4 +72,4 @@ wheel: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(LIGER) $(LATEST) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGER) $(TRL) $(LATEST) build dist *.egg-info .pytest_cache .ruff_cache

@@ -34,7 +34,8 @@ DOCS = ROOT / "docs"
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 
 COPIES = 20  # copies of the records in the larger file, each with another number in front
-PARTS = ("startup", "config_error", "preprocessing", "training", "prediction")
+PAIRS = ROOT.parent / "shared/data/dpo_zh_demo.json"  # of LLaMA-Factory, too; the package's sample where it is missing
+PARTS = ("startup", "config_error", "preprocessing", "training", "prediction", "preference")
 LLAMAFACTORY = "0.9.5"
 LORA = {"lora_rank": 8, "lora_alpha": 16}
 LEARNING_RATE = 1e-4
@@ -43,6 +44,9 @@ OURS, PACKED = "glmtuner", "glmtuner, packed"
 THEIRS, THEIRS_FAST = f"LLaMA-Factory {LLAMAFACTORY}", f"LLaMA-Factory {LLAMAFACTORY}, no checkpointing"
 BARE, BARE_PACKED = "bare loop, padded", "bare loop, the same packed tensors"
 BY_SAMPLE = f"{BARE_PACKED}, attention by sample"
+TRL = "1.16.0"
+THEIRS_TRL, THEIRS_TRL_FAST = f"TRL {TRL}", f"TRL {TRL}, no checkpointing"
+LARGE_HEAD = 64_000  # words of the model whose memory is compared
 IMPORTS = "importing torch, Trainer and the model class"
 
 
@@ -71,7 +75,7 @@ def comparison_row(
     """The row that compares two contenders; `at_least` is the goal for how many times better ours is."""
     our_median, their_median = statistics.median(ours), statistics.median(other)
     times = our_median / their_median if more_is_better else their_median / our_median
-    goal = "" if at_least is None else f"at least {at_least:g}x"
+    goal = "" if at_least is None else f"at least {at_least:.3g}x"
     met = None if at_least is None else times >= at_least
     what = f"{what}, {who}" if who else what
     return Row(
@@ -158,6 +162,16 @@ def table_rows(measured: dict[str, dict[str, list[dict[str, float]]]]) -> list[R
     add(
         "prediction", "prediction", "samples/s", "samples_per_second", OURS, THEIRS, **higher_is_better, at_least=2.5
     )  # fmt: skip
+    for stage in ("dpo", "rm"):
+        for against, goal in ((THEIRS_TRL, 1.8), (THEIRS_TRL_FAST, None)):
+            add(
+                f"preference {stage}", f"stage={stage}", "tokens/s", "tokens_per_second", OURS, against,
+                **higher_is_better, at_least=goal,
+            )  # fmt: skip
+            add(
+                f"preference {stage} memory", f"stage={stage}, peak above rest, {LARGE_HEAD:,} words", "MiB", "peak_mib", OURS,
+                against, **lower_is_better, at_least=None if goal is None else 1 / 0.6,
+            )  # fmt: skip
     return rows
 
 
@@ -286,7 +300,7 @@ class Bench:
             "HF_DATASETS_CACHE": str(self.folder / "hf_datasets"),
         }
         if ours:
-            variables["PYTHONPATH"] = str(ROOT)
+            variables["PYTHONPATH"] = f"{ROOT}{os.pathsep}{self.folder / 'trl'}"
         return variables
 
     def fresh(self, name: str) -> Path:
@@ -534,6 +548,89 @@ class Bench:
             f"prediction: {equal} of {len(lengths)} answers are equal; characters {self.about['prediction']['characters']}"
         )
 
+    def preference(self) -> None:
+        """Ranked pairs of the same tokens in the same order by both tools, with LoRA: speed, and memory with a large head."""
+        pairs = PAIRS if PAIRS.is_file() else ROOT / "glmtuner/assets/data/preference_sample.json"
+        texts = [
+            text for text in re.findall(r'"((?:[^"\\\\]|\\\\.)*)"', pairs.read_text(encoding="utf-8")) if len(text) > 10
+        ]
+        trl = self.folder / "trl"
+        if not (trl / "trl").is_dir():
+            install_trl(trl)
+        models = {}
+        for head_size in (8_000, LARGE_HEAD):
+            models[head_size] = self.folder / f"pairs_model_{head_size}"
+            if not models[head_size].is_dir():
+                settings = {"texts": texts, "vocabulary_size": 8_000, "head_size": head_size, "seed": self.seed}
+                partial = self.folder / "pairs_model.partial"
+                self.child("new_model", self.fresh("new model"), folder=str(partial), **settings)
+                partial.rename(models[head_size])
+        half = self.cutoff // 2
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+        def overrides(folder: Path, model: Path, stage: str) -> list[str]:
+            return [
+                "model=causal_lm", f"model.model_name_or_path={model}", "tracker=none", "metric=none", f"stage={stage}",
+                "finetuning=lora", f"finetuning.lora_target=[{','.join(targets)}]", "finetuning.lora_dropout=0",
+                *(f"finetuning.{name}={value}" for name, value in LORA.items()),
+                f"data.dataset=[{pairs.stem}]", *([f"data.dataset_dir={pairs.parent}"] if pairs == PAIRS else []),
+                f"data.max_source_length={half}", f"data.max_target_length={half}",
+                f"trainer.per_device_train_batch_size={self.batch_size}", f"trainer.max_steps={self.steps}",
+                "trainer.train_sampling_strategy=sequential", f"trainer.learning_rate={LEARNING_RATE}",
+                "trainer.lr_scheduler_type=cosine", "trainer.warmup_ratio=0", "trainer.logging_steps=1",
+                "trainer.save_strategy=no", f"trainer.seed={SEED}", f"trainer.output_dir={folder / 'run'}",
+            ]  # fmt: skip
+
+        folder = self.fresh("pairs")
+        found, _ = self.child("glmtuner_pairs", folder, overrides=overrides(folder, models[8_000], "dpo"))
+        rows = [found["rows"][place % len(found["rows"])] for place in range(self.steps * self.batch_size)]
+        rows_file = self.folder / "pairs.json"
+        rows_file.write_text(json.dumps(rows))
+        tokens = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+        firsts: dict[str, dict[str, Any]] = {}
+
+        def measurement(name: str, result: dict[str, Any]) -> dict[str, float]:
+            firsts[name] = {"losses": result["losses"], "logprobs": result["logprobs"]}
+            return {"tokens_per_second": tokens / result["seconds"], "peak_mib": result["peak_mib"]}
+
+        def ours(stage: str, model: Path) -> Callable[[], dict[str, float]]:
+            def measure() -> dict[str, float]:
+                folder = self.fresh(f"{stage} ours")
+                return measurement(
+                    OURS, self.child("glmtuner_preference", folder, overrides=overrides(folder, model, stage))[0]
+                )
+
+            return measure
+
+        def theirs(stage: str, model: Path, name: str, **more: Any) -> Callable[[], dict[str, float]]:
+            def measure() -> dict[str, float]:
+                folder = self.fresh(f"{stage} trl")
+                settings = {
+                    "model": str(model), "rows": str(rows_file), "stage": stage, "batch_size": self.batch_size, "targets": targets,
+                    "steps": self.steps, "learning_rate": LEARNING_RATE, "seed": SEED, "output": str(folder / "run"), "more": more, **LORA,
+                }  # fmt: skip
+                return measurement(name, self.child("trl_preference", folder, **settings)[0])
+
+            return measure
+
+        for stage in ("dpo", "rm"):
+            for part, model in (
+                (f"preference {stage}", models[8_000]),
+                (f"preference {stage} memory", models[LARGE_HEAD]),
+            ):
+                contenders = {
+                    OURS: ours(stage, model),
+                    THEIRS_TRL: theirs(stage, model, THEIRS_TRL),
+                    THEIRS_TRL_FAST: theirs(stage, model, THEIRS_TRL_FAST, gradient_checkpointing=False),
+                }
+                self.take_turns(part, contenders)
+                self.about[part] = {"tokens": tokens, "first": firsts.copy()}
+                losses = {name: first["losses"][0] for name, first in firsts.items()}
+                logprobs = {name: first["logprobs"] for name, first in firsts.items()}
+                print(f"{part}: loss of the first batch {losses}; mean log-probabilities of its answers {logprobs}")
+                if max(losses.values()) - min(losses.values()) > 1e-4:
+                    raise SystemExit(f"{part}: the tools do not compute the same loss of the first batch")
+
     # -- model and data --------------------------------------------------------------------------------------------
 
     def make_model(self, path: Path, settings: dict[str, Any]) -> None:
@@ -622,6 +719,13 @@ def install_llamafactory(folder: Path) -> None:
     site = next((folder / "lib").glob("python*/site-packages"))
     (site / "torchaudio").mkdir()
     (site / "torchaudio/__init__.py").write_text("")  # LLaMA-Factory imports it
+
+
+def install_trl(folder: Path) -> None:
+    """Install TRL from PyPI beside the environment, whose packages it uses."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
+    if subprocess.run([*pip, "--target", str(folder), f"trl=={TRL}"]).returncode != 0:
+        raise SystemExit(f"pip install --no-deps --target {folder} trl=={TRL} failed")
 
 
 # -- machine, versions and page ----------------------------------------------------------------------------------------
@@ -806,16 +910,13 @@ def main() -> None:
         repeats=options.repeats,
         seed=options.seed,
     )
-    if not (bench.llamafactory / "bin/llamafactory-cli").is_file():
-        install_llamafactory(bench.llamafactory)
     shutil.rmtree(folder / "runs", ignore_errors=True)
-    bench.about |= {
-        "machine": machine(options.threads),
-        "versions": versions(bench.llamafactory),
-        "load": load,
-        "data": data.name,
-    }
-    bench.write_data(records)
+    bench.about |= {"machine": machine(options.threads), "load": load, "data": data.name}
+    if options.only != ["preference"]:
+        if not (bench.llamafactory / "bin/llamafactory-cli").is_file():
+            install_llamafactory(bench.llamafactory)
+        bench.about["versions"] = versions(bench.llamafactory)
+        bench.write_data(records)
     for part in PARTS:
         if part in options.only:
             getattr(bench, part)()

@@ -61,14 +61,14 @@ def tokenizer_for(texts: list[str], vocabulary_size: int) -> Any:
     )
 
 
-def small_glm(tokenizer: Any, seed: int) -> Any:
-    """A GLM of nine million parameters with random weights."""
+def small_glm(tokenizer: Any, seed: int, head_size: int | None = None) -> Any:
+    """A GLM of nine million parameters with random weights, of the tokenizer's words or of `head_size`."""
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
     torch.manual_seed(seed)
     config = GlmConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=head_size or len(tokenizer),
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=6,
@@ -331,6 +331,152 @@ def glmtuner_packed(settings: dict[str, Any]) -> dict[str, Any]:
     return {"steps": len(batches), "tokens": sum(batch["input_ids"].numel() for batch in batches)}
 
 
+# -- preferences, by glmtuner and by TRL ---------------------------------------------------------------------------------
+
+
+def new_model(settings: dict[str, Any]) -> dict[str, Any]:
+    """Write a GLM with random weights and a tokenizer of the texts; its head may have more words than the tokenizer."""
+    tokenizer = tokenizer_for(settings["texts"], settings["vocabulary_size"])
+    folder = Path(settings["folder"])
+    small_glm(tokenizer, settings["seed"], settings["head_size"]).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {}
+
+
+def glmtuner_pairs(settings: dict[str, Any]) -> dict[str, Any]:
+    """The rows of ranked pairs that glmtuner trains on: a prompt, and the two answers' tokens."""
+    from glmtuner.stages.dpo import Dpo
+
+    original, rows = Dpo.datasets, []
+
+    def captured(self: Any, run: Any, specs: Any, template: Any, tokenizer: Any) -> Any:
+        for row in original(self, run, specs, template, tokenizer).train:
+            start = next(place for place, label in enumerate(row["labels"]) if label != -100)
+            ids, other = list(map(int, row["input_ids"])), list(map(int, row["rejected_ids"]))
+            rows.append({"prompt_ids": ids[:start], "chosen_ids": ids[start:], "rejected_ids": other[start:]})
+        raise MeasurementDone
+
+    Dpo.datasets = captured
+    with contextlib.suppress(MeasurementDone):
+        command_line(settings["overrides"])
+    return {"rows": rows}
+
+
+def status_mib(name: str) -> float:
+    """A line of this process's /proc status, VmRSS or VmHWM, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+
+def measured_training(train: Any) -> dict[str, float]:
+    """Seconds of a training, and its peak memory above the process at rest, with the model loaded.
+
+    Other work on the machine changes the seconds of its threads, `cpu_seconds`, less.
+    """
+    import gc
+
+    gc.collect()
+    rest = status_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
+    started, cpu = time.perf_counter(), time.process_time()
+    train()
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": status_mib("VmHWM") - rest, "rest_mib": rest}
+
+
+def seeded_score(hidden_size: int) -> Any:
+    """The weight of a reward model's head that both tools begin with."""
+    import torch
+
+    return torch.randn(1, hidden_size, generator=torch.Generator().manual_seed(0)) * (hidden_size + 1) ** -0.5
+
+
+def glmtuner_preference(settings: dict[str, Any]) -> dict[str, Any]:
+    """A training by glmtuner: its time and memory, the losses of its steps, and the first batch's log-probabilities."""
+    import torch
+
+    from glmtuner.objectives import objective, rm
+    from glmtuner.training.trainer import GlmTrainer
+
+    original, logprobs, measured, new_head = GlmTrainer.train, [], {}, rm.new_head
+    answer_logprobs = objective.AnswerObjective.answer_logprobs
+
+    def watched(self: Any, model: Any, batch: Any) -> Any:
+        found = answer_logprobs(self, model, batch)
+        if torch.is_grad_enabled():
+            logprobs.append(found.detach())
+        return found
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        logprobs.clear()  # of the check before the first step
+        measured.update(measured_training(lambda: original(self, *args, **kwargs)))
+        measured["losses"] = [line["loss"] for line in self.state.log_history if "loss" in line]
+        raise MeasurementDone
+
+    def head(model: Any, random_init: bool) -> Any:
+        made = new_head(model, random_init)
+        made.weight.data = seeded_score(made.weight.shape[1])
+        return made
+
+    GlmTrainer.train, objective.AnswerObjective.answer_logprobs, rm.new_head = train, watched, head
+    with contextlib.suppress(MeasurementDone):
+        command_line(settings["overrides"])
+    first = [half.mean().item() for half in logprobs[0].chunk(2)] if logprobs else []
+    return {**measured, "logprobs": first}
+
+
+def trl_preference(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same training by TRL's own trainer, on the same rows in the same order."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"], padding_side="right")
+    rows = json.loads(Path(settings["rows"]).read_text())
+    scores, words = settings["stage"] == "rm", [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    model = kind.from_pretrained(settings["model"], dtype=torch.float32, **({"num_labels": 1} if scores else {}))
+    if scores:
+        model.score.weight.data = seeded_score(model.config.hidden_size)
+        rows = [{name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in rows]
+    lora = LoraConfig(
+        r=settings["lora_rank"],
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=0.0,
+        target_modules=settings["targets"],
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
+    )
+    arguments = (RewardConfig if scores else DPOConfig)(
+        settings["output"],
+        per_device_train_batch_size=settings["batch_size"],
+        max_steps=settings["steps"],
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_type="cosine",
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        max_length=None,
+        seed=settings["seed"],
+        **settings["more"],
+    )
+    set_seed(settings["seed"])
+    trainer = (RewardTrainer if scores else DPOTrainer)(
+        model, args=arguments, train_dataset=Dataset.from_list(words), processing_class=tokenizer, peft_config=lora
+    )
+    trainer.train_dataset = Dataset.from_list(
+        rows
+    )  # the tokens that glmtuner trains on, not those of its own templates
+    measured = measured_training(trainer.train)
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    names = [name for name in ("logps/chosen", "logps/rejected") if name in logged[0]]
+    return {**measured, "losses": [line["loss"] for line in logged], "logprobs": [logged[0][name] for name in names]}
+
+
 # -- inside LLaMA-Factory ------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +511,8 @@ def llamafactory_prepare(settings: dict[str, Any]) -> dict[str, Any]:
 ROLES = {
     role.__name__: role
     for role in (
-        make_model, cut_records, bare_loop, glmtuner_prepare, glmtuner_predict, glmtuner_packed, llamafactory_prepare
+        make_model, cut_records, bare_loop, glmtuner_prepare, glmtuner_predict, glmtuner_packed, llamafactory_prepare, new_model,
+        glmtuner_pairs, glmtuner_preference, trl_preference,
     )
 }  # fmt: skip
 

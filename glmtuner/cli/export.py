@@ -140,28 +140,31 @@ def answer(finished: "Finished", model: "PreTrainedModel") -> Answer:
 def answer_of_peft(finished: "Finished", checkpoints: "list[Checkpoint]") -> Answer | None:
     """The answer of the base with the adapters as PEFT itself loads them from their files, the last one unmerged.
 
-    None where a checkpoint is not a LoRA adapter: PEFT has no such checkpoint, or computes another prefix.
+    None where a checkpoint is not an adapter that PEFT can merge: PEFT has no such checkpoint, or computes another prefix.
     """
     import dataclasses
 
     import torch
-    from peft import LoraConfig, PeftModel
+    from peft import PeftConfig, PeftModel
 
-    from glmtuner.finetuning.start import LORA, base_folder
+    from glmtuner.config.new_tokens import new_tokens_in
+    from glmtuner.finetuning.start import LORA, TUNED, base_folder
     from glmtuner.launch.device import device_of
     from glmtuner.models.load import load_model
+    from glmtuner.models.new_tokens import add_rows
 
     adapters = [checkpoint for checkpoint in checkpoints if not checkpoint.kind.is_whole_model]
-    if not adapters or any(checkpoint.kind is not LORA for checkpoint in adapters):
+    if not adapters or any(checkpoint.kind not in (LORA, TUNED) for checkpoint in adapters):
         return None
     source, device = finished.run.model, device_of(finished.run)
     if folder := base_folder(checkpoints):
         source = dataclasses.replace(source, model_name_or_path=str(folder), config_name=None)
     model: Any = load_model(source, finished.family, finished.run.quant, device, torch.float32).to(device)  # type: ignore[arg-type]
+    add_rows(model, finished.tokenizer, learned=new_tokens_in(folder) if folder else ())
     for checkpoint in adapters:
         if hasattr(model, "merge_and_unload"):
             model = model.merge_and_unload()
-        config = LoraConfig.from_pretrained(str(checkpoint.folder))
+        config = PeftConfig.from_pretrained(str(checkpoint.folder))
         config.task_type = "CAUSAL_LM"
         model = PeftModel.from_pretrained(model, str(checkpoint.folder), config=config)
     return answer(finished, model.eval())
@@ -172,11 +175,12 @@ def write_model(finished: "Finished", folder: Path, layout: str, dtype: str, sha
     import torch
     from transformers import GenerationConfig
 
+    from glmtuner.finetuning.merge import merged_by_peft
     from glmtuner.models.save import save_model
 
     model: Any = finished.model
     if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
+        model = merged_by_peft(model, finished.run.model.checkpoint_dir[-1], finished.finetuning.finetuning_type)
     model = model.to(getattr(torch, dtype))
     values = finished.run.generation
     sampling = (
@@ -287,12 +291,14 @@ def reloaded(finished: "Finished", folder: Path, prefix: bool) -> "PreTrainedMod
     from transformers import AutoConfig
 
     from glmtuner.models.load import auto_class, load_model
+    from glmtuner.models.new_tokens import add_rows
 
     if prefix:
         from glmtuner.launch.device import device_of
 
         device = device_of(finished.run)
         base = load_model(finished.run.model, finished.family, finished.run.quant, device, torch.float32).to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
+        add_rows(base, finished.tokenizer)
         model = finished.finetuning.attach(base, finished.family)
         finished.finetuning.restore(model, folder)
         return model.eval()

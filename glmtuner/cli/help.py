@@ -13,6 +13,7 @@ MEANINGS = {
     "data": "which records, and how they become tokens",
     "finetuning": "which weights are trained",
     "stage": "what is learned",
+    "reward": "how stage=grpo scores answers; several as reward=[number,format], with their weights at reward.number.weight",
     "trainer": "train, evaluate or predict; every field of transformers' Seq2SeqTrainingArguments",
     "metric": "how answers are scored",
     "generation": "how chat decodes",

@@ -70,6 +70,12 @@ def _print_one(row: "Shown", title: str, opened: "Preview", with_ids: bool) -> N
     mode = "" if row.thinking is None else f", thinking {'on' if row.thinking else 'off'}"
     marked = row.further.get("is_desirable")
     judged = "" if marked is None else f", marked {'good' if marked else 'bad'}"
+    weighing = f", weight {row.further['weight']:g}" if "weight" in row.further else ""
+    if weights := row.further.get("weights"):
+        from glmtuner.data.preview import learned_ranges
+
+        each = ", ".join(f"{weights[start]:g}" for start, _ in learned_ranges(row.labels))
+        weighing += f", weights of its answers {each}"
     lines: list[tuple[str, list[Segment]]] = []
     for kind, text in row.parts:
         lines.append((kind, [(text, STYLES[kind])]))
@@ -89,7 +95,7 @@ def _print_one(row: "Shown", title: str, opened: "Preview", with_ids: bool) -> N
         lines.append(("ids", [(" ".join(map(str, row.input_ids)), STYLES["ids"])]))
         labels = " ".join(str(label) if label >= 0 else "." for label in row.labels)
         lines.append(("labels", [(labels, STYLES["ids"])]))
-    labelled(f"{title}: {len(row.input_ids)} tokens, {learned} learned{mode}{judged}", lines)
+    labelled(f"{title}: {len(row.input_ids)} tokens, {learned} learned{mode}{judged}{weighing}", lines)
 
 
 def print_verdict(opened: "Preview") -> None:

@@ -18,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from glmtuner.config.explain import explain
+from glmtuner.config.new_tokens import KEY as NEW_TOKENS
+from glmtuner.config.new_tokens import new_tokens_in
 from glmtuner.config.overrides import bracket_lists, check_overrides, parse, user_keys_of
 from glmtuner.config.paths import conf_dir, is_run_folder
 from glmtuner.config.plugins import load_plugins, plugin_presets
@@ -257,7 +259,7 @@ def _say_unknown(sentence: str) -> None:
 def _take(config: DictConfig, key: str, value: Any, source: Path) -> None:
     """Set a value of the config to that of the run in a folder; raises CheckpointError if it is not legal."""
     try:
-        OmegaConf.update(config, key, value)
+        OmegaConf.update(config, key, value, force_add=True)  # entries of dictionaries, too
     except (OmegaConfBaseException, OverflowError) as error:
         raise CheckpointError(f"{source / CONFIG} is damaged ({key}: {explain(error)})") from None
 
@@ -279,7 +281,11 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
             )
     source = run_folder_of(checkpoints[-1]) if checkpoints else None
     if source is None:
-        return config
+        return (
+            _with_tokens(config, new_tokens_in(Path(checkpoints[-1]).expanduser()), checkpoints)
+            if checkpoints
+            else config
+        )
     saved = read_config(source / CONFIG)
     load_plugins(saved.get("plugins", []), named_by_run=True)
     bits = saved.quant.get("quantization_bit")
@@ -292,11 +298,12 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
             continue
         if group in user_keys and group in ("model", "generation"):
             continue
+        known = [*config[group]]  # also those without a value yet
         for name, value in saved[group].items():
             key = f"{group}.{name}"
-            if key not in user_keys and key not in NOT_FROM_CHECKPOINT and name in config[group]:
+            if key not in user_keys and key not in NOT_FROM_CHECKPOINT and name in known:
                 _take(config, key, value, source)
-            elif name not in config[group] and value not in (None, False):
+            elif name not in known and value not in (None, False):
                 _say_unknown(f"{source / CONFIG}: {key}={value} is unknown to this version of glmtuner and left out")
     trained_on, base = saved.model.model_name_or_path, config.model.model_name_or_path
     if base != trained_on and not Path(base).expanduser().is_dir():
@@ -304,4 +311,18 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
             f"model.model_name_or_path={base} does not fit model.checkpoint_dir={checkpoints[-1]}, which was trained on "
             f"{trained_on}; leave the model out to use the checkpoint's own"
         )
+    return _with_tokens(config, saved.get("data", {}).get("new_tokens") or [], checkpoints)
+
+
+def _with_tokens(config: DictConfig, trained_with: Sequence[str], checkpoints: Sequence[str]) -> DictConfig:
+    """The config with the new tokens that the last checkpoint was trained with; raises ConfigError where others are typed."""
+    typed = [*config.data.new_tokens]
+    if typed and typed[: len(trained_with)] != [*trained_with]:
+        listed = ",".join(trained_with)
+        raise ConfigError(
+            f"{NEW_TOKENS}=[{','.join(typed)}] with model.checkpoint_dir={checkpoints[-1]}, which was trained with [{listed}]: the "
+            f"rows of its tokens come first; type {NEW_TOKENS}=[{listed},…], or leave it out"
+        )
+    if trained_with and not typed:
+        OmegaConf.update(config, NEW_TOKENS, [*trained_with])
     return config

@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from glmtuner.config.groups import SCHEMA_CLASSES
+from glmtuner.config.rewards import GROUP as REWARD
 from glmtuner.errors import GlmtunerError, did_you_mean
 
 
@@ -40,6 +41,13 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
     key, owner = str(error.key), error.object_type
     if isinstance(error, InterpolationResolutionError):
         return f"{error.full_key}: {_first_paragraph(str(error))}"
+    group, _, rest = str(error.full_key).partition(".")
+    if (
+        group == REWARD
+        and not is_dataclass(owner)
+        and (name := rest.partition(".")[0]) in SCHEMA_CLASSES.get(REWARD, {})
+    ):
+        return f"{error.full_key}: this run has no {REWARD}={name}; type {REWARD}={name}, or {REWARD}=[…,{name}] for several"
     if not is_dataclass(owner):
         return f"{error.full_key}: {_first_paragraph(str(error))}"
     legal = [declared.name for declared in fields(owner)]
@@ -47,7 +55,6 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
         hint = typing.get_type_hints(owner)[key]
         return f"{error.full_key}={_bad_value(error)}: {_expected(hint, error)}"
     message = f"unknown key {error.full_key!r}"
-    group = str(error.full_key).partition(".")[0]
     with_key = [name for name, cls in SCHEMA_CLASSES.get(group, {}).items() if key in {f.name for f in fields(cls)}]
     current = next((name for name, cls in SCHEMA_CLASSES.get(group, {}).items() if cls is owner), None)
     if with_key:

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hydra.core.config_store import ConfigStore
 
+from glmtuner.config.datasets import dataset_errors
+from glmtuner.config.dictionaries import schema_of
+from glmtuner.config.new_tokens import new_token_errors
+from glmtuner.config.optimizers import SHORT_NAMES
 from glmtuner.config.ranges import range_errors, trainer_range_errors
-from glmtuner.config.trainer_arguments import UNIONS, WORDS, TrainerArguments
+from glmtuner.config.trainer_arguments import UNIONS, WORDS, OptimizerNames, TrainerArguments
 from glmtuner.config.trainer_fields import REDIRECTED, REFUSED
 from glmtuner.errors import ConfigError, did_you_mean
 
@@ -38,7 +42,7 @@ def preset(group: str, name: str) -> Callable[[type[T]], type[T]]:
                 f"{cls.__module__} registers {group}={name}, which {registered.__module__} has registered already; give it "
                 "another name"
             )
-        ConfigStore.instance().store(group=f"schema/{group}", name=name, node=cls)
+        ConfigStore.instance().store(group=f"schema/{group}", name=name, node=schema_of(cls))
         SCHEMA_CLASSES.setdefault(group, {})[name] = cls
         return cls
 
@@ -84,6 +88,23 @@ class AskedThinking(str, Enum):
 
 
 class PreferenceLoss(str, Enum):
+    sigmoid = "sigmoid"
+    ipo = "ipo"
+    hinge = "hinge"
+    sigmoid_norm = "sigmoid_norm"
+    robust = "robust"
+    exo_pair = "exo_pair"
+    sppo_hard = "sppo_hard"
+    apo_zero = "apo_zero"
+    apo_down = "apo_down"
+
+
+class SftLoss(str, Enum):
+    cross_entropy = "cross_entropy"
+    dft = "dft"
+
+
+class CpoLoss(str, Enum):
     sigmoid = "sigmoid"
     ipo = "ipo"
     hinge = "hinge"
@@ -164,12 +185,14 @@ class Data:
     dev_ratio: float = 0.0
     eval_dataset: list[str] = field(default_factory=list)
     mix_probabilities: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
     loss_on: LossOn = LossOn.every_answer
     packing: bool = False
     padding_free: bool = True
     max_bad_records: int = 0
     tiktoken_engine: bool = True
     thinking: Thinking = Thinking.auto
+    new_tokens: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         wrong = [
@@ -195,19 +218,8 @@ class Data:
                 ),
             )
         ]
-        if not self.dataset:
-            wrong.append("data.dataset=[]: name at least one dataset, such as data.dataset=alpaca_zh_sample")
-        if self.mix_probabilities:
-            shares = self.mix_probabilities
-            if len(shares) != len(self.dataset):
-                wrong.append(
-                    f"data.mix_probabilities={as_override(shares)}: {len(shares)} shares for the {len(self.dataset)} datasets "
-                    f"{as_override(self.dataset)}; give one share per dataset"
-                )
-            elif min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
-                wrong.append(
-                    f"data.mix_probabilities={as_override(shares)}: shares are above 0 and sum to 1; these sum to {sum(shares):g}"
-                )
+        wrong += new_token_errors(self.new_tokens)
+        wrong += dataset_errors(self.dataset, self.mix_probabilities, self.weights)
         if wrong:
             raise ConfigError("; ".join(wrong))
 
@@ -269,9 +281,17 @@ class Finetuning:
     def check_model(self, model: Model, family: ModelFamily | None) -> None:
         """Raise ConfigError where config.json alone tells that the method cannot train this model."""
 
+    def impossible(self, bits: int | None, sharded: bool) -> Iterator[str]:
+        """One sentence for each value that excludes a training on a base of so many bits, or with sharded weights."""
+        yield from ()
+
     def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
         """The model with all parameters frozen except those that this method trains, which are float32."""
         raise NotImplementedError
+
+    def learning_rates(self, model: "nn.Module", rate: float) -> "dict[nn.Parameter, float]":
+        """The learning rates of the trained parameters that do not have `rate`, the run's."""
+        return {}
 
     def save(self, model: "PreTrainedModel", folder: "Path") -> None:
         """Export the trained parameters in PEFT's or transformers' format."""
@@ -367,6 +387,9 @@ class Trainer(TrainerArguments):
     group_by_length: bool = False
     save_safetensors: bool = True
     logging_dir: str | None = None
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
+    layerwise_lr_decay: float | None = None
 
     def __post_init__(self) -> None:
         wrong = [*self._wrong_choices(), *self._wrong_types()]
@@ -380,6 +403,10 @@ class Trainer(TrainerArguments):
             self.warmup_steps = self.warmup_ratio  # transformers 5 reads a warmup_steps below 1 as a share
         if self.torch_compile_backend is not None or self.torch_compile_mode is not None:
             self.torch_compile = True  # as in transformers
+        if self.early_stopping_patience is not None:
+            self.load_best_model_at_end = True
+        if self.optim in SHORT_NAMES:
+            self.optim = OptimizerNames(SHORT_NAMES[self.optim])
 
     def _wrong_choices(self) -> Iterator[str]:
         for name, legal in WORDS.items():
@@ -411,8 +438,3 @@ class Trainer(TrainerArguments):
         )
         if self.warmup_ratio and self.warmup_steps:
             yield f"trainer.warmup_ratio={self.warmup_ratio} with trainer.warmup_steps={self.warmup_steps:g}: choose one"
-
-
-def as_override(values: list[Any]) -> str:
-    """A list in the syntax of an override: [a,b]."""
-    return f"[{','.join(str(value) for value in values)}]"

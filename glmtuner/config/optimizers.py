@@ -20,6 +20,16 @@ APOLLO = ("apollo_adamw", "apollo_adamw_layerwise")
 TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 SCHEDULE_FREE = ("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd")
 LOMO = ("lomo", "adalomo")
+SHORT_NAMES = {"galore": "galore_adamw", "apollo": "apollo_adamw", "schedule_free": "schedule_free_adamw"}
+OWN = ("muon", "adam_mini")  # which transformers does not make
+# Optimizers whose state is not in a checkpoint, so that a resumed run would silently be another one; what to type instead.
+WITHOUT_STATE = {
+    **{name: name.removesuffix("_layerwise") for name in (*GALORE, *APOLLO) if name.endswith("_layerwise")},
+    "adalomo": "adafactor",
+    "grokadamw": "adamw_torch",
+}
+# Optimizers that need whole matrices, or their own copy of every weight, which strategies with shards do not have.
+WHOLE_WEIGHTS = (*OWN, *GALORE, *APOLLO, *SCHEDULE_FREE)
 # The module that an optimizer needs besides torch, and how it is installed.
 PACKAGES: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(BITSANDBYTES, ("bitsandbytes", "pip install bitsandbytes")),
@@ -28,6 +38,7 @@ PACKAGES: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(TORCHAO, ("torchao", "pip install torchao")),
     **dict.fromkeys(SCHEDULE_FREE, ("schedulefree", "pip install schedulefree")),
     **dict.fromkeys(LOMO, ("lomo_optim", "pip install lomo-optim")),
+    "adam_mini": ("adam_mini", "pip install adam-mini"),
     "grokadamw": ("grokadamw", "pip install grokadamw"),
     "stable_adamw": ("optimi", "pip install torch-optimi"),
     "adamw_torch_xla": ("torch_xla", "pip install torch-xla"),
@@ -50,10 +61,17 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "adamw_anyprecision": ("use_kahan_summation", "momentum_dtype", "variance_dtype", "compensation_buffer_dtype"),
     "grokadamw": ("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping"),
     "stable_adamw": ("max_lr", "kahan_sum", "decouple_lr"),
+    "muon": ("momentum", "nesterov", "ns_steps", "adjust_lr_fn"),
 }
 TRUTHS = ("nesterov", "centered", "bf16_stochastic_round", "use_kahan_summation")
-WORDS = ("proj_type", "proj", "scale_type", "momentum_dtype", "variance_dtype", "compensation_buffer_dtype")
-WHOLE = ("rank", "update_proj_gap", "block_size", "t_alpha", "t_beta3")
+WORDS = ("momentum_dtype", "variance_dtype", "compensation_buffer_dtype")
+ONE_OF = {
+    "adjust_lr_fn": ("match_rms_adamw", "original"),
+    "proj_type": ("std", "reverse_std", "left", "right", "full"),
+    "proj": ("random", "svd"),
+    "scale_type": ("channel", "tensor"),
+}
+WHOLE = ("rank", "update_proj_gap", "block_size", "t_alpha", "t_beta3", "ns_steps")
 # Optimizers that ignore all of adam_beta1, adam_beta2 and adam_epsilon; Lion ignores adam_epsilon.
 WITHOUT_ADAM = (
     "sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "adafactor", "schedule_free_sgd",
@@ -75,17 +93,44 @@ def optimizer_errors(trainer: TrainerArguments) -> Iterator[str]:
         value = getattr(trainer, field)
         if ignored and value != default:
             yield f"trainer.{field}={value:g} with {setting}, which has no such argument; leave it out"
+    if name in WITHOUT_STATE:
+        yield (
+            f"{setting}: its state is not in checkpoints, so that a resumed run would silently go on without it; type "
+            f"trainer.optim={WITHOUT_STATE[name]}"
+        )
+    if name == "lomo":
+        for field, value, why in (
+            ("gradient_accumulation_steps", 1, "which steps within every backward pass"),
+            ("weight_decay", 0, "which transformers makes without"),
+            ("max_grad_norm", 0, "which has used a gradient before the norm of all is known"),
+        ):
+            if (given := getattr(trainer, field)) != value:
+                yield f"trainer.{field}={given:g} with {setting}, {why}; type trainer.{field}={value}"
+    yield from _schedule_free_errors(trainer, name, setting)
     targets = trainer.optim_target_modules
     if name in (*GALORE, *APOLLO):
         if not targets:
             yield f"{setting} needs the layers that it projects; type trainer.optim_target_modules=all-linear"
-        if name.endswith("layerwise") and trainer.gradient_accumulation_steps != 1:
-            yield (
-                f"trainer.gradient_accumulation_steps={trainer.gradient_accumulation_steps} with {setting}, which steps after "
-                "every batch; type trainer.gradient_accumulation_steps=1"
-            )
     elif targets:
         yield f"trainer.optim_target_modules={targets} with {setting}, which is not GaLore's or APOLLO's; leave it out"
+
+
+def _schedule_free_errors(trainer: TrainerArguments, name: str, setting: str) -> Iterator[str]:
+    if name not in SCHEDULE_FREE:
+        return
+    if (schedule := trainer.lr_scheduler_type.value) != "constant":
+        yield (
+            f"{setting} with trainer.lr_scheduler_type={schedule}: it takes the place of a schedule; type "
+            "trainer.lr_scheduler_type=constant"
+        )
+    if name == "schedule_free_radam" and trainer.warmup_steps:
+        yield f"{setting} with trainer.warmup_steps={trainer.warmup_steps:g}: it needs no warm-up; leave it out"
+
+
+def optimizer_arguments(text: str | None) -> dict[str, str]:
+    """The arguments in trainer.optim_args by name, whose form was checked."""
+    parts = (part.partition("=") for part in (text or "").replace(" ", "").split(",") if part)
+    return {name: value for name, _, value in parts}
 
 
 def _argument_errors(text: str | None, name: str, setting: str) -> Iterator[str]:
@@ -116,6 +161,8 @@ def _expected(argument: str, value: str) -> str | None:
         return None if value.lower() == "true" else "true, or left out"
     if argument in TRUTHS:
         return None if value.lower() in ("true", "false", "1", "0", "yes", "no") else "true or false"
+    if argument in ONE_OF:
+        return None if value in ONE_OF[argument] else " or ".join(ONE_OF[argument])
     if argument in WORDS:
         return None
     try:

@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
+from glmtuner.config.dictionaries import is_dictionary
 from glmtuner.config.schema import legal_keys, list_keys
 from glmtuner.errors import ConfigError, did_you_mean, nearest
 
@@ -158,7 +159,7 @@ def _problems(override: Override, presets: Mapping[str, list[str]], multirun: bo
     elif key in presets:
         if not override.is_delete():
             yield from _preset_problems(key, override, presets[key], multirun)
-    elif (leaf := _dictionary_above(key)) and not override.is_force_add():
+    elif (leaf := _dictionary_above(key)) and not (override.is_force_add() or is_dictionary(legal_keys()[leaf])):
         inner = key.removeprefix(f"{leaf}.")
         yield f"{key}={value}: {leaf} can only be set as a whole; type '{leaf}={{{inner}: {value}}}'"
     elif not _is_legal(key):
@@ -179,7 +180,8 @@ def _preset_problems(group: str, override: Override, legal: list[str], multirun:
         yield f"{group}={_value_of(override)}: several presets make a sweep; type -m before them, or one preset"
         return
     value = override.value()
-    for name in value.list if isinstance(value, ChoiceSweep) else [value]:
+    values = value.list if isinstance(value, ChoiceSweep) else [value]
+    for name in (each for part in values for each in (part if isinstance(part, list) else [part])):
         name = "null" if name is None else str(name)
         if name not in legal and not (name == "null" and group == "experiment"):
             yield f"{group}={name}: no {group} preset of that name{did_you_mean(name, legal, _legal_names(legal))}"

@@ -1,7 +1,7 @@
-"""Plugins: a user's own metric, method, stage, tracker or dataset format, in a module outside of the package.
+"""Plugins: a user's own metric, method, stage, tracker, reward or dataset format, in a module outside of the package.
 
-A plugin is a module that registers its classes as glmtuner's own modules do, with `@preset(group, name)`, or its record
-format with `register_format`. It is named by `plugins=[my_module]`, or by the entry-point group `glmtuner.plugins` of an
+A plugin is a module that registers its classes as glmtuner's own modules do, with `@preset(group, name)`, its rewards with
+`reward_function(name)`, or its record format with `register_format`. It is named by `plugins=[my_module]`, or by the entry-point group `glmtuner.plugins` of an
 installed package, and imported before the configuration is composed, so that its keys are checked like all others. A
 preset without a YAML file is selected by its name and has the defaults of its class.
 """
@@ -23,6 +23,7 @@ from hydra.core.config_store import ConfigStore
 
 from glmtuner.config.groups import SCHEMA_CLASSES, preset_key
 from glmtuner.config.paths import is_run_folder
+from glmtuner.config.rewards import GROUP as REWARD
 from glmtuner.errors import ConfigError
 
 GROUP = "glmtuner.plugins"  # of entry points
@@ -119,7 +120,8 @@ def _imported(name: str) -> Plugin:
     )
     for group, preset in added:
         node = {"defaults": [f"/schema/{group}/{preset}@_here_"], preset_key(group): preset}
-        ConfigStore.instance().store(group=group, name=preset, node=node)
+        place = f"{group}.{preset}" if group == REWARD else None  # a run has several rewards
+        ConfigStore.instance().store(group=group, name=preset, node=node, package=place)
     return Plugin(module, tuple(added))
 
 

@@ -80,6 +80,9 @@ TRAINER_RANGES: Mapping[str, Range] = {
     "dataloader_num_workers": Range(0, 4096, "0 to 4096 processes"),
     "dataloader_prefetch_factor": Range(1, LARGEST, "1 or more, or null for 2"),
     "ddp_bucket_cap_mb": Range(1, LARGEST, "1 MiB or more, or null for 25"),
+    "early_stopping_patience": Range(1, LARGEST, "1 or more evaluations, or null to train to the end"),
+    "early_stopping_threshold": Range(0, math.inf, "0 or more, in units of the metric", below=True),
+    "layerwise_lr_decay": Range(0, 1, "above 0 and at most 1, or null for one rate of all layers", above=True),
     "ddp_timeout": Range(1, LARGEST, "1 second or more"),
 }
 
@@ -96,7 +99,7 @@ def infinite_values(group: str, owner: Any) -> Iterator[str]:
     """One sentence for each number of a group that is NaN or infinite, and for each whole number that no computation takes."""
     for declared in fields(owner):
         value = getattr(owner, declared.name)
-        numbers = value if isinstance(value, list) else [value]
+        numbers = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
         key = f"{group}.{declared.name}"
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             yield f"{key}={value}: a finite number"

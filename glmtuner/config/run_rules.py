@@ -1,7 +1,10 @@
 """Values of the trainer that the rest of the run excludes, or that have no effect on it."""
 
+import math
 from collections.abc import Iterator
 
+from glmtuner.config.datasets import as_override, labels_of
+from glmtuner.config.optimizers import LOMO, WHOLE_WEIGHTS
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.config.trainer_fields import shown
@@ -35,7 +38,29 @@ def run_errors(run: Run) -> Iterator[str]:
         value = getattr(trainer, f"ddp_{name}")
         if value is not None and run.parallel.name != "ddp":
             yield f"trainer.ddp_{name}={shown(value)} with parallel={run.parallel.name}: it is DistributedDataParallel's; type parallel=ddp, or leave it out"
+    if run.data.new_tokens and run.parallel.name == "zero3":
+        yield f"data.new_tokens={shown(run.data.new_tokens)} with parallel=zero3, whose weights have no rows to add; type parallel=ddp"
+    yield from _optimizer_errors(run)
     yield from _metric_errors(run)
+
+
+def _optimizer_errors(run: Run) -> Iterator[str]:
+    trainer, ratio = run.trainer, getattr(run.finetuning, "loraplus_lr_ratio", None)
+    setting = f"trainer.optim={trainer.optim.value}"
+    if not trainer.do_train:
+        return
+    if run.parallel.shares and trainer.optim.value in WHOLE_WEIGHTS:
+        yield (
+            f"{setting} with parallel={run.parallel.name}: it needs whole weights, and a process has shards of them or of their "
+            "gradients; type parallel=ddp, or trainer.optim=adamw_torch"
+        )
+    if trainer.optim.value in LOMO:
+        rates = {"trainer.layerwise_lr_decay": trainer.layerwise_lr_decay, "finetuning.loraplus_lr_ratio": ratio}
+        for key, value in rates.items():
+            if value is not None:
+                yield f"{key}={value:g} with {setting}, which has one learning rate; leave one of the two out"
+        if run.parallel.several:
+            yield f"{setting} with parallel={run.parallel.name}: its steps within the backward pass know one process; type parallel=none"
 
 
 def _metric_errors(run: Run) -> Iterator[str]:
@@ -64,10 +89,14 @@ def measured_by(run: Run) -> tuple[str, ...] | None:
     names = run.stage.evaluates
     if names is None:
         return None
-    if not run.trainer.predict_with_generate:
-        return (*names, *TIMINGS)
-    scores = _score_names(run)
-    return None if scores is None else (*names, *scores, *TIMINGS)
+    names = (*names, *(f"reward_{name}" for name in run.reward))
+    if run.trainer.predict_with_generate:
+        scores = _score_names(run)
+        if scores is None:
+            return None
+        names = (*names, *scores)
+    labels = labels_of(run.data.eval_dataset or run.data.dataset).values()
+    return (*names, *TIMINGS, *(f"{label}_{name}" for label in labels for name in names))
 
 
 def _score_names(run: Run) -> tuple[str, ...] | None:
@@ -93,6 +122,8 @@ def unused_values(run: Run) -> Iterator[str]:
         value = getattr(trainer, name)
         if getattr(trainer, strategy) != "steps" and value != getattr(TrainerArguments, name):
             yield f"trainer.{name}={value:g} has no effect: trainer.{strategy}={getattr(trainer, strategy)}"
+    if run.data.weights and len({*run.data.weights}) == 1:
+        yield f"data.weights={as_override(run.data.weights)} has no effect: all datasets weigh the same, and weights are relative"
     if trainer.metric_for_best_model is not None and trainer.eval_strategy == "no":
         yield f"trainer.metric_for_best_model={trainer.metric_for_best_model} has no effect: trainer.eval_strategy=no"
     if (
@@ -101,6 +132,10 @@ def unused_values(run: Run) -> Iterator[str]:
         and not trainer.load_best_model_at_end
     ):
         yield f"trainer.greater_is_better={shown(trainer.greater_is_better)} has no effect without trainer.metric_for_best_model"
+    yield from _unused_by_early_stopping(run)
+    ratio, of_embeddings = (getattr(run.finetuning, f"loraplus_lr_{name}", None) for name in ("ratio", "embedding"))
+    if ratio is None and of_embeddings != getattr(type(run.finetuning), "loraplus_lr_embedding", None):
+        yield f"finetuning.loraplus_lr_embedding={of_embeddings:g} has no effect without finetuning.loraplus_lr_ratio"
     evaluates = trainer.do_eval or trainer.do_predict or trainer.eval_strategy != "no" or trainer.eval_on_start
     if trainer.predict_with_generate and not evaluates:
         yield "trainer.predict_with_generate=true has no effect: the run neither evaluates nor predicts"
@@ -110,3 +145,25 @@ def unused_values(run: Run) -> Iterator[str]:
         for name in ("hub_model_id", "hub_private_repo", "hub_revision", "hub_token"):
             if getattr(trainer, name) is not None:
                 yield f"trainer.{name} has no effect without trainer.push_to_hub=true"
+
+
+def _unused_by_early_stopping(run: Run) -> Iterator[str]:
+    trainer = run.trainer
+    patience, threshold = trainer.early_stopping_patience, trainer.early_stopping_threshold
+    if patience is None:
+        if threshold:
+            yield f"trainer.early_stopping_threshold={threshold:g} has no effect without trainer.early_stopping_patience"
+        return
+    evaluations: float = math.inf
+    every = trainer.eval_steps or trainer.logging_steps
+    if trainer.eval_strategy == "steps" and every < 1:
+        evaluations = 1 / every
+    elif trainer.eval_strategy == "steps" and trainer.max_steps > 0:
+        evaluations = trainer.max_steps / every
+    elif trainer.eval_strategy == "epoch" and trainer.max_steps < 0:
+        evaluations = trainer.num_train_epochs
+    if patience >= evaluations:
+        yield (
+            f"trainer.early_stopping_patience={patience} cannot end the training before its last step: it has "
+            f"{math.ceil(evaluations)} evaluations"
+        )

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from glmtuner.config.optimizers import SCHEDULE_FREE
 from glmtuner.config.trainer_arguments import SchedulerType, TrainerArguments
 from glmtuner.errors import did_you_mean
 
@@ -62,7 +63,9 @@ def schedule_errors(trainer: TrainerArguments) -> Iterator[str]:
     kind = trainer.lr_scheduler_type
     setting = f"trainer.lr_scheduler_type={kind.value}"
     knob = f"trainer.lr_scheduler_kwargs={trainer.lr_scheduler_kwargs}"
-    if trainer.warmup_steps and kind in WITHOUT_WARMUP:
+    if (
+        trainer.warmup_steps and kind in WITHOUT_WARMUP and trainer.optim.value not in SCHEDULE_FREE
+    ):  # which warms up itself
         other = "constant_with_warmup" if kind is SchedulerType.constant else "linear or cosine"
         yield (
             f"trainer.warmup_steps={trainer.warmup_steps:g} with {setting}, which has no warm-up; type "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 
+from glmtuner.config.datasets import as_override
 from glmtuner.config.groups import (
     SCHEMA_CLASSES,
     Data,
@@ -18,9 +19,10 @@ from glmtuner.config.groups import (
     Model,
     Quant,
     Trainer,
-    as_override,
 )
 from glmtuner.config.ranges import infinite_values
+from glmtuner.config.rewards import GROUP as REWARD
+from glmtuner.config.rewards import Reward
 from glmtuner.config.trainer_fields import default_of
 from glmtuner.errors import ConfigError
 
@@ -38,12 +40,18 @@ class Stage:
 
     policy: typing.ClassVar[bool] = True  # does it train a model that generates answers? (a reward model scores them)
     models_loss: typing.ClassVar[bool] = False  # is the loss the model's own, of one sample at a time?
+    reads_rows: typing.ClassVar[bool] = False  # is its loss computed by objectives/rows.py, which knows the fast paths?
     evaluates: typing.ClassVar[tuple[str, ...] | None] = (
         None  # what its evaluations measure; None if that is not declared
+    )
+    weighs: typing.ClassVar[bool] = True  # are its records learned, so that they can have weights?
+    by_probability: typing.ClassVar[bool] = (
+        False  # is the model's own loss of a token multiplied by the token's probability?
     )
     packs: typing.ClassVar[bool] = False  # can several of its samples be packed into one row?
     supports_sharding: typing.ClassVar[bool] = True  # can it be trained with sharded weights or gradients?
     uses_reward_model: typing.ClassVar[bool] = False
+    uses_rewards: typing.ClassVar[bool] = False  # does it score answers by the presets of `reward`?
     memory_notice: typing.ClassVar[str | None] = (
         None  # what a memory estimate leaves out; checkpointing is then not decided by it
     )
@@ -140,6 +148,7 @@ class Run:
     generation: Generation
     tracker: Tracker
     parallel: Parallel
+    reward: dict[str, Reward] = field(default_factory=dict)  # of stage=grpo: preset -> its values
     name: str | None = None
     objective: str | None = None
     plugins: list[str] = field(default_factory=list)  # the user's own modules, see plugins.py
@@ -154,6 +163,13 @@ class Run:
         for declared in fields(self):
             if is_dataclass(owner := getattr(self, declared.name)) and declared.name != "trainer":  # has its own ranges
                 yield from infinite_values(declared.name, owner)
+        for name, reward in self.reward.items():
+            yield from infinite_values(f"{REWARD}.{name}", reward)
+        if self.reward and not self.stage.uses_rewards:
+            yield (
+                f"{REWARD}={as_override([*self.reward])} with stage={self.stage.name}: rewards score the answers that stage=grpo "
+                "samples; leave it out, or type stage=grpo"
+            )
         trainer, method, bits = self.trainer, self.finetuning, self.quant.quantization_bit
         if bits is not None and trainer.do_train and not method.on_quantized:
             yield (
@@ -165,6 +181,8 @@ class Run:
                 f"trainer.fp16=true with quant=int{bits} and finetuning={method.finetuning_type}: its gradients overflow in half "
                 "precision; type trainer.fp16=false"
             )
+        if trainer.do_train:
+            yield from method.impossible(bits, self.parallel.sharded)
         if trainer.do_train and not method.trains:
             yield (
                 f"finetuning={method.finetuning_type} trains nothing and trainer.do_train=true asks for training; "
@@ -182,7 +200,7 @@ class Run:
                 "type parallel=ddp"
             )
         if self.model.reward_model is not None and not self.stage.uses_reward_model:
-            yield f"model.reward_model={self.model.reward_model} with stage={self.stage.name}: it is for stage=ppo; leave it out"
+            yield f"model.reward_model={self.model.reward_model} with stage={self.stage.name}: it is for stage=ppo and grpo; leave it out"
         evaluates = trainer.do_eval or trainer.do_predict or trainer.eval_strategy != "no" or trainer.eval_on_start
         if trainer.do_train and evaluates and not self.data.dev_ratio and not self.data.eval_dataset:
             yield (
@@ -195,6 +213,11 @@ class Run:
                 "choose one source of evaluation records"
             )
         yield from self.parallel.impossible(self)
+        if self.data.weights and not self.stage.weighs:
+            yield (
+                f"data.weights={as_override(self.data.weights)} with stage={self.stage.name}: it learns from answers of its own, "
+                "and records have no weights; leave it out, or type data.mix_probabilities=<a share of each dataset>"
+            )
         if self.data.packing and not self.stage.packs:
             yield (
                 f"data.packing=true with stage={self.stage.name}: only the samples of stage=sft are packed; type data.packing=false"
@@ -259,26 +282,32 @@ def legal_keys() -> dict[str, Any]:
         owners = classes_of(declared.name)
         if not owners:
             keys[declared.name] = hints_of(Run)[declared.name]
-        for cls in owners.values():
+        for preset_name, cls in owners.items():
             hints = hints_of(cls)
-            keys |= {f"{declared.name}.{inner.name}": hints[inner.name] for inner in fields(cls)}
+            keys |= {f"{_prefix(declared.name, preset_name)}.{inner.name}": hints[inner.name] for inner in fields(cls)}
     return keys
+
+
+def _prefix(group: str, preset_name: str) -> str:
+    """What stands before the keys of a preset: a run has several rewards, each below its own name."""
+    return f"{group}.{preset_name}" if group == REWARD else group
 
 
 def key_defaults() -> dict[str, Any]:
     """The defaults of the dotted keys that have one, enums as text; where several classes have the key, the first one's."""
     defaults: dict[str, Any] = {}
     for declared in fields(Run):
-        for cls in classes_of(declared.name).values():
+        for preset_name, cls in classes_of(declared.name).items():
             for inner in fields(cls):
                 if (made := default_of(inner)) is not MISSING:
-                    defaults.setdefault(f"{declared.name}.{inner.name}", getattr(made, "value", made))
+                    key = f"{_prefix(declared.name, preset_name)}.{inner.name}"
+                    defaults.setdefault(key, getattr(made, "value", made))
     return defaults
 
 
 def list_keys() -> set[str]:
-    """The dotted keys whose value is a list, to which the comma rule applies."""
-    return {
+    """The dotted keys whose value is a list, to which the comma rule applies, and the group that takes several presets."""
+    return {REWARD} | {
         key
         for key, hint in legal_keys().items()
         if any(typing.get_origin(part) is list for part in (hint, *typing.get_args(hint)))

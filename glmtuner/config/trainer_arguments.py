@@ -65,6 +65,11 @@ class OptimizerNames(str, Enum):
     apollo_adamw = "apollo_adamw"
     apollo_adamw_layerwise = "apollo_adamw_layerwise"
     stable_adamw = "stable_adamw"
+    muon = "muon"
+    adam_mini = "adam_mini"
+    galore = "galore"
+    apollo = "apollo"
+    schedule_free = "schedule_free"
 
 
 class HubStrategy(str, Enum):

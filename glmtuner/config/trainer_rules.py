@@ -69,6 +69,7 @@ def trainer_errors(trainer: TrainerArguments) -> Iterator[str]:
 
 
 def _best_model_errors(trainer: TrainerArguments) -> Iterator[str]:
+    patience = getattr(trainer, "early_stopping_patience", None)
     if trainer.save_strategy == "best":
         if trainer.eval_strategy == "no":
             yield (
@@ -79,16 +80,18 @@ def _best_model_errors(trainer: TrainerArguments) -> Iterator[str]:
             yield "trainer.save_strategy=best: best by which metric? type trainer.metric_for_best_model=loss, say"
     if not trainer.load_best_model_at_end:
         return
-    setting = "trainer.load_best_model_at_end=true"
+    stops = patience is not None
+    setting = f"trainer.early_stopping_patience={patience}" if stops else "trainer.load_best_model_at_end=true"
     if not trainer.do_train:
-        yield f"{setting} without training: it loads the best checkpoint of a training; leave it out"
+        does = "ends a training" if stops else "loads the best checkpoint of a training"
+        yield f"{setting} without training: it {does}; leave it out"
         return
     evaluates, saves = trainer.eval_strategy, trainer.save_strategy
     if saves != "best" and (evaluates == "no" or evaluates != saves):
         chosen = evaluates if evaluates != "no" else saves if saves != "no" else "epoch"
         yield (
-            f"{setting} with trainer.eval_strategy={evaluates} and trainer.save_strategy={saves}: both must be the same, steps "
-            f"or epoch; type trainer.eval_strategy={chosen} trainer.save_strategy={chosen}"
+            f"{setting} with trainer.eval_strategy={evaluates} and trainer.save_strategy={saves}: "
+            f"{'it loads the best checkpoint at the end, so ' if stops else ''}both must be the same, steps or epoch; type trainer.eval_strategy={chosen} trainer.save_strategy={chosen}"
         )
         return
     eval_steps, save_steps = trainer.eval_steps or trainer.logging_steps, trainer.save_steps

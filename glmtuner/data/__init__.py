@@ -105,8 +105,8 @@ def _examples(
             if isinstance(raw, BadRecord):
                 raise raw
             example = with_tools(parse(raw, spec), raw, spec)
-            if mark and mark_of(raw.get(mark), mark) is False:
-                example = replace(example, learned=False)
+            if mark and (weight := mark_of(raw.get(mark), mark, takes_numbers=True)) is not None:
+                example = replace(example, learned=weight > 0, weight=weight or 1.0)
         except BadRecord as error:
             bad.append(SkippedRecord(spec.name, label, number, error.field, error.reason))
             continue

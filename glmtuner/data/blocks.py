@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from glmtuner.data.encode import Counts, Encoder
+from glmtuner.data.counts import Counts
+from glmtuner.data.encode import Encoder
 from glmtuner.data.records import Example
 from glmtuner.errors import ConfigError
 from glmtuner.templates.base import IGNORE_INDEX
@@ -37,11 +38,17 @@ class BlockEncoder(Encoder):
                 f"stage.block_length={len(start) + 2}"
             )
         tokens = [token for document in documents for token in document]
+        weights = None
+        if any(example.weight != 1 for example in examples):
+            pairs = zip(examples, documents, strict=True)
+            weights = [example.weight for example, document in pairs for _ in document]
         counts = Counts(records=len(examples))
         rows = []
         for begin in range(0, len(tokens), text_length):
             block = tokens[begin : begin + text_length]
-            rows.append({"input_ids": [*start, *block], "labels": [*[IGNORE_INDEX] * len(start), *block]})
+            labels = [*[IGNORE_INDEX] * len(start), *block]
+            each = None if weights is None else [*[1.0] * len(start), *weights[begin : begin + text_length]]
+            rows.append({"input_ids": [*start, *block], "labels": labels, "weights": each, "weight": 1.0})
             counts.tokens += len(start) + len(block)
             counts.learned_tokens += len(block) - (not start)  # the first token has nothing to be predicted from
         return rows, counts

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.data.weights import has_weights, label_weights
 from glmtuner.templates.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Collator:
     ignore_pad_token_for_loss: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> "dict[str, torch.Tensor]":
-        """`input_ids`, `attention_mask` and `labels`, int64, each [rows, longest]."""
+        """`input_ids`, `attention_mask` and `labels`, int64, each [rows, longest]; of rows with weights also `weights`, float32."""
         import torch
 
         longest = max(len(row["input_ids"]) for row in rows)
@@ -32,4 +33,8 @@ class Collator:
             padded["input_ids"].append([*row["input_ids"], *[self.pad_id] * padding])
             padded["attention_mask"].append([1] * len(row["input_ids"]) + [0] * padding)
             padded["labels"].append([*row["labels"], *[label_pad] * padding])
-        return {name: torch.tensor(values, dtype=torch.long) for name, values in padded.items()}
+        batch = {name: torch.tensor(values, dtype=torch.long) for name, values in padded.items()}
+        if has_weights(rows):
+            each = [label_weights(row) for row in rows]
+            batch["weights"] = torch.tensor([[*weights, *[1.0] * (longest - len(weights))] for weights in each])
+        return batch

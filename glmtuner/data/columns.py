@@ -41,6 +41,7 @@ METADATA_WORDS = frozenset(
     """.split()  # noqa: SIM905
 )
 RENDERED_WORDS = {"text", "formatted", "full", "chat"}  # in names of columns that hold a whole conversation as one text
+NUMBER = re.compile(r"\s*[-+]?(?:\d+\.?\d*|\.\d+|nan|inf)(?:e[-+]?\d+)?\s*", re.IGNORECASE)
 END_MARKERS = re.compile(r"\s*(?:<[^<>\s]*>\s*|\[[^\[\]\s]*\]\s*)*")  # such as </s> and <|im_end|>
 SHORT = 20  # characters
 NOTHING = ("[]", "{}", "null")  # JSON of nothing
@@ -55,7 +56,7 @@ ROLES = {
     "chosen": "better answer",
     "rejected": "worse answer",
     "kto_tag": "good or bad answer",
-    "weight": "whether it is learned",
+    "weight": "weight in the loss",
 }
 
 
@@ -65,10 +66,12 @@ class Column:
 
     kinds: set[str] = field(default_factory=set)
     longest: int = 0  # of its lists
+    texts_are_numbers: bool = True  # as the cells of CSV may be
 
     def add(self, value: Any) -> None:
         """Take the value of one more record into account."""
         self.kinds.add(kind_of(value))
+        self.texts_are_numbers &= not isinstance(value, str) or NUMBER.fullmatch(value) is not None
         rows = as_rows(value)
         if isinstance(rows, list | tuple):
             self.longest = max(self.longest, len(rows))
@@ -140,7 +143,7 @@ def _format_and_columns(columns: dict[str, Column]) -> tuple[str, dict[str, str]
     pair = {key: key for key in ("chosen", "rejected") if "chosen" in columns and "rejected" in columns}
     tag = next((key for key in ("kto_tag", "label") if "boolean" in _kinds(columns, key)), None)
     extras |= {"kto_tag": tag} if tag and not pair else {}
-    mark = next((key for key in MARKS if _kinds(columns, key) and _kinds(columns, key) <= {"boolean", "0 or 1"}), None)
+    mark = next((key for key in MARKS if key in columns and _marks(key, columns[key])), None)
     extras |= {"weight": mark} if mark else {}
     prompt = _prompt(columns)
     if pair and columns["chosen"].is_dialogue and columns["chosen"].longest > 1:
@@ -164,6 +167,12 @@ def _format_and_columns(columns: dict[str, Column]) -> tuple[str, dict[str, str]
         return "alpaca", {**found, **(pair or {"response": answer}), **extras}
     marks = {"weight": mark} if mark else {}
     return ("text", {"prompt": "text", **marks}) if "text" in columns else ("", {})
+
+
+def _marks(name: str, column: Column) -> bool:
+    """Whether a column says how much each record is learned; of numbers only `weight` does: a `loss` is a measurement."""
+    numbers = {"number", *(("text",) if column.texts_are_numbers else ())} if name == "weight" else set()
+    return bool(column.kinds) and column.kinds <= {"boolean", "0 or 1"} | numbers
 
 
 def _kinds(columns: dict[str, Column], name: str) -> set[str]:
@@ -198,7 +207,7 @@ def unread(columns: Iterable[str], spec: DatasetSpec) -> list[str]:
 def looks_needed(name: str, column: Column | None = None) -> bool:
     """Whether an unread column seems to be a part of the question or of the answer's reasoning, by its name."""
     if column is not None and not column.holds_text:
-        return name == "weight" and "number" in column.kinds  # weights other than 0 and 1 are not obeyed
+        return name == "weight" and "number" in column.kinds  # which the entry does not name
     if name in REASONING or any(sign in name for sign in QUESTION_SIGNS):
         return True
     words = _words(name)
@@ -225,7 +234,7 @@ def adds_something(name: str, value: Any, example: Example) -> bool:
         before, found, after = text.rpartition(answer)
         if not found or question not in before or not END_MARKERS.fullmatch(after):
             return True
-    return name == "weight"  # of numbers other than 0 and 1
+    return name == "weight"
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -4,11 +4,12 @@ The template is passed in: it alone defines how turns become tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from glmtuner.data.counts import Counts
 from glmtuner.data.records import REASONING, Example, Message, without_reasoning
 from glmtuner.errors import ConfigError
 from glmtuner.templates.base import OWN, TEMPLATES, Encoded, Template, Tools
@@ -18,68 +19,6 @@ from glmtuner.templates.tool_calls import ToolCall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(kw_only=True)
-class Counts:
-    """What became of a dataset's records; tokens of prompts and answers together unless stated otherwise.
-
-    If each answer is a row of its own, tokens and truncations are counted over all rows of a record.
-    """
-
-    records: int = 0
-    tokens: int = 0
-    learned_tokens: int = 0
-    prompts_cut: int = 0  # prompts that lost text or turns
-    turns_dropped: int = 0  # the oldest question-answer pairs of those
-    answers_cut: int = 0  # answers that lost their end
-    tokens_cut: int = 0
-    bad_records: int = 0
-    undesirable: int = 0  # records left out because their answer is marked as a bad one
-    unlearned: int = 0  # records left out because their marks leave no answer to learn
-    reasoning_dropped: int = 0  # thoughts of earlier answers, which the chat template leaves out
-    thinking: int = 0  # records learned behind the prompt with thinking on, of a template that has both
-    not_thinking: int = 0  # those with thinking off
-    unrendered: int = 0  # records of whose answers the chat template renders nothing
-    undescribed: int = 0  # records that call tools and describe none
-    uncalled: int = 0  # records with a result of a tool behind an answer that calls none
-    texts_dropped: int = 0  # texts before tool calls, which the chat template leaves out
-
-    def __add__(self, other: "Counts") -> "Counts":
-        left, right = asdict(self), asdict(other)
-        return Counts(**{name: left[name] + right[name] for name in left})
-
-    def summary(self) -> str:
-        """The counts in one line; truncations only if there were any."""
-        parts = [f"{self.records:,} records, {self.tokens:,} tokens, {self.learned_tokens:,} of them learned"]
-        if self.prompts_cut:
-            dropped = f" ({self.turns_dropped:,} old turns dropped)" if self.turns_dropped else ""
-            parts.append(f"{self.prompts_cut:,} prompts shortened{dropped}")
-        if self.answers_cut:
-            parts.append(f"{self.answers_cut:,} answers shortened")
-        if self.tokens_cut:
-            parts.append(f"{self.tokens_cut:,} tokens cut in all")
-        if self.bad_records:
-            parts.append(f"{self.bad_records:,} broken records skipped")
-        if self.undesirable:
-            parts.append(f"{self.undesirable:,} records with an answer marked false left out")
-        if self.unlearned:
-            parts.append(f"{self.unlearned:,} records without an answer to learn left out")
-        if self.unrendered:
-            parts.append(
-                f"{self.unrendered:,} records left out, of whose last answer the chat template renders nothing"
-            )
-        if self.thinking or self.not_thinking:
-            parts.append(f"thinking on in {self.thinking:,} records, off in {self.not_thinking:,}")
-        if self.undescribed:
-            parts.append(f"{self.undescribed:,} records call tools and describe none")
-        if self.uncalled:
-            parts.append(f"{self.uncalled:,} records have results behind an answer that calls no tool")
-        if self.texts_dropped:
-            parts.append(f"{self.texts_dropped:,} texts before tool calls left out by the chat template")
-        if self.reasoning_dropped:
-            parts.append(f"{self.reasoning_dropped:,} thoughts of earlier answers left out by the chat template")
-        return "; ".join(parts)
 
 
 class TooLong(Exception):
@@ -122,9 +61,9 @@ class Encoder:
     def encode(self, examples: Sequence[Example]) -> tuple[list[dict[str, Any]], Counts]:
         """A row for each example, and the counts.
 
-        A row has `input_ids` and `labels` of the whole conversation, and `prompt_ids`, `prompt` and `answer` of its last
-        turn. Answers that the conversation's own row cannot teach, since the template writes their prompts otherwise, have
-        rows of their own in `earlier` (`input_ids`, `labels`). Records with nothing to learn, by their marks or since the
+        A row has `input_ids`, `labels` and `weights` of the whole conversation, `prompt_ids`, `prompt` and `answer` of its last
+        turn, and the record's `weight`. Answers that the conversation's own row cannot teach, since the template writes their
+        prompts otherwise, have rows of their own in `earlier` (`input_ids`, `labels`, `weight`). Records with nothing to learn, by their marks or since the
         template renders nothing of their answer, have no row and are counted.
         """
         examples, counts = self._with_something_to_learn(examples)
@@ -141,6 +80,7 @@ class Encoder:
                 "prompt_ids": prompt,
                 "prompt": prompt_text(self._prefixed(messages[:-1])),
                 "answer": self.answer_text(messages[-1]),
+                "weight": example.weight,
                 **self.more_of(example),
             }
             for example, messages, conversation, prompt in zip(examples, conversations, encoded, prompts, strict=True)
@@ -276,10 +216,12 @@ class Encoder:
             row["earlier"] = []
         for index, conversation in zip(owners, encoded, strict=True):
             if not conversation.unrendered:
-                rows[index]["earlier"].append(self._row(conversation, counts, every_answer=False))
+                row = self._row(conversation, counts, every_answer=False)
+                del row["weights"]  # it teaches one answer
+                rows[index]["earlier"].append({**row, "weight": (conversation.weights or (1.0,))[-1]})
 
     def _row(self, conversation: Encoded, counts: Counts, every_answer: bool | None = None) -> dict[str, Any]:
-        """`input_ids` and `labels`, the last answer truncated to `max_target_length`."""
+        """`input_ids` and `labels`, the last answer truncated to `max_target_length`, and `weights` of the labels, None if all are 1."""
         every_answer = self.every_answer if every_answer is None else every_answer
         if num_removed := conversation.cut_answer(self.max_target_length):
             counts.answers_cut += 1
@@ -287,7 +229,8 @@ class Encoder:
         counts.tokens += len(conversation.input_ids)
         for start, end in conversation.learned(every_answer):
             counts.learned_tokens += end + 1 - start
-        return {"input_ids": conversation.input_ids, "labels": conversation.labels(every_answer)}
+        labels = conversation.labels(every_answer)
+        return {"input_ids": conversation.input_ids, "labels": labels, "weights": conversation.label_weights()}
 
     def _encode_fitting(
         self, conversations: list[list[Message]], counts: Counts, tools: Sequence[Tools] = ()

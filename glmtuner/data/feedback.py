@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from glmtuner.data.collate import Collator
 from glmtuner.data.encode import Encoder
 from glmtuner.data.records import Example
+from glmtuner.data.reference import reference_of_rows
+from glmtuner.data.weights import weights_of_rows
 from glmtuner.templates.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -27,7 +29,12 @@ class FeedbackEncoder(Encoder):
     learns_undesirable: ClassVar[bool] = True
 
     def more_of(self, example: Example) -> dict[str, Any]:
-        return {"is_desirable": example.desirable}
+        # an answer's, not its tokens'
+        return {
+            "is_desirable": example.desirable,
+            "weight": example.weight * example.messages[-1].weight,
+            "weights": None,
+        }
 
 
 def with_other_answers(rows: "Dataset") -> "Dataset":
@@ -55,15 +62,21 @@ class FeedbackCollator(Collator):
     """A batch of answers in its first half; the same prompts with answers of other prompts in its second."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> "dict[str, torch.Tensor]":
-        """`input_ids`, `attention_mask` and `labels`, int64, each [2 rows, longest], and `is_desirable`, bool, [rows]."""
+        """`input_ids`, `attention_mask` and `labels`, int64, each [2 rows, longest], and `is_desirable`, bool, [rows].
+
+        Of rows with weights also `weight`, float32, [rows], of rows with log-probabilities of a reference `reference`, [2 rows].
+        """
         import torch
 
+        matched = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
         mismatched = []
         for row in rows:
             start = answer_start(row["labels"])
             ids = [*row["input_ids"][:start], *row["other_ids"]]
             mismatched.append({"input_ids": ids, "labels": [IGNORE_INDEX] * start + list(row["other_ids"])})
         return {
-            **super().__call__([*rows, *mismatched]),
+            **super().__call__([*matched, *mismatched]),
+            **weights_of_rows(rows),
+            **reference_of_rows(rows),
             "is_desirable": torch.tensor([row["is_desirable"] for row in rows], dtype=torch.bool),
         }

@@ -5,8 +5,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from glmtuner.data.collate import Collator
-from glmtuner.data.encode import Counts, Encoder, prompt_text, tools_of
+from glmtuner.data.counts import Counts
+from glmtuner.data.encode import Encoder, prompt_text, tools_of
 from glmtuner.data.records import Example, Message
+from glmtuner.data.reference import reference_of_rows
+from glmtuner.data.weights import weights_of_rows
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +54,7 @@ class PairEncoder(Encoder):
             counts.thinking += better.thinking is True
             counts.not_thinking += better.thinking is False
             row, rejected_row = self._row(better, counts), self._row(worse, counts)
+            row |= {"weights": None, "weight": example.weight}  # a pair's, not its tokens'
             row |= {"rejected_ids": rejected_row["input_ids"], "rejected_labels": rejected_row["labels"]}
             row |= {
                 "prompt": prompt_text(self._prefixed(messages[:-1])),
@@ -76,6 +80,10 @@ class PairCollator(Collator):
     """A batch of pairs: the chosen answers in its first half, the rejected ones, in the same order, in its second."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> "dict[str, torch.Tensor]":
-        """`input_ids`, `attention_mask` and `labels`, int64, each [2 rows, longest]."""
+        """`input_ids`, `attention_mask` and `labels`, int64, each [2 rows, longest]; of rows with weights also `weight`, [rows].
+
+        Of rows with log-probabilities of a reference also `reference`, float32, [2 rows].
+        """
+        chosen = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
         rejected = [{"input_ids": row["rejected_ids"], "labels": row["rejected_labels"]} for row in rows]
-        return super().__call__([*rows, *rejected])
+        return super().__call__([*chosen, *rejected]) | weights_of_rows(rows) | reference_of_rows(rows)

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from glmtuner.data.encode import Counts, Encoder
+from glmtuner.data.counts import Counts
+from glmtuner.data.encode import Encoder
 from glmtuner.data.records import Example, Message
 from glmtuner.templates.base import IGNORE_INDEX, Template, Tools
 from glmtuner.templates.base import Message as Turn

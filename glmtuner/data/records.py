@@ -3,9 +3,11 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from glmtuner.config.datasets import WEIGHTS
 from glmtuner.templates.rendering import split_reasoning
 from glmtuner.templates.tool_calls import SURROGATE, ToolCall
 
@@ -22,8 +24,9 @@ class BadRecord(Exception):
 class Message(NamedTuple):
     """One turn; `role` is system, user, assistant, or tool (the result of a call).
 
-    An answer that is not `learned` is context for those after it. `reasoning` is the thought before an answer, and
-    `tool_calls` are the calls behind its text, which may be empty. `call_id` of a result is the id of its call.
+    An answer that is not `learned` is context for those after it, and one that is counts `weight` times. `reasoning` is the
+    thought before an answer, and `tool_calls` are the calls behind its text, which may be empty. `call_id` of a result is the id
+    of its call.
     """
 
     role: str
@@ -32,6 +35,7 @@ class Message(NamedTuple):
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     call_id: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ class Example:
     feedback        messages end with the assistant's answer; `desirable` is whether it is a good one
     plain text      no messages; `text` is learned
 
-    A record that is not `learned`, by a mark of its own, is left out.
+    A record that is not `learned`, by a mark of its own, is left out; one that is counts `weight` times.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -60,6 +64,7 @@ class Example:
     tools: tuple[dict[str, Any], ...] = ()
     chosen_calls: tuple[ToolCall, ...] = ()
     rejected_calls: tuple[ToolCall, ...] = ()
+    weight: float = 1.0
 
     @property
     def needs_tools(self) -> bool:
@@ -81,7 +86,13 @@ class Example:
 UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 )  # control characters, line breaks, halves of pairs
-MARKS = ("weight", "loss", "train", "training")  # of OpenAI, ms-swift, axolotl: whether an answer is learned
+MARKS = (
+    "weight",
+    "loss",
+    "train",
+    "training",
+)  # of OpenAI, ms-swift, axolotl: whether an answer is learned, and how much
+NUMBERS = ("weight", "loss")  # those that may be other numbers than 0 and 1
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the thought before an answer, by its names
 MARK_WORDS = {"": None, "true": True, "false": False, "1": True, "0": False}
 Turn = tuple[str, Message]  # the place of a turn in its record, such as conversations[3], and the turn
@@ -107,11 +118,13 @@ def text_of(value: Any, place: str, what: str, *, may_be_blank: bool = False) ->
     return value
 
 
-def answer_turn(
-    content: str, *, learned: bool = True, reasoning: str = "", calls: tuple[ToolCall, ...] = ()
-) -> Message:
-    """The assistant's turn; an empty answer, which only stands before other turns, is context and is not learned."""
-    return Message("assistant", content, learned and bool(calls or content.strip()), reasoning, calls)
+def answer_turn(content: str, *, weight: float = 1.0, reasoning: str = "", calls: tuple[ToolCall, ...] = ()) -> Message:
+    """The assistant's turn; an empty answer, which only stands before other turns, is context and is not learned.
+
+    An answer of weight 0 is context, too.
+    """
+    learned = weight > 0 and bool(calls or content.strip())
+    return Message("assistant", content, learned, reasoning, calls, weight=weight if learned else 1.0)
 
 
 def without_reasoning(message: Message) -> Message:
@@ -180,17 +193,25 @@ def feedback_of(raw: Mapping[str, Any], column: str | None) -> bool | None:
     return value
 
 
-def mark_of(value: Any, place: str) -> bool | None:
-    """Whether an answer is learned, by its mark (`weight`, `loss`, `train`); None without a mark. Raises BadRecord."""
-    if isinstance(value, str):
-        value = MARK_WORDS.get(value.strip().lower(), value)
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int | float) and value in (0, 1):
-        return bool(value)
+def mark_of(value: Any, place: str, *, takes_numbers: bool) -> float | None:
+    """How much an answer is learned, by its mark (`weight`, `loss`, `train`), 0 for not at all; None without a mark.
+
+    `takes_numbers`: may it be another number than 0 and 1? Raises BadRecord.
+    """
+    number = MARK_WORDS.get(value.strip().lower(), value) if isinstance(value, str) else value
+    if number is None or isinstance(number, bool):
+        return None if number is None else float(number)
+    if isinstance(number, str) and takes_numbers:  # a cell of CSV
+        with suppress(ValueError):
+            number = float(number)
+    if isinstance(number, int | float) and (number in (0, 1) or (takes_numbers and WEIGHTS[0] <= number <= WEIGHTS[1])):
+        return float(number)
+    legal = (
+        f"true, false, 0 or a number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}" if takes_numbers else "0, 1, true or false"
+    )
     raise BadRecord(
         place,
-        f"a mark of what is learned is 0, 1, true or false, got {shown(value)}; type "
+        f"a mark of what is learned is {legal}, got {shown(value)}; type "
         f"data.ignore_columns={place.rpartition('.')[2]} to learn without these marks",
     )
 

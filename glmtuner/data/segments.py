@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.data.weights import has_weights, label_weights
 from glmtuner.templates.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class SegmentCollator:
     positions_of: "Positions" = causal_positions
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        """`input_ids` and `labels`, [1, T], `position_ids`, [1, ..., T], and `segments`.
+        """`input_ids` and `labels`, [1, T], `position_ids`, [1, ..., T], and `segments`; of rows with weights also `weights`, [1, T].
 
         `attention_mask` is all True, [1, 1, 1, 1]: only the bounds of the segments mask anything. A segment's first label is
         IGNORE_INDEX, since the token before it belongs to another segment.
@@ -94,7 +95,9 @@ class SegmentCollator:
         labels = [torch.tensor([IGNORE_INDEX, *sample["labels"][1:]], dtype=torch.long) for sample in samples]
         positions = [self.positions_of(sample) for sample in ids]
         taught = [len(sample) for sample, label in zip(ids, labels, strict=True) if bool((label != IGNORE_INDEX).any())]
+        weights = [weight for sample in samples for weight in label_weights(sample)] if has_weights(samples) else None
         return {
+            **({} if weights is None else {"weights": torch.tensor([weights])}),
             "input_ids": torch.cat(ids)[None],
             "labels": torch.cat(labels)[None],
             "position_ids": torch.cat([position_ids for position_ids, _ in positions], dim=-1)[None],

@@ -1,16 +1,18 @@
 """From the datasets that a run names to its training and evaluation data."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.compose import run_folder_of
+from glmtuner.config.datasets import labels_of
 from glmtuner.config.schema import Run
 from glmtuner.console import say
 from glmtuner.data import DatasetSpec, find
 from glmtuner.data.encode import Encoder
 from glmtuner.data.prepare import Prepared, held_out, mixed, prepare
+from glmtuner.data.weights import COLUMNS, times
 from glmtuner.errors import DataError
 from glmtuner.run_folder.folder import RunFolder
 
@@ -35,6 +37,9 @@ class Datasets:
     shares: dict[str, float]  # of each dataset in the training records, after mixing
     columns: tuple[str, ...]  # of the evaluation records: those that a batch is made of
     asks_thinking: bool | None = None
+    evaluated: dict[str, int] = field(
+        default_factory=dict
+    )  # dataset -> its number of evaluation records, in their order
 
     def thinking(self) -> str | None:
         """The mode of most prompts that are trained, else of those that are answered: on or off; None for a template without modes."""
@@ -44,6 +49,16 @@ class Datasets:
             return None
         asked = None if trained else self.asks_thinking
         return "on" if (on > off if asked is None else asked) else "off"
+
+    def evaluated_parts(self) -> dict[str, slice]:
+        """Where the evaluation records of each dataset are, by the word for it in the names of metrics; empty for one dataset."""
+        parts, start = {}, 0
+        labels = labels_of([*self.evaluated])
+        for name, count in self.evaluated.items():
+            if name in labels:
+                parts[labels[name]] = slice(start, start + count)
+            start += count
+        return parts
 
     def about(self) -> dict[str, Any]:
         """The datasets' entries in provenance.json, by name."""
@@ -98,21 +113,41 @@ def datasets_of(run: Run, specs: dict[str, DatasetSpec], encoder: Encoder) -> Da
                 f"its entry ({part.spec.origin}) names the wrong columns, or data.max_target_length={data.max_target_length} "
                 "leaves nothing of the answers"
             )
+        if not encoder.learns and (column := part.spec.columns.get("weight")) in part.columns:
+            say(
+                f"dataset {part.spec.name!r}: its {column} is not used: stage={run.stage.name} learns from answers of its own"
+            )
     seed = trainer.seed if trainer.data_seed is None else trainer.data_seed
-    train, evaluation, shares = None, None, {}
+    train, shares = None, {}
+    evaluation_parts: list[tuple[str, Dataset]] = []
+    rows_of = {name: part.rows for name, part in prepared.items()}
+    if any("weight" in rows.column_names for rows in rows_of.values()):  # then all have the columns
+        rows_of = {name: times(rows, 1.0) for name, rows in rows_of.items()}
     if data.eval_dataset and evaluates:
-        evaluation = concatenate_datasets([prepared[name].rows for name in data.eval_dataset])
-    parts = [prepared[name].rows for name in data.dataset if name in prepared]
+        evaluation_parts = [(name, rows_of[name]) for name in data.eval_dataset]
+    parts = [rows_of[name] for name in data.dataset if name in prepared]
     if data.dev_ratio:
         split_parts = [held_out(rows, data.dev_ratio, seed) for rows in parts]
         parts = [train_rows for train_rows, _ in split_parts]
-        evaluation = concatenate_datasets([held for _, held in split_parts]) if evaluates else None
+        if evaluates:
+            evaluation_parts = [(name, rows) for name, (_, rows) in zip(data.dataset, split_parts, strict=True)]
     elif evaluates and not data.eval_dataset:
-        evaluation = concatenate_datasets(parts)
+        evaluation_parts = list(zip(data.dataset, parts, strict=True))
+    order = list(dict.fromkeys(name for name, _ in evaluation_parts))
+    evaluation_parts.sort(key=lambda part: order.index(part[0]))  # one may be named twice
     if trainer.do_train:
+        if len({*data.weights}) > 1:  # they are relative
+            parts = [times(rows, weight) for rows, weight in zip(parts, data.weights, strict=True)]
         train, part_shares = mixed(parts, data.mix_probabilities, seed)
         shares = dict(zip(data.dataset, part_shares, strict=True))
-    return Datasets(train, evaluation, [*prepared.values()], shares, encoder.columns, encoder.asks_thinking)
+    evaluation = concatenate_datasets([rows for _, rows in evaluation_parts]) if evaluation_parts else None
+    evaluated: dict[str, int] = {}
+    for name, rows in evaluation_parts:
+        evaluated[name] = evaluated.get(name, 0) + len(rows)
+    columns = encoder.columns
+    if evaluation is not None and "weight" in evaluation.column_names:
+        columns = (*columns, *COLUMNS)
+    return Datasets(train, evaluation, [*prepared.values()], shares, columns, encoder.asks_thinking, evaluated)
 
 
 def _modes(parts: Iterable[Prepared]) -> tuple[int, int]:

@@ -214,12 +214,12 @@ def names_tool(turn: Mapping[str, Any]) -> bool:
     return isinstance(metadata, str) and ONE_NAME.fullmatch(metadata.strip()) is not None
 
 
-def call_and_result(turn: Mapping[str, Any], place: str, learned: bool, reasoning: str, *, is_last: bool) -> list[Part]:
+def call_and_result(turn: Mapping[str, Any], place: str, weight: float, reasoning: str, *, is_last: bool) -> list[Part]:
     """The call and its result of a turn of ChatGLM3's format: name, parameters and observation; raises BadRecord."""
     name = text_of(turn.get("name"), f"{place}.name", "name of a tool").strip()
     parameters = turn.get("parameters")
     arguments = arguments_of({} if parameters is None else parameters, f"{place}.parameters")
-    call = Part(place, answer_turn("", learned=learned, reasoning=reasoning, calls=(ToolCall(name, arguments),)))
+    call = Part(place, answer_turn("", weight=weight, reasoning=reasoning, calls=(ToolCall(name, arguments),)))
     if turn.get("observation") is None:
         if is_last:
             return [call]
@@ -288,7 +288,7 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
         if before.reasoning and message.reasoning:
             raise BadRecord(part.place, "reasoning in the answer and in the turn of its call; keep one of them")
         says_something = bool(before.content.strip() or before.tool_calls)
-        if says_something and before.learned != message.learned:
+        if says_something and (before.learned, before.weight) != (message.learned, message.weight):
             raise BadRecord(
                 part.place,
                 "a call is marked otherwise than the answer that it belongs to; type data.ignore_columns=loss (or the name of "
@@ -297,6 +297,7 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
         whole = before._replace(
             tool_calls=(*before.tool_calls, *message.tool_calls),
             learned=message.learned,
+            weight=message.weight,
             reasoning=before.reasoning or message.reasoning,
         )
         joined[-1] = joined[-1]._replace(message=whole)

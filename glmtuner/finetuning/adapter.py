@@ -99,7 +99,7 @@ KNOWN: dict[str, Check] = {
 }  # fmt: skip
 EMBEDDINGS = {"embed_tokens", "lm_head", "word_embeddings", "output_layer", "wte"}
 REQUIRED = ("r", "lora_alpha")
-WITH_KEY = {"r", "lora_alpha", "lora_dropout", "target_modules"}  # those that `finetuning` has a key for
+EVERY_LORA = {"r", "lora_alpha", "lora_dropout", "target_modules"}  # the settings that every adapter has
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -177,12 +177,12 @@ def _unknown(config: Mapping[str, Any]) -> str:
 
 
 def lora_settings(folder: Path) -> dict[str, Any]:
-    """Rank, alpha, dropout and targets of a saved adapter, by configuration key; raises CheckpointError."""
+    """The settings of a saved adapter, by configuration key; raises CheckpointError."""
     return settings_of(read_lora_config(folder))
 
 
 def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Rank, alpha, dropout and targets in a checked adapter_config.json, by configuration key.
+    """The settings in a checked adapter_config.json, by configuration key.
 
     A regular expression is a list of one, and so are targets among which are an embedding or the head, which have no name in
     `finetuning.lora_target`.
@@ -193,12 +193,29 @@ def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     elif isinstance(targets, list) and not EMBEDDINGS.isdisjoint(targets):
         targets = rf"(.*\.)?({'|'.join(re.escape(name) for name in sorted(targets))})"
     parameters = [] if isinstance(targets, str) else saved.get("target_parameters") or []
+    tokens, layers, how = (
+        saved.get(key) for key in ("trainable_token_indices", "layers_to_transform", "init_lora_weights")
+    )
     return {
         "lora_rank": saved["r"],
         "lora_alpha": float(saved["lora_alpha"]),
         "lora_dropout": float(saved.get("lora_dropout") or 0.0),
         "lora_target": [targets] if isinstance(targets, str) else sorted([*targets, *parameters]),
+        "init_lora_weights": how if isinstance(how, str) and how in REPEATABLE else str(how).lower() != "false",
+        "bias": saved.get("bias") or "none",
+        "layers_to_transform": [layers] if isinstance(layers, int) else list(layers or []),
+        "trainable_token_indices": list(tokens)
+        if isinstance(tokens, list)
+        else [],  # a dictionary's embeddings have no key
+        **{name: bool(saved.get(name)) for name in ("use_rslora", "use_dora", "lora_bias")},
+        **{name: dict(saved.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")},
+        **{name: _as_list(saved.get(name)) for name in ("exclude_modules", "layers_pattern", "modules_to_save")},
+        "target_parameters": [],  # they are among lora_target
     }
+
+
+def _as_list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def is_pattern(targets: list[str]) -> bool:
@@ -207,8 +224,8 @@ def is_pattern(targets: list[str]) -> bool:
 
 
 def further_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that change what an adapter computes and have no key in `finetuning`, where they are active."""
-    ignored = WITH_KEY | DESCRIPTIVE | INITIAL | REFUSED.keys()
+    """The settings beyond rank, alpha, dropout and targets that change what an adapter computes, where they are active."""
+    ignored = EVERY_LORA | DESCRIPTIVE | INITIAL | REFUSED.keys()
     return {
         name: value
         for name, value in sorted(config.items())
@@ -217,7 +234,7 @@ def further_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapter_notices(folder: Path, base: str, revision: str) -> list[str]:
-    """Sentences about an adapter's settings without a key, and about a base, revision or task that is not this run's."""
+    """Sentences about an adapter's further settings, and about a base, revision or task that is not this run's."""
     config, notices = read_adapter_config(folder), []
     if further := further_settings(config) if config["peft_type"] == "LORA" else {}:
         listed = ", ".join(f"{name}={_shown(value)}" for name, value in further.items())
@@ -305,13 +322,14 @@ def adapter_parameters(model: "nn.Module") -> "dict[str, nn.Parameter]":
     return found
 
 
-def load_adapter(model: "PreTrainedModel", folder: Path) -> None:
-    """Copy a saved adapter's weights into the model, which has the adapter attached.
+def load_adapter(model: "PreTrainedModel", folder: Path, saved: "dict[str, torch.Tensor] | None" = None) -> None:
+    """Copy a saved adapter's weights into the model, which has the adapter attached; `saved` are those of the folder's file.
 
     Weights of the base that the file holds beside the adapter's own are loaded, too. Raises CheckpointError where weights are
     missing or left over, have another shape, or are not finite.
     """
-    saved, parameters = load_tensors(folder / ADAPTER), adapter_parameters(model)
+    saved = load_tensors(folder / ADAPTER) if saved is None else saved
+    parameters = adapter_parameters(model)
     require_finite(saved, folder / ADAPTER)
     if saved.keys() == parameters.keys():
         assign(parameters, saved, folder)
@@ -346,7 +364,7 @@ def sort_names(folder: Path) -> None:
     """Sort the names in adapter_config.json that PEFT holds as sets, whose order differs between processes."""
     path = folder / ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("target_modules", "exclude_modules", "target_parameters"):
+    for name in ("target_modules", "exclude_modules", "target_parameters", "feedforward_modules"):
         if isinstance(config.get(name), list):
             config[name].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

@@ -1,7 +1,8 @@
 """LoRA, by PEFT."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,6 +13,7 @@ from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.families.experts import ALL_EXPERTS
 from glmtuner.families.family import READ
 from glmtuner.finetuning.adapter import (
+    ADAPTER,
     adapter_parameters,
     is_pattern,
     load_adapter,
@@ -21,22 +23,70 @@ from glmtuner.finetuning.adapter import (
     sort_names,
 )
 from glmtuner.finetuning.experts import Targets, adapted_by_peft, set_dropout, settle, targets_matching, targets_of
+from glmtuner.finetuning.initial import (
+    changes_base,
+    first_halves,
+    initial_factors,
+    keep_initial,
+    known_to_peft,
+    start_at_quantization_error,
+    write_as_plain_lora,
+)
+from glmtuner.finetuning.lora_keys import (
+    check_names,
+    check_patterns,
+    check_precision,
+    excluded,
+    exclusive_keys,
+    names_parts,
+)
+from glmtuner.finetuning.loraplus import loraplus_rates
+from glmtuner.finetuning.new_rows import ROWS, keep_rows_exact, train_new_rows
 from glmtuner.finetuning.targets import check_attachment, excluded_modules, no_module_named
+from glmtuner.finetuning.trained import load_tensors
 from glmtuner.run_folder.folder import is_out_of_memory
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
+
+
+class Bias(str, Enum):
+    """Which biases of the base are trained."""
+
+    none = "none"
+    all = "all"
+    lora_only = "lora_only"
 
 
 @preset("finetuning", "lora")
 @dataclass(kw_only=True)
 class Lora(Finetuning):
-    """Low-rank update, W + (alpha / rank) B A, on chosen linear layers (Hu et al. 2021, arXiv:2106.09685)."""
+    """Low-rank update, W + (alpha / rank) B A, on chosen linear layers (Hu et al. 2021, arXiv:2106.09685).
+
+    With `use_rslora` it is scaled by alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732); with `use_dora` the columns' lengths are
+    trained apart from their directions (Liu et al. 2024, arXiv:2402.09353). Keys without `lora_` have PEFT's names and meanings.
+    """
 
     lora_rank: int
     lora_alpha: float
     lora_dropout: float
     lora_target: list[str]
+    loraplus_lr_ratio: float | None = None
+    loraplus_lr_embedding: float = 1e-6
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    exclude_modules: list[str] = field(default_factory=list)
+    layers_to_transform: list[int] = field(default_factory=list)
+    layers_pattern: list[str] = field(default_factory=list)
+    lora_bias: bool = False
+    bias: Bias = Bias.none
+    modules_to_save: list[str] = field(default_factory=list)
+    trainable_token_indices: list[int] = field(default_factory=list)
+    target_parameters: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         wrong = [
@@ -47,8 +97,15 @@ class Lora(Finetuning):
                     ("lora_rank", self.lora_rank >= 1, "a rank is at least 1"),
                     ("lora_alpha", self.lora_alpha > 0, "above 0; the update is scaled by alpha / rank"),
                     ("lora_dropout", 0 <= self.lora_dropout < 1, "a share in [0, 1)"),
+                    (
+                        "loraplus_lr_ratio",
+                        self.loraplus_lr_ratio is None or self.loraplus_lr_ratio >= 1,
+                        "1 or more, such as 16, or null for one learning rate",
+                    ),
+                    ("loraplus_lr_embedding", self.loraplus_lr_embedding > 0, "a learning rate above 0"),
                 ),
-            )
+            ),
+            *exclusive_keys(self),
         ]
         if wrong:
             raise ConfigError("; ".join(wrong))
@@ -77,29 +134,35 @@ class Lora(Finetuning):
         return self
 
     def check_model(self, model: Model, family: ModelFamily | None) -> None:
-        if family is None or is_pattern(self.lora_target) or not {*self.lora_target} <= {*family.linears}:
+        by_family = family is not None and not is_pattern(self.lora_target) and {*self.lora_target} <= {*family.linears}
+        if not by_family or names_parts(self):
             check_attachment(self, model, family)
 
     def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
         from peft import LoraConfig, TaskType
 
+        check_names(self, model, family)
         pattern = self.lora_target[0] if is_pattern(self.lora_target) else None
         found = targets_matching(model, pattern) if pattern else targets_of(model, self.lora_target)
         targets = found or Targets([], [], [])
-        excluded = excluded_modules(model, family, [pattern] if pattern else targets.modules, is_pattern=bool(pattern))
+        left_out = excluded_modules(model, family, [pattern] if pattern else targets.modules, is_pattern=bool(pattern))
+        on_meta = next(model.parameters()).is_meta
         config = LoraConfig(
             r=self.lora_rank,
             lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # PEFT accepts fractions, too
             lora_dropout=self.lora_dropout,
             target_modules=targets.modules if found else pattern,
-            target_parameters=targets.parameters or None,
-            exclude_modules=excluded,
+            target_parameters=sorted({*targets.parameters, *self.target_parameters}) or None,
+            exclude_modules=excluded(self.exclude_modules, left_out),
             task_type=TaskType.CAUSAL_LM,
+            init_lora_weights=known_to_peft(self.init_lora_weights, on_meta=on_meta),  # type: ignore[arg-type]
+            **self._further(),
         )
+        train_new_rows(config, model)
         try:
             settle(config, model)
             adapted: Any = adapted_by_peft(model, config)  # PEFT keeps adapters in float32 on a half-precision base
-        except ValueError as error:  # no module's path matches, or one that is no linear layer
+        except (ValueError, TypeError, NotImplementedError) as error:  # no path matches, or one that is no linear layer
             wrong = f"finetuning.lora_target=[{','.join(self.lora_target)}]: {' '.join(str(error).split())[:300]}"
             raise ConfigError(
                 f"{wrong}; name linear layers, or type a regular expression that matches their whole paths"
@@ -111,26 +174,70 @@ class Lora(Finetuning):
             raise ConfigError(
                 f"finetuning.lora_rank={self.lora_rank}: not enough memory for the adapter ({reason}); type a smaller one"
             ) from error
+        keep_rows_exact(adapted)
+        check_patterns(self, adapted)
+        check_precision(adapted)
+        if changes_base(self.init_lora_weights) and not on_meta:
+            keep_initial(adapted)
+        if self.init_lora_weights == "loftq" and not on_meta:
+            start_at_quantization_error(adapted)
         if config.target_parameters and self.lora_dropout:
             set_dropout(adapted, self.lora_dropout)
-        if targets.left_out and not next(model.parameters()).is_meta:  # said once, of the model with values
+        if targets.left_out and not on_meta:  # said once, of the model with values
             say(
                 f"{len(targets.left_out)} linear layers (such as {targets.left_out[0]}) are not adapted: PEFT reads their names as "
                 f"those of the routed experts of {model.config.model_type}, and their weights are quantized"
             )
         return adapted
 
+    def _further(self) -> dict[str, Any]:
+        """PEFT's settings with keys of the same name, where they are not at their defaults."""
+        switches = {"use_rslora": self.use_rslora, "use_dora": self.use_dora, "lora_bias": self.lora_bias}
+        names = (
+            "rank_pattern",
+            "alpha_pattern",
+            "layers_to_transform",
+            "layers_pattern",
+            "modules_to_save",
+            "trainable_token_indices",
+        )
+        given = {name: value for name in names if (value := getattr(self, name))}
+        return {**{name: True for name, is_on in switches.items() if is_on}, "bias": Bias(self.bias).value, **given}
+
+    def impossible(self, bits: int | None, sharded: bool) -> Iterator[str]:
+        knob = f"finetuning.init_lora_weights={self.init_lora_weights}"
+        if changes_base(self.init_lora_weights) and bits is not None:
+            yield (
+                f"{knob} with quant=int{bits}: it takes the adapter's first product off the base, which integer weights do not hold; "
+                "type quant=none, or finetuning.init_lora_weights=loftq with quant=int4"
+            )
+        if changes_base(self.init_lora_weights) and sharded:
+            yield f"{knob} with sharded weights: it needs whole matrices; type parallel=ddp, or leave it out"
+        if self.init_lora_weights == "loftq" and bits != 4:
+            yield f"{knob} without quant=int4: it starts the adapter at what int4 rounds off; type quant=int4, or leave it out"
+
+    def learning_rates(self, model: "nn.Module", rate: float) -> "dict[nn.Parameter, float]":
+        if self.loraplus_lr_ratio is None:
+            return {}
+        return loraplus_rates(model, rate, self.loraplus_lr_ratio, self.loraplus_lr_embedding)
+
     def save(self, model: "PreTrainedModel", folder: Path) -> None:
         if not adapter_parameters(model):
             raise AssertionError("an adapter without tensors")
-        model.save_pretrained(folder)
+        has_rows = any(ROWS in name for name, _ in model.named_parameters())  # else PEFT decides on whole embeddings
+        model.save_pretrained(folder, save_embedding_layers=False if has_rows else "auto")
+        if initial_factors(model):
+            write_as_plain_lora(model, folder)
         sort_names(folder)
 
     def save_trained(self, model: "PreTrainedModel", folder: Path) -> None:
         self.save(model, folder)
 
     def restore(self, model: "PreTrainedModel", folder: Path) -> None:
-        load_adapter(model, folder)
+        if not initial_factors(model):
+            load_adapter(model, folder)
+            return
+        load_adapter(model, folder, first_halves(model, load_tensors(folder / ADAPTER), folder))
 
 
 class SavedLora(Lora):
@@ -138,6 +245,9 @@ class SavedLora(Lora):
 
     saved: Mapping[str, Any]  # not fields, which config.yaml would list
     folder: Path
+
+    def __post_init__(self) -> None:
+        """Nothing: `read_lora_config` has checked the settings, of which PEFT allows more than the keys do."""
 
     @classmethod
     def of(cls, folder: Path, finetuning_type: str = "lora") -> Self:
@@ -169,4 +279,5 @@ class SavedLora(Lora):
             raise CheckpointError(
                 f"the adapter in {self.folder} does not fit this model: {' '.join(str(error).split())[:300]}"
             ) from None
+        keep_rows_exact(adapted)
         return adapted

@@ -1,4 +1,4 @@
-"""Merges a saved LoRA adapter into its base, and compares the logits before and after."""
+"""Merges a saved adapter into its base, and compares the logits before and after."""
 
 import warnings
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.groups import ModelFamily
 from glmtuner.console import say
 from glmtuner.errors import CheckpointError
-from glmtuner.finetuning.adapter import allowed_difference
+from glmtuner.finetuning.adapter import allowed_difference, read_adapter_config
 from glmtuner.finetuning.lora import SavedLora
+from glmtuner.finetuning.peft import Peft, peft_settings
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,8 @@ def merged_adapter(model: "PreTrainedModel", family: ModelFamily, folder: Path) 
     Raises CheckpointError if the adapter does not fit, or if the merged model's logits differ from those of the unmerged adapter
     by more than rounding explains.
     """
-    method = SavedLora.of(folder)
+    is_lora = read_adapter_config(folder)["peft_type"] == "LORA"
+    method = SavedLora.of(folder) if is_lora else Peft(finetuning_type="peft", **peft_settings(folder))
     adapted: Any = method.attach(model, family).eval()
     method.restore(adapted, folder)
     before = probe_logits(adapted)
@@ -31,18 +33,25 @@ def merged_adapter(model: "PreTrainedModel", family: ModelFamily, folder: Path) 
         from glmtuner.models.quantized_experts import merge_experts
 
         merge_experts(adapted)
+    merged = merged_by_peft(adapted, folder, method.finetuning_type)
+    bits, dtype = quantized_bits(merged), str(merged.dtype).removeprefix("torch.")
+    difference = check_merge(before, probe_logits(merged), dtype, bits, folder, method.finetuning_type)
+    if bits:
+        say(f"merged {folder} into int{bits} weights, which rounds: a logit differs by up to {difference:.2g}")
+    return merged
+
+
+def merged_by_peft(adapted: Any, source: object, method: str) -> "PreTrainedModel":
+    """The base with the attached adapter merged into its weights; raises CheckpointError where PEFT cannot merge it."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "All adapters are already merged")  # experts, above
+            warnings.filterwarnings("ignore", "All adapters are already merged")  # experts, which are merged apart
             merged: PreTrainedModel = adapted.merge_and_unload()
     except (ValueError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"the adapter in {folder} cannot be merged into this model: {' '.join(str(error).split())[:300]}"
+            f"the adapter in {source} cannot be merged into this model: {' '.join(str(error).split())[:300]}; use it unmerged, with "
+            f"finetuning={method} and as the last of model.checkpoint_dir"
         ) from None
-    bits = quantized_bits(merged)
-    difference = check_merge(before, probe_logits(merged), str(merged.dtype).removeprefix("torch."), bits, folder)
-    if bits:
-        say(f"merged {folder} into int{bits} weights, which rounds: a logit differs by up to {difference:.2g}")
     return merged
 
 
@@ -68,7 +77,9 @@ def probe_logits(model: Any) -> "torch.Tensor":
     return logits.float().cpu()
 
 
-def check_merge(before: "torch.Tensor", after: "torch.Tensor", dtype: str, bits: int | None, folder: object) -> float:
+def check_merge(
+    before: "torch.Tensor", after: "torch.Tensor", dtype: str, bits: int | None, folder: object, method: str = "lora"
+) -> float:
     """The largest difference of a logit that merging made; raises CheckpointError for more than rounding explains."""
     difference: float = (after - before).abs().max().item()
     allowed = allowed_difference(before, dtype, bits)
@@ -76,6 +87,6 @@ def check_merge(before: "torch.Tensor", after: "torch.Tensor", dtype: str, bits:
         raise CheckpointError(
             f"the adapter in {folder} cannot be merged into this model: merged, a logit differs by {difference:.2g} from the "
             f"unmerged adapter's, and rounding in {f'int{bits}' if bits else dtype} explains {allowed:.2g} at most; use the adapter "
-            "unmerged, with finetuning=lora and as the last of model.checkpoint_dir"
+            f"unmerged, with finetuning={method} and as the last of model.checkpoint_dir"
         )
     return difference

@@ -21,7 +21,9 @@ from glmtuner.finetuning.adapter import (
 )
 from glmtuner.finetuning.lora import SavedLora
 from glmtuner.finetuning.merge import merged_adapter
+from glmtuner.finetuning.new_rows import require_new_rows
 from glmtuner.finetuning.p_tuning import PUBLISHED_PREFIX, prefix_settings
+from glmtuner.finetuning.peft import REFUSED, peft_settings, peft_types
 from glmtuner.finetuning.trained import TRAINED, assign, load_folder, load_tensors, names_in
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import ADAPTER, KEPT, MODEL
@@ -50,10 +52,17 @@ LORA = CheckpointKind("lora", method="lora", settings=lora_settings)  # a PEFT a
 PREFIX = CheckpointKind(
     "prefix", method="p_tuning", settings=prefix_settings, is_mergeable=False
 )  # PEFT's or ChatGLM's own
+TUNED = CheckpointKind("tuned", method="peft", settings=peft_settings)  # an adapter of another method of PEFT
 WEIGHTS = CheckpointKind("weights", is_whole_model=True)
 CHANGED = CheckpointKind("changed")  # only the parameters that were trained
 EMBEDDING = re.compile(r"embed|(^|\.)(wte|w)\.weight$")  # in names of weights; those of GPT-2 and CTRL do not say it
 PEFT_KINDS = {"LORA": LORA, "PREFIX_TUNING": PREFIX}
+
+
+def adapter_kind(peft_type: str) -> CheckpointKind | None:
+    """The kind of an adapter by the peft_type of its adapter_config.json; None where a run cannot start from it."""
+    known = peft_type in peft_types() - REFUSED.keys()
+    return PEFT_KINDS.get(peft_type) or (TUNED if known else None)
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,10 @@ class Checkpoint:
     def resumed(self, finetuning: Finetuning) -> Finetuning:
         """The method that continues to train it: `finetuning` with its settings, for a LoRA with all of its adapter_config.json."""
         if self.kind is LORA:
-            return SavedLora.of(self.folder, finetuning.finetuning_type)
+            saved = SavedLora.of(self.folder, finetuning.finetuning_type)
+            for name in ("loraplus_lr_ratio", "loraplus_lr_embedding"):  # of a training, not of an adapter
+                setattr(saved, name, getattr(finetuning, name))
+            return saved
         return replace(finetuning, **self.settings())
 
 
@@ -80,10 +92,13 @@ def checkpoint_in(path: str) -> Checkpoint:
     for candidate in (folder, folder / ADAPTER, folder / MODEL, folder / KEPT):
         if (candidate / ADAPTER_CONFIG).is_file():
             settings = read_adapter_config(candidate)
-            kind = PEFT_KINDS.get(settings["peft_type"])
+            kind = adapter_kind(settings["peft_type"])
             if kind is None:
+                reason = REFUSED.get(
+                    settings["peft_type"], "the installed PEFT has no such method; type pip install -U peft"
+                )
                 raise CheckpointError(
-                    f"model.checkpoint_dir={path} holds a {settings.get('peft_type')} adapter; only LoRA adapters and prefixes can be loaded"
+                    f"model.checkpoint_dir={path} holds a {settings['peft_type']} adapter, which cannot be loaded: {reason}"
                 )
             return Checkpoint(kind, candidate)
         if (candidate / TRAINED).is_file():
@@ -200,6 +215,9 @@ def build_trainable_model(
     settings = resumed.settings()
     for name, value in settings.items():
         current = getattr(finetuning, name)
+        if isinstance(value, dict):
+            require_same(name, current, value, user_keys, resumed.folder)
+            continue
         same = sorted(current) == sorted(value) if isinstance(value, list) else current == value
         if not same and f"finetuning.{name}" in user_keys:
             raise ConfigError(
@@ -210,8 +228,22 @@ def build_trainable_model(
     model = finetuning.attach(model, family)
     finetuning.restore(model, resumed.folder)
     if trains and resumed.kind is LORA:
+        require_new_rows(model, read_adapter_config(resumed.folder), resumed.folder)
         check_trainable(model, resumed.folder)
     return model, finetuning
+
+
+def require_same(name: str, given: dict[str, Any], saved: dict[str, Any], user_keys: set[str], folder: Path) -> None:
+    """Raise ConfigError where the user gives an entry of a dictionary another value than a resumed adapter has."""
+    knob = f"finetuning.{name}"
+    typed = {key for key in given if knob in user_keys or f"{knob}.{key}" in user_keys}
+    differing = sorted(key for key in typed if given[key] != saved.get(key))
+    if differing:
+        key = differing[0]
+        raise ConfigError(
+            f"{knob}={{{key}: {given[key]}}} does not fit {folder}, which has {saved.get(key, 'none')}; leave it out to resume that "
+            "adapter, or type model.resume_lora_training=false to merge it and start a new adapter"
+        )
 
 
 def match_base(model: "nn.Module") -> None:

@@ -34,7 +34,14 @@ def check_attachment(method: Finetuning, model: Model, family: ModelFamily | Non
         method.resolved(family, len(family.blocks(built))).attach(built, family)
 
 
-def excluded_modules(model: "nn.Module", family: ModelFamily, names: Sequence[str], *, is_pattern: bool) -> str | None:
+def excluded_modules(
+    model: "nn.Module",
+    family: ModelFamily,
+    names: Sequence[str],
+    *,
+    is_pattern: bool,
+    knob: str = "finetuning.lora_target",
+) -> str | None:
     """The regular expression of the modules that PEFT must leave out, among those that have the names; None if there are none.
 
     Raises ConfigError for a name of no module, and where a name or the pattern means only layers that would not be trained.
@@ -43,14 +50,14 @@ def excluded_modules(model: "nn.Module", family: ModelFamily, names: Sequence[st
     towers = tuple(f"{tower}." for tower in family.towers)
     frozen = family.frozen_linears(model) | {path: UNTRAINED for path in paths if path.startswith(towers)}
     dead = {path: why for path, why in frozen.items() if why != ROUTES}
-    asked = f"finetuning.lora_target=[{','.join(names)}]"
+    asked = f"{knob}=[{','.join(names)}]"
     every: set[str] = set()
     wanted: set[str] = set()
     claimed = names_of_experts(model)
     for name in names:
         matched = [path for path in paths if (re.fullmatch(name, path) if is_pattern else is_named(path, name))]
         if not matched and not is_pattern and name.rpartition(".")[2] not in claimed:
-            raise no_module_named(name, layers_of(model), family, names)
+            raise no_module_named(name, layers_of(model), family, names, knob)
         inside = [path for path in matched if family.is_in_blocks(path)]
         meant = inside if inside and "." not in name else matched
         alive = [path for path in meant if path not in dead]
@@ -92,26 +99,30 @@ def layers_of(model: "nn.Module") -> list[str]:
     return [*dict.fromkeys(path.rpartition(".")[2] for path, each in model.named_modules() if isinstance(each, kinds))]
 
 
-def no_module_named(name: str, names: Sequence[str], family: ModelFamily, asked: Sequence[str]) -> ConfigError:
+def no_module_named(
+    name: str, names: Sequence[str], family: ModelFamily, asked: Sequence[str], knob: str = "finetuning.lora_target"
+) -> ConfigError:
     """The error of a target that no module has, with the nearest of `names`."""
     known = f"this model's blocks have {', '.join(family.linears)}; `all` selects all of them"
     known += f"; {', '.join(family.experts)} select the routed experts" if family.experts else ""
     return ConfigError(
-        f"finetuning.lora_target=[{','.join(asked)}]: no layer of this model is named {name!r}"
+        f"{knob}=[{','.join(asked)}]: no layer of this model is named {name!r}"
         f"{did_you_mean(name, (*names, *family.experts), known)}"
     )
 
 
 def adapted_layers(model: "nn.Module") -> dict[str, int]:
-    """Name -> how often it is adapted by LoRA, of linear layers and of parameters such as experts.down_proj."""
-    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    """Name -> how often it is adapted by PEFT, of layers and of parameters such as experts.down_proj."""
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     found: Counter[str] = Counter()
     for path, module in model.named_modules():
         if isinstance(module, ParamWrapper):
             owner = re.sub(r"(\.base_layer)+$", "", path).rpartition(".")[2]
             found[f"{owner}.{module.parameter_name}"] += 1
-        elif isinstance(module, LoraLayer):
+        elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             parts = path.split(".")
             first = next((index for index in range(len(parts) - 1, -1, -1) if not parts[index].isdigit()), 0)
             found[".".join(parts[first:])] += 1

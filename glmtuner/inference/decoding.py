@@ -13,7 +13,7 @@ Shape letters: B rows, W columns in use, R rows and C columns of a buffer, G key
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -150,6 +150,14 @@ def most_likely(logits_BV: torch.Tensor) -> torch.Tensor:
     return best_B.where(logits_BV.gather(-1, best_B[:, None])[:, 0].isfinite(), FAILED)
 
 
+def drawn(logits_BV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """A token of each row, [B], from the whole distribution, with torch's global random state; FAILED where it is not finite."""
+    probabilities_BV = torch.softmax(logits_BV / temperature, dim=-1)
+    is_finite_B = probabilities_BV.isfinite().all(-1)
+    tokens_B = torch.multinomial(probabilities_BV.where(is_finite_B[:, None], 1.0), 1)[:, 0]
+    return tokens_B.where(is_finite_B, FAILED)
+
+
 def greedy(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -159,10 +167,11 @@ def greedy(
     stop_ids: Sequence[int],
     repetition_penalty: float,
     pads: bool = True,
+    choose: Callable[[torch.Tensor], torch.Tensor] = most_likely,
 ) -> Iterator[tuple[int, list[int]]]:
     """(index in `prompts`, its greedy continuation up to and including the first stop token), in the order they finish.
 
-    At most `max_rows` prompts are in the batch at once, and they start in their order; without `pads` those in a batch have
+    `choose` takes the logits, [B, V], and returns each row's next token, [B], or FAILED: by default the most likely one. At most `max_rows` prompts are in the batch at once, and they start in their order; without `pads` those in a batch have
     the same length, and start together. Raises PreflightError for logits that are not finite.
     """
     processor = RepetitionPenaltyLogitsProcessor(repetition_penalty) if repetition_penalty != 1 else None
@@ -170,12 +179,12 @@ def greedy(
     started = 0
 
     def advance(rows: Batch, logits_BV: torch.Tensor) -> list[tuple[int, list[int]]]:
-        """Append each row's most likely token; removes and returns the rows that this finishes."""
+        """Append each row's next token; removes and returns the rows that this finishes."""
         if processor:
             # padding is replaced by the row's last token, so that only its own tokens are penalized
             context_BW = rows.ids.where(rows.mask.bool(), rows.ids[:, -1:])
             logits_BV = processor(context_BW, logits_BV)
-        tokens_B = most_likely(logits_BV)
+        tokens_B = choose(logits_BV)
         finished: list[int] = []
         for row_id, (row, token) in enumerate(zip(rows.rows, tokens_B.tolist(), strict=True)):
             if row is not None:

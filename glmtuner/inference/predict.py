@@ -91,7 +91,8 @@ def answer_all(context: RunContext, path: Path, is_prediction: bool = False) -> 
             file.put(each)
             scorer.put(each["index"], *pair_of(each, run.metric))
     ranks.barrier()
-    return ranks.broadcast_from_rank0(lambda: merge_and_score(scorer, path, [early, *others], len(rows)))
+    parts = context.data.evaluated_parts()
+    return ranks.broadcast_from_rank0(lambda: merge_and_score(scorer, path, [early, *others], len(rows), parts))
 
 
 def batch_size_of(run: Run, model: "PreTrainedModel", prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
@@ -213,8 +214,12 @@ def is_index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def merge_and_score(scorer: Scorer, path: Path, others: list[Path], records: int) -> dict[str, float]:
+def merge_and_score(
+    scorer: Scorer, path: Path, others: list[Path], records: int, parts: Mapping[str, slice]
+) -> dict[str, float]:
     """Merge the answers of all ranks into `path`, in order, and remove the other files; returns the scores.
+
+    `parts` are the words for several datasets, and where their records are.
 
     Raises CheckpointError, and removes nothing, unless there is one answer for each of the `records`.
     """
@@ -229,4 +234,4 @@ def merge_and_score(scorer: Scorer, path: Path, others: list[Path], records: int
     write_text(path, text_of(ordered))
     for part in others:
         part.unlink(missing_ok=True)
-    return scorer.scores({line["index"]: pair_of(line, scorer.metric) for line in ordered})
+    return scorer.scores({line["index"]: pair_of(line, scorer.metric) for line in ordered}, parts)

@@ -8,6 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import get_context, parent_process
 from threading import Thread
+from types import MappingProxyType
 
 from glmtuner.config.groups import Metric
 
@@ -31,8 +32,10 @@ class Scorer:
             with suppress(BrokenProcessPool):  # `scores` computes what the pool does not
                 self.futures[key] = self.pool.submit(self.metric.score, prediction, reference)
 
-    def scores(self, pairs: Mapping[int, tuple[str, str]]) -> dict[str, float]:
-        """The mean of each score over all pairs of (prediction, reference), in their order.
+    def scores(
+        self, pairs: Mapping[int, tuple[str, str]], parts: Mapping[str, slice] = MappingProxyType({})
+    ) -> dict[str, float]:
+        """The mean of each score over all pairs of (prediction, reference), in their order; also those of each of the `parts`.
 
         Scores that the workers computed are used; all others, those of a worker that was killed among them, are computed
         in this process.
@@ -43,7 +46,11 @@ class Scorer:
                 by_key[key] = future.result()
         if self.pool is not None:
             self.pool.shutdown()
-        return self.metric.mean([by_key.get(key) or self.metric.score(*pair) for key, pair in pairs.items()])
+        scores = [by_key.get(key) or self.metric.score(*pair) for key, pair in pairs.items()]
+        means = self.metric.mean(scores)
+        for label, part in parts.items():
+            means |= {f"{label}_{name}": value for name, value in self.metric.mean(scores[part]).items()}
+        return means
 
 
 def start_worker() -> None:

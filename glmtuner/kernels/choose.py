@@ -58,10 +58,12 @@ def choose_optimizations(
     *,
     autocast: Autocast = contextlib.nullcontext,
     excluded: Mapping[FastPath, str] | None = None,
+    by_token: bool = False,
 ) -> Optimizations:
     """Enable in the model the optimizations that keep the loss of the samples `rows`; returns which these are.
 
-    `padded` is the ordinary collator. `excluded` are not tried, for the reasons given there. An optimization is left out where
+    `padded` is the ordinary collator. `excluded` are not tried, for the reasons given there. `by_token`: the training's loss is one
+    of the log-probabilities of tokens, so that they are compared, not a loss in chunks. An optimization is left out where
     the model's code has no place for it, where memory does not suffice for it, or where it changes the loss; any other error
     is raised.
     """
@@ -101,7 +103,7 @@ def choose_optimizations(
         return path not in left_out
 
     with evaluating(model):
-        losses = Losses(model, rows, padded, autocast, needed=left_out.keys() != set(FastPath))
+        losses = Losses(model, rows, padded, autocast, needed=left_out.keys() != set(FastPath), by_token=by_token)
         if possible(FastPath.without_padding, lambda: segment_attention_problem(base)):
             enable_segment_attention(base)
             segmented = SegmentCollator(positions_of=position_function(base))
@@ -127,15 +129,22 @@ class Losses:
     """The loss of a few samples by the unoptimized model, to compare with: in float32, and as the training computes it."""
 
     def __init__(
-        self, model: "nn.Module", rows: Sequence[Any], padded: Collate, autocast: Autocast, *, needed: bool
+        self,
+        model: "nn.Module",
+        rows: Sequence[Any],
+        padded: Collate,
+        autocast: Autocast,
+        *,
+        needed: bool,
+        by_token: bool = False,
     ) -> None:
-        self.model, self.rows, self.autocast = model, rows, autocast
+        self.model, self.rows, self.autocast, self.by_token = model, rows, autocast, by_token
         self.expected = loss_of(model, padded(rows), autocast) if needed else 0.0
         self.exact = self._exact(padded) if needed else None
 
     def problem(self, collate: Collate) -> str | None:
         """How the loss of these batches differs from the unoptimized model's; None if by no more than rounding."""
-        loss = loss_of(self.model, collate(self.rows), self.autocast)
+        loss = loss_of(self.model, collate(self.rows), self.autocast, by_token=self.by_token)
         if not is_same_loss(self.model, self.expected, loss, self.autocast):
             return f"the loss of two samples would be {loss:.6g} instead of {self.expected:.6g}"
         exact = self._exact(collate) if self.exact is not None else None
@@ -159,7 +168,7 @@ class Losses:
             return None
         try:
             with in_float32(self.model):
-                return loss_of(self.model, collate(self.rows), contextlib.nullcontext)
+                return loss_of(self.model, collate(self.rows), contextlib.nullcontext, by_token=self.by_token)
         except Exception as error:
             # kernels of attention for half precision only
             if is_out_of_memory(error) or "dtype" in str(error) or "fp16" in str(error):
@@ -188,7 +197,10 @@ def short_samples(rows: Sequence[Any], count: int = 2) -> list[Any]:
     candidates = []
     for index in range(min(len(rows), SEARCHED_ROWS)):
         row = rows[index]
-        ids, labels = row["input_ids"], row["labels"]
+        ids, labels = (
+            row["input_ids"],
+            row["labels"] if "labels" in row else row["input_ids"],
+        )  # of prompts, the prompts
         first = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), None)
         if first is not None:
             candidates.append((first, index, ids, labels))
@@ -237,12 +249,21 @@ def evaluating(model: "nn.Module") -> Iterator[None]:
         model.train(was_training)
 
 
-def loss_of(model: "nn.Module", batch: Mapping[str, Any], autocast: Autocast) -> float:
-    """The model's loss of a batch, in nats per labelled token, as the trainer computes it."""
+def loss_of(model: "nn.Module", batch: Mapping[str, Any], autocast: Autocast, *, by_token: bool = False) -> float:
+    """The model's loss of a batch, in nats per labelled token, as the trainer computes it.
+
+    `by_token`: of the tokens' log-probabilities, if the model computes them in chunks.
+    """
     import torch
 
+    from glmtuner.kernels.chunked_loss import chunks_loss
+
+    batch = on_device_of(model, batch)
     with torch.no_grad(), autocast():
-        return float(model(**on_device_of(model, batch)).loss)
+        if not (by_token and chunks_loss(unwrapped(model))):
+            return float(model(**batch).loss)
+        logprobs_BT = model(**batch, logprobs=True).logprobs
+        return float(-logprobs_BT.sum() / batch["labels"][:, 1:].ne(IGNORE_INDEX).sum())
 
 
 def on_device_of(model: "nn.Module", batch: Mapping[str, Any]) -> dict[str, Any]:

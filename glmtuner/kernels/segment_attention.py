@@ -54,7 +54,7 @@ def segment_attention_problem(model: "PreTrainedModel") -> str | None:
 def enable_segment_attention(model: "PreTrainedModel") -> None:
     """Let the model's forward pass take `segments`, the Segments of a batch; without them it computes as before."""
     base = _base_attention(model)
-    if "segmented" in model.__dict__:
+    if takes_segments(model):
         return
     layers = list(mixing_layers(model)) if is_recurrent(model) else []
     has_attention = not layers or any(is_attention for _, is_attention in layers)
@@ -69,10 +69,15 @@ def enable_segment_attention(model: "PreTrainedModel") -> None:
     model.config._attn_implementation = name
 
 
+def takes_segments(model: "PreTrainedModel") -> bool:
+    """Whether `enable_segment_attention` is in effect."""
+    return "segmented" in model.__dict__
+
+
 def disable_segment_attention(model: "PreTrainedModel") -> None:
     """Undo `enable_segment_attention`."""
     model.config._attn_implementation = _base_attention(model)
-    if "segmented" in model.__dict__:
+    if takes_segments(model):
         model.__dict__.pop("segmented").remove(model)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.config.optimizers import OWN
 from glmtuner.config.schedules import AFTER_EVALUATIONS, dictionary
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import TrainerArguments
@@ -76,6 +77,9 @@ def training_arguments(
             chosen["use_cpu"] = True  # accelerate does not detect CPU ranks by itself
     if for_estimate:
         chosen["use_cpu"] = not torch.cuda.is_available()  # transformers refuses bf16 without a GPU that has it
+    if run.trainer.optim.value in OWN:  # glmtuner/training/optimizers.py makes them
+        chosen.pop("optim")
+        chosen.pop("optim_args", None)
     if (greater := is_greater_better(run.trainer)) is not None:
         chosen["greater_is_better"] = greater
         if run.trainer.lr_scheduler_type in AFTER_EVALUATIONS:  # by default they wait for a smaller value

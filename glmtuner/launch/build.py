@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.compose import Composed, compose, run_folder_of
 from glmtuner.config.groups import SCHEMA_CLASSES, AskedThinking, Finetuning
+from glmtuner.config.new_tokens import new_tokens_in
 from glmtuner.config.overrides import quoted_value
 from glmtuner.config.paths import PACKAGE_MODEL
 from glmtuner.config.schema import Run
@@ -153,13 +154,21 @@ def asked_mode(run: Run) -> bool | None:
 
 
 def load_trainable_model(
-    composed: Composed, finetuning: Finetuning, family: Family | None, device: "torch.device"
+    composed: Composed,
+    finetuning: Finetuning,
+    family: Family | None,
+    device: "torch.device",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> "tuple[PreTrainedModel, Finetuning, Family]":
-    """The base model with checkpoints applied and the method attached, the method with the settings in use, and the family."""
+    """The base model with checkpoints applied and the method attached, the method with the settings in use, and the family.
+
+    It has a row for each new token of the tokenizer.
+    """
     from transformers import set_seed
 
     from glmtuner.finetuning.start import base_folder, build_trainable_model, checkpoints_of
     from glmtuner.models.load import load_model
+    from glmtuner.models.new_tokens import add_rows, say_untrained
 
     run = composed.run
     checkpoints = checkpoints_of(run.model)
@@ -167,6 +176,8 @@ def load_trainable_model(
     source = dataclasses.replace(run.model, model_name_or_path=str(folder), config_name=None) if folder else run.model
     dtype = compute_dtype(run, device)
     model = load_model(source, family, run.quant, device, dtype, sharded=run.parallel.sharded)
+    if tokenizer is not None:
+        add_rows(model, tokenizer, learned=new_tokens_in(folder) if folder else ())
     run.quant.prepare(model)
     if family is None:
         family = family_from_structure(model)
@@ -186,6 +197,8 @@ def load_trainable_model(
         trains=run.trainer.do_train,
         user_keys=composed.user_keys,
     )
+    if run.trainer.do_train:
+        say_untrained(model, finetuning.finetuning_type)
     return model, finetuning, family
 
 
@@ -217,9 +230,9 @@ def finished_run(folders: Sequence[Path], overrides: Sequence[str], *, generates
     check_base(run.model, model_config)
     family, finetuning = resolve_family(run, model_config)
     load_libraries(compiles=run.quant.bits is not None, trains=False)
-    tokenizer = load_tokenizer(run.model)
+    tokenizer = load_tokenizer(run.model, run.data.new_tokens)
     _, template = resolve_template(run, family, tokenizer)
-    model, finetuning, family = load_trainable_model(composed, finetuning, family, device_of(run))
+    model, finetuning, family = load_trainable_model(composed, finetuning, family, device_of(run), tokenizer)
     if not run.quant.bits:
         model.to(device_of(run))  # type: ignore[arg-type]  # transformers wraps nn.Module.to
     return Finished(

@@ -34,11 +34,11 @@ def needs_compiler(run: Run) -> bool:
     return run.quant.bits is not None or run.trainer.torch_compile
 
 
-def excluded_optimizations(run: Run, *, evaluation: bool = False) -> dict[FastPath, str]:
-    """The optimizations that the configuration excludes from the training, or from an `evaluation`, with the reasons."""
-    if not run.stage.models_loss:
-        return dict.fromkeys(FastPath, f"stage={run.stage.name} computes a loss of its own")
-    excluded = {}
+def excluded_optimizations(run: Run) -> dict[FastPath, str]:
+    """The optimizations that the configuration excludes, with the reasons."""
+    if not (run.stage.models_loss or run.stage.reads_rows):
+        return dict.fromkeys(FastPath, f"stage={run.stage.name} calls the model in its own way")
+    excluded = {} if run.stage.policy else {FastPath.chunked_loss: f"stage={run.stage.name} has no use for logits"}
     for key in ("padding_free", "ignore_pad_token_for_loss"):
         if not getattr(run.data, key):
             excluded[FastPath.without_padding] = f"data.{key}=false"
@@ -48,10 +48,6 @@ def excluded_optimizations(run: Run, *, evaluation: bool = False) -> dict[FastPa
         )
     elif (run.trainer.liger_kernel_config or {}).get("fused_linear_cross_entropy") and run.trainer.use_liger_kernel:
         excluded[FastPath.chunked_loss] = "trainer.liger_kernel_config has a loss of its own"
-    elif run.trainer.label_smoothing_factor and not evaluation:  # evaluations report the loss without smoothing
-        excluded[FastPath.chunked_loss] = (
-            f"trainer.label_smoothing_factor={run.trainer.label_smoothing_factor:g} takes the logits of all tokens"
-        )
     return excluded
 
 
@@ -76,6 +72,7 @@ def apply_optimizations(
     These are batches without padding, packing, a loss in chunks, fused LoRA, Liger's kernels and compiled blocks. Before
     step 1, optimizations are checked on a few samples; one that changes the loss is left out, and the plan says why.
     """
+    from glmtuner.data.collate import Collator
     from glmtuner.data.segments import Packs
     from glmtuner.kernels.choose import apply_liger, choose_optimizations, short_samples
 
@@ -89,21 +86,22 @@ def apply_optimizations(
         sampling=arguments.train_sampling_strategy,
         left_out=dict.fromkeys(FastPath, "no sample with a labelled token") | excluded,
     )
-    samples = short_samples(rows) if rows is not None and run.stage.models_loss else []
+    by_rows = run.stage.reads_rows  # batches stay padded, and lose the padding where the model is called
+    padded = Collator(pad_id=context.tokenizer.pad_token_id) if by_rows else collator
+    samples = short_samples(rows) if rows is not None and (by_rows or run.stage.models_loss) else []
     kernels = (run.trainer.liger_kernel_config or {}) if run.trainer.use_liger_kernel else {}
     if run.trainer.use_liger_kernel:
-        apply_liger(model, kernels, samples, collator, autocast)
+        apply_liger(model, kernels, samples, padded, autocast)
     if run.trainer.torch_compile:
         options = {"backend": run.trainer.torch_compile_backend, "mode": run.trainer.torch_compile_mode}
         for block in blocks:
             block.compile(dynamic=True, **{name: value for name, value in options.items() if value})
     if not samples:
         return plain
-    tried = excluded_optimizations(run, evaluation=True)
-    chosen = choose_optimizations(model, samples, collator, autocast=autocast, excluded=tried)
-    batches = replace(
-        plain, collator=chosen.collate, chunks_loss=chosen.chunks_loss, left_out={**chosen.left_out, **excluded}
-    )
+    chosen = choose_optimizations(model, samples, padded, autocast=autocast, excluded=excluded, by_token=by_rows)
+    if by_rows:
+        return replace(plain, left_out=chosen.left_out)
+    batches = replace(plain, collator=chosen.collate, chunks_loss=chosen.chunks_loss, left_out=chosen.left_out)
     if not run.data.packing or data.train is None:
         return batches
     if chosen.collate is collator:

@@ -88,6 +88,9 @@ def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device"
     rows += [("data", f"{part.spec.name}: {part.counts.summary()}") for part in data.prepared]
     if run.data.mix_probabilities and data.train is not None:
         rows.append(("mix", ", ".join(f"{name} {share:.1%}" for name, share in data.shares.items())))
+    if run.data.weights and data.train is not None:
+        each = zip(run.data.dataset, run.data.weights, strict=True)
+        rows.append(("weights", ", ".join(f"{name} {weight:g}" for name, weight in each)))
     if mode := data.thinking():
         words = {None: "as each record was learned", True: "with thinking on", False: "with thinking off"}
         asked = run.generation.thinking

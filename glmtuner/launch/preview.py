@@ -1,6 +1,6 @@
 """The first rows of each dataset, as they will be trained and served; nothing is loaded but the tokenizer, nothing is written."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -119,7 +119,7 @@ class Preview:
                 start = row["labels"].count(IGNORE_INDEX)
                 parts = [("prompt", row["input_ids"][:start]), ("learned", row["input_ids"][start:])]
                 texts = [(kind, decode(tokenizer, ids)) for kind, ids in parts if ids]
-                yield Shown(name, index, texts, row["input_ids"], row["labels"])
+                yield Shown(name, index, texts, row["input_ids"], row["labels"], further=weights_of(row))
                 index += 1
 
     def _records(self, name: str, loaded: Loaded) -> Iterator[Shown]:
@@ -142,7 +142,11 @@ class Preview:
                 }
             if "is_desirable" in columns:
                 further["is_desirable"] = columns["is_desirable"]
-            earlier = [self._shown(name, index, row) for row in sample.earlier]
+            further |= weights_of(columns)
+            earlier = [
+                self._shown(name, index, row, further=weights_of(part))
+                for row, part in zip(sample.earlier, columns.get("earlier", ()), strict=False)
+            ]
             yield self._shown(name, index, sample.own, cut=sample.cut, earlier=earlier, further=further)
 
     def _shown(self, name: str, index: int, row: Row, **more: Any) -> Shown:
@@ -180,7 +184,7 @@ def open_preview(composed: Composed) -> Preview:
     load_libraries(compiles=False, trains=False)
     from glmtuner.models.load import load_tokenizer
 
-    tokenizer: PreTrainedTokenizerBase = load_tokenizer(run.model)
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(run.model, run.data.new_tokens)
     continues = run.trainer.do_train and not run.trainer.overwrite_output_dir
     resumed = run_folder_of(str(output_folder(composed))) if continues else None
     name, template = resolve_template(run, family, tokenizer, resumed)
@@ -197,3 +201,9 @@ def has_config(model: Model) -> bool:
     """Whether a config.json may be there; a folder with a tokenizer alone has a template, and no family but a declared one."""
     folder = Path(model_source(model.config_name or model.model_name_or_path))
     return not folder.is_dir() or (folder / "config.json").is_file() or not (folder / "tokenizer_config.json").is_file()
+
+
+def weights_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row's `weight` and the `weights` of its labels, as far as they are other than 1."""
+    weight, weights = row.get("weight", 1), row.get("weights")
+    return {**({"weight": weight} if weight != 1 else {}), **({"weights": list(weights)} if weights else {})}

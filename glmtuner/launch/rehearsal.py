@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmtuner.config.optimizers import APOLLO, GALORE, LOMO
+from glmtuner.config.optimizers import LOMO, SCHEDULE_FREE
 from glmtuner.config.schedules import dictionary
 from glmtuner.config.schema import Run
 from glmtuner.distributed import ranks
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Seq2SeqTrainingArguments
 
-UNTRIED = (*GALORE, *APOLLO, *LOMO)  # optimizers that need the modules of the real model
+UNTRIED = LOMO  # optimizers that step in the backward pass of the real model
 STEPS = 1000  # of the tried schedule where the data decide on the number of steps
 ACCUMULATION_KEYS = ("sync_with_dataloader", "sync_each_batch", "adjust_scheduler")
 ACCELERATOR_KEYS = (
@@ -114,7 +114,8 @@ def tried_optimizer(
 ) -> "torch.optim.Optimizer":
     """The optimizer of the trainer on one layer, after a step; raises ConfigError where it cannot be built or cannot step."""
     import torch
-    from transformers import Trainer
+
+    from glmtuner.training.optimizers import tried
 
     name = run.trainer.optim.value
     if name in UNTRIED:
@@ -123,8 +124,9 @@ def tried_optimizer(
         f" with trainer.optim_args={run.trainer.optim_args}" if run.trainer.optim_args else ""
     )
     try:
-        chosen, keywords = Trainer.get_optimizer_cls_and_kwargs(arguments, layer)  # type: ignore[arg-type]  # any module will do
-        optimizer: torch.optim.Optimizer = chosen(layer.parameters(), **keywords)
+        optimizer = tried(run.trainer, layer, arguments)
+        if name in SCHEDULE_FREE:
+            optimizer.train()  # type: ignore[attr-defined]
         for parameter in layer.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()

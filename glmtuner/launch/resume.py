@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "trainer.logging_*", "trainer.log_*", "trainer.eval_*", "trainer.save_*", "trainer.per_device_eval_batch_size",
     "trainer.do_eval", "trainer.do_predict", "trainer.predict_with_generate", "trainer.prediction_loss_only",
     "trainer.*_full_eval", "trainer.load_best_model_at_end", "trainer.metric_for_best_model", "trainer.greater_is_better",
+    "trainer.early_stopping_*",
     "trainer.disable_tqdm", "trainer.dataloader_num_workers", "trainer.dataloader_pin_memory",
     "trainer.dataloader_persistent_workers", "trainer.dataloader_prefetch_factor", "trainer.dataloader_multiprocessing_context",
     "trainer.torch_compile*", "trainer.use_liger_kernel", "trainer.liger_kernel_config", "trainer.activation_checkpointing*",
@@ -213,9 +214,10 @@ def require_same_optimizer(checkpoint: Path, optimizer: "torch.optim.Optimizer",
         for state in (saved, optimizer.state_dict())
     )
     state = optimizer.state_dict()
-    options = [group["params"] for group in state["param_groups"]]
+    groups = saved["param_groups"]  # of which there may be more or fewer, by rate
     state["param_groups"] = [
-        {**group, "params": own} for group, own in zip(saved["param_groups"], options, strict=False)
+        {**next((group for group in groups if group.keys() == own.keys()), groups[0]), "params": own["params"]}
+        for own in state["param_groups"]
     ]
     reason = f"its state holds {', '.join(sorted(before)) or 'nothing'}, and this one's {', '.join(sorted(now)) or 'nothing'}"
     try:

@@ -20,9 +20,10 @@ from glmtuner.launch.checks import check_base, check_liger, check_liger_runs, ch
 from glmtuner.launch.device import device_of, place_model
 from glmtuner.launch.libraries import load_libraries
 from glmtuner.launch.memory_check import needs_checkpointing
-from glmtuner.launch.optimizations import apply_optimizations, needs_compiler
+from glmtuner.launch.optimizations import apply_optimizations, autocast_of, needs_compiler
 from glmtuner.launch.places import catalogue_dirs, output_folder
 from glmtuner.launch.plan import show_plan, write_description
+from glmtuner.launch.reference import with_reference_logprobs
 from glmtuner.launch.rehearsal import rehearse
 from glmtuner.launch.resume import checkpoint_to_resume, differences, differences_when_continued, lies_in
 from glmtuner.launch.template_check import check_first_rows, check_template
@@ -133,7 +134,7 @@ def run_in_folder(
     if run.trainer.push_to_hub and ranks.is_main():
         create_repository(run.trainer, folder)
     check_liger_runs(run, device)
-    tokenizer = load_tokenizer(run.model)
+    tokenizer = load_tokenizer(run.model, run.data.new_tokens)
     resumed = folder.path if resumes else run_folder_of(str(checkpoint)) if checkpoint else None
     template_name, template = resolve_template(run, family, tokenizer, resumed)
     encoder = stage.encoder(run, template, tokenizer) if run.trainer.do_train else None
@@ -144,7 +145,7 @@ def run_in_folder(
     if agrees:  # one difference is said once
         check_first_rows(run, encoder, template_name, {part.spec.name: part.first for part in data.prepared})
     checkpointing = needs_checkpointing(composed, model_config, finetuning, family, data, device)
-    model, finetuning, family = load_trainable_model(composed, finetuning, family, device)
+    model, finetuning, family = load_trainable_model(composed, finetuning, family, device, tokenizer)
     if data.train is not None:
         check_positions(model, longest_row(data.train))
     context = RunContext(
@@ -166,6 +167,7 @@ def run_in_folder(
         pad_id=tokenizer.pad_token_id, ignore_pad_token_for_loss=run.data.ignore_pad_token_for_loss
     )
     batches = apply_optimizations(context, arguments, collator, blocks, device)
+    context, batches = with_reference_logprobs(context, objective, batches, autocast_of(arguments, device))
     trainer = make_trainer(context, arguments, batches, objective)
     show_plan(context, trainer, device)
     metrics: dict[str, float] = {}

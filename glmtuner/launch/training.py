@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,13 @@ def make_trainer(
     objective: "Objective | None",
 ) -> "GlmTrainer":
     """The Trainer of the run, on the model and the batches that optimizations were applied to."""
+    from glmtuner.models.unwrap import unwrapped
+    from glmtuner.training.early_stopping import EarlyStopping
+    from glmtuner.training.optimizers import Optimizers
     from glmtuner.training.trainer import GlmTrainer
 
     run, data = context.run, context.data
+    patience, threshold = run.trainer.early_stopping_patience, run.trainer.early_stopping_threshold
     arguments.remove_unused_columns = False  # a batch is made of all columns, whatever the model's forward accepts
     arguments.train_sampling_strategy = batches.sampling
     generates = run.trainer.predict_with_generate and data.evaluation is not None
@@ -57,7 +62,13 @@ def make_trainer(
         objective=objective,
         derived=learning_stage(run).derived,
         chunks_loss=batches.chunks_loss,
+        by_probability=run.stage.by_probability,
         left_out=batches.left_out,
+        evaluated_parts=data.evaluated_parts(),
+        optimizers_of_run=Optimizers(
+            run.trainer, context.finetuning, lambda: context.family.blocks(unwrapped(context.model))
+        ),
+        early_stopping=EarlyStopping(patience, threshold) if patience is not None else None,
     )
 
 
@@ -96,18 +107,21 @@ def train(
     assert data.train is not None and trainer.train_dataset is not None
     first_row = data.train[0]
     trainer.checkpoint_activations()
+    first_batch = trainer.data_collator([trainer.train_dataset[0]])
+    loss_of = trainer.objective.preflight_loss if trainer.objective is not None else None
     check_first_batch(
         trainer.model,
-        trainer.data_collator([trainer.train_dataset[0]]),
+        first_batch,
         trainer.accelerator.autocast,
         lambda: generation_smoke_test(trainer.model, context.tokenizer, first_row),
-        trainer.objective.preflight_loss if trainer.objective is not None else None,
+        partial(trainer.weighted_sum, trainer.model) if "weights" in first_batch else loss_of,
     )
     with capture_signals() as capture:
         trainer.add_callback(StopOnSignal(capture))
         trainer.add_callback(FollowSchedule())
         out = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if capture.signum is not None and trainer.state.global_step < trainer.state.max_steps:
+    stopped_early = trainer.early_stopping is not None and trainer.early_stopping.stops
+    if capture.signum is not None and trainer.state.global_step < trainer.state.max_steps and not stopped_early:
         context.tracker.abandon(preempted=True)
         raise capture.preempted(trainer.state.global_step)
     first = step_of(checkpoint) if checkpoint is not None else 0
@@ -123,7 +137,14 @@ def train(
     require_steps(trainer.optimizer_steps.steps, last)
     require_finite_weights(trainer.model.parameters(), trainer.args)
     save_trained(context, trainer.objective)
-    return numeric(out.metrics)
+    metrics = numeric(out.metrics)
+    if trainer.early_stopping is not None:
+        metrics |= {
+            "stopped_early": int(stopped_early),
+            "last_step": last,
+            "best_step": trainer.state.best_global_step or last,
+        }
+    return metrics
 
 
 def evaluated_at(folder: RunFolder, step: int) -> bool:

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +13,7 @@ from glmtuner.console import say
 from glmtuner.errors import CheckpointError, GlmtunerError
 from glmtuner.families.config_json import BLOCK
 from glmtuner.families.hub import from_hub, hub_options, read_config
+from glmtuner.models.new_tokens import add_tokens
 from glmtuner.run_folder.folder import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def from_files(model: Model, what: str, fetch: Callable[[], T]) -> T:
         ) from error
 
 
-def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
-    """The tokenizer, with left padding and a padding token."""
+def load_tokenizer(model: Model, new_tokens: Sequence[str] = ()) -> "PreTrainedTokenizerBase":
+    """The tokenizer, with left padding, a padding token and `new_tokens`; raises GlmtunerError."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     source = model_source(model.tokenizer_name or model.model_name_or_path)
@@ -74,6 +75,7 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
             f"model.model_name_or_path={model.model_name_or_path}: its tokenizer has no pad_token, and no eos_token or unk_token that "
             'could stand for it; add one to its tokenizer_config.json, such as "pad_token": "<pad>", or download the file again'
         )
+    add_tokens(tokenizer, new_tokens)
     return tokenizer
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer, PreTrai
 from transformers.utils import cached_file
 
 from glmtuner.errors import CheckpointError
+from glmtuner.templates.new_tokens import NEW_TOKENS
 
 ICE_FILE, VOCAB_FILE = "ice_text.model", "tokenizer.model"
 MIN_THREADED_TEXTS = 64  # fewer texts are encoded faster without threads
@@ -97,11 +98,24 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             }
             named = {"eos_token": "</s>", "pad_token": "<unk>"}
         self.control_names = {token_id: token for token, token_id in self.control.items()}
+        self.new: dict[str, int] = {}  # tokens that were added to the published ones
         for published in ("gmask_token", "end_token", "bos_token" if not self.first_generation else ""):
             kwargs.pop(published, None)  # keys of tokenizer_config.json whose values are fixed
         if encode_special_tokens:
             kwargs["encode_special_tokens"] = True  # kept in `init_kwargs`, and so saved in tokenizer_config.json
+        new = kwargs.pop(NEW_TOKENS, None) or {}
         super().__init__(**{"unk_token": "<unk>", **named, "clean_up_tokenization_spaces": False, **kwargs})
+        if new:
+            self.add_new(new)
+
+    def add_new(self, pieces: Mapping[str, list[int]]) -> None:
+        """Add tokens behind the published vocabulary, each with the ids of its pieces; they are recognized in every text."""
+        self.new |= {token: len(self) + index for index, token in enumerate(pieces)}
+        self.new_names = {token_id: token for token, token_id in self.new.items()}
+        self.new_pattern = re.compile(f"({'|'.join(map(re.escape, sorted(self.new, key=len, reverse=True)))})")
+        self.init_kwargs[NEW_TOKENS] = {**self.init_kwargs.get(NEW_TOKENS, {}), **pieces}
+        self.__dict__.pop("_vocabulary", None)
+        self._update_total_vocab_size()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -131,14 +145,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return pieces + (0 if self.first_generation else len(APPENDED))
 
     def __len__(self) -> int:
-        return self.vocab_size
+        return self.vocab_size + len(self.new)
 
     def _update_total_vocab_size(self) -> None:
-        self.total_vocab_size = self.vocab_size
+        self.total_vocab_size = len(self)
 
     @cached_property
     def _vocabulary(self) -> dict[str, int]:
-        return {self.sp.id_to_piece(token): token for token in range(self.sp.get_piece_size())} | self.control
+        return (
+            {self.sp.id_to_piece(token): token for token in range(self.sp.get_piece_size())} | self.control | self.new
+        )
 
     def get_vocab(self) -> dict[str, int]:
         """Token to id, control tokens included."""
@@ -150,12 +166,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.control["[gMASK]"]
 
     def _convert_token_to_id(self, token: str) -> int:
+        if token in self.new:
+            return self.new[token]
         token_id: int = self.control[token] if token in self.control else self.sp.piece_to_id(token)
         return token_id
 
     def _convert_id_to_token(self, index: int) -> str:
         if index in self.control_names:
             return self.control_names[index]
+        if self.new and index in self.new_names:
+            return self.new_names[index]
         # the published embeddings have more rows than their tokenizers have ids
         piece: str = self.sp.id_to_piece(index) if 0 <= index < self.sp.get_piece_size() else "<unk>"
         return piece
@@ -176,6 +196,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     # -- text -> ids -----------------------------------------------------------------------------------------------------
 
     def _parts(self, text: str, plain: bool) -> list[str | int]:
+        """The text split at the new tokens, and the control tokens recognized in it, which become ids; `plain`: at new ones alone."""
+        if not self.new:
+            return self._controls(text, plain)
+        parts: list[str | int] = []
+        for index, piece in enumerate(self.new_pattern.split(text)):  # text and tokens alternate
+            if index % 2:
+                parts.append(self.new[piece])
+            elif piece:
+                parts += self._controls(piece, plain)
+        return parts
+
+    def _controls(self, text: str, plain: bool) -> list[str | int]:
         """The text split at the control tokens recognized in it, which become ids; `plain`: none is recognized."""
         if plain or not (self.first_generation or self.encode_special_tokens):
             return [text]
@@ -213,7 +245,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         tokens: list[str] = []
         for part in self._parts(text, plain):
             if isinstance(part, int):
-                tokens.append(self.control_names[part])
+                tokens.append(self._convert_id_to_token(part))
             else:
                 tokens += self.sp.encode(self._prepare(part), out_type=str)
         return tokens
@@ -309,7 +341,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         unless `clean_up_tokenization_spaces` is true: the published tokenizer removed them, even from code.
         """
         ids = [token_ids] if isinstance(token_ids, int) else [int(token) for token in token_ids]
-        ids = [token for token in ids if token < self.vocab_size]
+        ids = [token for token in ids if token < len(self)]
         if skip_special_tokens:
             ids = [token for token in ids if token not in self.control_names]
         text = self.convert_tokens_to_string([self._convert_id_to_token(token) for token in ids])
@@ -319,6 +351,21 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
         """The text of these pieces, control tokens by name."""
+        if not self.new:
+            return self._text_of(tokens)
+        runs: list[list[str]] = [[]]  # of pieces between two new tokens
+        names: list[str] = []
+        for token in tokens:
+            if token in self.new:
+                names.append(token)
+                runs.append([])
+            else:
+                runs[-1].append(token)
+        texts = [self._text_of(run) for run in runs]
+        return texts[0] + "".join(name + text for name, text in zip(names, texts[1:], strict=True))
+
+    def _text_of(self, tokens: Iterable[str]) -> str:
+        """The text of pieces and control tokens; the space that sentencepiece puts before a text's first word is left out."""
         if self.first_generation:
             return LAYOUT_WORD.sub(layout_text, self.sp.decode_pieces(list(tokens)))
         text = ""
@@ -508,7 +555,10 @@ def as_fast(tokenizer: ChatGLMTokenizer) -> PreTrainedTokenizerFast:
     backend.post_processor = processors.TemplateProcessing(
         single="[gMASK] <sop> $A", pair="[gMASK] <sop> $A $B:1 </s>:1", special_tokens=template_tokens
     )
+    if tokenizer.new:
+        backend.add_tokens([Added(token, normalized=False, special=False) for token in tokenizer.new])
+    added = {NEW_TOKENS: tokenizer.init_kwargs[NEW_TOKENS]} if tokenizer.new else {}
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="</s>", pad_token="<unk>", unk_token="<unk>", padding_side="left",
+        **added, tokenizer_object=backend, eos_token="</s>", pad_token="<unk>", unk_token="<unk>", padding_side="left",
         model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
     )  # fmt: skip

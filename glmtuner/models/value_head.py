@@ -1,10 +1,11 @@
 """A head that maps hidden states to one number: the reward of an answer, or the value of a token.
 
-Shape letters: R rows, T tokens, H hidden size, V vocabulary.
+Shape letters: R rows, T tokens, H hidden size.
 """
 
-import inspect
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,35 +76,15 @@ def load_head(head: nn.Module, path: Path) -> None:
         ) from None
 
 
-def hidden_states(
-    model: Any, input_ids_RT: torch.Tensor, attention_mask_RT: torch.Tensor, call: Any = None, logits: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last hidden states, [R, T, H], and the logits: [R, T, V] if `logits`, else those of the last token if possible.
+@contextmanager
+def last_hidden_states(model: Any) -> Iterator[list[torch.Tensor]]:
+    """While this lasts, the last hidden states of every forward pass are added to the list, each [R, T, H].
 
-    `call` is the module to call, if it is not the model itself but its wrapper for several ranks. A hook reads the states,
-    since `output_hidden_states` would keep those of every layer.
+    A hook reads them, since `output_hidden_states` would keep those of every layer.
     """
-    causal_lm = unwrapped(model)
-    last_only = not logits and "logits_to_keep" in inspect.signature(causal_lm.forward).parameters
     states: list[torch.Tensor] = []
-    handle = causal_lm.base_model.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
+    handle = unwrapped(model).base_model.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
     try:
-        out = (call or model)(
-            input_ids=input_ids_RT,
-            attention_mask=attention_mask_RT,
-            use_cache=False,
-            **({"logits_to_keep": 1} if last_only else {}),
-        )
+        yield states
     finally:
         handle.remove()
-    return states[-1], out.logits
-
-
-def last_token_scores(
-    model: Any, head: nn.Module, input_ids_RT: torch.Tensor, attention_mask_RT: torch.Tensor, call: Any = None
-) -> torch.Tensor:
-    """The head's output at each row's last token, [R]; rows are right-padded."""
-    states_RTH, _ = hidden_states(model, input_ids_RT, attention_mask_RT, call)
-    last_R = attention_mask_RT.sum(1) - 1
-    scores_R: torch.Tensor = head(states_RTH[torch.arange(len(last_R), device=last_R.device), last_R])
-    return scores_R

@@ -8,10 +8,27 @@ from torch import nn
 from glmtuner.config.groups import PreferenceLoss
 from glmtuner.objectives.losses import hinge_preference, ipo_preference, sigmoid_preference
 from glmtuner.objectives.objective import ReferenceObjective, RowMetrics
-from glmtuner.templates.base import IGNORE_INDEX
+from glmtuner.objectives.pairs import Halves, pair_metrics
+from glmtuner.objectives.preference_losses import (
+    apo_down_preference,
+    apo_zero_preference,
+    exo_preference,
+    robust_preference,
+    sppo_preference,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# of the mean log-ratio of an answer's tokens, not of their sum
+OF_MEANS = (PreferenceLoss.ipo, PreferenceLoss.sigmoid_norm)
+PLAIN = {
+    PreferenceLoss.ipo: ipo_preference,
+    PreferenceLoss.hinge: hinge_preference,
+    PreferenceLoss.sppo_hard: sppo_preference,
+    PreferenceLoss.apo_zero: apo_zero_preference,
+    PreferenceLoss.apo_down: apo_down_preference,
+}
 
 
 class DpoSettings(Protocol):
@@ -21,39 +38,40 @@ class DpoSettings(Protocol):
     loss: PreferenceLoss
     label_smoothing: float
     sft_weight: float
+    precompute_reference: bool
 
 
 class DpoObjective(ReferenceObjective):
     """A preference loss on pairs of a chosen and a rejected answer."""
 
     def __init__(self, model: "PreTrainedModel", settings: DpoSettings) -> None:
-        super().__init__(model)
+        super().__init__(model, settings.precompute_reference)
         self.settings = settings
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, RowMetrics]:
         """The loss of each pair, [R]; the batch holds the chosen answers, then the rejected ones, [2 R]."""
-        with self.reference.applied_to(self.model):
-            reference_R = self.answer_logprobs(self.model, batch)
-        logprobs_R = self.answer_logprobs(model, batch)
-        tokens_R = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).clamp(min=1)
-        settings = self.settings
-        is_ipo = settings.loss is PreferenceLoss.ipo
-        ratio_R = (logprobs_R - reference_R) / (tokens_R if is_ipo else 1)
-        chosen_R, rejected_R = ratio_R.chunk(2)
-        if is_ipo:
-            loss_R = ipo_preference(chosen_R, rejected_R, settings.beta)
-        elif settings.loss is PreferenceLoss.hinge:
-            loss_R = hinge_preference(chosen_R, rejected_R, settings.beta)
-        else:
-            loss_R = sigmoid_preference(chosen_R, rejected_R, settings.beta, settings.label_smoothing)
-        nll_R = -(logprobs_R / tokens_R).chunk(2)[0]
-        if settings.sft_weight:
-            loss_R = loss_R + settings.sft_weight * nll_R
-        rewards = (settings.beta * ratio_R).detach().chunk(2)
-        return loss_R, {
-            "reward_chosen": rewards[0],
-            "reward_rejected": rewards[1],
-            "margin": rewards[0] - rewards[1],
-            "accuracy": (rewards[0] > rewards[1]).float(),
-            "nll_chosen": nll_R.detach(),
-        }
+        reference_R = self.reference_logprobs(batch)
+        logprobs_R, tokens_R = self.answer_logprobs(model, batch), self.answer_tokens(batch)
+        ratios = Halves.of(logprobs_R - reference_R, tokens_R)
+        means = self.settings.loss in OF_MEANS
+        chosen_R = ratios.chosen_mean_R if means else ratios.chosen_R
+        rejected_R = ratios.rejected_mean_R if means else ratios.rejected_R
+        loss_R = self.preference(chosen_R, rejected_R)
+        nll_R = -Halves.of(logprobs_R, tokens_R).chosen_mean_R
+        if self.settings.sft_weight:
+            loss_R = loss_R + self.settings.sft_weight * nll_R
+        beta = self.settings.beta
+        return loss_R, pair_metrics(beta * chosen_R, beta * rejected_R, nll_R)
+
+    def preference(self, chosen_R: torch.Tensor, rejected_R: torch.Tensor) -> torch.Tensor:
+        """The loss that the settings name, [R], of log(policy / reference) of the two answers, or of its means over their tokens."""
+        beta, smoothing = self.settings.beta, self.settings.label_smoothing
+        match self.settings.loss:
+            case PreferenceLoss.sigmoid | PreferenceLoss.sigmoid_norm:
+                return sigmoid_preference(chosen_R, rejected_R, beta, smoothing)
+            case PreferenceLoss.robust:
+                return robust_preference(chosen_R, rejected_R, beta, smoothing)
+            case PreferenceLoss.exo_pair:
+                return exo_preference(chosen_R, rejected_R, beta, smoothing)
+            case loss:
+                return PLAIN[loss](chosen_R, rejected_R, beta)

@@ -19,13 +19,14 @@ class KtoSettings(Protocol):
     beta: float
     desirable_weight: float
     undesirable_weight: float
+    precompute_reference: bool
 
 
 class KtoObjective(ReferenceObjective):
     """The value of single answers under prospect theory."""
 
     def __init__(self, model: "PreTrainedModel", settings: KtoSettings) -> None:
-        super().__init__(model)
+        super().__init__(model, settings.precompute_reference)
         self.settings = settings
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, RowMetrics]:
@@ -36,9 +37,7 @@ class KtoObjective(ReferenceObjective):
         matched, mismatched = (
             {name: batch[name].chunk(2)[half] for name in ("input_ids", "attention_mask", "labels")} for half in (0, 1)
         )
-        with self.reference.applied_to(self.model):
-            reference_R = self.answer_logprobs(self.model, matched)
-            reference_mismatched_R = self.answer_logprobs(self.model, mismatched)
+        reference_R, reference_mismatched_R = self.reference_logprobs(batch).chunk(2)
         with torch.no_grad():
             log_ratio_R = self.answer_logprobs(self.model, mismatched) - reference_mismatched_R
             kl = ranks.all_reduce_mean(log_ratio_R.mean()).clamp(min=0)

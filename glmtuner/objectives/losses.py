@@ -24,13 +24,13 @@ def label_logprobs(logits_RTV: torch.Tensor, labels_RT: torch.Tensor, temperatur
     return logprobs_N.new_zeros(targets_RT.shape).masked_scatter(is_labelled_RT, logprobs_N)
 
 
-def mean_entropy(logits_RTV: torch.Tensor, labels_RT: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """The mean entropy of the distributions that each row's labels were drawn from, in nats, [R]."""
+@torch.no_grad()
+def label_entropies(logits_RTV: torch.Tensor, labels_RT: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """The entropy of the distribution that every label was drawn from, in nats, [R, T - 1]; 0 where the label is IGNORE_INDEX."""
     is_labelled_RT = labels_RT[:, 1:] != IGNORE_INDEX
     logprobs_NV = torch.log_softmax(logits_RTV[:, :-1][is_labelled_RT].float() / temperature, dim=-1)
     entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-    entropy_RT = entropy_N.new_zeros(is_labelled_RT.shape).masked_scatter(is_labelled_RT, entropy_N)
-    return entropy_RT.sum(1) / is_labelled_RT.sum(1).clamp(min=1)
+    return entropy_N.new_zeros(is_labelled_RT.shape).masked_scatter(is_labelled_RT, entropy_N)
 
 
 def masked_mean(values_RT: torch.Tensor, is_counted_RT: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from glmtuner.config.groups import Finetuning
+from glmtuner.data.reference import COLUMN
 from glmtuner.finetuning.trained import check_fit, own_parameters, trained_parameters, weights_in
-from glmtuner.objectives.losses import label_logprobs
+from glmtuner.objectives.rows import Rows
+from glmtuner.templates.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 RowMetrics = dict[str, torch.Tensor]  # metric -> its value for each row, NaN where a row has none; logged as means
 
@@ -30,6 +32,7 @@ class TrainingLoop(Protocol):
 
     accelerator: "Accelerator"
     args: "TrainingArguments"
+    state: "TrainerState"
     tokens: torch.Tensor
 
     @property
@@ -123,18 +126,42 @@ class Weights:
             parameter.data = value.to(parameter.device)
 
 
-class ReferenceObjective(Objective):
-    """An objective on log(policy / reference) of answers. The reference is the model as it is now; dropout is disabled."""
-
-    def __init__(self, model: "PreTrainedModel") -> None:
-        super().__init__(model)
-        self.reference = Weights.snapshot(model)
-        disable_dropout(model)
+class AnswerObjective(Objective):
+    """An objective on the log-probabilities of answers."""
 
     def answer_logprobs(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """The log-probability of each answer, [R]."""
-        logits_RTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        return label_logprobs(logits_RTV, batch["labels"]).sum(1)
+        return Rows.of(self.model, batch).statistics(batch["labels"], model).logprobs_RT.sum(1)
+
+    def answer_tokens(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The number of labelled tokens of each answer, at least 1, [R]."""
+        tokens_R: torch.Tensor = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1)
+        return tokens_R.clamp(min=1)
+
+
+class ReferenceObjective(AnswerObjective):
+    """An objective on log(policy / reference) of answers. The reference is the model as it is now; dropout is disabled.
+
+    `precomputes`: batches are to have the reference's log-probabilities, so that it is not held during the training.
+    """
+
+    def __init__(self, model: "PreTrainedModel", precomputes: bool = False) -> None:
+        super().__init__(model)
+        self.precomputes = precomputes
+        self.reference = Weights.snapshot(model)
+        disable_dropout(model)
+
+    def reference_logprobs(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The log-probability of each answer by the reference, [R], without a gradient: the batch's, if it has them."""
+        if COLUMN in batch:
+            logprobs_R: torch.Tensor = batch[COLUMN]
+            return logprobs_R
+        with self.reference.applied_to(self.model):
+            return self.answer_logprobs(self.model, batch)
+
+    def forget_reference(self) -> None:
+        """Free its memory; batches have its log-probabilities from now on."""
+        self.reference = Weights({})
 
 
 def disable_dropout(model: nn.Module) -> None:

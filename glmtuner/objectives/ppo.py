@@ -12,23 +12,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from glmtuner.data.prompts import prompts_of
 from glmtuner.distributed import ranks
 from glmtuner.inference.generate import continuations
-from glmtuner.models.value_head import FILE, hidden_states, last_token_scores, load_head, new_head, save_head
+from glmtuner.models.value_head import FILE, load_head, new_head, save_head
 from glmtuner.objectives.losses import (
     clipped_policy_loss,
     clipped_value_loss,
     generalized_advantages,
-    label_logprobs,
-    mean_entropy,
     next_kl_coefficient,
     token_rewards,
     whitened,
 )
 from glmtuner.objectives.objective import Objective, RowMetrics, TrainingLoop, Weights, disable_dropout
+from glmtuner.objectives.rollouts import RewardModelScores, answered_rows
+from glmtuner.objectives.rows import Rows
 from glmtuner.run_folder.files import read_json, write_json
 from glmtuner.templates.base import IGNORE_INDEX
 
@@ -99,12 +98,11 @@ class PpoObjective(Objective):
         pad_id: int,
     ) -> None:
         super().__init__(model)
-        self.settings, self.reward, self.reference = settings, reward, Weights.snapshot(model)
+        self.settings, self.reference = settings, Weights.snapshot(model)
         self.policy = Weights({})  # the model's current values
         self.max_new_tokens, self.stop_ids, self.pad_id = max_new_tokens, stop_ids, pad_id
         self.kl_coefficient: float = settings.kl_coefficient
-        self.reward_head = new_head(model, random_init=False).requires_grad_(False)
-        load_head(self.reward_head, reward_head)
+        self.reward = RewardModelScores(model, reward, reward_head)
         self.value_head = new_head(model, random_init=False)
         model.value_head = self.value_head  # trained with the model's parameters
         disable_dropout(model)
@@ -119,23 +117,11 @@ class PpoObjective(Objective):
             self.model, prompts, max_new_tokens=self.max_new_tokens, stop_ids=self.stop_ids, pad_id=self.pad_id,
             do_sample=sample, temperature=self.settings.temperature,
         )  # fmt: skip
-        device = self.model.device
-        rows = [torch.tensor([*prompt, *answer]) for prompt, answer in zip(prompts, answers, strict=True)]
-        labels = [
-            torch.tensor([IGNORE_INDEX] * len(prompt) + answer) for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        return (
-            pad_sequence(rows, batch_first=True, padding_value=self.pad_id).to(device),
-            pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device),
-            pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX).to(device),
-        )
+        return answered_rows(prompts, answers, self.pad_id, self.model.device)
 
     def scores(self, input_ids_RT: torch.Tensor, attention_mask_RT: torch.Tensor) -> torch.Tensor:
         """The reward model's scores, clipped, [R]."""
-        with self.reward.applied_to(self.model):
-            minibatches = zip(self._split_rows(input_ids_RT), self._split_rows(attention_mask_RT), strict=True)
-            head = self.reward_head.to(self.model.device)
-            scores_R = torch.cat([last_token_scores(self.model, head, *minibatch) for minibatch in minibatches])
+        scores_R = self.reward(input_ids_RT, attention_mask_RT, self.settings.minibatch_size)
         clip = self.settings.score_clip
         return scores_R if clip is None else scores_R.clamp(-clip, clip)
 
@@ -185,10 +171,13 @@ class PpoObjective(Objective):
         for ids_RT, mask_RT, targets_RT in zip(
             *map(self._split_rows, (input_ids_RT, attention_mask_RT, labels_RT)), strict=True
         ):
-            states_RTH, logits_RTV = hidden_states(self.model, ids_RT, mask_RT, logits=True)
-            logprobs.append(label_logprobs(logits_RTV, targets_RT, temperature))
-            values.append(self.value_head(states_RTH)[:, :-1] * (targets_RT[:, 1:] != IGNORE_INDEX))
-            entropies.append(mean_entropy(logits_RTV, targets_RT, temperature))
+            rows = Rows(self.model, ids_RT, mask_RT)
+            found = rows.statistics(targets_RT, temperature=temperature, entropy=True, states=True)
+            is_response_RT = targets_RT[:, 1:] != IGNORE_INDEX
+            logprobs.append(found.logprobs_RT[:, 1:])
+            values.append(rows.unpacked(self.value_head(found.states_BSH))[:, :-1] * is_response_RT)
+            assert found.entropies_RT is not None
+            entropies.append(found.entropies_RT.sum(1) / is_response_RT.sum(1).clamp(min=1))
         return torch.cat(logprobs), torch.cat(values), torch.cat(entropies)
 
     def _split_rows(self, table_RT: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -199,11 +188,10 @@ class PpoObjective(Objective):
     def update_loss(self, part: Rollout, model: nn.Module | None = None) -> tuple[torch.Tensor, RowMetrics]:
         """The clipped policy loss with the value loss, of some rows of a rollout; `model` is the wrapped model, if any."""
         settings, is_response_RT = self.settings, part.is_response_RT
-        states_RTH, logits_RTV = hidden_states(
-            self.model, part.input_ids_RT, part.attention_mask_RT, model, logits=True
-        )
-        logprobs_RT = label_logprobs(logits_RTV, part.labels_RT, settings.temperature)
-        values_RT = self.value_head(states_RTH)[:, :-1]
+        rows = Rows(self.model, part.input_ids_RT, part.attention_mask_RT)
+        found = rows.statistics(part.labels_RT, model, temperature=settings.temperature, states=True)
+        logprobs_RT = found.logprobs_RT[:, 1:]
+        values_RT = rows.unpacked(self.value_head(found.states_BSH))[:, :-1]
         policy_loss, clip_fraction = clipped_policy_loss(
             logprobs_RT, part.old_logprobs_RT, part.advantages_RT, is_response_RT, settings.clip_range
         )

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from glmtuner.models.value_head import FILE, last_token_scores, load_head, new_head, save_head
+from glmtuner.models.value_head import FILE, load_head, new_head, save_head
 from glmtuner.objectives.losses import pairwise_logistic
 from glmtuner.objectives.objective import Objective, RowMetrics
+from glmtuner.objectives.rows import Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,8 @@ class RewardObjective(Objective):
 
     def scores(self, batch: dict[str, Any], model: nn.Module | None = None) -> torch.Tensor:
         """The reward of each row, [R]; `model` is the wrapped model, if there is one."""
-        return last_token_scores(self.model, self.value_head, batch["input_ids"], batch["attention_mask"], model)
+        scores_R: torch.Tensor = self.value_head(Rows.of(self.model, batch).last_states(model))
+        return scores_R
 
     def save(self, folder: Path) -> None:
         """Write the value head."""

@@ -21,7 +21,7 @@ from glmtuner.report.leaderboard import (
 )
 from glmtuner.report.plots import Plot, plot_run_loss
 from glmtuner.report.ranking import Ranking, build_row, format_score, metric_title
-from glmtuner.report.run import MISSING, answers_table, format_number, run_facts, scores_before_training
+from glmtuner.report.run import MISSING, answers_table, format_number, run_facts, sampled_table, scores_before_training
 from glmtuner.run_folder.folder import RunFolder
 
 
@@ -86,6 +86,7 @@ def run_page(folder: RunFolder) -> str:
     if before:
         scores = [[*cells, format_score(cells[0], before[cells[0]]) if cells[0] in before else ""] for cells in scores]
     answers_header, answers = answers_table(folder)
+    sampled_header, sampled = sampled_table(folder)
     plot = plot_run_loss(folder)
     return render(
         "run.html",
@@ -100,4 +101,6 @@ def run_page(folder: RunFolder) -> str:
         plots=[plot] if plot else [],
         answers_header=answers_header,
         answers=answers,
+        sampled_header=sampled_header,
+        sampled=sampled,
     )

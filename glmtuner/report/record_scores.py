@@ -36,10 +36,15 @@ def record_scores(folder: RunFolder, values: Mapping[str, Any], measured: Iterab
         index, tokens = line.get("index"), line.get("tokens", 1)
         if not isinstance(index, int) or not isinstance(tokens, int):
             continue
-        for name in line.keys() - {"index", "tokens"}:  # the loss, or a metric of the stage such as accuracy
+        for name in line.keys() - {
+            "index",
+            "tokens",
+            "weight",
+            "dataset",
+        }:  # the loss, or a metric of the stage such as accuracy
             value, key = line[name], f"eval_{name}"
             if key in measured and isinstance(value, (int, float)):
-                weight = tokens if name == "loss" else 1
+                weight = line.get("weight", tokens) if name == "loss" else 1
                 _add(scores.setdefault(key, {}), (evaluated, index, tokens), float(value), float(weight))
     return scores
 

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from glmtuner.console import say, table
 from glmtuner.errors import CheckpointError
 from glmtuner.report.escape import markdown_cell, markdown_code, markdown_line
+from glmtuner.report.sampled import first_and_last
 from glmtuner.run_folder.checkpoints import checkpoint_problem, checkpoints
 from glmtuner.run_folder.files import is_number, read_lines, write_text
 from glmtuner.run_folder.folder import RunFolder
@@ -52,7 +53,12 @@ def show_results(folder: RunFolder) -> None:
 def run_facts(config: DictConfig, provenance: dict[str, Any]) -> list[tuple[str, str]]:
     """Names and values of the run's command, settings, data and code."""
     method = config.finetuning
-    knobs = ", ".join(f"{name} {_format_knob(value)}" for name, value in method.items() if name != "finetuning_type")
+    given = {name: value for name, value in method.items() if name != "finetuning_type" and not _is_off(value)}
+    if given.get("init_lora_weights") is True:
+        del given["init_lora_weights"]
+    if "loraplus_lr_ratio" not in given:
+        given.pop("loraplus_lr_embedding", None)
+    knobs = ", ".join(f"{name} {_format_knob(value)}" for name, value in given.items())
     data = "; ".join(f"{name}: {_count_records(counts)}" for name, counts in provenance.get("data", {}).items())
     return [
         ("command", provenance.get("command", MISSING)),
@@ -80,7 +86,19 @@ def _versions(provenance: dict[str, Any]) -> str:
     return versions + (f"; git {git['commit'][:10]}{' with changes' if git['dirty'] else ''}" if git else "")
 
 
+def _is_off(value: Any) -> bool:
+    """Whether a key with this value is not in use."""
+    return (
+        value is None
+        or value is False
+        or value == "none"
+        or (isinstance(value, (ListConfig, DictConfig)) and not value)
+    )
+
+
 def _format_knob(value: Any) -> str:
+    if isinstance(value, DictConfig):
+        return f"{{{', '.join(f'{name!s}: {_format_knob(each)}' for name, each in value.items())}}}"
     is_scalar = isinstance(value, (str, int, float, bool, type(None)))
     return str(value) if is_scalar else f"[{', '.join(map(str, value))}]"
 
@@ -149,6 +167,22 @@ def answers_table(folder: RunFolder) -> tuple[list[str], list[list[str]]]:
     return header, [[truncated(text) for text in row] for row in rows]
 
 
+def sampled_table(folder: RunFolder) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the answers that stage=grpo sampled in the first and in the last step; both are empty for other stages."""
+    numbers, lines = first_and_last(folder)
+    if not lines:
+        return [], []
+    rows = [
+        [
+            str(line["step"]),
+            *(truncated(line[name]) for name in ("prompt", "label", "answer")),
+            *(format_number(line[name]) if name in line else MISSING for name in numbers),
+        ]
+        for line in lines
+    ]
+    return ["step", "question", "label", "answer", *numbers], rows
+
+
 def read_predictions(path: Path) -> dict[int, dict[str, Any]]:
     """The lines of a file of answers, or of scored pairs, by their index; lines that are neither are left out."""
     texts, pair = ("prompt", "label", "predict"), ("prompt", "chosen", "rejected")
@@ -183,9 +217,9 @@ def truncated(text: str, max_length: int = 160) -> str:
 
 
 def _show_answers(folder: RunFolder) -> None:
-    header, rows = answers_table(folder)
-    if rows:
-        table("", header, rows)
+    for header, rows in (answers_table(folder), sampled_table(folder)):
+        if rows:
+            table("", header, rows)
 
 
 def write_run_markdown(folder: RunFolder, metrics: dict[str, float]) -> None:
@@ -204,6 +238,9 @@ def write_run_markdown(folder: RunFolder, metrics: dict[str, float]) -> None:
     header, rows = answers_table(folder)
     if rows:
         lines += ["", "## Answers", "", *markdown_table(header, rows)]
+    header, rows = sampled_table(folder)
+    if rows:
+        lines += ["", "## Sampled answers", "", *markdown_table(header, rows)]
     skipped = {name: counts["skipped"] for name, counts in provenance.get("data", {}).items() if counts.get("skipped")}
     if skipped:
         lines += ["", "## Skipped records", ""]

@@ -28,12 +28,16 @@ class Kto(LearningStage):
     beta: strength of the penalty on moving away from the reference.
     desirable_weight, undesirable_weight: weights of good and bad answers; the paper keeps the ratio of (weight x count) of good
         answers to that of bad ones within 1 to 4/3.
+    precompute_reference: compute the reference's log-probabilities of all records before the first step and keep them in the run
+        folder, instead of those of every batch in every epoch; the reference then takes no memory during the training.
     """
 
     beta: float
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+    precompute_reference: bool = False
 
+    reads_rows: ClassVar[bool] = True
     supports_sharding: ClassVar[bool] = False
     evaluates: ClassVar[tuple[str, ...] | None] = ("loss", "reward_desirable", "reward_undesirable", "kl", "margin")
 

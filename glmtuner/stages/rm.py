@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from glmtuner.config.groups import preset
 from glmtuner.config.schema import Run
@@ -10,30 +10,23 @@ from glmtuner.distributed import ranks
 from glmtuner.objectives.reward_model import find_head, head_file, stage_of
 from glmtuner.run_folder.files import write_text
 from glmtuner.run_folder.names import PREDICTIONS
-from glmtuner.stages.stage import LearningStage
+from glmtuner.stages.pairs import PairStage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from glmtuner.data.encode import Encoder
-    from glmtuner.data.spec import DatasetSpec
-    from glmtuner.data.splits import Datasets
     from glmtuner.inference.context import RunContext
     from glmtuner.objectives.objective import Objective
-    from glmtuner.templates.base import Template
     from glmtuner.training.trainer import GlmTrainer
 
 
 @preset("stage", "rm")
 @dataclass(kw_only=True)
-class Rm(LearningStage):
+class Rm(PairStage):
     """A model that scores answers with a linear head on the hidden state of the last token, trained on ranked pairs.
 
     The loss is the pairwise logistic one of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
     """
 
     policy: ClassVar[bool] = False
-    supports_sharding: ClassVar[bool] = False
     evaluates: ClassVar[tuple[str, ...] | None] = ("loss", "accuracy", "margin")
 
     def impossible(self, run: Run) -> Iterator[str]:
@@ -51,27 +44,6 @@ class Rm(LearningStage):
     def check(self, run: Run) -> None:
         if not run.trainer.do_train:
             head_file(run.model.checkpoint_dir[-1], "model.checkpoint_dir")
-
-    def datasets(
-        self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
-    ) -> "Datasets":
-        from glmtuner.data.splits import datasets_of
-
-        return datasets_of(run, specs, self.encoder(run, template, tokenizer))
-
-    def encoder(self, run: Run, template: "Template", tokenizer: "PreTrainedTokenizerBase") -> "Encoder":
-        from glmtuner.data.pairs import PairEncoder
-
-        return PairEncoder(template=template, tokenizer=tokenizer, every_answer=False, **run.data.lengths())
-
-    def largest_batch(self, run: Run) -> tuple[int, int]:
-        rows, longest = super().largest_batch(run)
-        return 2 * rows, longest  # a record is two rows
-
-    def collator(self, *, pad_id: int, ignore_pad_token_for_loss: bool) -> Any:
-        from glmtuner.data.pairs import PairCollator
-
-        return PairCollator(pad_id=pad_id, ignore_pad_token_for_loss=ignore_pad_token_for_loss)
 
     def objective(self, context: "RunContext") -> "Objective":
         from glmtuner.objectives.rm import RewardObjective

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from glmtuner.config.groups import Engine, LossOn, preset
+from glmtuner.config.groups import Engine, LossOn, SftLoss, preset
 from glmtuner.config.schema import Run
 from glmtuner.stages.stage import LearningStage
 
@@ -22,11 +22,23 @@ if TYPE_CHECKING:
 @preset("stage", "sft")
 @dataclass(kw_only=True)
 class Sft(LearningStage):
-    """Learning the assistant's answers in instructions and conversations."""
+    """Learning the assistant's answers in instructions and conversations.
+
+    loss: cross_entropy, or dft, dynamic fine-tuning (Wu et al. 2025, arXiv:2508.05629): each token's cross-entropy times its
+        probability, which carries no gradient, so that tokens that the model finds unlikely do not dominate. Evaluations report the
+        cross-entropy in either case.
+    """
+
+    loss: SftLoss = SftLoss.cross_entropy
 
     models_loss: ClassVar[bool] = True
     evaluates: ClassVar[tuple[str, ...] | None] = ("loss",)
     packs: ClassVar[bool] = True
+
+    @property
+    def by_probability(self) -> bool:  # type: ignore[override]  # of a stage without the choice it is a constant
+        """Whether the loss is that of dynamic fine-tuning."""
+        return self.loss is SftLoss.dft
 
     def datasets(
         self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
@@ -51,6 +63,12 @@ class Sft(LearningStage):
         )  # fmt: skip
 
     def impossible(self, run: Run) -> Iterator[str]:
+        if self.loss is SftLoss.dft and run.trainer.label_smoothing_factor:
+            yield (
+                f"trainer.label_smoothing_factor={run.trainer.label_smoothing_factor:g} with stage.loss=dft: it weighs the labels by "
+                "their probabilities, and smoothing by those of all tokens; type trainer.label_smoothing_factor=0, or "
+                "stage.loss=cross_entropy"
+            )
         if run.trainer.do_predict and not run.trainer.predict_with_generate:
             yield (
                 "trainer.do_predict=true without trainer.predict_with_generate=true: a prediction of stage=sft is a "

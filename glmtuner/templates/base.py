@@ -26,7 +26,7 @@ OWN = "tokenizer"  # the name of the tokenizer's own chat_template
 class Message(Protocol):
     """One turn: role is system, user, assistant, or tool (the result of a call).
 
-    It may also have `learned` (is this answer learned?), `reasoning` (the thought before it), `tool_calls`, and `call_id`, which
+    It may also have `learned` (is this answer learned?), `weight` (how much), `reasoning` (the thought before it), `tool_calls`, and `call_id`, which
     of a result is the id of its call.
     """
 
@@ -61,7 +61,8 @@ class Encoded:
     An answer is the half-open range of its tokens; its stop token is learned at the position right after it: that of the
     next turn's first token, or one appended after the last answer. `stop` is the id of the last one, and `stops` those of all
     answers where they differ. `context` are the answers that are marked as not learned, by their numbers in `answers`;
-    `outside` are the turns whose answers need a row of their own. `dropped_reasoning` counts thoughts that the template left
+    `outside` are the turns whose answers need a row of their own. `weights` are those of the answers, empty if all weigh 1.
+    `dropped_reasoning` counts thoughts that the template left
     out; `thinking` is the mode of the last answer's prompt (None: the template has none). `unrendered`: the template renders
     nothing of the last answer.
     """
@@ -75,6 +76,7 @@ class Encoded:
     outside: frozenset[int] = frozenset()
     thinking: bool | None = None
     unrendered: bool = False
+    weights: tuple[float, ...] = ()
 
     def learned(self, every_answer: bool) -> list[tuple[int, int]]:
         """The ranges of the answers that are learned."""
@@ -93,6 +95,15 @@ class Encoded:
             labels[start:end] = self.input_ids[start:end]
             labels[end] = stop_at.get(end, self.stop)
         return labels
+
+    def label_weights(self) -> list[float] | None:
+        """The weight of each label, as many as `input_ids`; None if all answers weigh 1."""
+        if not self.weights:
+            return None
+        weights = [1.0] * len(self.input_ids)
+        for (start, end), weight in zip(self.answers, self.weights, strict=True):
+            weights[start : end + 1] = [weight] * (end + 1 - start)
+        return weights
 
     def cut_answer(self, max_tokens: int) -> int:
         """Truncate the last answer to `max_tokens`, its stop token included; returns how many tokens were removed."""
@@ -204,7 +215,8 @@ class Template:
                 input_ids.append(last)
             turns = [message for message in messages if self.renders(message)]
             differing = tuple(stops) if len({*stops}) > 1 else ()
-            encoded.append(Encoded(input_ids, answers, last, _context(turns, len(answers)), stops=differing))
+            context, weights = _context(turns, len(answers)), _weights(turns, len(answers))
+            encoded.append(Encoded(input_ids, answers, last, context, stops=differing, weights=weights))
         return encoded
 
     def prefixed(self, messages: Sequence[Message], prefix: str) -> list[Message]:
@@ -278,6 +290,20 @@ def _context(messages: Sequence[Message], num_answers: int) -> frozenset[int]:
         return frozenset()
     turns = [message for message in messages if message.role == "assistant"]
     return context_answers(turns[len(turns) - num_answers :])
+
+
+def answer_weights(answers: Iterable[Message]) -> tuple[float, ...]:
+    """The weights of the answers; empty if all weigh 1."""
+    weights = tuple(getattr(message, "weight", 1.0) for message in answers)
+    return weights if any(weight != 1 for weight in weights) else ()
+
+
+def _weights(messages: Sequence[Message], num_answers: int) -> tuple[float, ...]:
+    """The weights of the last `num_answers` answers; empty if all weigh 1."""
+    if all(getattr(message, "weight", 1.0) == 1 for message in messages):
+        return ()
+    turns = [message for message in messages if message.role == "assistant"]
+    return answer_weights(turns[len(turns) - num_answers :])
 
 
 TEMPLATES: dict[str, Template] = {}  # ours, by name; filled by glm.py

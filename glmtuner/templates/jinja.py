@@ -8,7 +8,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from glmtuner.templates.base import OWN, Encoded, Message, Template, Tools, context_answers, control_id
+from glmtuner.templates.base import (
+    OWN,
+    Encoded,
+    Message,
+    Template,
+    Tools,
+    answer_weights,
+    context_answers,
+    control_id,
+)
 from glmtuner.templates.marked import Offsets, encode_continued, encode_ids, encode_rendered
 from glmtuner.templates.rendering import Rendering, Row
 from glmtuner.templates.tool_calls import Syntax
@@ -140,6 +149,7 @@ class TokenizersOwn(Template):
             (*stops, stop),
             frozenset(outside),
             row.answer.thinking,
+            weights=answer_weights(turns),
         )
 
     def stop_ids(self, tokenizer: "PreTrainedTokenizerBase") -> set[int]:

@@ -14,6 +14,7 @@ from glmtuner.errors import ConfigError
 from glmtuner.templates.answers import read_answer
 from glmtuner.templates.forms import FORMS, OPENAI, Form, Turn
 from glmtuner.templates.guards import MEANT, one_of
+from glmtuner.templates.new_tokens import new_tokens_of
 from glmtuner.templates.tool_calls import SYNTAXES, Syntax, ToolCall
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class Probed:
     ) -> None:
         self.source, self.options, self.fitting = source, dict(options), fitting
         self.special_tokens = dict(tokenizer.special_tokens_map)
-        added = tokenizer.added_tokens_decoder.values()
+        meant = new_tokens_of(tokenizer)
+        added = [token for token in tokenizer.added_tokens_decoder.values() if str(token) not in meant]
         self.literals = {str(token) for token in added}
         self.special = {*(str(token) for token in added if token.special), *tokenizer.all_special_tokens}
         self.eos = str(tokenizer.eos_token or "")

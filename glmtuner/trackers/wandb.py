@@ -20,14 +20,14 @@ from glmtuner.config.schema import Run, Tracker
 from glmtuner.console import say
 from glmtuner.run_folder.files import read_lines, write_text
 from glmtuner.run_folder.folder import RunFolder
-from glmtuner.run_folder.names import PREDICTIONS, SWEEP
+from glmtuner.run_folder.names import PREDICTIONS, SAMPLED, SWEEP
 from glmtuner.run_folder.redaction import redact_overrides, redact_value
 
 if TYPE_CHECKING:
     from wandb import Run as WandbRun
 
 TIMESTAMP = "%Y%m%d_%H%M%S"  # in the names of the folders that W&B writes
-MAX_PREDICTIONS = 1000  # rows of the table of predictions
+MAX_PREDICTIONS = 1000  # rows of the table of predictions, and of that of sampled answers
 Mode = Literal["online", "offline", "disabled", "shared"]
 # W&B's environment variables (WANDB_INIT_TIMEOUT, …) win over these. W&B's own record of git is disabled because it holds
 # the remote's URL, with a token in place of a user name, and the diff; the commit is in the config instead.
@@ -137,11 +137,12 @@ class Wandb(Tracker):
         import wandb
 
         logged = images(folder)
-        predictions = list(islice(read_lines(folder / PREDICTIONS), MAX_PREDICTIONS))
-        if predictions:
-            columns = list(predictions[0])
-            rows: list[Iterable[Any]] = [[line.get(name) for name in columns] for line in predictions]
-            logged["predictions"] = wandb.Table([*columns], rows)
+        for name, file in (("predictions", PREDICTIONS), ("sampled", SAMPLED)):
+            lines = list(islice(read_lines(folder / file), MAX_PREDICTIONS))
+            if lines:
+                columns = list(lines[0])
+                rows: list[Iterable[Any]] = [[line.get(column) for column in columns] for line in lines]
+                logged[name] = wandb.Table([*columns], rows)
         if logged:
             run.log(logged)
         run.summary.update(metrics)

@@ -1,8 +1,10 @@
 """Metrics of a training: means of an objective's metrics, losses of tokens, peak memory."""
 
 import math
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,22 +57,27 @@ def token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Ten
     return torch.nn.functional.pad(torch.stack(rows), (1, 0))
 
 
-def sample_losses(model: torch.nn.Module, batch: dict[str, Any], *, chunked: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of every sample: the loss in nats, summed over its labelled tokens, float32 [B], and their number [B].
+def sample_losses(model: torch.nn.Module, batch: dict[str, Any], *, chunked: bool) -> dict[str, torch.Tensor]:
+    """Of every sample: the `loss` in nats, summed over its labelled tokens, float32 [B], and their number `tokens` [B].
 
+    In a batch with weights each token's loss is multiplied by its own; `weight` is then the sum of the weights, float32 [B].
     `chunked`: the model computes its loss by glmtuner/kernels/chunked_loss.py.
     """
-    labels_BT = batch["labels"]
+    labels_BT, weights_BT = batch["labels"], batch.get("weights")
+    batch = {name: value for name, value in batch.items() if name != "weights"}
     if chunked:
         losses_BT = model(**batch, each=True).loss
     else:
         unlabelled = {name: value for name, value in batch.items() if name != "labels"}
         losses_BT = token_losses(model(**unlabelled).logits, labels_BT)
     is_labelled_BT = torch.nn.functional.pad(labels_BT[:, 1:].ne(IGNORE_INDEX), (1, 0))
+    summed = {"loss": losses_BT, "tokens": is_labelled_BT}
+    if weights_BT is not None:
+        summed |= {"loss": losses_BT * weights_BT, "weight": is_labelled_BT * weights_BT}
     if "segments" not in batch:
-        return losses_BT.sum(1), is_labelled_BT.sum(1)
+        return {name: values_BT.sum(1) for name, values_BT in summed.items()}
     lengths = batch["segments"].lengths  # one row [1, T] holds the samples
-    return segment_sums(losses_BT[0], lengths), segment_sums(is_labelled_BT[0], lengths)
+    return {name: segment_sums(values_BT[0], lengths) for name, values_BT in summed.items()}
 
 
 def segment_sums(values_T: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
@@ -78,14 +85,43 @@ def segment_sums(values_T: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tens
     return torch.stack([segment.sum() for segment in torch.split(values_T, list(lengths))])
 
 
-def losses_text(columns: dict[str, torch.Tensor]) -> str:
-    """The content of losses.jsonl: a line for each record, from the records' values by metric; a NaN is left out."""
+def losses_text(columns: dict[str, torch.Tensor], parts: Mapping[str, slice] = MappingProxyType({})) -> str:
+    """The content of losses.jsonl: a line for each record, from the records' values by metric; a NaN is left out.
+
+    `parts` are the words for the datasets, if there are several, and where their records are.
+    """
+    datasets = {index: {"dataset": label} for label, part in parts.items() for index in range(part.start, part.stop)}
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    lines = [
-        {"index": index, **{name: value for name, value in zip(columns, row, strict=True) if not math.isnan(value)}}
-        for index, row in enumerate(rows)
-    ]
-    return "".join(f"{strict_json(line)}\n" for line in lines)
+    lines = [{name: value for name, value in zip(columns, row, strict=True) if not math.isnan(value)} for row in rows]
+    numbered = [{"index": index, **datasets.get(index, {}), **line} for index, line in enumerate(lines)]
+    return "".join(f"{strict_json(line)}\n" for line in numbered)
+
+
+def means_of(columns: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The means of the metrics, from the records' values by metric; a metric without any value is left out.
+
+    The loss of a record is a sum over its tokens, or over their weights, if there are the columns `tokens` and `weight`; its mean
+    is that over all tokens, or over all weights.
+    """
+    divisor = columns.get("weight", columns.get("tokens"))
+    others = {name: column for name, column in columns.items() if name not in ("tokens", "weight", "loss")}
+    means = {name: column.nanmean().item() for name, column in others.items() if not column.isnan().all()}
+    loss = columns["loss"].nanmean() if divisor is None else columns["loss"].sum() / divisor.sum()
+    return {"loss": loss.item(), **means}
+
+
+def means_of_parts(
+    columns: dict[str, torch.Tensor],
+    parts: Mapping[str, slice],
+    derived: Callable[[dict[str, float]], dict[str, float]] = lambda means: {},
+) -> dict[str, float]:
+    """`means_of` all records and of each part, whose word stands before the metric, with the metrics that are `derived` of each."""
+    means = means_of(columns)
+    means |= derived(means)
+    for label, part in parts.items():
+        own = means_of({name: column[part] for name, column in columns.items()})
+        means |= {f"{label}_{name}": value for name, value in (own | derived(own)).items()}
+    return means
 
 
 def peak_memory_gib(device: torch.device) -> float:

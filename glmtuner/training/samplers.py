@@ -36,8 +36,8 @@ class PaddedRows(Dataset[Mapping[str, Any]]):
         return [self._padding_row() if index == self.padding_index else next(rows) for index in indices]
 
     def _padding_row(self) -> Mapping[str, Any]:
-        ids = flat([self.rows[0]])[0]["input_ids"]  # a real sequence, which every model accepts
-        return {"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids)}
+        row = flat([self.rows[0]])[0]  # a real sequence, which every model accepts
+        return {**row, "labels": [IGNORE_INDEX] * len(row["input_ids"])}
 
 
 class EvenBatches(BatchSampler):

@@ -1,6 +1,5 @@
 """transformers' Trainer with crash-safe checkpoints and a history that reads the same after a resume."""
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -9,31 +8,39 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from glmtuner.config.groups import Finetuning
 from glmtuner.config.schema import Tracker
 from glmtuner.distributed import ranks
-from glmtuner.finetuning.trained import gathered
 from glmtuner.kernels.fast_paths import FastPath
 from glmtuner.memory.checkpointing import enable_checkpointing
 from glmtuner.models.sizes import parameter_count
-from glmtuner.run_folder.checkpoints import checkpoints, mark_complete, step_of
-from glmtuner.run_folder.files import read_json, write_json, write_text
+from glmtuner.run_folder.files import write_text
 from glmtuner.run_folder.folder import RunFolder
-from glmtuner.run_folder.names import CHECKPOINTS, LOSSES
+from glmtuner.run_folder.names import LOSSES
 from glmtuner.templates.base import IGNORE_INDEX
 from glmtuner.training.callbacks import CountOptimizerSteps, History
+from glmtuner.training.checkpointing import CheckpointingTrainer
 from glmtuner.training.divergence import FiniteChecks, require_finite_evaluation
+from glmtuner.training.early_stopping import EarlyStopping
 from glmtuner.training.label_smoothing import SmoothedLoss
 from glmtuner.training.loaders import LoadingTrainer
-from glmtuner.training.measurements import Measurements, forget_peak, losses_text, peak_memory_gib, sample_losses
+from glmtuner.training.measurements import (
+    Measurements,
+    forget_peak,
+    losses_text,
+    means_of_parts,
+    peak_memory_gib,
+    sample_losses,
+)
 from glmtuner.training.neftune import noisy_embeddings
+from glmtuner.training.optimizers import Optimizers, warm_up
 from glmtuner.training.quantized import quantization_check_skipped
 from glmtuner.training.samplers import draw_base_seed
 from glmtuner.training.throughput import ModelFlops, model_flops, utilization
+from glmtuner.training.weighted_loss import batch_weight, weighted_sum
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -44,10 +51,7 @@ if TYPE_CHECKING:
     from glmtuner.objectives.objective import Objective
 
 
-PROGRESS = "progress.json"  # what trainer_state.json lacks: the loss since the last logged step, and the time so far
-
-
-class GlmTrainer(LoadingTrainer):
+class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
     """transformers' Trainer, except where a method below says otherwise.
 
     `score` is called with the step after the losses of an evaluation and returns more metrics, such as the scores of
@@ -75,7 +79,11 @@ class GlmTrainer(LoadingTrainer):
         objective: "Objective | None" = None,
         derived: Callable[[dict[str, float]], dict[str, float]] = lambda means: {},
         chunks_loss: bool = False,
+        by_probability: bool = False,
         left_out: Mapping[FastPath, str] = MappingProxyType({}),
+        evaluated_parts: Mapping[str, slice] = MappingProxyType({}),
+        optimizers_of_run: Optimizers | None = None,
+        early_stopping: EarlyStopping | None = None,
         **kwargs: Any,
     ) -> None:
         self.sharded = sharded
@@ -89,7 +97,8 @@ class GlmTrainer(LoadingTrainer):
             }
         # it would log 0.0 for a loss that is not finite; FiniteChecks end such a run
         args.logging_nan_inf_filter = False
-        if args.label_smoothing_factor and objective is None:
+        if (args.label_smoothing_factor or by_probability) and objective is None:
+            # where the loss is a sum of `weighted_sum`, it has the labelled tokens counted, for every model
             kwargs["compute_loss_func"] = SmoothedLoss(args.label_smoothing_factor)
         with quantization_check_skipped(model):
             super().__init__(model, args, **kwargs)
@@ -104,8 +113,10 @@ class GlmTrainer(LoadingTrainer):
         self.finetuning, self.tracker, self.folder = finetuning, tracker, folder
         self.score, self.objective, self.derived = score, objective, derived
         self.measured = Measurements()  # of an objective, since the last logged step
+        self.by_probability = by_probability  # is the model's loss of a token multiplied by the token's probability?
         self.chunks_loss = chunks_loss  # can the model compute its loss by glmtuner/kernels/chunked_loss.py?
         self.left_out = left_out  # the optimizations that the training goes without, and why
+        self.evaluated_parts = evaluated_parts  # of several datasets, where each one's evaluation records are
         if objective is not None:
             self.model_accepts_loss_kwargs = False  # an objective's loss is a mean over rows, whatever their lengths
         # of this rank: the number of tokens without padding, and the sum of the rows' squared lengths
@@ -121,11 +132,27 @@ class GlmTrainer(LoadingTrainer):
         self.optimizer_steps = CountOptimizerSteps(lambda: self.accelerator.optimizer_step_was_skipped)
         self.add_callback(History(self))
         self.add_callback(self.optimizer_steps)
+        self.optimizers_of_run, self.early_stopping = optimizers_of_run, early_stopping
+        if early_stopping is not None:
+            self.add_callback(early_stopping)
 
     def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
         """Sharded weights are on their device already."""
         if not self.sharded:
             super()._move_model_to_device(model, device)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """That of the run's trainer.optim, with its learning rates."""
+        if self.optimizer is None and self.optimizers_of_run is not None:
+            whole, own = model or self.model, super().create_optimizer
+            decaying = self.get_decay_parameter_names(whole)
+            self.optimizer = self.optimizers_of_run.create(whole, self.args, decaying, lambda: own(model))
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """transformers' schedule; an optimizer without one is told the length of its warm-up."""
+        warm_up(self.optimizer, self.args.optim, self.args.get_warmup_steps(num_training_steps))
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def checkpoint_activations(self) -> None:
         """Enable activation checkpointing if the arguments ask for it; `train` does so too, but after the preflight check."""
@@ -143,135 +170,12 @@ class GlmTrainer(LoadingTrainer):
         )  # counted on the model as it is before it is wrapped, and before the clock runs: it takes a second
         return super().train(*args, **kwargs)
 
-    # -- checkpoints: written to a temporary name, marked complete, renamed ------------------------------------------
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write a checkpoint under a temporary name, mark it complete, and rename it.
-
-        transformers writes to the final name, where a killed process leaves half-written files. The weights are those that
-        the fine-tuning method trains, and no `training_args.bin` (a pickle) is written.
-        """
-        name = f"checkpoint-{self.state.global_step}"
-        root = self.folder / CHECKPOINTS
-        partial, final = root / f".partial-{name}", root / name
-        self.finite.settle()
-        progress = self._progress()
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        ranks.barrier()
-        self.store_flos()
-        unwrapped = self.accelerator.unwrap_model(model)
-        with gathered(unwrapped, everything=False):
-            if self.args.should_save:
-                self.finetuning.save_trained(unwrapped, partial)
-                if self.objective is not None:
-                    self.objective.save(partial)
-        # DeepSpeed's are pickles, never loaded
-        if not self.is_deepspeed_enabled and (self._is_stopping() or not self.args.save_only_model):
-            self._save_optimizer_and_scheduler(str(partial))
-            self._save_scaler(str(partial))
-            self._save_rng_state(str(partial))
-        ranks.barrier()
-        if not self.args.should_save:
-            return
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(root / f"checkpoint-{self.state.best_global_step}")
-        self.state.save_to_json(str(partial / "trainer_state.json"))
-        write_json(partial / PROGRESS, progress)
-        mark_complete(partial, {"step": self.state.global_step, "ranks": ranks.world_size()})
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        self._drop_old_checkpoints()
-
-    def _drop_old_checkpoints(self) -> None:
-        limit = self.args.save_total_limit
-        if not limit or limit < 0:
-            return
-        best = self.state.best_model_checkpoint
-        # later ones are of a training that was resumed from an earlier checkpoint, since they are damaged
-        past = [path for path in checkpoints(self.folder.path) if step_of(path) <= self.state.global_step]
-        droppable = [path for path in past if str(path) != best]
-        keep = limit - 1 if best and self.args.load_best_model_at_end else limit
-        for path in droppable[: max(len(droppable) - max(keep, 1), 0)]:
-            shutil.rmtree(path, ignore_errors=True)
-
-    def _progress(self) -> dict[str, Any]:
-        """The content of progress.json: counters of each rank as lists by rank, and what all ranks share."""
-        return {
-            "loss_since_log": ranks.all_gather(self._tr_loss.item()),
-            "measured": ranks.all_gather(self.measured.state_dict()),
-            "tokens": ranks.all_gather(self.tokens.item()),
-            "squares": ranks.all_gather(self.squared_lengths.item()),
-            "loss_logged": self._total_loss_scalar,
-            "step_logged": self._globalstep_last_logged,
-            "seconds": self.seconds_before_resume + time.time() - self._session_start,
-            "optimizer_steps": self.optimizer_steps.steps,
-            "epoch_ended": self.epoch_ended,
-            "last_step": {name: None if value is None else float(value) for name, value in self.last_step.items()},
-            "history_lines": len(self.folder.history()),  # what comes later, a resumed run writes again
-        }
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The state of a sharded model's optimizer is saved unsharded, in the file that other runs have it in."""
-        if not self.sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Reads what `_save_optimizer_and_scheduler` wrote; each rank of a sharded model keeps its shard."""
-        if not self.sharded or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
-        options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
-        set_optimizer_state_dict(self.model, self.optimizer.optimizer, optim_state_dict=state, options=options)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Load the method's own files and compare every name and shape; transformers would load only what fits."""
-        self.resumed_from = Path(resume_from_checkpoint)
-        self._restore(self.resumed_from)
-
-    def _load_best_model(self) -> None:
-        """Load the method's own files, as `_load_from_checkpoint` does."""
-        assert self.state.best_model_checkpoint is not None
-        self._restore(Path(self.state.best_model_checkpoint))
-
-    def _restore(self, checkpoint: Path) -> None:
-        self.finetuning.restore(self.model, checkpoint)
-        if self.objective is not None:
-            self.objective.restore(checkpoint)
-
     # -- history -----------------------------------------------------------------------------------------------------
-
-    def restore_progress(self) -> None:
-        """Called when training begins: continue the sums, which transformers starts at zero, from the checkpoint's."""
-        self._session_start = time.time()
-        if self.resumed_from is None:
-            return
-        if self.args.should_save:
-            self._drop_old_checkpoints()  # the run may have been killed before or in it
-        progress = read_json(self.resumed_from / PROGRESS)
-        self._tr_loss += progress["loss_since_log"][ranks.rank()]
-        self.tokens += progress["tokens"][ranks.rank()]
-        self.squared_lengths += progress["squares"][ranks.rank()]
-        self._total_loss_scalar = progress["loss_logged"]
-        self._globalstep_last_logged = progress["step_logged"]
-        self.seconds_before_resume = progress["seconds"]
-        self.history_lines = progress.get("history_lines")  # checkpoints of earlier versions have none of these
-        self.optimizer_steps.steps = progress.get("optimizer_steps", 1)
-        self.epoch_ended, self.last_step = progress.get("epoch_ended", True), progress.get("last_step", {})
-        self.measured.load_state_dict(progress["measured"][ranks.rank()], self.args.device)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> "TrainOutput":
         """Loss and time of the whole training, not only of the part since the last resume."""
         self.finite.settle()
+        self.optimizer.eval()
         self._initial_global_step = 0
         self.train_seconds = self.seconds_before_resume + time.time() - start_time
         start_time -= self.seconds_before_resume
@@ -288,8 +192,9 @@ class GlmTrainer(LoadingTrainer):
     ) -> "EvalLoopOutput":
         """The losses, then the scores of generated answers, so that both are in one line of the history.
 
-        The loss is the mean over all tokens of the evaluation records, whatever the batches and the ranks; transformers
-        takes the mean over batches. An objective's metrics are means over the records. losses.jsonl has a line a record.
+        The loss is the mean over all tokens of the evaluation records, or over their weights, whatever the batches and the ranks;
+        transformers takes the mean over batches. An objective's metrics are means over the records. Where there are records of
+        several datasets, there are also those of each. losses.jsonl has a line a record.
         """
         self.finite.settle()
         self.evaluated_batches = []
@@ -299,12 +204,8 @@ class GlmTrainer(LoadingTrainer):
         }
         require_finite_evaluation(columns["loss"], self.state.global_step, self.args)
         if self.args.should_save:
-            write_text(self.folder / LOSSES, losses_text(columns))
-        if self.objective is None:
-            means = {"loss": (columns["loss"].sum() / columns["tokens"].sum()).item()}
-        else:
-            means = {name: column.nanmean().item() for name, column in columns.items() if not column.isnan().all()}
-        means |= self.derived(means)
+            write_text(self.folder / LOSSES, losses_text(columns, self.evaluated_parts))
+        means = means_of_parts(columns, self.evaluated_parts, self.derived)
         if self.score is not None:
             means |= self.score(self.state.global_step)
         assert output.metrics is not None
@@ -318,11 +219,12 @@ class GlmTrainer(LoadingTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             if self.objective is not None:
+                weight_B = inputs.pop("weight", None)
                 loss_B, measured = self.objective.loss(model, inputs)
-                metrics = {"loss": loss_B, **measured}
+                weighted = {} if weight_B is None else {"weight": weight_B}
+                metrics = {"loss": loss_B if weight_B is None else loss_B * weight_B, **weighted, **measured}
             else:
-                loss_B, tokens_B = sample_losses(model, inputs, chunked=self.chunks_loss)
-                metrics = {"loss": loss_B, "tokens": tokens_B}
+                metrics = sample_losses(model, inputs, chunked=self.chunks_loss)
         self.evaluated_batches.append({name: self.gather_function(values).cpu() for name, values in metrics.items()})
         return None, None, None
 
@@ -332,6 +234,7 @@ class GlmTrainer(LoadingTrainer):
         """transformers' step, with the tokens counted; an objective that takes its own optimizer steps replaces it."""
         if self.objective is not None and self.objective.takes_optimizer_steps:
             model.train()
+            self.optimizer.train()
             loss = self.objective.update(self, model, self._prepare_inputs(inputs))
             self.finite.add("loss", loss, self.state.global_step)
             return loss
@@ -363,11 +266,10 @@ class GlmTrainer(LoadingTrainer):
 
         So a run that was killed after its last checkpoint, in its final evaluation or prediction, ends with the same weights.
         """
-        is_done = self.state.global_step >= self.state.max_steps
-        if not self.epoch_ended and (is_done or float(self.state.epoch or 0.5).is_integer()):
+        if not self.epoch_ended and (self._is_done() or float(self.state.epoch or 0.5).is_integer()):
             self._end_epoch(**kwargs)
             kwargs["resume_from_checkpoint"] = None  # its random state was loaded
-        if is_done:
+        if self._is_done():
             self.control.should_training_stop = True
             return
         draw_base_seed(kwargs["train_dataloader"])
@@ -387,17 +289,44 @@ class GlmTrainer(LoadingTrainer):
         """Whether the metric is the best so far, or the run is being stopped: its checkpoint is written in either case."""
         return bool(super()._determine_best_metric(metrics, trial)) or self._is_stopping()
 
-    def _is_stopping(self) -> bool:
-        """Whether a signal ends the training before its last step."""
-        return self.control.should_training_stop and self.state.global_step < self.state.max_steps
-
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss, or the mean of an objective's over the rows."""
-        if self.objective is None:
+        """The model's own loss, or the mean of an objective's over the rows; both with the weights that the batch has."""
+        sums = "weights" in inputs or self.by_probability or (self.chunks_loss and self.args.label_smoothing_factor)
+        if self.objective is None and not sums:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.objective is None:
+            return self._share(self.weighted_sum(model, inputs), **kwargs)
+        weight_B = inputs.pop("weight", None)
         loss_B, measured = self.objective.loss(model, inputs)
         self.measured.add(measured)
-        return loss_B.mean()
+        return loss_B.mean() if weight_B is None else self._share((weight_B * loss_B).sum(), **kwargs)
+
+    def weighted_sum(self, model: torch.nn.Module, inputs: Any) -> torch.Tensor:
+        """The sum of the labels' losses, each times its weight."""
+        smoothing = self.args.label_smoothing_factor
+        return weighted_sum(
+            model, inputs, chunked=self.chunks_loss, smoothing=smoothing, by_probability=self.by_probability
+        )
+
+    def _share(self, total: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+        """What a weighted sum over a batch adds to the mean over all batches of an optimizer step, those of other ranks included.
+
+        The gradients of the ranks are averaged, and `training_step` divides by the number of batches, unless a model's loss takes
+        the number of items itself.
+        """
+        share = total / num_items_in_batch
+        if self.args.average_tokens_across_devices:
+            share = share * self.accelerator.num_processes
+        divides = not self.model_accepts_loss_kwargs and self.compute_loss_func is None
+        return share * self.current_gradient_accumulation_steps if divides else share
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The labelled tokens of an optimizer step's batches; of batches with weights, the sum of the weights."""
+        weights = [batch_weight(batch) for batch in batch_samples if "weights" in batch or "weight" in batch]
+        if not weights:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        total = torch.stack(weights).sum().to(device)
+        return self.accelerator.gather(total).sum() if self.args.average_tokens_across_devices else total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A logging step of the training also reports the objective's metrics since the last one."""

@@ -93,3 +93,42 @@ def test_what_cannot_be_packed(glmtuner, tmp_path, words, told):
     assert done.returncode == 2
     assert told in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+STAGES = {
+    "dpo": ["data.dataset=preference_sample", "stage.sft_weight=0.5"],
+    "kto": ["data.dataset=feedback_sample"],
+    "rm": ["data.dataset=preference_sample"],
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_preferences_are_learned_without_padding_as_with_it(glmtuner, tmp_path, stage):
+    words = [*WORDS[:1], *WORDS[2:], *STAGES[stage], f"stage={stage}", "trainer.per_device_train_batch_size=4"]
+    words += ["trainer.max_steps=3", "data.dev_ratio=0.2", "trainer.eval_strategy=steps", "trainer.eval_steps=3"]
+    words += ["trainer.learning_rate=2e-3"]
+    for name, value in (("free", "true"), ("padded", "false")):
+        done = glmtuner(*words, f"data.padding_free={value}", f"trainer.output_dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+        assert (f"(stage={stage} has no use for logits)" in " ".join(done.stdout.split())) == (stage == "rm")
+        assert fast_paths(tmp_path / name) == {
+            "without_padding": int(name == "free"), "chunked_loss": int(stage != "rm"), "fused_lora": 1,
+        }  # fmt: skip
+    assert_same_run(tmp_path / "free", tmp_path / "padded")
+
+
+def test_a_reference_that_is_computed_before_is_the_same_reference(glmtuner, tmp_path):
+    words = [*WORDS[:1], *WORDS[2:], *STAGES["dpo"], "stage=dpo", "trainer.per_device_train_batch_size=4"]
+    words += ["trainer.max_steps=6", "data.dev_ratio=0.2", "trainer.do_eval=true", "trainer.learning_rate=2e-3"]
+    for name, value in (("before", "true"), ("during", "false")):
+        done = glmtuner(*words, f"stage.precompute_reference={value}", f"trainer.output_dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+        assert ("train records are computed, once" in done.stdout) == (name == "before")
+    assert_same_run(tmp_path / "before", tmp_path / "during")
+    tensors = load_file(tmp_path / "before/reference.safetensors")
+    assert sorted(name.partition(".")[0] for name in tensors) == ["evaluation", "train"]
+    assert all(tensor.shape[1] == 2 and (tensor < 0).all() for tensor in tensors.values())
+    (tmp_path / "before/metrics.json").unlink()  # as if it was killed before its end
+    again = glmtuner(*words, "stage.precompute_reference=true", f"trainer.output_dir={tmp_path / 'before'}")
+    assert again.returncode == 0, again.stderr
+    assert "train records are read from reference.safetensors" in again.stdout

@@ -1,6 +1,7 @@
 """Every fine-tuning preset trains the shipped model through the command line, and its folder alone predicts again."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +11,18 @@ from json_lines import lines
 from glmtuner.config.compose import presets
 from glmtuner.config.paths import conf_dir
 
-RATES = {"lora": 3e-3, "freeze": 1e-3, "p_tuning": 1e-2, "full": 1e-3}
-EXTRA = {"p_tuning": ["finetuning.prefix_projection=true"]}
-METHODS = [name for name in presets([conf_dir()])["finetuning"] if name != "none"]
+RATES = {"lora": 3e-3, "freeze": 1e-3, "p_tuning": 1e-2, "full": 1e-3, "peft": 3e-3}
+EXTRA = {
+    "p_tuning": ["finetuning.prefix_projection=true"],
+    "peft": ["finetuning.peft_type=MISS", "finetuning.config.r=8"],
+}
+LORA = {"dora": 3e-3, "rslora": 3e-3, "pissa": 3e-3, "qlora": 3e-3}  # presets of LoRA
+METHODS = [name for name in presets([conf_dir()])["finetuning"] if name not in ("none", *LORA)]
 
 
 def test_every_method_is_tried() -> None:
     assert sorted(RATES) == sorted(METHODS)
+    assert sorted({*RATES, *LORA, "none"}) == sorted(presets([conf_dir()])["finetuning"])
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
@@ -67,7 +73,7 @@ def test_trains_and_predicts_on_a_half_precision_base(glmtuner: Callable, tmp_pa
         "model=tiny_glm", "model.dtype=bfloat16", f"finetuning={method}", "data.dataset=alpaca_zh_sample", *words,
         "data.eval_dataset=identity_sample", "trainer.max_steps=4", f"trainer.learning_rate={RATES[method]}",
         "trainer.eval_on_start=true", "trainer.do_eval=true", "trainer.do_predict=true", "trainer.predict_with_generate=true",
-        "trainer.output_dir=run",
+        "trainer.output_dir=run", *EXTRA.get(method, []),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     again = glmtuner(
@@ -131,6 +137,54 @@ def test_accumulation_equals_the_big_batch(glmtuner: Callable, tmp_path: Path) -
     big, small = (lines(tmp_path / name / "history.jsonl") for name in ("big", "small"))
     assert [line["loss"] for line in small] == pytest.approx([line["loss"] for line in big], abs=2e-5)
     assert [line["grad_norm"] for line in small] == pytest.approx([line["grad_norm"] for line in big], rel=1e-3)
+
+
+SHORT = [
+    "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "data.max_samples=16", "data.max_target_length=16",
+    "trainer.max_steps=4", "trainer.logging_steps=1", "trainer.save_steps=2", "trainer.learning_rate=3e-3", "trainer.disable_tqdm=true",
+]  # fmt: skip
+RESUMED = {
+    **{name: [f"finetuning={name}"] for name in LORA},
+    "loftq": ["finetuning=lora", "quant=int4", "finetuning.init_lora_weights=loftq"],
+    "parts": [
+        "finetuning=lora", "finetuning.bias=all", "finetuning.modules_to_save=[norm]", "finetuning.rank_pattern.q_proj=2",
+        "finetuning.layers_to_transform=[1,2]", "finetuning.trainable_token_indices=[7,9]", "finetuning.exclude_modules=[v_proj]",
+    ],
+    "vera": ["finetuning=peft", "finetuning.peft_type=VERA", "finetuning.config={r: 16, vera_dropout: 0.1}"],
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_of_every_kind_of_adapter_is_the_undisturbed_one(
+    glmtuner: Callable, tmp_path: Path, name: str
+) -> None:
+    words = [*SHORT, *RESUMED[name], "trainer.output_dir=run"]
+    done = glmtuner(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "run"
+    wanted = [(run / each).read_bytes() for each in ("history.jsonl", "adapter/adapter_model.safetensors")]
+    shutil.rmtree(run / "checkpoints/checkpoint-4")
+    shutil.rmtree(run / "adapter")
+    (run / "metrics.json").unlink()
+    again = glmtuner(*words)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "checkpoint-2" in again.stdout
+    assert [(run / each).read_bytes() for each in ("history.jsonl", "adapter/adapter_model.safetensors")] == wanted
+    for method in (method_of(name), "none"):
+        scored = glmtuner(
+            "trainer=evaluate", "model.checkpoint_dir=run", f"finetuning={method}", "quant=none", "tracker=none",
+            "data.dataset=belle_sample", "data.max_samples=16", f"trainer.output_dir={method}",
+        )  # fmt: skip
+        assert scored.returncode == 0, scored.stdout + scored.stderr
+    one, other = (
+        json.loads((tmp_path / each / "metrics.json").read_text())["eval_loss"] for each in (method_of(name), "none")
+    )
+    assert one == pytest.approx(other, abs=1e-5)
+
+
+def method_of(name: str) -> str:
+    return "peft" if name == "vera" else "lora"
 
 
 def test_a_lora_goes_on_or_is_merged(glmtuner: Callable, tmp_path: Path) -> None:

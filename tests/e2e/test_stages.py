@@ -108,6 +108,22 @@ def test_preferences_and_feedback_are_learned(
     assert margins[-1] > 0.2
 
 
+@pytest.mark.parametrize(
+    ("stage", "method"), [("orpo", "lora"), ("simpo", "freeze"), ("cpo", "lora+int4"), ("cpo", "full")]
+)
+def test_preferences_are_learned_without_a_reference(base: Callable, tmp_path: Path, stage: str, method: str) -> None:
+    sft, _ = base(method)
+    run(
+        tmp_path / "run", f"stage={stage}", f"model.checkpoint_dir={sft}", *values(method), "data.dataset=preference_sample",
+        "data.dev_ratio=0.2", "trainer.eval_on_start=true", "trainer.do_eval=true", "trainer.max_steps=8",
+    )  # fmt: skip
+    losses, margins, accuracy = (logged(tmp_path / "run", f"eval_{name}") for name in ("loss", "margin", "accuracy"))
+    assert losses[-1] < losses[0] - 0.02
+    assert margins[-1] > margins[0] and accuracy[-1] > 0.9
+    assert len(lines(tmp_path / "run/losses.jsonl")) == 19
+    assert "eval_reward_chosen" in json.loads((tmp_path / "run/metrics.json").read_text())
+
+
 @pytest.mark.parametrize("method", ["lora", "freeze", "lora+int4"])
 def test_plain_text_is_learned(tmp_path: Path, method: str) -> None:
     told = run(
@@ -201,10 +217,12 @@ def outcome(folder: Path) -> list[bytes]:
 
 
 RESUMED = {
+    "sft": ["data.dataset=alpaca_zh_sample", "data.max_samples=30", "stage.loss=dft"],
     "pt": ["model=tiny_glm", "data.dataset=text_sample", "stage.block_length=64"],
     "rm": ["data.dataset=preference_sample"],
     "dpo": ["data.dataset=preference_sample"],
-    "kto": ["data.dataset=feedback_sample"],
+    "orpo": ["data.dataset=preference_sample"],
+    "kto": ["data.dataset=feedback_sample", "stage.precompute_reference=true"],
     "ppo": ["data.dataset=preference_sample", "stage.kl_target=1", "stage.kl_horizon=50", *PPO],
 }
 
@@ -251,13 +269,14 @@ def test_ppo_killed_in_the_middle_ends_in_the_same_bytes(base: Callable, tmp_pat
 # -- what else must work of a run ----------------------------------------------------------------------------------------
 
 
-def test_accumulation_equals_the_big_batch(base: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["dpo", "orpo", "simpo", "cpo"])
+def test_accumulation_equals_the_big_batch(base: Callable, tmp_path: Path, stage: str) -> None:
     sft, _ = base("lora")
     for name, batch, accumulation in (("big", 8, 1), ("small", 4, 2)):
         run(
-            tmp_path / name, "stage=dpo", f"model.checkpoint_dir={sft}", "data.dataset=preference_sample", "trainer.max_steps=3",
+            tmp_path / name, f"stage={stage}", f"model.checkpoint_dir={sft}", "data.dataset=preference_sample", "trainer.max_steps=3",
             f"trainer.per_device_train_batch_size={batch}", f"trainer.gradient_accumulation_steps={accumulation}",
-            "trainer.logging_steps=1", "trainer.learning_rate=1e-3",
+            "trainer.logging_steps=1", "trainer.learning_rate=1e-3", "finetuning.lora_dropout=0", "model.resume_lora_training=false",
         )  # fmt: skip
     big, small = (lines(tmp_path / name / "history.jsonl") for name in ("big", "small"))
     for name in ("loss", "margin", "reward_chosen", "grad_norm"):
@@ -271,7 +290,7 @@ def test_a_sweep_over_losses_and_what_wandb_gets(
     sent: list[dict] = []
     monkeypatch.setattr("wandb.sdk.wandb_run.Run.log", lambda self, data, *args, **kwargs: sent.append(data))
     done = glmtuner(
-        "-m", "stage=dpo", "stage.loss=ipo,hinge", "stage.sft_weight=0.1", f"model.checkpoint_dir={sft}",
+        "-m", "stage=dpo", "stage.loss=ipo,apo_zero", "stage.sft_weight=0.1", f"model.checkpoint_dir={sft}",
         *(word for word in SHORT if "tracker" not in word), "data.dataset=preference_sample", "trainer.max_steps=2",
         "name=losses",
     )  # fmt: skip
@@ -375,7 +394,11 @@ def test_chatglm(tmp_path: Path, upstream_files: Path, preset: str) -> None:
         ("stage=rm data.dataset=halves.json", "a ranked pair needs two answers, got a list of 1"),
         ("stage=dpo trainer=predict", "type trainer=predict model.checkpoint_dir=<the folder of this run>"),
         ("stage=dpo stage.beta=0", "stage.beta=0.0: above 0"),
-        ("stage=dpo stage.loss=ipo stage.label_smoothing=0.1", "only sigmoid is a likelihood that can be smoothed"),
+        ("stage=dpo stage.loss=ipo stage.label_smoothing=0.1", "of these losses sigmoid, robust, exo_pair know of swapped labels"),
+        ("stage=dpo stage.loss=exo_pair", "it is infinite without label smoothing; type stage.label_smoothing=0.001"),
+        ("stage=cpo stage.loss=hinge stage.label_smoothing=0.1", "only sigmoid knows of swapped labels; type stage.label_smoothing=0"),
+        ("stage=simpo stage.gamma=-1 stage.beta=0", "stage.beta=0.0: above 0; stage.gamma=-1.0: 0 or more"),
+        ("stage=orpo data.dataset=belle_sample", "holds single answers, and this stage learns from ranked pairs"),
         ("stage=ppo model.reward_model={rm} stage.clip_range=1.5", "stage.clip_range=1.5: in (0, 1)"),
         ("stage=rm parallel=fsdp2", "parallel=fsdp2 with stage=rm: its loss needs the whole model on every rank; type parallel=ddp"),
     ],

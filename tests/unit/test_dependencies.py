@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 # installed into environments of their own, beside this one, by who uses them
-ELSEWHERE = {"llamafactory": "scripts/benchmark.py", "triton": "make test-liger"}
+ELSEWHERE = {"llamafactory": "scripts/benchmark.py", "triton": "make test-liger", "trl": "make test-trl"}
 # declared under another name than the module's, and not installed where the tests run
 NAMES = {"liger_kernel": "liger-kernel", "deepspeed": "deepspeed", "vllm": "vllm"}
 

@@ -16,7 +16,7 @@ FLOORS = (  # a room imports from the floors below its own, never from its own o
     ("assets", "console", "errors"),
     ("run_folder", "templates"),
     ("config",),
-    ("distributed", "families", "metrics", "parallel", "quant", "trackers"),
+    ("distributed", "families", "metrics", "parallel", "quant", "rewards", "trackers"),
     ("data", "models", "report"),
     ("finetuning", "inference", "kernels"),
     ("memory", "objectives", "serving"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from glmtuner.data.records import (
     MARKS,
+    NUMBERS,
     REASONING,
     BadRecord,
     Example,
@@ -137,16 +138,16 @@ def parts_of_turn(
     others = {} if len(message) == 2 and content_tag in message else _other_keys(message, spec, place, tags, role)
     content, where = message.get(content_tag), f"{place}.{content_tag}"
     if role == "tool" and content is None and "name" in others and message.keys() & {"parameters", "observation"}:
-        learned, reasoning = learned_of(others, "assistant", place), reasoning_of(others, "assistant", place)
-        return call_and_result(message, place, learned, reasoning, is_last=is_last)
+        weight, reasoning = weight_of(others, "assistant", place), reasoning_of(others, "assistant", place)
+        return call_and_result(message, place, weight, reasoning, is_last=is_last)
     if role in ("calls", "tool"):
         part = _tool_part(role, content, others, place, where)
         names_call = part.name or part.message.call_id or message[role_tag] in ("tool", "function")
         return [part._replace(loose=role == "tool" and not names_call)]
     content = joined_parts(content, where)
-    learned, reasoning = True, ""
+    weight, reasoning = 1.0, ""
     if others:
-        learned, reasoning = learned_of(others, role, place), reasoning_of(others, role, place)
+        weight, reasoning = weight_of(others, role, place), reasoning_of(others, role, place)
     if role == "system":
         tools = described(others["tools"], f"{place}.tools") if "tools" in others else ()
         is_blank = content is None or (isinstance(content, str) and not content.strip())
@@ -163,7 +164,7 @@ def parts_of_turn(
         CONTENT_NAMES[role],
         may_be_blank=bool(calls) or not is_last,
     )
-    return [Part(place, answer_turn(text, learned=learned, reasoning=reasoning, calls=calls))]
+    return [Part(place, answer_turn(text, weight=weight, reasoning=reasoning, calls=calls))]
 
 
 def _other_keys(
@@ -197,9 +198,9 @@ def _tool_part(role: str, content: Any, keys: dict[str, Any], place: str, where:
         thought, calls = calls_in_turn(joined_parts(content, where) if _is_text_parts(content) else content, where)
         reasoning = reasoning_of(keys, "assistant", place) or thought
         return Part(
-            place, answer_turn("", learned=learned_of(keys, "assistant", place), reasoning=reasoning, calls=calls)
+            place, answer_turn("", weight=weight_of(keys, "assistant", place), reasoning=reasoning, calls=calls)
         )
-    learned_of(keys, role, place)
+    weight_of(keys, role, place)
     reasoning_of(keys, role, place)
     call_id, name = (
         text_of(keys.get(key, ""), f"{place}.{key}", key, may_be_blank=True) for key in ("tool_call_id", "name")
@@ -211,11 +212,12 @@ def _is_text_parts(content: Any) -> bool:
     return isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content)
 
 
-def learned_of(keys: dict[str, Any], role: str, place: str) -> bool:
-    """Whether a turn is learned by its marks; all of several have to say so. Raises BadRecord."""
-    learned = True
+def weight_of(keys: dict[str, Any], role: str, place: str) -> float:
+    """How much a turn is learned by its marks, 0 for not at all; of several the product. Raises BadRecord."""
+    weight = 1.0
     for key in MARKS:
-        if (mark := mark_of(keys.get(key), f"{place}.{key}")) is None:
+        mark = mark_of(keys.get(key), f"{place}.{key}", takes_numbers=key in NUMBERS)
+        if mark is None:
             continue
         if mark and role != "assistant" and key in ("train", "training"):  # the others are of answers alone
             raise BadRecord(
@@ -223,8 +225,8 @@ def learned_of(keys: dict[str, Any], role: str, place: str) -> bool:
                 f"a turn of {role} is marked as learned, and only answers are; type data.ignore_columns={key} to learn "
                 "all answers and nothing else",
             )
-        learned &= mark
-    return learned
+        weight *= mark
+    return weight
 
 
 def reasoning_of(keys: dict[str, Any], role: str, place: str) -> str:
@@ -278,7 +280,8 @@ def answer(value: Any, before: Sequence[Part], spec: DatasetSpec, column: str, t
         raise BadRecord(
             f"{column}.{tags['role_tag']}", f"the answer must be the assistant's, got a turn of {message.role}"
         )
-    if message.reasoning or not message.learned:
-        what = "has reasoning" if message.reasoning else "is marked as not learned"
+    if message.reasoning or not message.learned or message.weight != 1:
+        marked = "has a weight of its own" if message.learned else "is marked as not learned"
+        what = "has reasoning" if message.reasoning else marked
         raise BadRecord(column, f"the answer of a ranked pair {what}, which is not supported")
     return linked([*spoken(before), *parts])[-1][1] if message.tool_calls else message

@@ -4,6 +4,7 @@ import dataclasses
 import typing
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -26,6 +27,7 @@ from glmtuner.config.paths import PACKAGE_DATA, conf_dir
 from glmtuner.config.schema import classes_of, groups
 from glmtuner.data import find
 from glmtuner.errors import ConfigError
+from glmtuner.finetuning.lora import Bias
 from glmtuner.launch.register import register_presets
 from glmtuner.sweep import launchers
 
@@ -42,10 +44,17 @@ DATASETS = sorted((CONF / "dataset").glob("*.yaml"))
 COMPANY = {  # what a preset needs beside itself
     "model=causal_lm": ["model.model_name_or_path=x"],
     "finetuning=none": ["trainer=evaluate"],
+    "finetuning=peft": ["finetuning.peft_type=OFT"],
     "stage=ppo": ["model.reward_model=x"],
+    "stage=grpo": ["reward=number"],
+    **{f"reward={name}": ["stage=grpo"] for name in ("exact", "number", "format", "length")},
+    "reward=model": ["stage=grpo", "model.reward_model=x"],
     "experiment=rlhf_rm": ["model.checkpoint_dir=[]"],  # step 1 makes it
     "experiment=rlhf_ppo": ["model.checkpoint_dir=[]"],
 }
+
+
+LORA_PRESETS = ("dora", "rslora", "pissa", "qlora")
 
 
 def word_of(path: Path) -> str:
@@ -69,9 +78,16 @@ def test_preset_composes(path):
     word = word_of(path)
     composed = compose([word, *COMPANY.get(word, [])])
     group, _, name = word.partition("=")
+    if group == "reward":  # of which there are several
+        assert {each: type(reward) for each, reward in composed.run.reward.items()} == {
+            name: SCHEMA_CLASSES[group][name]
+        }
+        return
     assert name in (group, "default", composed.hydra.runtime.choices[group])
-    if group in SCHEMA_CLASSES:
+    if group in SCHEMA_CLASSES and name in SCHEMA_CLASSES[group]:
         assert type(getattr(composed.run, group)) is SCHEMA_CLASSES[group][name]
+    elif group == "finetuning":
+        assert type(composed.run.finetuning) is SCHEMA_CLASSES[group]["lora"] and name in LORA_PRESETS
 
 
 @pytest.mark.parametrize("path", HYDRA, ids=lambda path: f"{path.parent.name}={path.stem}")
@@ -99,7 +115,7 @@ def class_of(path: Path) -> type:
     group, name = path.relative_to(CONF).with_suffix("").parts
     group = "trainer" if group == "kernels" else group  # whose keys it sets
     owners = classes_of(group)
-    return owners.get(name) or owners[group]
+    return owners.get("lora" if name in LORA_PRESETS else name) or owners[group]
 
 
 def default_values(cls: type) -> dict[str, object]:
@@ -115,6 +131,7 @@ def default_values(cls: type) -> dict[str, object]:
 
 def repeated(values: dict[str, object], cls: type) -> list[str]:
     defaults = default_values(cls)
+    values = values.get("finetuning", values)  # of a preset that sets keys of two groups
     return [key for key, value in values.items() if key in defaults and value == defaults[key]]
 
 
@@ -178,6 +195,8 @@ DATA = {
     "dev_ratio": (float, 0.0),
     "eval_dataset": (list[str], []),
     "mix_probabilities": (list[float], []),
+    "weights": (list[float], []),
+    "new_tokens": (list[str], []),
     "loss_on": (LossOn, "every_answer"),
     "packing": (bool, False),
     "padding_free": (bool, True),
@@ -191,6 +210,21 @@ LORA = {
     "lora_alpha": (float, 32.0),
     "lora_dropout": (float, 0.1),
     "lora_target": (list[str], ["query_key_value"]),
+    "loraplus_lr_ratio": (float | None, None),
+    "loraplus_lr_embedding": (float, 1e-6),
+    "use_rslora": (bool, False),
+    "use_dora": (bool, False),
+    "init_lora_weights": (bool | str, True),
+    "rank_pattern": (dict[str, int], {}),
+    "alpha_pattern": (dict[str, float], {}),
+    "exclude_modules": (list[str], []),
+    "layers_to_transform": (list[int], []),
+    "layers_pattern": (list[str], []),
+    "lora_bias": (bool, False),
+    "bias": (Bias, "none"),
+    "modules_to_save": (list[str], []),
+    "trainable_token_indices": (list[int], []),
+    "target_parameters": (list[str], []),
 }
 FREEZE = {
     "finetuning_type": (str, "freeze"),
@@ -240,6 +274,14 @@ WHOLE = [  # every key of these is in the specification
     ("quant", QUANT, []),
     ("data", DATA, []),
     ("finetuning", LORA, []),
+    (
+        "finetuning",
+        {"finetuning_type": (str, "peft"), "peft_type": (str, "OFT"), "config": (dict[str, Any], {})},
+        [
+            "finetuning=peft",
+            "finetuning.peft_type=OFT",
+        ],
+    ),
     ("finetuning", FREEZE, ["finetuning=freeze"]),
     ("finetuning", P_TUNING, ["finetuning=p_tuning"]),
     ("finetuning", {"finetuning_type": (str, "full")}, ["finetuning=full"]),

@@ -55,9 +55,13 @@ def names(hint):
 
 
 NUMBERS = sorted(key for key, hint in legal_keys().items() if names(hint))
-NEGATIVE = {"trainer.max_steps": -2, "finetuning.num_layer_trainable": None}  # -1 and any number of layers are legal
+NEGATIVE = {
+    "trainer.max_steps": -2,  # -1 is legal
+    "finetuning.num_layer_trainable": None,  # any number of layers
+    **{key: None for key in legal_keys() if key.startswith("reward.") and key.endswith(".weight")},  # a penalty
+}
 OWNERS = {
-    "lora_": "finetuning=lora",
+    "lora": "finetuning=lora",
     "num_layer": "finetuning=freeze",
     "pre_seq": "finetuning=p_tuning",
     "block_length": "stage=pt",
@@ -65,6 +69,8 @@ OWNERS = {
 STAGES = {
     "stage=kto": ("desirable_weight", "undesirable_weight"),
     "stage=dpo": ("beta", "label_smoothing", "sft_weight"),
+    "stage=simpo": ("gamma",),
+    "stage=grpo": ("epsilon", "epsilon_high", "microbatch_size", "num_generations", "num_iterations"),
 }
 
 
@@ -76,25 +82,33 @@ def owner_of(key):
             return [preset]
     if group == "stage":
         stage = next((stage for stage, leaves in STAGES.items() if leaf in leaves), "stage=ppo")
-        return [stage, "model.reward_model=x"] if stage == "stage=ppo" else [stage]
+        return [stage, *{"stage=ppo": ["model.reward_model=x"], "stage=grpo": ["reward=exact"]}.get(stage, [])]
+    if group == "reward":
+        return [
+            "stage=grpo",
+            f"reward={leaf.partition('.')[0]}",
+            *(["model.reward_model=x"] if leaf.startswith("model.") else []),
+        ]
     return ["quant=int8"] if group == "quant" else []
 
 
 @functools.cache
 def group_of(group, preset):
-    return getattr(compose([*BASE, *preset]).run, group)
+    run = compose([*BASE, *preset]).run
+    return run.reward[group.partition(".")[2]] if group.startswith("reward.") else getattr(run, group)
 
 
 @pytest.mark.parametrize("key", NUMBERS)
 def test_no_numeric_key_takes_a_number_out_of_range(key):
     assert len(NUMBERS) > 60
-    group, _, leaf = key.partition(".")
+    group, _, leaf = key.rpartition(".")
     owner = group_of(group, tuple(owner_of(key)))
     kind = float if float in names(legal_keys()[key]) else int
     wrong = [NEGATIVE.get(key, -7), 99999999999999999999]
     wrong = [*wrong[: 1 if kind is float else 2], *([math.nan, -math.inf] if kind is float else [])]
     for value in (number for number in wrong if number is not None):
-        values = [kind(value)] if "list" in str(legal_keys()[key]) else kind(value)
+        hint = str(legal_keys()[key])
+        values = [kind(value)] if "list" in hint else {"q_proj": kind(value)} if "dict" in hint else kind(value)
         with pytest.raises(ConfigError, match=re.escape(key)):
             changed = dataclasses.replace(owner, **{leaf: values})
             wrong_ones = list(infinite_values(group, changed))
@@ -263,8 +277,8 @@ def test_the_arguments_of_a_schedule_are_those_of_transformers(kind):
 
 
 def test_every_optimizer_is_in_the_tables_or_torchs_own():
-    own = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
-    assert {name.value for name in OptimizerNames} == own | optimizers.PACKAGES.keys()
+    own = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "muon"}
+    assert {name.value for name in OptimizerNames} - {*optimizers.SHORT_NAMES} == own | optimizers.PACKAGES.keys()
     assert optimizers.ARGUMENTS.keys() | {*optimizers.WITHOUT_ADAM} <= own | optimizers.PACKAGES.keys()
 
 

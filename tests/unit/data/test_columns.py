@@ -150,14 +150,38 @@ def test_a_record_may_be_marked_as_not_learned(tmp_path, weight, kept):
     path = write(tmp_path, {**A, "weight": 1}, {**A, "weight": weight})
     examples, read = loaded(path)
     assert [example.learned for example in examples] == [True, kept]
-    assert "weight -> whether it is learned" in read
+    assert "weight -> weight in the loss" in read
 
 
-def test_other_weights_are_refused(tmp_path):
-    path = write(tmp_path, {**A, "weight": 1}, {**A, "weight": 0.5})
-    with pytest.raises(DataError, match=r"has weight, which is not read.*data\.ignore_columns=weight"):
-        find(str(path), tmp_path, [])
-    assert len(loaded(path, ignore_columns=["weight"])[0]) == 2
+def test_a_record_may_weigh_more_or_less_than_others(tmp_path):
+    path = write(tmp_path, {**A, "weight": 1}, {**A, "weight": 0.5}, {**A, "weight": 3}, A)
+    assert [example.weight for example in loaded(path)[0]] == [1, 0.5, 3, 1]
+    assert {example.weight for example in loaded(path, ignore_columns=["weight"])[0]} == {1}
+    table = tmp_path / "table.csv"
+    table.write_text("instruction,output,weight\nq,a,0.5\nq,a,2\nq,a,\nq,a,0\n")
+    examples, read = loaded(table)
+    assert [(example.weight, example.learned) for example in examples] == [
+        (0.5, True),
+        (2, True),
+        (1, True),
+        (1, False),
+    ]
+    assert "weight -> weight in the loss" in read
+
+
+@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf"), 1e9, 1e-9])
+def test_weights_that_mean_nothing_are_refused_with_their_place(tmp_path, weight):
+    path = write(tmp_path, {**A, "weight": 1}, {**A, "weight": weight})
+    spec = find(str(path), tmp_path, [])
+    found = load(spec, dataset_dir=tmp_path, package_data=tmp_path)
+    assert len(list(found.examples)) == 1
+    assert (
+        "record 2: field weight: a mark of what is learned is true, false, 0 or a number from 1e-06 to 1e+06, got"
+        in str(found.bad[0])
+    )
+
+
+def test_a_numeric_loss_of_a_record_is_a_measurement(tmp_path):
     examples, read = loaded(write(tmp_path, {**A, "loss": 1.25}))  # a measurement
     assert examples[0].learned and read.endswith("not used: loss")
 

@@ -6,7 +6,8 @@ from transformers import AutoTokenizer
 
 from glmtuner.config.paths import ASSETS
 from glmtuner.data.collate import Collator
-from glmtuner.data.encode import Counts, Encoder, bisect_min
+from glmtuner.data.counts import Counts
+from glmtuner.data.encode import Encoder, bisect_min
 from glmtuner.data.records import Example, Message
 from glmtuner.errors import ConfigError
 from glmtuner.templates.base import IGNORE_INDEX

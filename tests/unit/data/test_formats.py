@@ -313,6 +313,13 @@ def test_marks_of_turns(keys, learned):
     assert parse(one_turn(**keys), "messages", ignore_columns=[*keys]).messages[-1].learned
 
 
+@pytest.mark.parametrize(
+    ("keys", "weight"), [({"weight": 0.5}, 0.5), ({"loss": 2}, 2), ({"weight": 0.5, "loss": 3, "train": True}, 1.5), ({"weight": "0.25"}, 0.25)]
+)  # fmt: skip
+def test_weights_of_turns(keys, weight):
+    assert parse(one_turn(**keys), "messages").messages[-1] == Message("assistant", "a", True, weight=weight)
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_thoughts(key):
     assert parse(one_turn(**{key: "t"}), "messages").messages[-1] == Message("assistant", "a", True, "t")
@@ -324,7 +331,9 @@ def test_thoughts(key):
 @pytest.mark.parametrize(
     ("keys", "field", "reason"),
     [
-        ({"weight": 0.5}, "weight", "0, 1, true or false, got 0.5 (float); type data.ignore_columns=weight"),
+        ({"train": 0.5}, "train", "0, 1, true or false, got 0.5 (float); type data.ignore_columns=train"),
+        ({"weight": -1}, "weight", "true, false, 0 or a number from 1e-06 to 1e+06, got -1 (int); type data.ignore_columns=weight"),
+        ({"weight": float("nan")}, "weight", "got nan (float)"),
         ({"loss": "no"}, "loss", "got 'no' (str)"),
         ({"reasoning": "x", "thinking": "y"}, "reasoning", "differs from thinking"),
         ({"reasoning_content": 3}, "reasoning_content", "text is expected, got 3 (int)"),
@@ -350,7 +359,11 @@ def test_only_answers_can_be_learned():
 
 def test_marks_and_thoughts_of_ranked_answers_are_refused():
     columns = {"messages": "p", "chosen": "chosen", "rejected": "rejected"}
-    for key, value, what in (("weight", 0, "is marked as not learned"), ("reasoning", "t", "has reasoning")):
+    for key, value, what in (
+        ("weight", 0, "is marked as not learned"),
+        ("weight", 2, "has a weight of its own"),
+        ("reasoning", "t", "has reasoning"),
+    ):
         raw = {"p": openai(("user", "q")), "chosen": {"role": "assistant", "content": "a", key: value}, "rejected": "b"}
         assert what in refused(raw, "messages", columns)[1]
 

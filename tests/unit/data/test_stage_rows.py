@@ -151,3 +151,58 @@ def test_the_shipped_samples_hold_what_they_are_for():
     assert all(better == worse + friendly for better, worse in (record["output"] for record in pairs))
     assert all(record["output"].endswith(friendly) is record["good"] for record in feedback)
     assert 2 * sum(record["good"] for record in feedback) == len(feedback) == len(pairs) == 96
+
+
+# -- weights -------------------------------------------------------------------------------------------------------------
+
+
+def weighted(make, cls, *examples, **options):
+    return make(cls, **options).encode(examples)[0]
+
+
+def test_the_labels_of_an_answer_have_its_weight(make):
+    turns = [ASK("早"), TOLD("早上好")._replace(weight=0.5), ASK("午"), TOLD("午安")._replace(weight=4)]
+    (row,) = weighted(make, Encoder, Example(turns, weight=0.25))
+    plain = alone(make, [turn._replace(weight=1) for turn in turns], every_answer=True)
+    assert (row["input_ids"], row["labels"], row["weight"]) == (plain["input_ids"], plain["labels"], 0.25)
+    assert plain["weights"] is None and plain["weight"] == 1
+    learned = [weight for weight, label in zip(row["weights"], row["labels"], strict=True) if label != IGNORE_INDEX]
+    one, two = (
+        sum(label != IGNORE_INDEX for label in alone(make, turns[:end], every_answer=False)["labels"]) for end in (2, 4)
+    )
+    assert learned == [0.5] * one + [4.0] * two
+
+
+def test_weights_stay_with_their_answers_where_old_turns_are_dropped_and_the_answer_is_cut(make):
+    turns = [ASK(LONG), TOLD("早上好")._replace(weight=0.5), ASK("午"), TOLD(LONG)._replace(weight=4)]
+    (row,) = weighted(make, Encoder, Example(turns))
+    learned = [weight for weight, label in zip(row["weights"], row["labels"], strict=True) if label != IGNORE_INDEX]
+    assert learned == [4.0] * 16 and len(row["weights"]) == len(row["input_ids"])
+
+
+def test_a_pair_and_an_answer_marked_good_have_one_weight(make):
+    (pair,) = weighted(make, PairEncoder, Example([ASK("q")], chosen="a", rejected="b", weight=3), every_answer=False)
+    assert (pair["weight"], pair["weights"]) == (3, None)
+    batch = PairCollator(pad_id=0)([pair, {**pair, "weight": 0.5}])
+    assert batch["weight"].tolist() == [3, 0.5] and "weights" not in batch
+    answer = Example([ASK("q"), TOLD("a")._replace(weight=2)], desirable=True, weight=3)
+    (row,) = weighted(make, FeedbackEncoder, answer, every_answer=False)
+    assert (row["weight"], row["weights"]) == (6, None)
+    bare = [{name: values for name, values in pair.items() if name not in ("weight", "weights")}]
+    assert PairCollator(pad_id=0)(bare).keys() == {"input_ids", "attention_mask", "labels"}
+
+
+def test_the_tokens_of_a_document_have_its_weight(make):
+    documents = [Example(text="早上好"), Example(text="午安", weight=3)]
+    rows = weighted(make, BlockEncoder, *documents, block_length=16)
+    counts = [
+        sum(
+            label != IGNORE_INDEX
+            for row in weighted(make, BlockEncoder, one, block_length=16)
+            for label in row["labels"]
+        )
+        for one in documents
+    ]
+    pairs = [pair for row in rows for pair in zip(row["weights"], row["labels"], strict=True)]
+    assert [weight for weight, label in pairs if label != IGNORE_INDEX] == [1.0] * counts[0] + [3.0] * counts[1]
+    assert {row["weights"] for row in weighted(make, BlockEncoder, *documents[:1], block_length=16)} == {None}

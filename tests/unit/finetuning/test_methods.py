@@ -682,8 +682,8 @@ def test_folders_without_trained_weights_say_what_to_name(tmp_path):
         CheckpointError, match=r"model\.checkpoint_dir=.* holds no trained weights: .*; name a finished run"
     ):
         checkpoint_in(str(tmp_path))
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"model\.checkpoint_dir=.* IA3 adapter; .*LoRA adapters and prefixes"):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "XLORA"}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"model\.checkpoint_dir=.* XLORA adapter, .*: it mixes several trained"):
         checkpoint_in(str(tmp_path))
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ".*proj"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")

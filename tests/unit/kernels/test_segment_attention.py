@@ -14,7 +14,7 @@ from glmtuner.data.segments import SegmentCollator
 from glmtuner.families import family_named
 from glmtuner.finetuning.lora import Lora
 from glmtuner.finetuning.p_tuning import PTuning
-from glmtuner.kernels import chunked_loss as head
+from glmtuner.kernels import chunked_logprobs as head
 from glmtuner.kernels.choose import ANSWER_TOKENS, Optimizations, choose_optimizations, short_samples
 from glmtuner.kernels.chunked_loss import chunked_loss_problem, cross_entropy, enable_chunked_loss
 from glmtuner.kernels.fast_paths import FastPath

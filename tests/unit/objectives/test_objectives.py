@@ -13,11 +13,14 @@ from glmtuner.families.family import FAMILIES
 from glmtuner.finetuning.trained import trained_parameters
 from glmtuner.launch.register import register_presets
 from glmtuner.models.value_head import ValueHead, save_head
+from glmtuner.objectives.cpo import CpoObjective
 from glmtuner.objectives.dpo import DpoObjective
 from glmtuner.objectives.kto import KtoObjective
-from glmtuner.objectives.objective import Weights
+from glmtuner.objectives.objective import ReferenceObjective, Weights
+from glmtuner.objectives.orpo import OrpoObjective
 from glmtuner.objectives.ppo import PpoObjective
 from glmtuner.objectives.rm import RewardObjective
+from glmtuner.objectives.simpo import SimpoObjective
 
 register_presets()
 
@@ -156,8 +159,12 @@ def test_a_head_of_chatglm_efficient_tuning_is_read(tmp_path):
         (["stage.label_smoothing=0.2"], lambda c, r, nc, nr: 0.8 * math.log(1 + math.exp(-0.1 * (c - r))) + 0.2 * math.log(1 + math.exp(0.1 * (c - r)))),
         (["stage.loss=ipo"], lambda c, r, nc, nr: (c / nc - r / nr - 5) ** 2),
         (["stage.loss=hinge"], lambda c, r, nc, nr: max(0.0, 1 - 0.1 * (c - r))),
+        (["stage.loss=sigmoid_norm", "stage.beta=2"], lambda c, r, nc, nr: math.log(1 + math.exp(-2 * (c / nc - r / nr)))),
+        (["stage.loss=sppo_hard"], lambda c, r, nc, nr: (c - 5) ** 2 + (r + 5) ** 2),
+        (["stage.loss=apo_zero"], lambda c, r, nc, nr: 1 - 1 / (1 + math.exp(-0.1 * c)) + 1 / (1 + math.exp(-0.1 * r))),
+        (["stage.loss=apo_down"], lambda c, r, nc, nr: 1 / (1 + math.exp(-0.1 * c)) + 1 - 1 / (1 + math.exp(-0.1 * (c - r)))),
     ],
-    ids=["sigmoid", "smoothed", "ipo", "hinge"],
+    ids=["sigmoid", "smoothed", "ipo", "hinge", "sigmoid_norm", "sppo_hard", "apo_zero", "apo_down"],
 )  # fmt: skip
 def test_dpo_is_the_formula_on_the_ratio_to_the_model_at_the_start(words, formula):
     model, _ = adapted()
@@ -223,6 +230,53 @@ def test_kto_is_the_formula_with_the_kl_of_crossed_answers():
     assert measured["kl"].tolist() == pytest.approx([kl] * 2, abs=1e-3)
     assert measured["reward_desirable"].isnan().tolist() == [False, True]
     assert measured["reward_undesirable"][1].item() == pytest.approx(0.1 * ratios[1], abs=1e-4)
+
+
+# -- pairs without a reference -------------------------------------------------------------------------------------------
+
+
+def odds(mean: float) -> float:
+    return mean - math.log(1 - math.exp(mean))
+
+
+def sigmoid_loss(margin: float) -> float:
+    return math.log(1 + math.exp(-margin))
+
+
+# of the sums of the two answers' log-probabilities c and r, and their means mc and mr
+FORMULAS = [
+    (OrpoObjective, ["stage=orpo"], lambda c, r, mc, mr: -mc + 0.1 * sigmoid_loss(odds(mc) - odds(mr))),
+    (SimpoObjective, ["stage=simpo"], lambda c, r, mc, mr: sigmoid_loss(2 * mc - 2 * mr - 1)),
+    (SimpoObjective, ["stage=simpo", "stage.gamma=0.4", "stage.sft_weight=0.3"], lambda c, r, mc, mr: sigmoid_loss(2 * mc - 2 * mr - 0.4) - 0.3 * mc),
+    (CpoObjective, ["stage=cpo"], lambda c, r, mc, mr: sigmoid_loss(0.1 * (c - r)) - mc),
+    (CpoObjective, ["stage=cpo", "stage.loss=hinge", "stage.sft_weight=0"], lambda c, r, mc, mr: max(0.0, 1 - 0.1 * (c - r))),
+    (CpoObjective, ["stage=cpo", "stage.loss=ipo", "stage.sft_weight=0.5"], lambda c, r, mc, mr: (mc - mr - 5) ** 2 - 0.5 * mc),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "words", "formula"), FORMULAS)
+def test_a_loss_without_a_reference_is_the_formula(kind, words, formula):
+    model, _ = adapted()
+    objective = kind(model, run_of(*words).stage)
+    found, measured = objective.loss(model.eval(), PAIRS)
+    tokens = answer_logprobs(model, PAIRS)
+    sums, means = [sum(each) for each in tokens], [sum(each) / len(each) for each in tokens]
+    wanted = [formula(sums[i], sums[i + 2], means[i], means[i + 2]) for i in (0, 1)]
+    assert found.tolist() == pytest.approx(wanted, abs=2e-4, rel=1e-4)
+    assert measured["nll_chosen"].tolist() == pytest.approx([-mean for mean in means[:2]], abs=1e-4)
+    assert measured["accuracy"].tolist() == [float(m > 0) for m in measured["margin"].tolist()]
+
+
+@pytest.mark.parametrize("kind", [OrpoObjective, SimpoObjective, CpoObjective])
+def test_nothing_is_held_besides_the_model(kind):
+    """No copy of weights stands for a reference, and dropout stays as it is configured."""
+    model, _ = adapted()
+    rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    objective = kind(model, run_of(f"stage={kind.__name__.removesuffix('Objective').lower()}").stage)
+    assert not isinstance(objective, ReferenceObjective)
+    assert not [value for value in vars(objective).values() if isinstance(value, torch.Tensor | dict)]
+    assert vars(objective).keys() == {"model", "settings"}
+    assert [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)] == rates and 0.3 in rates
 
 
 # -- ppo -----------------------------------------------------------------------------------------------------------------

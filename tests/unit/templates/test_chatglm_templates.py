@@ -11,6 +11,7 @@ from stand_ins import write_parity
 from glmtuner.data.encode import Encoder
 from glmtuner.data.prepare import as_arrow, with_earlier_answers
 from glmtuner.data.records import Example, Message
+from glmtuner.data.weights import label_weights, without_weights
 from glmtuner.errors import ConfigError
 from glmtuner.models.tokenization_chatglm import ChatGLMTokenizer, as_fast
 from glmtuner.templates.base import IGNORE_INDEX
@@ -113,7 +114,7 @@ def test_every_answer_is_a_row_of_its_own(tokenizers, name):
     (row,), counts = encoder(tokenizers, name).encode([Example(TURNS)])
     alone = [encoder(tokenizers, name).encode([Example(TURNS[:end])])[0][0] for end in (3, 5, 7)]
     wanted = [{"input_ids": part["input_ids"], "labels": part["labels"]} for part in alone]
-    assert row["earlier"] == wanted[:2]
+    assert row["earlier"] == [{**part, "weight": 1.0} for part in wanted[:2]]
     assert {name: row[name] for name in ("input_ids", "labels")} == wanted[2]
     assert counts.records == 1
     assert counts.tokens == sum(len(part["input_ids"]) for part in wanted)
@@ -142,11 +143,32 @@ def test_training_rows_are_spread_and_evaluation_rows_are_not(tokenizers):
     single, _ = encoder(tokenizers, "chatglm2").encode([Example(TURNS[:3])] * 2)  # no earlier answer in the whole batch
     table, without = (Dataset(Table.from_batches([as_arrow(found)])) for found in (rows, single))
     assert table.features == without.features
-    spread = with_earlier_answers(table)
+    spread = with_earlier_answers(without_weights(table))
     assert spread.column_names == ["input_ids", "labels"]
     wanted = [part for row in rows for part in (*row["earlier"], row)]
     assert [row["input_ids"] for row in spread] == [part["input_ids"] for part in wanted]
     assert [row["labels"] for row in spread] == [part["labels"] for part in wanted]
+
+
+@pytest.mark.parametrize("name", ["chatglm2", "chatglm3"])
+def test_answers_keep_their_weights_in_rows_of_their_own_and_in_one_row(tokenizers, name):
+    """Half of the first answer, three times the second, the third as often as others; the record counts twice."""
+    from datasets import Dataset
+    from pyarrow import Table
+
+    factors = iter((0.5, 3.0, 1.0))
+    turns = [turn if turn.role != "assistant" else turn._replace(weight=next(factors)) for turn in TURNS]
+    rows, _ = encoder(tokenizers, name).encode([Example(turns, weight=2.0), Example(TURNS)])
+    spread = with_earlier_answers(Dataset(Table.from_batches([as_arrow(rows)])))
+    found = []
+    for row in spread:
+        each = label_weights(row)
+        assert len(each) == len(row["labels"])
+        found += [weight for weight, label in zip(each, row["labels"], strict=True) if label != IGNORE_INDEX]
+    opening = [30910, 13] if name == "chatglm3" else []
+    counts = [len([*opening, *ids(tokenizers[name], turn.content), 2]) for turn in TURNS if turn.role == "assistant"]
+    answers = zip([1.0, 6.0, 2.0, 1.0, 1.0, 1.0], [*counts, *counts], strict=True)
+    assert found == [weight for weight, count in answers for _ in range(count)]
 
 
 @pytest.mark.parametrize("name", ["chatglm", "chatglm2", "chatglm3"])

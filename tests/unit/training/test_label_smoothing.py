@@ -93,12 +93,13 @@ def test_batches_without_padding_packs_and_adapters(tmp_path: Path, name: str) -
     model, rows = model_of(name), samples(everything=False)
     wanted = by_hand(model, rows)
     enable_segment_attention(model)
-    enable_chunked_loss(model)  # computes no logits if it is given labels
+    enable_chunked_loss(model)
     flat = SegmentCollator(positions_of=position_function(model))
     targets = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and "head" not in name]
     adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
-    for trained in (model, adapted):
+    for trained, chunked in ((model, False), (model, True), (adapted, False), (adapted, True)):
         trainer = trainer_of(trained, tmp_path)
+        trainer.chunks_loss = chunked
         assert loss_of(trainer, [flat(rows)]) == pytest.approx(wanted, rel=1e-5)
         assert loss_of(trainer, [flat([rows[:2], rows[2:]])]) == pytest.approx(wanted, rel=1e-5)
         assert loss_of(trainer, [flat(rows[:3]), flat(rows[3:])]) == pytest.approx(wanted, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The private members of transformers' Trainer that training/trainer.py and loaders.py override, call or set.
+"""The private members of transformers' Trainer that training/{trainer,checkpointing,loaders}.py override, call or set.
 
 An upgrade of transformers that renames one, or changes its parameters, fails here and says which. What is used besides these
 is public: `get_train_dataloader`, `evaluation_loop`, `prediction_step`, `training_step`, `compute_loss`, `log`.
@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import Trainer
 
-from glmtuner.training import loaders
-from glmtuner.training import trainer as module
+from glmtuner.training import checkpointing, loaders, trainer
 from glmtuner.training.trainer import GlmTrainer
 
 METHODS = {  # name -> parameters, without annotations
@@ -21,6 +20,7 @@ METHODS = {  # name -> parameters, without annotations
     "_finalize_training": "(self, trial, num_train_samples, start_time)",
     "_get_grad_norm": "(self, model, grad_norm=None)",
     "_get_learning_rate": "(self)",
+    "_get_num_items_in_batch": "(self, batch_samples, device)",
     "_get_train_sampler": "(self, train_dataset=None)",
     "_load_best_model": "(self)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
@@ -52,7 +52,7 @@ ATTRIBUTES = {
     "neftune_noise_alpha": "__init__",
 }
 OUR_OWN = {
-    "_drop_old_checkpoints", "_end_epoch", "_is_stopping", "_progress", "_restore", "_session_start",
+    "_drop_old_checkpoints", "_end_epoch", "_is_done", "_is_stopping", "_progress", "_restore", "_session_start", "_share",
 }  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def test_private_attributes_are_set_where_we_expect_it(name: str, method: str) -
 
 def test_every_private_member_that_is_used_is_listed() -> None:
     used = set[str]().union(
-        *(private_names(Path(each.__file__).read_text(encoding="utf-8")) for each in (module, loaders))
+        *(private_names(Path(each.__file__).read_text(encoding="utf-8")) for each in (trainer, checkpointing, loaders))
     )
     listed = {name for name in (*METHODS, *ATTRIBUTES, *OUR_OWN) if name.startswith("_")}
     assert used == listed

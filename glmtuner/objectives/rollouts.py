@@ -1,0 +1,52 @@
+"""What the objectives on sampled answers share: answers as rows, and the scores of a reward model.
+
+Shape letters: R rows, T tokens (prompt and answer, padded on the right).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from glmtuner.models.value_head import load_head, new_head
+from glmtuner.objectives.objective import Weights
+from glmtuner.objectives.rows import Rows
+from glmtuner.templates.base import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def answered_rows(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, attention mask and labels of prompts with their answers, each [R, T]; the labels are the answers' tokens."""
+    pairs = list(zip(prompts, answers, strict=True))
+    rows = [torch.tensor([*prompt, *answer]) for prompt, answer in pairs]
+    labels = [torch.tensor([IGNORE_INDEX] * len(prompt) + [*answer]) for prompt, answer in pairs]
+    return (
+        pad_sequence(rows, batch_first=True, padding_value=pad_id).to(device),
+        pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX).to(device),
+    )
+
+
+class RewardModelScores:
+    """A reward model on the layers of the policy: other values of the same parameters, and the head in a file."""
+
+    def __init__(self, model: "PreTrainedModel", reward: Weights, head: Path) -> None:
+        self.model, self.reward = model, reward
+        self.head = new_head(model, random_init=False).requires_grad_(False)
+        load_head(self.head, head)
+
+    def __call__(
+        self, input_ids_RT: torch.Tensor, attention_mask_RT: torch.Tensor, rows: int | None = None
+    ) -> torch.Tensor:
+        """The score of each row, [R], computed for so many `rows` at a time; null is all of them."""
+        size = rows or len(input_ids_RT)
+        with self.reward.applied_to(self.model):
+            parts = zip(torch.split(input_ids_RT, size), torch.split(attention_mask_RT, size), strict=True)
+            head = self.head.to(self.model.device)
+            return torch.cat([head(Rows(self.model, *part).last_states()) for part in parts])
