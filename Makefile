@@ -53,7 +53,7 @@ test-liger: $(READY)
 # the losses of TRL's own trainers, of the version that the tests were written for
 test-trl: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRL) 'trl==1.16.0'
-	PYTHONPATH=$(TRL) $(BIN)/python -m pytest tests/trl
+	PYTHONPATH=$(TRL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trl --numprocesses 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -126,6 +126,7 @@ def test_a_reader_that_goes_away_is_no_crash(tmp_path: Path) -> None:
     assert done.stdout.startswith("glmtuner fine-tunes") and done.stderr == ""
 
 
+@pytest.mark.heavy
 def test_without_a_reader_what_only_prints_ends_and_what_writes_files_goes_on(tmp_path: Path) -> None:
     run = [*TINY, "data.dataset=belle_sample", "trainer.output_dir=run"]
     written = ["run/metrics.json", "run/adapter/adapter_model.safetensors", "run/report.html", "exported/export.json"]

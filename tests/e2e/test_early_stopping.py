@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from json_lines import lines
 
 WORDS = [
@@ -17,6 +18,7 @@ STEPS = ["trainer.eval_strategy=steps", "trainer.output_dir=run"]
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
+@pytest.mark.heavy
 def test_stops_at_the_same_step_after_a_kill_and_keeps_the_best(glmtuner: Callable, tmp_path: Path) -> None:
     done = glmtuner(*WORDS, *STEPS)
     assert done.returncode == 0, done.stdout + done.stderr

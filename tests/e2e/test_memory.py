@@ -43,6 +43,7 @@ def test_the_check_tells_what_a_run_measures_and_writes_nothing(glmtuner_process
     assert "fits" in told.stdout.splitlines()[-1]
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_the_check_tells_what_a_mixture_of_experts_measures(glmtuner_process, records):
     """GLM-4.7-Flash's structure, 11 million parameters, in float32."""

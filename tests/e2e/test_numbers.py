@@ -88,6 +88,7 @@ def test_a_diverged_job_is_never_ranked(glmtuner: Callable, tmp_path: Path) -> N
     strict_files(tmp_path / "outputs/sweeps/rates")
 
 
+@pytest.mark.heavy
 def test_a_diverged_job_is_never_the_best_of_a_search(glmtuner: Callable, tmp_path: Path) -> None:
     done = glmtuner(
         "-m", *TINY, "data.dataset=identity_sample", "trainer.max_steps=4", "trainer.learning_rate=choice(1e-3, 1e30)",

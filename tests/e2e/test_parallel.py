@@ -97,6 +97,7 @@ def test_ddp_learns_what_one_process_learns(one: Path, ddp: tuple[Path, str]) ->
     assert marker["ranks"] == 2 and {"rng_state_0.pth", "rng_state_1.pth"} <= marker["files"].keys()
 
 
+@pytest.mark.heavy
 def test_torchrun_makes_one_folder_and_the_same_losses(one: Path, here: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m")
     finish(start(here, *WORDS, TWO, "name=by_torchrun", by=torchrun))
@@ -104,6 +105,7 @@ def test_torchrun_makes_one_folder_and_the_same_losses(one: Path, here: Path) ->
     same_losses(folder, one)
 
 
+@pytest.mark.heavy
 def test_fsdp2_on_the_cpu_learns_what_one_process_learns(here: Path) -> None:
     words = [*WORDS, "finetuning=full", "trainer.gradient_accumulation_steps=2"]
     words = [word for word in words if "lora" not in word]

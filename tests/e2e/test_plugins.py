@@ -64,6 +64,7 @@ def test_a_run_with_a_metric_a_method_and_a_format_of_its_own(glmtuner_process: 
     assert done.returncode == 0 and (here / "out/model.safetensors").is_file(), done.stdout + done.stderr
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
 def test_a_sweep_over_a_plugins_presets_and_keys(glmtuner_process: Callable, here: Path, launcher: list[str]) -> None:
     words = [word for word in SHORT if not word.startswith("finetuning=")]

@@ -69,7 +69,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]
     return outcome(folder)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.heavy)])
 def test_killed_at_random_moments(undisturbed: tuple[bytes, bytes], tmp_path: Path, seed: int) -> None:
     folder, rng = tmp_path / "run", random.Random(seed)
     for _ in range(2):

@@ -172,6 +172,7 @@ def test_a_learning_rate_of_zero_moves_nothing(base: Callable, tmp_path: Path) -
     assert logged(tmp_path / "run", "clip_fraction") == [0, 0]
 
 
+@pytest.mark.heavy
 def test_the_three_presets_make_answers_friendlier(
     glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +284,7 @@ def test_accumulation_equals_the_big_batch(base: Callable, tmp_path: Path, stage
         assert [line[name] for line in small] == pytest.approx([line[name] for line in big], rel=2e-3, abs=1e-4)
 
 
+@pytest.mark.heavy
 def test_a_sweep_over_losses_and_what_wandb_gets(
     base: Callable, glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

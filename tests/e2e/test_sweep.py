@@ -87,6 +87,7 @@ def test_an_objective_that_is_not_measured_is_told(glmtuner: Callable) -> None:
     assert right.returncode == 0 and "(2 finished, 0 did not fit into memory, 0 failed)" in right.stdout
 
 
+@pytest.mark.heavy
 def test_joblib_gives_what_the_basic_launcher_gives(glmtuner: Callable, tmp_path: Path) -> None:
     words = [*TINY, "trainer.seed=1,2", "trainer.learning_rate=1e-3,1e-4"]
     assert glmtuner(*words, "name=one").returncode == 0
@@ -97,6 +98,7 @@ def test_joblib_gives_what_the_basic_launcher_gives(glmtuner: Callable, tmp_path
     assert "train_loss" in log and "Traceback" not in log
 
 
+@pytest.mark.heavy
 def test_a_search_finds_a_better_rate_and_goes_on_where_it_was(glmtuner: Callable, tmp_path: Path) -> None:
     words = [
         *TINY, "hydra/sweeper=optuna", "trainer.learning_rate=tag(log, interval(1e-6, 1e-2))", "name=search",
@@ -158,6 +160,7 @@ def test_a_run_that_is_told_to_go_saves_and_ends_like_its_undisturbed_twin(
     assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)] == handlers
 
 
+@pytest.mark.heavy
 def test_a_search_in_a_database_goes_on_where_it_was_killed(glmtuner: Callable, tmp_path: Path) -> None:
     import optuna
 

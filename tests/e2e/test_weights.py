@@ -130,6 +130,7 @@ def test_a_label_weighs_the_same_in_whichever_batch_it_is(
     same(tmp_path / "other", whole, rel=5e-5)
 
 
+@pytest.mark.heavy
 def test_two_processes_learn_what_one_does(
     glmtuner: Callable[..., Any], tmp_path: Path, data: Path, whole: Path
 ) -> None:
