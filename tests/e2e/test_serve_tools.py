@@ -1,7 +1,7 @@
 """Tools and reasoning by `serve` and `chat`: the official client asks a tiny model that has learned conversations by heart.
 
 What the model has learned is what transformers renders with the official templates, so that its answers are in the syntax that
-the published models write; GLM-4's is asked by our own template. GLM-4 and GLM-4.7 by default, GLM-4.5, Qwen3, Mistral,
+the published models write; GLM-4's is asked by our own template. GLM-4.7 by default, GLM-4, GLM-4.5, Qwen3, Mistral,
 Llama 3.1 and GLM-4's own jinja by `make test-heavy`.
 """
 
