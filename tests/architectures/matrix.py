@@ -34,7 +34,7 @@ INTRODUCTION = """\
 # Architectures
 
 `model=causal_lm` takes every causal language model of transformers. This table is what was tried on {count} of its architectures, as
-tiny random checkpoints, with {versions} on a CPU; `make test-architectures` tries it again and writes it.
+tiny random checkpoints, with {versions} on a CPU; `make test-architectures` tries it again.
 
 - **lora, lora all, full, freeze, packed, padded, gradient checkpointing**: the first step's loss is that of plain transformers, each
   sample alone, within 1e-4; in full, packed, padded and gradient checkpointing the gradients are, too. An adapter is loaded by PEFT
