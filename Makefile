@@ -7,7 +7,7 @@ LIGER := .liger
 TRL := .trl
 LATEST := .latest
 
-.PHONY: setup quickstart test test-attack test-heavy test-architectures test-latest test-slurm test-liger test-trl check format schema wheel clean
+.PHONY: setup quickstart test test-attack test-heavy test-stages test-architectures test-latest test-slurm test-liger test-trl check format schema wheel clean
 
 setup: $(READY)
 
@@ -29,8 +29,12 @@ test-attack: $(READY)
 
 # conversations learned by heart behind 18 of the 21 official chat templates in ../shared (make test has the others), more syntaxes of
 # tool calls, the GPU check rehearsed on the CPU, killed ranks
-test-heavy: $(READY)
+test-heavy: $(READY) test-stages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -m heavy --numprocesses 2 --dist loadscope
+
+# every stage with every method and quantization: trained, cut short and resumed, reported, exported; sweeps that are killed; weights; new tokens
+test-stages: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stages --numprocesses 2 --dist loadgroup
 
 # what works on which architecture of transformers; `--accept` behind matrix.py writes what is expected, and docs/architectures.md
 test-architectures: $(READY)
@@ -65,6 +69,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 schema: $(READY)
+	$(BIN)/python scripts/generate_peft_schema.py
 	$(BIN)/python scripts/generate_trainer_schema.py
 	$(BIN)/ruff format --quiet glmtuner/config/trainer_arguments.py
 

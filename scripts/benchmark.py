@@ -35,7 +35,8 @@ BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 
 COPIES = 20  # copies of the records in the larger file, each with another number in front
 PAIRS = ROOT.parent / "shared/data/dpo_zh_demo.json"  # of LLaMA-Factory, too; the package's sample where it is missing
-PARTS = ("startup", "config_error", "preprocessing", "training", "prediction", "preference")
+PARTS = ("startup", "config_error", "preprocessing", "training", "prediction", "preference", "grpo")
+BESIDE_TRL = {"preference", "grpo"}  # parts that need no LLaMA-Factory
 LLAMAFACTORY = "0.9.5"
 LORA = {"lora_rank": 8, "lora_alpha": 16}
 LEARNING_RATE = 1e-4
@@ -47,6 +48,7 @@ BY_SAMPLE = f"{BARE_PACKED}, attention by sample"
 TRL = "1.16.0"
 THEIRS_TRL, THEIRS_TRL_FAST = f"TRL {TRL}", f"TRL {TRL}, no checkpointing"
 LARGE_HEAD = 64_000  # words of the model whose memory is compared
+PROMPTS, GENERATIONS, ANSWER_TOKENS = 4, 8, 64  # of a step of grpo
 IMPORTS = "importing torch, Trainer and the model class"
 
 
@@ -172,6 +174,9 @@ def table_rows(measured: dict[str, dict[str, list[dict[str, float]]]]) -> list[R
                 f"preference {stage} memory", f"stage={stage}, peak above rest, {LARGE_HEAD:,} words", "MiB", "peak_mib", OURS,
                 against, **lower_is_better, at_least=None if goal is None else 1 / 0.6,
             )  # fmt: skip
+    for against in (THEIRS_TRL, THEIRS_TRL_FAST):
+        for name, unit in (("tokens_per_second", "tokens/s"), ("tokens_per_cpu_second", "tokens/s of CPU time")):
+            add("grpo", "stage=grpo, whole steps", unit, name, OURS, against, **higher_is_better)
     return rows
 
 
@@ -631,6 +636,69 @@ class Bench:
                 if max(losses.values()) - min(losses.values()) > 1e-4:
                     raise SystemExit(f"{part}: the tools do not compute the same loss of the first batch")
 
+    def grpo(self) -> None:
+        """Whole steps on the same prompts, the same number of answers and the same reward by both tools, with LoRA."""
+        trl, model = self.folder / "trl", self.folder / "pairs_model_8000"
+        if not (trl / "trl").is_dir():
+            install_trl(trl)
+        records = json.loads((DATA if DATA.is_file() else SAMPLE).read_text(encoding="utf-8"))
+        if not model.is_dir():
+            partial = self.folder / "pairs_model.partial"
+            texts = [record["output"] for record in records]
+            settings = {"texts": texts, "vocabulary_size": 8_000, "head_size": 8_000, "seed": self.seed}
+            self.child("new_model", self.fresh("new model"), folder=str(partial), **settings)
+            partial.rename(model)
+        steps = max(self.steps // 8, 1)
+        asked = [record for record in records if 40 <= len(record["instruction"]) <= 200 and not record.get("input")]
+        asked = [asked[place % len(asked)] for place in range(steps * PROMPTS)]
+        data = self.folder / "asked.json"
+        data.write_text(json.dumps(asked, ensure_ascii=False), encoding="utf-8")
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+        def overrides(folder: Path) -> list[str]:
+            return [
+                "model=causal_lm", f"model.model_name_or_path={model}", "tracker=none", "metric=none", "stage=grpo",
+                "plugins=benchmark_reward", "reward=variety",
+                "finetuning=lora", f"finetuning.lora_target=[{','.join(targets)}]", "finetuning.lora_dropout=0",
+                *(f"finetuning.{name}={value}" for name, value in LORA.items()),
+                f"data.dataset={data}", f"data.max_source_length={self.cutoff}", f"data.max_target_length={ANSWER_TOKENS}",
+                f"stage.num_generations={GENERATIONS}", f"trainer.per_device_train_batch_size={PROMPTS}",
+                f"trainer.max_steps={steps}", "trainer.train_sampling_strategy=sequential", f"trainer.learning_rate={LEARNING_RATE}",
+                "trainer.lr_scheduler_type=cosine", "trainer.warmup_ratio=0", "trainer.logging_steps=1", "trainer.save_strategy=no",
+                f"trainer.seed={SEED}", f"trainer.output_dir={folder / 'run'}",
+            ]  # fmt: skip
+
+        found, _ = self.child("glmtuner_prompts", self.fresh("prompts"), overrides=overrides(self.folder / "prompts"))
+        rows_file = self.folder / "prompts.json"
+        rows_file.write_text(json.dumps(found["prompts"]), encoding="utf-8")
+
+        def measurement(result: dict[str, Any]) -> dict[str, float]:
+            return {
+                "tokens_per_second": result["tokens"] / result["seconds"],
+                "tokens_per_cpu_second": result["tokens"] / result["cpu_seconds"],
+                "tokens": result["tokens"],
+                "peak_mib": result["peak_mib"],
+            }
+
+        def ours() -> dict[str, float]:
+            folder = self.fresh("grpo ours")
+            return measurement(self.child("glmtuner_grpo", folder, overrides=overrides(folder))[0])
+
+        def theirs(**more: Any) -> Callable[[], dict[str, float]]:
+            def measure() -> dict[str, float]:
+                folder = self.fresh("grpo trl")
+                settings = {
+                    "model": str(model), "rows": str(rows_file), "prompts": PROMPTS, "generations": GENERATIONS, "targets": targets,
+                    "steps": steps, "answer_tokens": ANSWER_TOKENS, "learning_rate": LEARNING_RATE, "seed": SEED,
+                    "output": str(folder / "run"), "more": more, **LORA,
+                }  # fmt: skip
+                return measurement(self.child("trl_grpo", folder, **settings)[0])
+
+            return measure
+
+        contenders = {OURS: ours, THEIRS_TRL: theirs(), THEIRS_TRL_FAST: theirs(gradient_checkpointing=False)}
+        self.take_turns("grpo", contenders)
+
     # -- model and data --------------------------------------------------------------------------------------------
 
     def make_model(self, path: Path, settings: dict[str, Any]) -> None:
@@ -912,7 +980,7 @@ def main() -> None:
     )
     shutil.rmtree(folder / "runs", ignore_errors=True)
     bench.about |= {"machine": machine(options.threads), "load": load, "data": data.name}
-    if options.only != ["preference"]:
+    if not BESIDE_TRL.issuperset(options.only):
         if not (bench.llamafactory / "bin/llamafactory-cli").is_file():
             install_llamafactory(bench.llamafactory)
         bench.about["versions"] = versions(bench.llamafactory)

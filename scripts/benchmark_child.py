@@ -477,6 +477,97 @@ def trl_preference(settings: dict[str, Any]) -> dict[str, Any]:
     return {**measured, "losses": [line["loss"] for line in logged], "logprobs": [logged[0][name] for name in names]}
 
 
+# -- groups of answers, by glmtuner and by TRL -------------------------------------------------------------------------------
+
+
+def glmtuner_prompts(settings: dict[str, Any]) -> dict[str, Any]:
+    """The prompts that glmtuner answers, as token ids, in their order."""
+    from glmtuner.stages.grpo import Grpo
+
+    original, prompts = Grpo.datasets, []
+
+    def captured(self: Any, run: Any, specs: Any, template: Any, tokenizer: Any) -> Any:
+        prompts.extend(
+            list(map(int, row["input_ids"])) for row in original(self, run, specs, template, tokenizer).train
+        )
+        raise MeasurementDone
+
+    Grpo.datasets = captured
+    with contextlib.suppress(MeasurementDone):
+        command_line(settings["overrides"])
+    return {"prompts": prompts}
+
+
+def glmtuner_grpo(settings: dict[str, Any]) -> dict[str, Any]:
+    """A training by glmtuner: its time and memory, and the tokens of its prompts and answers."""
+    from glmtuner.training.trainer import GlmTrainer
+
+    original, measured = GlmTrainer.train, {}
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        measured.update(measured_training(lambda: original(self, *args, **kwargs)))
+        measured["tokens"] = int(self.tokens)
+        raise MeasurementDone
+
+    GlmTrainer.train = train
+    with contextlib.suppress(MeasurementDone):
+        command_line(settings["overrides"])
+    return measured
+
+
+def trl_grpo(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same training by TRL's own trainer, with transformers' generation, on the same prompts in the same order."""
+    import torch
+    from benchmark_reward import variety
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"], padding_side="left")
+    prompts = json.loads(Path(settings["rows"]).read_text())
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
+    lora = LoraConfig(
+        r=settings["lora_rank"],
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=0.0,
+        target_modules=settings["targets"],
+        task_type="CAUSAL_LM",
+    )
+    arguments = GRPOConfig(
+        settings["output"],
+        per_device_train_batch_size=settings["prompts"] * settings["generations"],
+        num_generations=settings["generations"],
+        max_completion_length=settings["answer_tokens"],
+        max_steps=settings["steps"],
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_type="cosine",
+        beta=0.04,
+        loss_type="grpo",
+        shuffle_dataset=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        seed=settings["seed"],
+        **settings["more"],
+    )
+    set_seed(settings["seed"])
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **columns: [variety(text) for text in completions],
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": str(number)} for number in range(len(prompts))]),
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    # the tokens that glmtuner answers, not those of its own template
+    trainer._tokenize_prompts = lambda texts: ([prompts[int(text)] for text in texts], None, {})
+    measured = measured_training(trainer.train)
+    return {**measured, "tokens": int(trainer.state.num_input_tokens_seen)}
+
+
 # -- inside LLaMA-Factory ------------------------------------------------------------------------------------------------
 
 
@@ -512,7 +603,8 @@ ROLES = {
     role.__name__: role
     for role in (
         make_model, cut_records, bare_loop, glmtuner_prepare, glmtuner_predict, glmtuner_packed, llamafactory_prepare, new_model,
-        glmtuner_pairs, glmtuner_preference, trl_preference,
+        glmtuner_pairs, glmtuner_preference, trl_preference, glmtuner_prompts,
+        glmtuner_grpo, trl_grpo,
     )
 }  # fmt: skip
 

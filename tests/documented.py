@@ -55,6 +55,12 @@ RUN_BY = {
     "python -m glmtuner experiment=rlhf_sft": "tests/e2e/test_stages.py",
     "python -m glmtuner experiment=rlhf_rm": "tests/e2e/test_stages.py",
     "python -m glmtuner experiment=rlhf_ppo": "tests/e2e/test_stages.py",
+    "python -m glmtuner model=tiny_glm data.dataset=sums.json finetuning=full tracker=none trainer.max_steps=5 "
+    "trainer.per_device_train_batch_size=25 trainer.learning_rate=1e-3 trainer.output_dir=outputs/sums_sft": "tests/e2e/test_grpo.py",
+    "python -m glmtuner stage=grpo reward=number model=tiny_glm model.checkpoint_dir=outputs/sums_sft data.dataset=sums.json "
+    "finetuning=full tracker=none stage.num_generations=16 stage.max_new_tokens=8 trainer.max_steps=30 "
+    "trainer.per_device_train_batch_size=12 trainer.learning_rate=1e-4 trainer.lr_scheduler_type=constant trainer.logging_steps=10 "
+    "trainer.output_dir=outputs/sums": "tests/e2e/test_grpo.py",
     "python -m glmtuner chat outputs/rlhf/ppo": "tests/e2e/test_chat.py",
     "python -m glmtuner trainer=predict model.checkpoint_dir=outputs/rlhf/ppo data.dataset=feedback_sample": (
         "tests/e2e/test_stages.py"
@@ -136,6 +142,8 @@ def make_workspace(folder: Path) -> None:
     shutil.copy(ROOT / "tests/own_plugin.py", folder / "my_plugin.py")
     question = {"question": "你好", "answer": "你好！"}
     (folder / "data/faq.json").write_text(json.dumps([question]), encoding="utf-8")
+    sums = [{"instruction": f"{a}+{b}=?", "input": "", "output": str(a + b)} for a in range(5) for b in range(5)]
+    (folder / "sums.json").write_text(json.dumps(sums), encoding="utf-8")
     for name, text in user_files():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from glmtuner.console import say
     from glmtuner.finetuning.adapter import allowed_difference
     from glmtuner.finetuning.start import checkpoint_in, checkpoints_of
-    from glmtuner.launch.build import finished_run, is_policy
+    from glmtuner.launch.build import REWARD_MODEL, finished_run, is_policy
     from glmtuner.run_folder.files import write_json
     from glmtuner.run_folder.provenance import version_of
 
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         "runs": [str(path) for path in arguments.run], "base": finished.run.model.model_name_or_path, "layout": arguments.layout,
         "dtype": dtype, "method": finished.finetuning.finetuning_type, "drift": drift, "same_greedy_answer": same,
         "prompt": PROMPT, "template": finished.template.describe(), "glmtuner": version_of("glmtuner"),
-        "stage": "a reward model" if is_reward_model else "a model that answers",
+        "stage": REWARD_MODEL if is_reward_model else "a model that answers",
     }  # fmt: skip
     write_json(partial / RECEIPT, receipt)
     if to.exists():
@@ -179,7 +179,7 @@ def write_model(finished: "Finished", folder: Path, layout: str, dtype: str, sha
     from glmtuner.models.save import save_model
 
     model: Any = finished.model
-    if hasattr(model, "merge_and_unload"):
+    if hasattr(model, "peft_config"):  # also of a method that PEFT cannot merge
         model = merged_by_peft(model, finished.run.model.checkpoint_dir[-1], finished.finetuning.finetuning_type)
     model = model.to(getattr(torch, dtype))
     values = finished.run.generation

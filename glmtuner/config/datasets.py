@@ -38,7 +38,9 @@ def labels_of(datasets: Sequence[str]) -> dict[str, str]:
     """
     labels: dict[str, str] = {}
     for name in dict.fromkeys(datasets):
-        word = re.sub(r"\W+", "_", PurePath(name).stem if "/" in name else name).strip("_") or "dataset"
+        path = PurePath(name)
+        is_path = "/" in name or path.suffix[1:].isalpha()  # my.jsonl, not belle_0.5m
+        word = re.sub(r"\W+", "_", path.stem if is_path else name).strip("_") or "dataset"
         taken = sum(re.fullmatch(rf"{re.escape(word)}(_\d+)?", label) is not None for label in labels.values())
         labels[name] = f"{word}_{taken + 1}" if word in labels.values() else word
     return labels if len(labels) > 1 else {}

@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 
 from glmtuner.config.datasets import dataset_errors
 from glmtuner.config.dictionaries import schema_of
+from glmtuner.config.method_hooks import MethodHooks
 from glmtuner.config.new_tokens import new_token_errors
 from glmtuner.config.optimizers import SHORT_NAMES
 from glmtuner.config.ranges import range_errors, trainer_range_errors
@@ -260,7 +261,7 @@ class ModelFamily(Protocol):
 
 
 @dataclass(kw_only=True)
-class Finetuning:
+class Finetuning(MethodHooks):
     """Which weights are trained. `attach` prepares a loaded model; `save` and `restore` store the trained parameters."""
 
     finetuning_type: str

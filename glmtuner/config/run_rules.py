@@ -40,8 +40,25 @@ def run_errors(run: Run) -> Iterator[str]:
             yield f"trainer.ddp_{name}={shown(value)} with parallel={run.parallel.name}: it is DistributedDataParallel's; type parallel=ddp, or leave it out"
     if run.data.new_tokens and run.parallel.name == "zero3":
         yield f"data.new_tokens={shown(run.data.new_tokens)} with parallel=zero3, whose weights have no rows to add; type parallel=ddp"
+    yield from _method_errors(run)
     yield from _optimizer_errors(run)
     yield from _metric_errors(run)
+
+
+def _method_errors(run: Run) -> Iterator[str]:
+    """What a method that reads the gradients of every optimizer step excludes."""
+    trainer, name = run.trainer, run.finetuning.finetuning_type
+    if not (trainer.do_train and run.finetuning.follows_steps):
+        return
+    kind = f"finetuning={name} finetuning.peft_type={getattr(run.finetuning, 'peft_type', name)}"
+    if not run.stage.weighs:  # it takes several optimizer steps in one of the trainer's
+        yield f"{kind} with stage={run.stage.name}, whose optimizer steps it does not see; type finetuning=lora"
+    if run.parallel.shares:
+        yield f"{kind} with parallel={run.parallel.name}: it needs whole gradients; type parallel=ddp"
+    if trainer.optim.value in LOMO:
+        yield f"{kind} with trainer.optim={trainer.optim.value}, which keeps no gradients; type trainer.optim=adamw_torch"
+    if trainer.fp16:
+        yield f"{kind} with trainer.fp16=true, which skips steps whose gradients overflow; type trainer.bf16=true"
 
 
 def _optimizer_errors(run: Run) -> Iterator[str]:

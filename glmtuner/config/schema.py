@@ -110,6 +110,7 @@ class Parallel:
 
     several: typing.ClassVar[bool] = True  # one process per GPU, if there are several
     sharded: typing.ClassVar[bool] = False  # does each process hold only a shard of every weight?
+    zero_stage: typing.ClassVar[int | None] = None  # of DeepSpeed, where that trains the run
     whole_modules: typing.ClassVar[bool] = True  # are a layer's weights unsharded outside of its own forward pass?
     shares: typing.ClassVar[tuple[str, ...]] = ()  # the parts of an `Estimate` that are divided by the processes
 
@@ -198,6 +199,11 @@ class Run:
             yield (
                 f"parallel={self.parallel.name} with stage={self.stage.name}: its loss needs the whole model on every rank; "
                 "type parallel=ddp"
+            )
+        elif self.parallel.zero_stage is not None and self.stage.reads_rows:
+            yield (
+                f"parallel={self.parallel.name} with stage={self.stage.name}: under DeepSpeed only the losses of stage=sft and pt are "
+                "known to be those of one process; type parallel=fsdp2, or parallel=ddp"
             )
         if self.model.reward_model is not None and not self.stage.uses_reward_model:
             yield f"model.reward_model={self.model.reward_model} with stage={self.stage.name}: it is for stage=ppo and grpo; leave it out"

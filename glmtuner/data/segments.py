@@ -27,12 +27,22 @@ class Segments:
     """The samples of a batch without padding, in the order of its row.
 
     `contexts` are the numbers of tokens at each segment's start that attend to each other in both directions, 0 if attention
-    is causal throughout; `taught` are the lengths of the samples that have a label.
+    is causal throughout; `taught` are the lengths of the samples that have a label. `before` are, for each segment, the place in the
+    row, and the number, of the tokens of another segment that come before its own, as in glmtuner/kernels/common_beginnings.py;
+    `contexts` then count from the first of them. Without any it is empty.
     """
 
     lengths: tuple[int, ...]
     contexts: tuple[int, ...]
     taught: tuple[int, ...]
+    before: tuple[tuple[int, int], ...] = ()
+
+    @cached_property
+    def reaches(self) -> tuple[int, ...]:
+        """The number of tokens that each segment's last token attends to: its length and what comes before it."""
+        if not self.before:
+            return self.lengths
+        return tuple(length + count for length, (_, count) in zip(self.lengths, self.before, strict=True))
 
     @cached_property
     def _cache(self) -> dict[Any, Any]:
@@ -40,21 +50,27 @@ class Segments:
         return {}
 
     def masks(self, device: "torch.device | str") -> "list[torch.Tensor | None]":
-        """Each segment's attention mask, [1, 1, length, length] with True = attended to; None is plain causal attention."""
+        """Each segment's attention mask, [1, 1, reach, reach] with True = attended to; None is plain causal attention."""
         if ("masks", device) not in self._cache:
-            masks = map(prefix_mask, self.lengths, self.contexts)
+            masks = map(prefix_mask, self.reaches, self.contexts)
             self._cache["masks", device] = [mask if mask is None else mask.to(device) for mask in masks]
         cached: list[torch.Tensor | None] = self._cache["masks", device]
         return cached
 
     def bounds(self, device: "torch.device | str") -> "torch.Tensor":
         """Cumulative lengths of the segments with a leading 0, int32, [segments + 1]: `cu_seqlens` of variable-length kernels."""
+        return self._cumulative("bounds", self.lengths, device)
+
+    def reaching_bounds(self, device: "torch.device | str") -> "torch.Tensor":
+        """The same of `reaches`, as the keys are bounded that have those before each segment's own."""
+        return self._cumulative("reaching bounds", self.reaches, device)
+
+    def _cumulative(self, name: str, lengths: tuple[int, ...], device: "torch.device | str") -> "torch.Tensor":
         import torch
 
-        if ("bounds", device) not in self._cache:
-            ends = [0, *accumulate(self.lengths)]
-            self._cache["bounds", device] = torch.tensor(ends, dtype=torch.int32, device=device)
-        cached: torch.Tensor = self._cache["bounds", device]
+        if (name, device) not in self._cache:
+            self._cache[name, device] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        cached: torch.Tensor = self._cache[name, device]
         return cached
 
 

@@ -40,12 +40,23 @@ DESCRIPTIVE = {
 }
 # How weights were initialized that the file now holds: without effect unless init_lora_weights asks for it.
 INITIAL = {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
-# Initializations that leave the base as it is, or change it in the same way each time.
-REPEATABLE = (None, True, False, "gaussian", "eva", "orthogonal", "pissa", "olora")
-UNREPEATABLE = (
-    "it changed the base's weights in a way that loading does not repeat exactly; convert the adapter with PEFT's "
-    "save_pretrained(path_initial_model_for_weight_conversion=…)"
+# Initializations that leave the base as it is, and those that change it in the same way each time.
+HARMLESS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+REPEATABLE = (*HARMLESS, "pissa", "olora")
+# Why PEFT does not load others as they were trained; by the beginning of their names.
+CONVERT = (
+    "convert the adapter where it was trained, with PEFT's save_pretrained(path_initial_model_for_weight_conversion=<the folder of the "
+    "adapter before its training>)"
 )
+UNREPEATABLE = {
+    "pissa_niter_": f"it took a random SVD off the base's weights, which loading draws again with other values, in PEFT too; {CONVERT}",
+    "corda": f"it took directions of its data off the base's weights, without which PEFT does not load it either; {CONVERT}",
+    "lora_ga": f"it took directions of its data off the base's weights, which PEFT leaves out when it loads the adapter; {CONVERT}",
+    "loftq": (
+        "it rounded the base's weights, which PEFT repeats on a GPU alone; merge it where it was trained, with PEFT's "
+        "merge_and_unload(), save that, and name it in model.model_name_or_path"
+    ),
+}
 # Active settings that are refused, with the reason.
 REFUSED = {
     "layer_replication": (
@@ -136,7 +147,8 @@ def read_lora_config(folder: Path) -> dict[str, Any]:
     how = config.get("init_lora_weights")
     # PEFT before 0.5 wrote the flag as text
     if isinstance(how, str) and how.lower() not in ("true", "false") and how not in REPEATABLE:
-        problems.append(f"init_lora_weights={how}: {UNREPEATABLE}")
+        reasons = (reason for name, reason in UNREPEATABLE.items() if how.lower().startswith(name))
+        problems.append(f"init_lora_weights={how}: {next(reasons, _unknown(config))}")
     if isinstance(config.get("target_modules"), str) and config.get("layers_to_transform") is not None:
         problems.append("layers_to_transform with a regular expression for target_modules, which excludes it")
     if config.get("target_modules") is None and not config.get("target_parameters"):
@@ -229,7 +241,7 @@ def further_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in sorted(config.items())
-        if name not in ignored and _is_active(value) and not (name == "init_lora_weights" and value in REPEATABLE[:6])
+        if name not in ignored and _is_active(value) and not (name == "init_lora_weights" and value in HARMLESS)
     }
 
 

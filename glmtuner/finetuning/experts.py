@@ -6,6 +6,7 @@ Mixtral w1, w2 and w3) as the routed experts, whatever other layers have these n
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -138,7 +139,9 @@ def adapted_by_peft(model: Any, config: "LoraConfig") -> Any:
 
     quantized = any(is_parametrized(model, path) for path in expert_parameters(model))
     if not (config.target_parameters and quantized):
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "lora with eva initialization")  # about the memory of larger batches
+            return get_peft_model(model, config)
     from types import MethodType
 
     from glmtuner.models.quantized_experts import activated, as_plain_parameters, stored_in

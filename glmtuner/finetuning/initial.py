@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-WORDS = ("true", "false", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq")
+WORDS = ("true", "false", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "loftq", "eva", "mica")
 KEPT = "initial_factor"  # a buffer of A and of B: their first values
 PISSA = re.compile(r"pissa(_niter_\d+)?")
 
@@ -31,9 +31,7 @@ def initialization_error(value: bool | str) -> str | None:
     word = str(value).lower()
     if word in WORDS or PISSA.fullmatch(word):
         return None
-    legal = "legal: true, false, gaussian, orthogonal, pissa, pissa_niter_<iterations>, olora, loftq"
-    if word == "eva":
-        return f"finetuning.init_lora_weights=eva: it needs activations of the training data, which are not read here; {legal}"
+    legal = "legal: true, false, gaussian, orthogonal, pissa, pissa_niter_<iterations>, olora, loftq, eva, mica"
     return f"finetuning.init_lora_weights={value}{did_you_mean(word, WORDS, legal)}"
 
 

@@ -1,6 +1,6 @@
 """LoRA, by PEFT."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -22,6 +22,7 @@ from glmtuner.finetuning.adapter import (
     settings_of,
     sort_names,
 )
+from glmtuner.finetuning.eva import eva_config, start_at_inputs
 from glmtuner.finetuning.experts import Targets, adapted_by_peft, set_dropout, settle, targets_matching, targets_of
 from glmtuner.finetuning.initial import (
     changes_base,
@@ -36,6 +37,7 @@ from glmtuner.finetuning.lora_keys import (
     check_names,
     check_patterns,
     check_precision,
+    check_rows_of_eva,
     excluded,
     exclusive_keys,
     names_parts,
@@ -47,6 +49,7 @@ from glmtuner.finetuning.trained import load_tensors
 from glmtuner.run_folder.folder import is_out_of_memory
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -87,6 +90,13 @@ class Lora(Finetuning):
     modules_to_save: list[str] = field(default_factory=list)
     trainable_token_indices: list[int] = field(default_factory=list)
     target_parameters: list[str] = field(default_factory=list)
+    eva_rho: float = 2.0
+    eva_tau: float = 0.99
+    eva_use_label_mask: bool = True
+    eva_whiten: bool = False
+    eva_adjust_scaling_factors: bool = True
+    eva_batch_size: int = 4
+    eva_max_batches: int = 1000
 
     def __post_init__(self) -> None:
         wrong = [
@@ -103,6 +113,14 @@ class Lora(Finetuning):
                         "1 or more, such as 16, or null for one learning rate",
                     ),
                     ("loraplus_lr_embedding", self.loraplus_lr_embedding > 0, "a learning rate above 0"),
+                    (
+                        "eva_rho",
+                        1 <= self.eva_rho <= 1000,
+                        "1 (all ranks stay) or more: the largest rank over lora_rank",
+                    ),
+                    ("eva_tau", 0 <= self.eva_tau < 1, "a cosine in [0, 1)"),
+                    ("eva_batch_size", self.eva_batch_size >= 1, "1 row or more"),
+                    ("eva_max_batches", self.eva_max_batches >= 2, "2 or more"),
                 ),
             ),
             *exclusive_keys(self),
@@ -157,8 +175,10 @@ class Lora(Finetuning):
             task_type=TaskType.CAUSAL_LM,
             init_lora_weights=known_to_peft(self.init_lora_weights, on_meta=on_meta),  # type: ignore[arg-type]
             **self._further(),
+            **({"eva_config": eva_config(self)} if self.init_lora_weights == "eva" and not on_meta else {}),
         )
         train_new_rows(config, model)
+        check_rows_of_eva(self.init_lora_weights, config)
         try:
             settle(config, model)
             adapted: Any = adapted_by_peft(model, config)  # PEFT keeps adapters in float32 on a half-precision base
@@ -213,8 +233,23 @@ class Lora(Finetuning):
             )
         if changes_base(self.init_lora_weights) and sharded:
             yield f"{knob} with sharded weights: it needs whole matrices; type parallel=ddp, or leave it out"
+        if self.init_lora_weights == "eva" and sharded:
+            yield f"{knob} with sharded weights: one process computes it, with whole weights; type parallel=ddp, or leave it out"
+        if self.init_lora_weights == "mica" and (bits is not None or sharded):
+            yield f"{knob} with quantized or sharded weights: it needs their singular vectors; type quant=none, or leave it out"
         if self.init_lora_weights == "loftq" and bits != 4:
             yield f"{knob} without quant=int4: it starts the adapter at what int4 rounds off; type quant=int4, or leave it out"
+
+    def initialize(
+        self,
+        model: "nn.Module",
+        rows: Sequence[Mapping[str, Any]],
+        collate: "Callable[[Any], dict[str, torch.Tensor]]",
+        seed: int,
+        checkpoint: Path | None,
+    ) -> None:
+        if self.init_lora_weights == "eva":
+            start_at_inputs(model, self, rows, collate, seed, checkpoint)
 
     def learning_rates(self, model: "nn.Module", rate: float) -> "dict[nn.Parameter, float]":
         if self.loraplus_lr_ratio is None:
@@ -281,3 +316,6 @@ class SavedLora(Lora):
             ) from None
         keep_rows_exact(adapted)
         return adapted
+
+    def initialize(self, *_: Any, **__: Any) -> None:
+        """Nothing: its weights are those that were saved."""

@@ -34,11 +34,19 @@ class LoraKeys(Protocol):
     target_parameters: list[str]
 
 
+EVA = {"rho": 2.0, "tau": 0.99, "use_label_mask": True, "whiten": False, "adjust_scaling_factors": True, "batch_size": 4, "max_batches": 1000}  # fmt: skip
+
+
 def exclusive_keys(lora: LoraKeys) -> Iterator[str]:
     """One sentence for each value, or pair of values, that PEFT cannot train."""
     if wrong := initialization_error(lora.init_lora_weights):
         yield wrong
     word = str(lora.init_lora_weights).lower()
+    if word != "eva":
+        for name, default in EVA.items():
+            if (value := getattr(lora, f"eva_{name}")) != default:
+                shown = str(value).lower() if isinstance(value, bool) else f"{value:g}"
+                yield f"finetuning.eva_{name}={shown} without finetuning.init_lora_weights=eva has no effect; leave it out"
     if lora.lora_bias and lora.use_dora:
         yield "finetuning.lora_bias=true with finetuning.use_dora=true: DoRA has no place for a bias; leave one out"
     if lora.lora_bias and word not in ("true", "false"):
@@ -55,7 +63,7 @@ def exclusive_keys(lora: LoraKeys) -> Iterator[str]:
     if lora.target_parameters:
         for name, active in (
             ("use_dora=true", lora.use_dora), ("lora_bias=true", lora.lora_bias),
-            (f"init_lora_weights={word}", changes_base(word) or word == "loftq"),
+            (f"init_lora_weights={word}", changes_base(word) or word in ("loftq", "eva", "mica")),
             ("layers_to_transform", bool(lora.layers_to_transform)),
         ):  # fmt: skip
             if active:
@@ -161,6 +169,20 @@ def check_precision(adapted: "nn.Module") -> None:
         raise ConfigError(
             f"finetuning.modules_to_save or finetuning.bias: {len(half)} weights would be trained in half precision, which loses "
             f"small steps (such as {half[0].removeprefix('base_model.model.')}); type model.dtype=float32"
+        )
+
+
+def check_rows_of_eva(how: bool | str, config: Any) -> None:
+    """Raise ConfigError where PEFT's configuration adapts what PEFT's EVA takes for a layer with inputs, and is none."""
+    if how == "eva" and config.trainable_token_indices:
+        raise ConfigError(
+            "finetuning.init_lora_weights=eva with data.new_tokens or finetuning.trainable_token_indices: PEFT takes the trained rows "
+            "of the embedding for a layer; leave one out"
+        )
+    if how == "eva" and config.target_parameters:
+        raise ConfigError(
+            f"finetuning.init_lora_weights=eva with routed experts ({config.target_parameters[0]}): it knows the inputs of layers alone; "
+            "name the layers of attention in finetuning.lora_target"
         )
 
 

@@ -2,19 +2,21 @@
 
 import dataclasses
 import re
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.groups import Finetuning, Model, ModelFamily, preset
+from glmtuner.console import say
 from glmtuner.errors import CheckpointError, ConfigError, did_you_mean
+from glmtuner.finetuning import adalora
 from glmtuner.finetuning.adapter import ADAPTER, is_pattern, read_adapter_config, sort_names
+from glmtuner.finetuning.peft_fields import field_errors, fields_of, shown, stored, stored_fields
 from glmtuner.finetuning.targets import excluded_modules
 from glmtuner.finetuning.trained import check_fit, load_tensors, require_finite, same_bits
 
@@ -23,24 +25,22 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-# Fields that say what an adapter is of, not what it computes.
-DESCRIPTIVE = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "runtime_config", "task_type",
-}  # fmt: skip
 PROMPTS = "it learns virtual tokens in front of the text; type finetuning=p_tuning, a learned prefix in every layer"
 REFUSED = {
     "LORA": "type finetuning=lora, which has all of its settings",
     **dict.fromkeys(
         ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE"), PROMPTS
     ),
-    "ADALORA": "it moves ranks between layers by a schedule of its own during a training, which is not called here; type finetuning=lora",
-    "ADAPTION_PROMPT": "it replaces the attention of a few architectures by its own code; type finetuning=p_tuning",
     "POLY": "it needs the number of each record's task; type finetuning=lora",
     "SHADOW": "it trains a second network beside the model, which has outputs of its own; type finetuning=lora",
     "XLORA": "it mixes several trained LoRA adapters; merge them with model.checkpoint_dir=<first>,<second>",
 }
+ADALORA = "ADALORA"  # changes its ranks during a training
 NORMS = "LN_TUNING"  # trains normalisation layers
-NO_TARGETS = ("TRAINABLE_TOKENS",)  # whose default is the embedding
+NO_TARGETS = ("TRAINABLE_TOKENS", "ADAPTION_PROMPT")  # whose defaults are the embedding, and the attention
+CHOSEN = {
+    "ADAPTION_PROMPT": {"adapter_len": "10", "adapter_layers": "30"}
+}  # fields without a default, with their papers' values
 
 
 @preset("finetuning", "peft")
@@ -60,6 +60,26 @@ class Peft(Finetuning):
             raise ConfigError(
                 f"finetuning.peft_type={self.peft_type}: PEFT has no such method{did_you_mean(self.peft_type, legal, 'legal: ' + ', '.join(legal))}"
             )
+        fields = stored_fields(self.peft_type)  # a newer PEFT tells its fields when the run starts
+        wrong = [*field_errors(fields, self.config)] if fields is not None else []
+        wrong += [
+            f"finetuning.config.{name} must be chosen for finetuning.peft_type={self.peft_type}; type finetuning.config.{name}={value}"
+            for name, value in CHOSEN.get(self.peft_type, {}).items()
+            if self.config.get(name) is None
+        ]
+        if self.peft_type == "ADAMSS" and self.config.get("use_asa"):
+            wrong.append(
+                "finetuning.config.use_asa=true: its subspaces are chosen by a schedule of their own during a training, which is not "
+                "called here; leave it out"
+            )
+        if self.peft_type == ADALORA and not wrong:
+            wrong = [*adalora.config_errors(self.config)]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
+    @property
+    def follows_steps(self) -> bool:
+        return self.peft_type == ADALORA
 
     def impossible(self, bits: int | None, sharded: bool) -> Iterator[str]:
         if sharded:
@@ -73,15 +93,17 @@ class Peft(Finetuning):
         from peft import TaskType
 
         cls = config_class(self.peft_type)
-        if wrong := [*field_errors(cls, self.config)]:
+        fields = fields_of(cls)
+        if wrong := [*field_errors(fields, self.config)]:
             raise ConfigError("; ".join(wrong))
-        values = {**{name: value for name, value in defaults.items() if name in settable(cls)}, **self.config}
+        known = {"total_step": adalora.UNKNOWN, **defaults}
+        values = {**{name: value for name, value in known.items() if name in fields.kinds}, **self.config}
         try:
             return cls(**values, task_type=TaskType.CAUSAL_LM)
         except (ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
             raise ConfigError(
                 f"finetuning.peft_type={self.peft_type}: PEFT refuses finetuning.config={shown(self.config)} "
-                f"({' '.join(str(error).split())[:300]}); its fields: {', '.join(settable(cls))}"
+                f"({' '.join(str(error).split())[:300]}); its fields: {', '.join(fields.kinds)}"
             ) from None
 
     def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
@@ -90,7 +112,7 @@ class Peft(Finetuning):
         given: Any = self.config.get("target_modules")
         names = self.targets(model, family)
         defaults: dict[str, Any] = {"target_modules": names or None, "feedforward_modules": []}
-        takes = settable(config_class(self.peft_type))
+        takes = [*fields_of(config_class(self.peft_type)).kinds]
         if names and "target_modules" in takes and self.peft_type != NORMS and given != "all-linear":
             pattern = isinstance(given, str) or is_pattern(names)
             knob = "finetuning.config.target_modules"
@@ -126,6 +148,9 @@ class Peft(Finetuning):
                 f"finetuning.peft_type={self.peft_type}: {len(half)} weights would be trained in half precision, which loses small "
                 f"steps (such as {half[0].removeprefix('base_model.model.')}); type model.dtype=float32"
             )
+        if self.peft_type == ADALORA or "forward" in vars(adapted.base_model):
+            adapted.base_model.forward = MethodType(forward_of_model, adapted.base_model)
+        adalora.prepare(adapted)
         return adapted
 
     def targets(self, model: "nn.Module", family: ModelFamily) -> list[str]:
@@ -144,16 +169,36 @@ class Peft(Finetuning):
             return [*dict.fromkeys(ends)]
         return list(family.lora_targets or family.attention)
 
+    def before_training(self, model: "nn.Module", steps: int) -> None:
+        newer = [name for name in self.config if name not in stored_names(self.peft_type)]
+        if newer:
+            say(
+                f"finetuning.config.{newer[0]}{f' and {len(newer) - 1} more' if len(newer) > 1 else ''}: known to the installed PEFT "
+                f"{version('peft')}, and not to {stored()[0]}, of which finetuning.peft_type={self.peft_type} was tried"
+            )
+        adalora.begin(model, steps, is_given="total_step" in self.config)
+
+    def after_step(self, model: "nn.Module", step: int) -> None:
+        adalora.allocate(model, step)
+
+    def penalty(self, model: "nn.Module") -> "torch.Tensor | None":
+        return adalora.orthogonality(model)
+
     def save(self, model: "PreTrainedModel", folder: Path) -> None:
+        adalora.drop_masked(model)
         model.save_pretrained(folder)
         sort_names(folder)
 
     def save_trained(self, model: "PreTrainedModel", folder: Path) -> None:
-        self.save(model, folder)
+        with adalora.whole(model, folder):
+            model.save_pretrained(folder)
+        sort_names(folder)
 
     def restore(self, model: "PreTrainedModel", folder: Path) -> None:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+        if adalora.restored(model, folder):
+            return
         saved = load_tensors(folder / ADAPTER)
         require_finite({name: value for name, value in saved.items() if value.is_floating_point()}, folder / ADAPTER)
         check_fit(get_peft_model_state_dict(model), saved, folder)
@@ -168,6 +213,13 @@ class Peft(Finetuning):
             raise CheckpointError(
                 f"PEFT does not give back {len(wrong)} weights of the adapter in {folder} (such as {wrong[0]}); it cannot be loaded"
             )
+
+
+def forward_of_model(tuner: Any, *args: Any, **options: Any) -> Any:
+    """The forward of the model within, as it is now: PEFT's ADAPTION_PROMPT holds that of before, and ADALORA adds its penalty to each
+    batch's loss, so that it would grow with the accumulation.
+    """
+    return tuner.model.forward(*args, **options)
 
 
 @cache
@@ -188,65 +240,10 @@ def config_class(peft_type: str) -> Any:
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
 
 
-def settable(cls: Any) -> list[str]:
-    """The fields of a configuration class that change what an adapter computes."""
-    return [each.name for each in dataclasses.fields(cls) if each.init and each.name not in DESCRIPTIVE]
-
-
-def field_errors(cls: Any, values: Mapping[str, Any]) -> Iterator[str]:
-    """One sentence for each value whose field the class does not have, or whose type the field does not take."""
-    known = settable(cls)
-    try:
-        hints = typing.get_type_hints(cls)
-    except (NameError, TypeError):  # names that PEFT imports for type checkers alone
-        hints = {}
-    for name, value in values.items():
-        if name not in known:
-            yield (
-                f"unknown key finetuning.config.{name}{did_you_mean(name, known, f'the fields of {cls.__name__}: ' + ', '.join(known))}"
-            )
-        elif not fits(hints.get(name, Any), value):
-            yield f"finetuning.config.{name}={shown(value)}: {cls.__name__} takes {described(hints[name])}"
-
-
-def fits(hint: Any, value: Any) -> bool:
-    """Whether a value of YAML has the type of an annotation; a list stands for a tuple and a set, a dictionary for a dataclass."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(each, value) for each in arguments)
-    if origin is typing.Literal:
-        return any(value == each and type(value) is type(each) for each in arguments)
-    if hint in (None, type(None)):
-        return value is None
-    if hint in (bool, str):
-        return type(value) is hint
-    if hint is int:
-        return type(value) is int
-    if hint is float:
-        return type(value) in (int, float)
-    kind = origin or hint
-    if kind in (list, tuple, set):
-        inner = [each for each in arguments if each is not Ellipsis]
-        return isinstance(value, list) and (not inner or all(any(fits(each, item) for each in inner) for item in value))
-    if kind is dict:
-        return isinstance(value, dict) and (not arguments or all(fits(arguments[1], item) for item in value.values()))
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return value in [member.value for member in kind]
-    return not dataclasses.is_dataclass(kind) or isinstance(value, dict)
-
-
-def described(hint: Any) -> str:
-    """An annotation in the words of an error."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(described(each) for each in typing.get_args(hint))
-    if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(map(str, typing.get_args(hint)))
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-    return words.get(hint) or re.sub(
-        r"\btyping\.", "", str(hint) if typing.get_args(hint) else getattr(hint, "__name__", str(hint))
-    )
+def stored_names(peft_type: str) -> set[str]:
+    """The fields of a method that the version of PEFT has for which this was written."""
+    fields = stored()[1].get(peft_type)
+    return {*fields.kinds} if fields is not None else set()
 
 
 def check_layers(layers: Any, count: int) -> None:
@@ -258,32 +255,26 @@ def check_layers(layers: Any, count: int) -> None:
         )
 
 
-def shown(value: Any) -> str:
-    """A value as it is typed."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name}: {shown(each)}" for name, each in value.items()) + "}"
-    if isinstance(value, (list, set)):
-        return f"[{','.join(map(shown, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def peft_settings(folder: Path) -> dict[str, Any]:
     """`peft_type` and `config` of a saved adapter; raises CheckpointError for one of a method or with fields that cannot be used."""
     saved = read_adapter_config(folder)
     kind = str(saved["peft_type"])
-    try:
-        Peft(finetuning_type="peft", peft_type=kind)
-        cls = config_class(kind)
-    except ConfigError as error:
-        raise CheckpointError(f"the adapter in {folder} cannot be used: {error}") from None
-    defaults = {each.name: each.default for each in dataclasses.fields(cls)}
+    if reason := REFUSED.get(kind):
+        raise CheckpointError(f"the adapter in {folder} cannot be used: finetuning.peft_type={kind}: {reason}")
+    cls = config_class(kind)
+    defaults = fields_of(cls).defaults
     values = {
         name: value
         for name, value in saved.items()
-        if name in settable(cls) and value != defaults[name] and value is not None
+        if name in defaults and value != defaults[name] and value is not None
     }
+    try:
+        Peft(finetuning_type="peft", peft_type=kind, config=values)
+    except ConfigError as error:
+        raise CheckpointError(f"the adapter in {folder} cannot be used: {error}") from None
+    declared = {each.name for each in dataclasses.fields(cls)}
     unknown = sorted(
-        name for name, value in saved.items() if name not in defaults and value not in (None, False, [], {}, "")
+        name for name, value in saved.items() if name not in declared and value not in (None, False, [], {}, "")
     )
     if unknown:
         raise CheckpointError(

@@ -6,7 +6,7 @@ regular expression mean what they match anywhere. What text alone does not train
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from glmtuner.config.groups import Finetuning, Model, ModelFamily
@@ -127,3 +127,17 @@ def adapted_layers(model: "nn.Module") -> dict[str, int]:
             first = next((index for index in range(len(parts) - 1, -1, -1) if not parts[index].isdigit()), 0)
             found[".".join(parts[first:])] += 1
     return dict(found)
+
+
+def adapted_ranks(model: "nn.Module") -> dict[int, int]:
+    """Rank -> how many layers have a LoRA of it."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return dict(sorted(Counter(rank for layer in layers for rank in layer.r.values()).items()))
+
+
+def ranks_summary(ranks: Mapping[int, int]) -> str:
+    """The ranks of `adapted_ranks` as one phrase."""
+    counted = [f"{rank} in {count} layer{'s' * (count > 1)}" for rank, count in ranks.items()]
+    return ", ".join([*counted, f"{sum(rank * count for rank, count in ranks.items())} in all"])

@@ -1,5 +1,6 @@
 """Trained parameters in files, for every method: by name, bit-exact, and never as pickles."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,20 @@ def save_tensors(tensors: "Mapping[str, torch.Tensor]", path: Path, **metadata: 
         path,
         metadata={"format": "pt", **metadata},
     )
+    if metadata:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata in a file's header: safetensors writes them in an order that differs from one time to the next."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load_tensors(path: Path) -> "dict[str, torch.Tensor]":

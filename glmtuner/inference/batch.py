@@ -92,6 +92,16 @@ class Batch:
             cache.layers = [BufferedLayer(layer, self) for layer in cache.layers if isinstance(layer, DynamicLayer)]
         self.cache = cache
 
+    def repeat(self, rows: Sequence[Any], indices: torch.Tensor) -> None:
+        """Replace the rows by these, each a copy of the old row at its index in `indices`, [number of new rows]."""
+        self.rows, self.lengths = list(rows), [self.lengths[index] for index in indices.tolist()]
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        if self.joinable:
+            for layer in self.cache.layers:
+                layer.buffers = [buffer[indices] for buffer in layer.buffers]
+        else:
+            self.cache.reorder_cache(indices)
+
     def append(self, tokens_B: torch.Tensor) -> None:
         """Add each row's next token, in a new column."""
         self.buffers[0][: len(self.rows), 0, self.end] = tokens_B

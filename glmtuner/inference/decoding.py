@@ -14,6 +14,7 @@ Shape letters: B rows, W columns in use, R rows and C columns of a buffer, G key
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,7 @@ PREFILL_TOKENS = 8192  # prompt tokens of one prefill, padding included: bounds 
 # Largest difference that padding or other rows may make, relative to the largest logit: rounding makes less.
 LOGITS_TOLERANCE, HALF_LOGITS_TOLERANCE = 1e-3, 0.05
 CHECKED_STEPS = 2  # behind the prompt: the first of them reads what the prompt left
+Row = tuple[int, list[int]]  # of `greedy`: a prompt's index, and the tokens behind it so far
 FAILED = -1  # in place of the token of a row whose logits are not finite
 RECORDED_STEP = 3  # which step on the same buffers is recorded: many batches end earlier
 
@@ -82,10 +84,17 @@ class Decoder:
 
     def batch_invariant(self, prompt: Sequence[int], other: Sequence[int]) -> bool:
         """Whether the logits of the prompt, and those of the next tokens, are the same beside another prompt; see above."""
-        alone, alone_BV = self.prefill([0], [prompt])
-        beside, beside_BV = self.prefill([0, 1], [prompt, other])
+        return self._same_logits(self.prefill([0], [prompt]), self.prefill([0, 1], [prompt, other]), row=0)
+
+    def repeat_invariant(self, prompt: Sequence[int]) -> bool:
+        """Whether those logits are the same where the prompt was read once for two rows; see above."""
+        return self._same_logits(self.prefill([0], [prompt]), self.prefill([0, 1], [prompt], [2]), row=1)
+
+    def _same_logits(self, one: tuple[Batch, torch.Tensor], two: tuple[Batch, torch.Tensor], row: int) -> bool:
+        """Whether a prefill of one row and this row of a prefill of two have the same logits, there and in the next steps."""
+        (alone, alone_BV), (beside, beside_BV) = one, two
         for step in range(CHECKED_STEPS + 1):
-            if not same_logits(alone_BV[0], beside_BV[0], self.model.dtype):
+            if not same_logits(alone_BV[0], beside_BV[row], self.model.dtype):
                 return False
             if step < CHECKED_STEPS:
                 token = alone_BV.argmax(-1)
@@ -94,10 +103,21 @@ class Decoder:
                 alone_BV, beside_BV = self.step(alone), self.step(beside)
         return True
 
-    def prefill(self, rows: Sequence[Any], prompts: Sequence[Sequence[int]]) -> tuple[Batch, torch.Tensor]:
-        """A batch of these rows, and the logits after their prompts, [B, V], float32."""
-        batch = Batch(rows, prompts, self.pad_id, self.device)
-        return batch, self._forward(batch, new_tokens=None)
+    def prefill(
+        self, rows: Sequence[Any], prompts: Sequence[Sequence[int]], counts: Sequence[int] | None = None
+    ) -> tuple[Batch, torch.Tensor]:
+        """A batch of these rows, and the logits after their prompts, [B, V], float32.
+
+        `counts` is how many of the rows each prompt is for, by default one: it is read once for all of them.
+        """
+        if counts is None or len(counts) == len(rows):
+            batch = Batch(rows, prompts, self.pad_id, self.device)
+            return batch, self._forward(batch, new_tokens=None)
+        batch = Batch(range(len(prompts)), prompts, self.pad_id, self.device)
+        logits_BV = self._forward(batch, new_tokens=None)
+        indices = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(self.device)
+        batch.repeat(rows, indices)
+        return batch, logits_BV[indices]
 
     def step(self, batch: Batch) -> torch.Tensor:
         """The logits after each row's last token, [B, V], float32; valid until the next step."""
@@ -144,18 +164,10 @@ def same_logits(alone_V: torch.Tensor, beside_V: torch.Tensor, dtype: torch.dtyp
     return bool((alone_V - beside_V).abs().max() <= tolerance * alone_V.abs().max())
 
 
-def most_likely(logits_BV: torch.Tensor) -> torch.Tensor:
+def most_likely(logits_BV: torch.Tensor, rows: Sequence[Row | None] = ()) -> torch.Tensor:
     """The most likely token of each row, [B]; FAILED where the largest logit is NaN or infinite."""
     best_B = logits_BV.argmax(-1)  # NaN counts as the largest
     return best_B.where(logits_BV.gather(-1, best_B[:, None])[:, 0].isfinite(), FAILED)
-
-
-def drawn(logits_BV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """A token of each row, [B], from the whole distribution, with torch's global random state; FAILED where it is not finite."""
-    probabilities_BV = torch.softmax(logits_BV / temperature, dim=-1)
-    is_finite_B = probabilities_BV.isfinite().all(-1)
-    tokens_B = torch.multinomial(probabilities_BV.where(is_finite_B[:, None], 1.0), 1)[:, 0]
-    return tokens_B.where(is_finite_B, FAILED)
 
 
 def greedy(
@@ -167,24 +179,27 @@ def greedy(
     stop_ids: Sequence[int],
     repetition_penalty: float,
     pads: bool = True,
-    choose: Callable[[torch.Tensor], torch.Tensor] = most_likely,
-) -> Iterator[tuple[int, list[int]]]:
+    group: int = 1,
+    choose: Callable[[torch.Tensor, Sequence[Row | None]], torch.Tensor] = most_likely,
+) -> Iterator[Row]:
     """(index in `prompts`, its greedy continuation up to and including the first stop token), in the order they finish.
 
-    `choose` takes the logits, [B, V], and returns each row's next token, [B], or FAILED: by default the most likely one. At most `max_rows` prompts are in the batch at once, and they start in their order; without `pads` those in a batch have
-    the same length, and start together. Raises PreflightError for logits that are not finite.
+    `choose` takes the logits, [B, V], and the rows, and returns each row's next token, [B], or FAILED: by default the most likely
+    one. At most `max_rows` prompts are in the batch at once, and they start in their order; without `pads` those in a batch have
+    the same length, and start together. Each `group` of prompts is the same one over and over, which is read once for those that
+    start together. Raises PreflightError for logits that are not finite.
     """
     processor = RepetitionPenaltyLogitsProcessor(repetition_penalty) if repetition_penalty != 1 else None
     batch: Batch | None = None
     started = 0
 
-    def advance(rows: Batch, logits_BV: torch.Tensor) -> list[tuple[int, list[int]]]:
+    def advance(rows: Batch, logits_BV: torch.Tensor) -> list[Row]:
         """Append each row's next token; removes and returns the rows that this finishes."""
         if processor:
             # padding is replaced by the row's last token, so that only its own tokens are penalized
             context_BW = rows.ids.where(rows.mask.bool(), rows.ids[:, -1:])
             logits_BV = processor(context_BW, logits_BV)
-        tokens_B = choose(logits_BV)
+        tokens_B = choose(logits_BV, rows.rows)
         finished: list[int] = []
         for row_id, (row, token) in enumerate(zip(rows.rows, tokens_B.tolist(), strict=True)):
             if row is not None:
@@ -204,13 +219,15 @@ def greedy(
 
     while started < len(prompts) or batch:
         free = max_rows - batch.num_active if batch else max_rows
-        # prompts are read an eighth of the rows at a time: reading one costs about as much as a step of all rows
-        wait = free < min(max(max_rows // 8, 1), len(prompts) - started)
+        # prompts are read an eighth of the rows at a time: reading one costs about as much as a step of all rows; and for a
+        # group at once, unless more than half of the rows would wait for that
+        wait = free < min(max(max_rows // 8, min(group, max_rows // 2), 1), len(prompts) - started)
         if batch is None or (started < len(prompts) and batch.joinable and pads and not wait):
-            count = prefill_count(prompts[started : started + free], pads)
-            new_rows: list[tuple[int, list[int]]] = [(index, []) for index in range(started, started + count)]
-            new_batch, logits_BV = decoder.prefill(new_rows, prompts[started : started + count])
-            started += count
+            firsts, end = next_to_read(prompts, started, min(started + free, len(prompts)), pads, group)
+            new_rows: list[Row] = [(index, []) for index in range(started, end)]
+            counts = [following - first for first, following in pairwise([*firsts, end])]
+            new_batch, logits_BV = decoder.prefill(new_rows, [prompts[first] for first in firsts], counts)
+            started = end
             yield from advance(new_batch, logits_BV)
             if batch is None:
                 batch = new_batch
@@ -220,6 +237,21 @@ def greedy(
             yield from advance(batch, decoder.step(batch))
         if not batch.num_active:
             batch = None
+
+
+def next_to_read(
+    prompts: Sequence[Sequence[int]], started: int, most: int, pads: bool, group: int
+) -> tuple[list[int], int]:
+    """Of the prompts that one prefill reads, the first of each group, and where the rest begins, at most at `most`.
+
+    The last group is whole, unless it is the only one.
+    """
+    firsts = [index for index in range(started, most) if index == started or index % group == 0]
+    count = prefill_count([prompts[index] for index in firsts], pads)
+    end = firsts[count] if count < len(firsts) else most
+    if (whole := end // group * group) > started:
+        end = whole
+    return [first for first in firsts if first < end], end
 
 
 def prefill_count(prompts: Sequence[Sequence[int]], pads: bool = True) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.errors import ConfigError
-from glmtuner.kernels.fast_paths import FastPath
+from glmtuner.kernels.fast_paths import NO_COMMON_BEGINNINGS, FastPath
 from glmtuner.models.unwrap import unwrapped
 from glmtuner.run_folder.folder import is_out_of_memory
 from glmtuner.templates.base import IGNORE_INDEX
@@ -69,6 +69,7 @@ def choose_optimizations(
     """
     from glmtuner.data.segments import SegmentCollator
     from glmtuner.kernels.chunked_loss import chunked_loss_problem, disable_chunked_loss, enable_chunked_loss
+    from glmtuner.kernels.common_beginnings import SharedCollator, common_beginnings_problem, pair_of, share_beginnings
     from glmtuner.kernels.fused_lora import fuse_lora, unfuse_lora
     from glmtuner.kernels.segment_attention import (
         disable_segment_attention,
@@ -122,6 +123,15 @@ def choose_optimizations(
             FastPath.fused_lora, collate
         ):
             unfuse_lora(model)
+        if not by_token:
+            left_out.setdefault(FastPath.common_beginnings, NO_COMMON_BEGINNINGS)
+        elif FastPath.without_padding in left_out:
+            left_out.setdefault(FastPath.common_beginnings, left_out[FastPath.without_padding])
+        if possible(FastPath.common_beginnings, lambda: common_beginnings_problem(base)):
+            pair = Losses(model, pair_of(rows[0]), padded, autocast, needed=True, by_token=by_token)
+            shared = SharedCollator(position_function(base))
+            if tried(FastPath.common_beginnings, lambda: pair.problem(shared)):
+                share_beginnings(base)
     return Optimizations(collate, left_out)
 
 

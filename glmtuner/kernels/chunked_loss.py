@@ -3,7 +3,7 @@
 With a vocabulary of 130,000 to 151,000 tokens they are often the largest tensor of a training run (Wijmans et al. 2024,
 arXiv:2411.09009). For tokens without a label, those of prompts, no logits are computed.
 
-Shape letters: B rows, T tokens, N labelled tokens, H hidden size, V vocabulary.
+Shape letters: B rows, T tokens, N labelled tokens, H hidden size, V vocabulary, K trained rows of a frozen head.
 """
 
 import functools
@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from glmtuner.kernels.chunked_logprobs import chunks, label_logprobs_in_chunks
+from glmtuner.kernels.output_head import OutputHead, gradient_of_hidden, head_of, logits_of
 from glmtuner.templates.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -44,21 +45,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_NH: torch.Tensor,
         weight_VH: torch.Tensor,
         bias_V: torch.Tensor | None,
+        rows_KH: torch.Tensor | None,
+        ids_K: torch.Tensor | None,
         targets_N: torch.Tensor,
         weights_N: torch.Tensor | None,
         smoothing: float,
         by_probability: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight, needs_bias, needs_rows = ctx.needs_input_grad[:4]
         hidden_grad = torch.empty_like(hidden_NH) if needs_hidden else None
         weight_grad = torch.zeros_like(weight_VH) if needs_weight else None
         bias_grad = torch.zeros_like(bias_V) if bias_V is not None and needs_bias else None
+        rows_grad = torch.zeros_like(rows_KH) if rows_KH is not None and needs_rows else None
         loss_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_NH.device)
         if by_probability:
             weights_N = torch.ones_like(loss_N) if weights_N is None else weights_N.clone()
         smoothed_N = torch.empty_like(loss_N) if smoothing else loss_N
         for chunk in chunks(len(targets_N), weight_VH.shape[0], hidden_NH.device):
-            logits = F.linear(hidden_NH[chunk], weight_VH, bias_V)
+            logits = logits_of(hidden_NH[chunk], weight_VH, bias_V, rows_KH, ids_K)
             log_probs, dtype = logits.log_softmax(-1, dtype=torch.float32), logits.dtype
             targets = targets_N[chunk, None]
             loss_N[chunk] = -log_probs.gather(1, targets)[:, 0]
@@ -66,7 +70,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 smoothed_N[chunk] = (1 - smoothing) * loss_N[chunk] - smoothing * log_probs.mean(-1)
             if by_probability and weights_N is not None:
                 weights_N[chunk] *= torch.exp(-loss_N[chunk])
-            if not (needs_hidden or needs_weight or needs_bias):
+            if not any(ctx.needs_input_grad[:4]):
                 continue
             logits_grad = log_probs.exp_()  # the softmax, less 1 at the target
             if smoothing:
@@ -75,24 +79,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if weights_N is not None:
                 logits_grad *= weights_N[chunk, None]
             logits_grad = logits_grad.to(dtype)
-            if hidden_grad is not None:
-                hidden_grad[chunk] = logits_grad @ weight_VH.to(dtype)
             if weight_grad is not None:
                 weight_grad += logits_grad.t() @ hidden_NH[chunk].to(dtype)
             if bias_grad is not None:
                 bias_grad += logits_grad.sum(0)
-        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
+            if rows_grad is not None:
+                rows_grad += logits_grad[:, ids_K].t() @ hidden_NH[chunk].to(dtype)
+            if hidden_grad is not None:
+                hidden_grad[chunk] = gradient_of_hidden(logits_grad, weight_VH, rows_KH, ids_K)
+        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad, rows_grad)
         ctx.mark_non_differentiable(loss_N)
         return (smoothed_N if weights_N is None else smoothed_N * weights_N).sum(), loss_N
 
     @staticmethod
     def backward(ctx: Any, sum_grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-        return (*(grad if grad is None else grad * sum_grad for grad in ctx.saved_tensors), *[None] * 4)
+        return (*(grad if grad is None else grad * sum_grad for grad in ctx.saved_tensors), *[None] * 5)
 
 
 def chunked_cross_entropy(
     hidden_NH: torch.Tensor,
-    head: nn.Linear,
+    head: nn.Module,
     targets_N: torch.Tensor,
     weights_N: torch.Tensor | None = None,
     *,
@@ -107,14 +113,14 @@ def chunked_cross_entropy(
     probability, which counts as a constant (DFT, arXiv:2508.05629).
     """
     losses: tuple[torch.Tensor, torch.Tensor] = _ChunkedCrossEntropy.apply(
-        hidden_NH, head.weight, head.bias, targets_N, weights_N, smoothing, by_probability
+        hidden_NH, *head_of(head), targets_N, weights_N, smoothing, by_probability
     )
     return losses
 
 
 def cross_entropy(
     hidden_BTH: torch.Tensor,
-    head: nn.Linear,
+    head: nn.Module,
     labels_BT: torch.Tensor,
     weights_BT: torch.Tensor | None = None,
     *,
@@ -145,7 +151,7 @@ def cross_entropy(
 def chunked_loss_problem(model: "PreTrainedModel") -> str | None:
     """Why the loss cannot be computed from the last hidden states; None for a decoder with one plain linear head on them."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if type(head) is not nn.Linear or model.base_model is model:
+    if OutputHead.of(head) is None or model.base_model is model:
         return "the model's logits do not come from one linear layer"
     return None
 
@@ -174,10 +180,11 @@ def enable_chunked_loss(model: "PreTrainedModel") -> None:
         changed = {name: options.pop(name) for name in ("smoothing", "by_probability") if name in options}
         hidden_BTH = getattr(self.base_model(*args, **{"use_cache": False, **options}), "last_hidden_state", None)
         head = self.get_output_embeddings()
-        if hidden_BTH is None or hidden_BTH.shape[-1] != head.in_features:
+        weight_VH = head_of(head).weight_VH
+        if hidden_BTH is None or hidden_BTH.shape[-1] != weight_VH.shape[1]:
             raise NotImplementedError("the output layer is not applied to the last hidden states")
         if not torch.is_autocast_enabled(hidden_BTH.device.type):
-            hidden_BTH = hidden_BTH.to(head.weight.dtype)  # residual sums may be float32 (Mamba)
+            hidden_BTH = hidden_BTH.to(weight_VH.dtype)  # residual sums may be float32 (Mamba)
         if logprobs:
             return TokenLogprobs(*label_logprobs_in_chunks(hidden_BTH, head, labels, temperature, entropy))
         total, losses_BT = cross_entropy(hidden_BTH, head, labels, weights_BT, **changed)

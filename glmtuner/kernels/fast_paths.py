@@ -9,3 +9,7 @@ class FastPath(str, Enum):
     without_padding = "batches without padding"
     chunked_loss = "loss in chunks"
     fused_lora = "fused LoRA layers"
+    common_beginnings = "common prompts computed once"  # of stages with several rows to a prompt
+
+
+NO_COMMON_BEGINNINGS = ""  # the reason where a stage has one row to a prompt: nothing is said of it

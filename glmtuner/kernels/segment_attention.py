@@ -196,7 +196,7 @@ def _segmented(attention: Callable[..., Any], base: str = "sdpa") -> Callable[..
             return attention(module, query_1HTD, key_1GTD, value_1GTD, attention_mask, **options)
         segments = made.segments if made is not None else segments
         assert segments is not None
-        lengths, device = segments.lengths, query_1HTD.device
+        lengths, reaches, device = segments.lengths, segments.reaches, query_1HTD.device
         window, varlen = options.get("sliding_window"), kind != "eager"
         if made is not None:
             window = made.size if made.is_window else None
@@ -206,20 +206,20 @@ def _segmented(attention: Callable[..., Any], base: str = "sdpa") -> Callable[..
         masks: list[torch.Tensor | None]
         if made is not None:
             dtype = query_1HTD.dtype if kind == "eager" else None
-            masks = [made.of_length(length, device, dtype) for length in lengths]
+            masks = [made.of_length(reach, device, dtype) for reach in reaches]
         elif kind == "eager" and not any(segments.contexts) and not isinstance(attention_mask, FakeTensor):
             raise NotImplementedError("the model makes no mask by transformers' functions")
         else:
             masks = [
-                _sliding_window(mask, length, window, device)
-                for mask, length in zip(segments.masks(device), lengths, strict=True)
+                _sliding_window(mask, reach, window, device)
+                for mask, reach in zip(segments.masks(device), reaches, strict=True)
             ]
         attended = [
-            attention(module, query, key, value, mask, **options)[0]
+            attention(module, query, key, value, _last_rows(mask, query.shape[2], key), **options)[0]
             for query, key, value, mask in zip(
                 query_1HTD.split(lengths, dim=2),
-                key_1GTD.split(lengths, dim=2),
-                value_1GTD.split(lengths, dim=2),
+                _with_before(key_1GTD, segments),
+                _with_before(value_1GTD, segments),
                 masks,
                 strict=True,
             )
@@ -227,6 +227,27 @@ def _segmented(attention: Callable[..., Any], base: str = "sdpa") -> Callable[..
         return torch.cat(attended, dim=1), None
 
     return segment_attention
+
+
+def _with_before(states_1GTD: torch.Tensor, segments: Segments) -> list[torch.Tensor]:
+    """Each segment's keys or values, [1, G, reach, D]: those of the tokens before its own, then its own."""
+    own = states_1GTD.split(segments.lengths, dim=2)
+    if not segments.before:
+        return list(own)
+    return [
+        torch.cat([states_1GTD.narrow(2, start, count), states], dim=2) if count else states
+        for states, (start, count) in zip(own, segments.before, strict=True)
+    ]
+
+
+def _last_rows(mask: torch.Tensor | None, queries: int, key_1GTD: torch.Tensor) -> torch.Tensor | None:
+    """The rows of a mask, [1, 1, reach, reach], that belong to a segment's own tokens; None stays plain causal attention."""
+    reach = key_1GTD.shape[2]
+    if queries == reach:
+        return mask
+    if mask is None:
+        mask = torch.ones(reach, reach, dtype=torch.bool, device=key_1GTD.device).tril()[None, None]
+    return mask[:, :, reach - queries :]
 
 
 def _sliding_window(
@@ -281,7 +302,12 @@ def _varlen_attention(
     """Attention within all segments, [1, T, H, D], by torch's variable-length flash attention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds, longest = segments.bounds(query_1HTD.device), max(segments.lengths)
+    device = query_1HTD.device
+    bounds, longest = segments.bounds(device), max(segments.lengths)
+    reaching, farthest = bounds, longest
+    if segments.before:  # the last query attends to the last key, as flash attention aligns them
+        reaching, farthest = segments.reaching_bounds(device), max(segments.reaches)
+        key_1GTD, value_1GTD = (torch.cat(_with_before(each, segments), dim=2) for each in (key_1GTD, value_1GTD))
     grouped: dict[str, Any] = {"enable_gqa": query_1HTD.shape[1] != key_1GTD.shape[1]} if _has_enable_gqa() else {}
     query, key, value = (states[0].transpose(0, 1) for states in (query_1HTD, key_1GTD, value_1GTD))
     attended = varlen_attn(
@@ -289,9 +315,9 @@ def _varlen_attention(
         key,
         value,
         bounds,
-        bounds,
+        reaching,
         longest,
-        longest,
+        farthest,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
         **grouped,

@@ -55,7 +55,7 @@ class SegmentMasks:
     @property
     def is_causal(self) -> bool:
         """Whether every segment has causal attention, of all its tokens."""
-        return self.size is None or max(self.segments.lengths) <= self.size
+        return self.size is None or max(self.segments.reaches) <= self.size
 
     @cached_property
     def is_window(self) -> bool:

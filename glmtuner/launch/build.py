@@ -29,6 +29,8 @@ from glmtuner.templates.base import TEMPLATES, Template
 from glmtuner.templates.named import template_named
 from glmtuner.templates.stored import EARLIER, version_stored
 
+REWARD_MODEL = "a reward model"  # the stage in an exported model's receipt
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -203,17 +205,24 @@ def load_trainable_model(
 
 
 def is_policy(path: Path) -> bool:
-    """Whether the run in a folder trained a model that generates answers; true where the folder has no configuration."""
+    """Whether the run in a folder trained a model that generates answers, also of an exported one; true where nothing says."""
     source = run_folder_of(str(path))
+    if source is None and (path / RECEIPT).is_file():
+        return read_object(path / RECEIPT).get("stage") != REWARD_MODEL
     name = RunFolder(source).config().get("stage", {}).get("name", "sft") if source else "sft"
     stage = SCHEMA_CLASSES["stage"].get(name)
     return stage is None or bool(getattr(stage, "policy", True))
 
 
+def is_exported_model(path: Path) -> bool:
+    """Whether a folder is what `export` wrote of a run, a whole model; an exported prefix is an adapter."""
+    return (path / RECEIPT).is_file() and (path / "config.json").is_file() and run_folder_of(str(path)) is None
+
+
 def finished_run(folders: Sequence[Path], overrides: Sequence[str], *, generates: bool = True) -> Finished:
     """The run in the last folder, with the checkpoints of all folders applied in order, and with `overrides`.
 
-    Raises GlmtunerError where a folder holds no trained weights, where an override is illegal, or where the run
+    The first folder may also be an exported model, which then is the base. Raises GlmtunerError where a folder holds no trained weights, where an override is illegal, or where the run
     `generates` and is a reward model.
     """
     from glmtuner.models.load import load_tokenizer
@@ -223,8 +232,14 @@ def finished_run(folders: Sequence[Path], overrides: Sequence[str], *, generates
             f"{folders[-1]} holds a reward model, which scores answers and generates none; name the run that it was trained from, "
             "or one of stage=ppo"
         )
-    paths = ",".join(quoted_value(str(folder)) for folder in folders)
-    composed = compose(["trainer=predict", f"model.checkpoint_dir=[{paths}]", *overrides])
+    first, *others = folders
+    chosen = any(override.startswith(("model=", "model.model_name_or_path=")) for override in overrides)
+    base: list[str] = []
+    if is_exported_model(first) and not chosen:
+        base = ["model=causal_lm", f"model.model_name_or_path={quoted_value(str(first))}"]
+        base += [] if others else ["finetuning=none"]
+    paths = ",".join(quoted_value(str(folder)) for folder in (others if base else folders))
+    composed = compose(["trainer=predict", *base, f"model.checkpoint_dir=[{paths}]", *overrides])
     run = composed.run
     model_config = read_config(run.model)
     check_base(run.model, model_config)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.schema import Run
 from glmtuner.console import say
 from glmtuner.inference.context import RunContext
-from glmtuner.kernels.fast_paths import FastPath
+from glmtuner.kernels.fast_paths import NO_COMMON_BEGINNINGS, FastPath
 from glmtuner.launch.checks import check_whole_batch
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ def excluded_optimizations(run: Run) -> dict[FastPath, str]:
     if not (run.stage.models_loss or run.stage.reads_rows):
         return dict.fromkeys(FastPath, f"stage={run.stage.name} calls the model in its own way")
     excluded = {} if run.stage.policy else {FastPath.chunked_loss: f"stage={run.stage.name} has no use for logits"}
+    if not run.stage.reads_rows:
+        excluded[FastPath.common_beginnings] = NO_COMMON_BEGINNINGS
+    elif run.trainer.neftune_noise_alpha:
+        excluded[FastPath.common_beginnings] = "trainer.neftune_noise_alpha draws noise for each row"
     for key in ("padding_free", "ignore_pad_token_for_loss"):
         if not getattr(run.data, key):
             excluded[FastPath.without_padding] = f"data.{key}=false"
@@ -75,6 +79,7 @@ def apply_optimizations(
     from glmtuner.data.collate import Collator
     from glmtuner.data.segments import Packs
     from glmtuner.kernels.choose import apply_liger, choose_optimizations, short_samples
+    from glmtuner.kernels.common_beginnings import has_dropout
 
     run, model, data = context.run, context.model, context.data
     rows = data.train if data.train is not None else data.evaluation
@@ -87,6 +92,10 @@ def apply_optimizations(
         left_out=dict.fromkeys(FastPath, "no sample with a labelled token") | excluded,
     )
     by_rows = run.stage.reads_rows  # batches stay padded, and lose the padding where the model is called
+    if by_rows and data.train is not None and has_dropout(model):
+        excluded.setdefault(
+            FastPath.common_beginnings, "dropout, such as finetuning.lora_dropout, is drawn for each row"
+        )
     padded = Collator(pad_id=context.tokenizer.pad_token_id) if by_rows else collator
     samples = short_samples(rows) if rows is not None and (by_rows or run.stage.models_loss) else []
     kernels = (run.trainer.liger_kernel_config or {}) if run.trainer.use_liger_kernel else {}

@@ -74,7 +74,7 @@ def write_description(composed: Composed, context: RunContext, model_config: Map
 def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device") -> None:
     """Print a table of the run: model, data, method, steps, device and folder."""
     from glmtuner.data.segments import Packs
-    from glmtuner.finetuning.targets import adapted_layers
+    from glmtuner.finetuning.targets import adapted_layers, adapted_ranks, ranks_summary
     from glmtuner.models.sizes import active_summary
 
     run, model, data = context.run, context.model, context.data
@@ -103,6 +103,8 @@ def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device"
         rows.append(("method", f"{run.finetuning.finetuning_type}: {trained:,} of them trained, {trained / total:.4%}"))
         if adapted := adapted_layers(model):
             rows.append(("adapters", adapters_summary(adapted, context.family)))
+        if len(ranks := adapted_ranks(model)) > 1:
+            rows.append(("ranks", ranks_summary(ranks)))
         kind = "records"
         if isinstance(train_rows, Packs):
             filled = sum(train_rows.lengths) / (len(train_rows) * train_rows.capacity)
@@ -154,7 +156,7 @@ def fast_paths_summary(left_out: Mapping[FastPath, str]) -> str:
     used = [path.value for path in FastPath if path not in left_out]
     by_reason: dict[str, list[str]] = {}
     for path in FastPath:
-        if path in left_out:
+        if left_out.get(path):
             by_reason.setdefault(left_out[path], []).append(path.value)
     without = [f"{' and '.join(names)} ({reason})" for reason, names in by_reason.items()]
     return "; ".join([", ".join(used) or "none", *([f"left out: {', '.join(without)}"] if without else [])])

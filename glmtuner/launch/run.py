@@ -17,7 +17,7 @@ from glmtuner.inference.context import RunContext
 from glmtuner.launch.arguments import training_arguments
 from glmtuner.launch.build import load_trainable_model, resolve_family, resolve_template
 from glmtuner.launch.checks import check_base, check_liger, check_liger_runs, check_whole_batch
-from glmtuner.launch.device import device_of, place_model
+from glmtuner.launch.device import device_of, place_model, reuse_memory
 from glmtuner.launch.libraries import load_libraries
 from glmtuner.launch.memory_check import needs_checkpointing
 from glmtuner.launch.optimizations import apply_optimizations, autocast_of, needs_compiler
@@ -27,7 +27,7 @@ from glmtuner.launch.reference import with_reference_logprobs
 from glmtuner.launch.rehearsal import rehearse
 from glmtuner.launch.resume import checkpoint_to_resume, differences, differences_when_continued, lies_in
 from glmtuner.launch.template_check import check_first_rows, check_template
-from glmtuner.launch.training import make_trainer, numeric, train
+from glmtuner.launch.training import initialize_method, make_trainer, numeric, train
 from glmtuner.launch.upload import create_repository, upload
 from glmtuner.run_folder.acquire import acquire_run_folder
 from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, step_of
@@ -152,7 +152,10 @@ def run_in_folder(
         run=run, folder=folder, model=model, tokenizer=tokenizer, template=template, template_name=template_name,
         family=family, finetuning=finetuning, data=data, tracker=tracker,
     )  # fmt: skip
+    initialize_method(context, device, resumes, checkpoint)
     objective = stage.objective(context)
+    if device.type == "cpu" and run.trainer.do_train:
+        reuse_memory()
 
     if ranks.is_main():
         folder.prepare(resumes=resumes, trains=run.trainer.do_train)

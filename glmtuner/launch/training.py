@@ -12,6 +12,7 @@ from glmtuner.distributed.preemption import capture_signals
 from glmtuner.errors import CheckpointError, GlmtunerError, TrainingError
 from glmtuner.inference.context import RunContext
 from glmtuner.inference.predict import answer_all
+from glmtuner.launch.device import place_model
 from glmtuner.launch.optimizations import TrainingBatches
 from glmtuner.launch.resume import lies_in
 from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, step_of
@@ -21,6 +22,7 @@ from glmtuner.stages.stage import learning_stage
 from glmtuner.templates.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Seq2SeqTrainingArguments
 
     from glmtuner.objectives.objective import Objective
@@ -86,17 +88,9 @@ def train(
     from glmtuner.training.schedule import FollowSchedule
 
     data = context.data
-    own = checkpoint is not None and lies_in(checkpoint, context.folder.path)
-    if resumes and not own:
-        latest, skipped = ranks.broadcast_from_rank0(
-            lambda: latest_complete_checkpoint(context.folder.path, ranks.world_size())
-        )
-        for sentence in skipped:
-            say(sentence)
-        if checkpoint is None or (latest is not None and step_of(latest) > step_of(checkpoint)):
-            checkpoint = latest
-        if checkpoint is None:
-            say("no complete checkpoint yet: training starts again from step 0")
+    checkpoint, notices = checkpoint_to_continue(context.folder, resumes, checkpoint)
+    for sentence in notices:
+        say(sentence)
     if checkpoint is not None:
         say(
             f"resumed from {checkpoint.name}"
@@ -145,6 +139,36 @@ def train(
             "best_step": trainer.state.best_global_step or last,
         }
     return metrics
+
+
+def checkpoint_to_continue(folder: RunFolder, resumes: bool, checkpoint: Path | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint that the training goes on from, if any, and what is to be said about it."""
+    if not resumes or (checkpoint is not None and lies_in(checkpoint, folder.path)):
+        return checkpoint, []
+    latest, notices = ranks.broadcast_from_rank0(lambda: latest_complete_checkpoint(folder.path, ranks.world_size()))
+    if checkpoint is None or (latest is not None and step_of(latest) > step_of(checkpoint)):
+        checkpoint = latest
+    if checkpoint is None:
+        notices = [*notices, "no complete checkpoint yet: training starts again from step 0"]
+    return checkpoint, list(notices)
+
+
+def initialize_method(context: RunContext, device: "torch.device", resumes: bool, checkpoint: Path | None) -> None:
+    """Let the method take its first values from the rows of the training, or its shapes from the checkpoint that it goes on from."""
+    from glmtuner.data.collate import Collator
+
+    run, data = context.run, context.data
+    if data.train is None or not run.trainer.do_train:
+        return
+    place_model(run, context.model, device)
+    columns = [name for name in ("input_ids", "labels") if name in data.train.column_names]
+    context.finetuning.initialize(
+        context.model,
+        data.train.select_columns(columns),
+        Collator(pad_id=context.tokenizer.pad_token_id),
+        run.trainer.seed,
+        checkpoint_to_continue(context.folder, resumes, checkpoint)[0],
+    )
 
 
 def evaluated_at(folder: RunFolder, step: int) -> bool:

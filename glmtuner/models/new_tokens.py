@@ -89,10 +89,13 @@ def add_rows(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, 
                 if token not in learned:
                     matrix[ids[token]] = matrix[pieces].float().mean(0).to(matrix.dtype)
     setattr(model, ROWS, [*ids.values()])
-    spare = sum(each < rows for each in ids.values())
+    fresh = {token: each for token, each in ids.items() if token not in learned}
+    if not fresh:
+        return
+    spare = sum(each < rows for each in fresh.values())
     padded = f"; {spare} of the rows had been padding of the vocabulary" if spare and not learned else ""
     say(
-        f"{KNOB}: {len(ids)} tokens ({', '.join([*ids][:6])}{', …' if len(ids) > 6 else ''}), "
+        f"{KNOB}: {len(fresh)} tokens ({', '.join([*fresh][:6])}{', …' if len(fresh) > 6 else ''}), "
         f"{max(needed - rows, 0)} rows added to {rows:,}, each at the mean of its pieces{padded}"
     )
 

@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from glmtuner.distributed.shards import exchange
 from glmtuner.errors import CheckpointError
 from glmtuner.models.unwrap import unwrapped
 
@@ -37,7 +39,8 @@ class ValueHead(nn.Module):
 
 def new_head(model: Any, random_init: bool) -> ValueHead:
     """A head for the model, on its device: zero, or random with standard deviation 1 / sqrt(H + 1) (arXiv:2403.17031)."""
-    hidden_size = model.get_output_embeddings().in_features
+    output = model.get_output_embeddings()
+    hidden_size = getattr(output, "original_module", output).in_features  # PEFT wraps one of which it trains rows
     head = ValueHead(hidden_size)
     if random_init:
         nn.init.normal_(head.weight, std=(hidden_size + 1) ** -0.5)
@@ -59,7 +62,7 @@ def load_head(head: nn.Module, path: Path) -> None:
         values = {name.removeprefix(PUBLISHED_PREFIX): value for name, value in saved.items()}
         if spoiled := [name for name, value in values.items() if not torch.isfinite(value).all()]:
             raise ValueError(f"{spoiled[0]} is NaN or infinite")
-        head.load_state_dict(values)
+        assign_values(head, values)
     except (
         SafetensorError,
         RuntimeError,
@@ -74,6 +77,18 @@ def load_head(head: nn.Module, path: Path) -> None:
         raise CheckpointError(
             f"{path} is not a value head of this model ({reason}); use another reward model"
         ) from None
+
+
+def assign_values(head: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Give the head these values, also where every rank holds a shard of it; raises RuntimeError where they do not fit."""
+    own = {name: parameter for name, parameter in head.named_parameters() if isinstance(parameter, DTensor)}
+    if not own:
+        head.load_state_dict(values)
+        return
+    if {name: value.shape for name, value in values.items()} != {name: value.shape for name, value in own.items()}:
+        raise RuntimeError(f"it holds {', '.join(f'{name} {[*value.shape]}' for name, value in values.items())}")
+    for name, parameter in own.items():
+        exchange(parameter, values[name].to(parameter.dtype))
 
 
 @contextmanager

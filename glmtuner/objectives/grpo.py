@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -32,7 +33,7 @@ from glmtuner.objectives.policy_losses import (
     scaled_by_batch,
     token_weights,
 )
-from glmtuner.objectives.rollouts import RewardModelScores, answered_rows
+from glmtuner.objectives.rollouts import RewardModelScores, answered_rows, random_states
 from glmtuner.objectives.rows import Rows, TokenStatistics
 from glmtuner.run_folder.files import read_lines, strict_json, write_text
 from glmtuner.templates.base import IGNORE_INDEX
@@ -116,11 +117,11 @@ class GrpoObjective(Objective):
     # -- answers and their rewards ---------------------------------------------------------------------------------------
 
     def sampled(
-        self, batch: Mapping[str, Any], generations: int
+        self, batch: Mapping[str, Any], generations: int, states: Sequence[Random] | None
     ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], list[Sampled]]:
-        """So many answers to each prompt, as ids, mask and labels, each [R, T], and as texts; of one, the most likely."""
+        """So many answers to each prompt, as ids, mask and labels, each [R, T], and as texts; the most likely ones without `states`."""
         prompts = [prompt for prompt in prompts_of(dict(batch)) for _ in range(generations)]
-        answers = self.sampler.answers(prompts, sample=generations > 1)
+        answers = self.sampler.answers(prompts, states, generations)
         texts = [
             Sampled(
                 prompt=batch["prompt"][row // generations],
@@ -155,10 +156,16 @@ class GrpoObjective(Objective):
         weighted = [reward.weight * parts[name] for name, reward in self.rewards.items()]
         return torch.stack(weighted).sum(0), parts
 
-    def rollout(self, batch: Mapping[str, Any]) -> tuple[Group, RowMetrics, list[dict[str, Any]]]:
-        """Sampled answers with their advantages, the metrics logged of them, and the first prompt's answers as the table has them."""
+    def rollout(
+        self, batch: Mapping[str, Any], seed: int = 0, step: int = 0
+    ) -> tuple[Group, RowMetrics, list[dict[str, Any]]]:
+        """Sampled answers with their advantages, the metrics logged of them, and the first prompt's answers as the table has them.
+
+        What is drawn depends on the run's `seed` and the `step`.
+        """
         settings, group = self.settings, self.settings.num_generations
-        rows, sampled = self.sampled(batch, group)
+        states = random_states(seed, step, len(batch["input_ids"]) * group)
+        rows, sampled = self.sampled(batch, group, states)
         input_ids_RT, attention_mask_RT, labels_RT = rows
         rewards_R, parts = self.scores(rows, sampled)
         is_response_RT = labels_RT[:, 1:] != IGNORE_INDEX
@@ -201,11 +208,17 @@ class GrpoObjective(Objective):
         return made, measured, shown
 
     def _advantages(self, rewards_R: torch.Tensor) -> torch.Tensor:
-        group, scale = self.settings.num_generations, self.settings.scale
+        """The advantage of each answer, [R]; a standard deviation of a step's rewards is that of all ranks' answers."""
+        group, scale, mine = self.settings.num_generations, self.settings.scale, slice(None)
+        if scale is ScaleRewards.batch and ranks.world_size() > 1:
+            by_rank, rank = ranks.all_gather(rewards_R.tolist()), ranks.rank()
+            first = sum(map(len, by_rank[:rank]))
+            mine = slice(first, first + len(rewards_R))
+            rewards_R = rewards_R.new_tensor([reward for rewards in by_rank for reward in rewards])
         if self.settings.loss is not PolicyLoss.rloo:
-            return group_advantages(rewards_R, group, scale)
+            return group_advantages(rewards_R, group, scale)[mine]
         advantages_R = leave_one_out_advantages(rewards_R, group)
-        return scaled_by_batch(advantages_R) if scale is ScaleRewards.batch else advantages_R
+        return (scaled_by_batch(advantages_R) if scale is ScaleRewards.batch else advantages_R)[mine]
 
     def _statistics(self, part: Group, model: nn.Module | None, *, entropy: bool) -> TokenStatistics:
         rows = Rows(self.model, part.input_ids_RT, part.attention_mask_RT)
@@ -280,9 +293,10 @@ class GrpoObjective(Objective):
 
         Returns the mean loss of the updates; the gradient of the last one is left in the parameters.
         """
+        step = trainer.state.global_step + 1
         with trainer.compute_loss_context_manager():
-            rollout, measured, shown = self.rollout(batch)
-        self._write(trainer.state.global_step + 1, batch, shown)
+            rollout, measured, shown = self.rollout(batch, trainer.args.seed, step)
+        self._write(step, batch, shown)
         trainer.measured.add(measured)
         trainer.tokens += rollout.attention_mask_RT.sum()
         losses = []
@@ -317,7 +331,7 @@ class GrpoObjective(Objective):
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, RowMetrics]:
         """Used for evaluation: the negative reward of each prompt's most likely answer, [R]; the metrics name it and its parts."""
-        rows, sampled = self.sampled(batch, 1)
+        rows, sampled = self.sampled(batch, 1, states=None)
         rewards_R, parts = self.scores(rows, sampled)
         device = self.model.device
         return -rewards_R, {
@@ -351,21 +365,34 @@ class GrpoObjective(Objective):
 def _scores(name: str, reward: Reward, sampled: Sequence[Sampled]) -> list[float]:
     """What a reward gives to the answers; raises TrainingError where its function fails, or gives something that is not a finite number."""
     try:
-        scores = [float(score) for score in reward.scores(sampled)]
-    except Exception as error:
+        given: list[Any] = [*reward.scores(sampled)]
+    except (Exception, SystemExit) as error:  # a user's function may also end the process, without a word
         last = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise TrainingError(
             f"reward={name} failed on the answers to {_quoted(sampled)} ({reason}, at {last.filename}:{last.lineno}); fix it, or leave "
             "it out"
         ) from error
-    if len(scores) != len(sampled) or not all(map(math.isfinite, scores)):
-        wrong = next((score for score in scores if not math.isfinite(score)), f"{len(scores)} scores")
+    scores = [_finite(score) for score in given]
+    numbers = [score for score in scores if score is not None]
+    if len(numbers) != len(sampled):
+        wrong = repr(given[scores.index(None)])[:80] if None in scores else f"{len(given)} scores"
         raise TrainingError(
             f"reward={name} gave {wrong} for the {len(sampled)} answers to {_quoted(sampled)}: a finite number for each is expected; "
             "fix it, or leave it out"
         )
-    return scores
+    return numbers
+
+
+def _finite(score: Any) -> float | None:
+    """A score as a number; None where it is not finite, or no number, such as a text."""
+    if isinstance(score, str | bytes):
+        return None
+    try:
+        number = float(score)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _quoted(sampled: Sequence[Sampled]) -> str:

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from glmtuner.config.groups import Finetuning
 from glmtuner.data.reference import COLUMN
+from glmtuner.distributed.shards import exchange, forget_gathered
 from glmtuner.finetuning.trained import check_fit, own_parameters, trained_parameters, weights_in
+from glmtuner.kernels.common_beginnings import dropouts
 from glmtuner.objectives.rows import Rows
 from glmtuner.templates.base import IGNORE_INDEX
 
@@ -107,21 +110,26 @@ class Weights:
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """While this lasts, the model has these values, in evaluation mode and without gradients; nothing is copied."""
+        """While this lasts, the model has these values, in evaluation mode and without gradients; only shards are copied."""
         parameters = dict(model.named_parameters())
         was_training = model.training
         self._swap(parameters)
         try:
             with torch.no_grad():
                 model.eval()
+                forget_gathered(model)
                 yield
         finally:
             self._swap(parameters)
+            forget_gathered(model)
             model.train(was_training)
 
     def _swap(self, parameters: dict[str, nn.Parameter]) -> None:
         for name, value in self.values.items():
             parameter = parameters[name]
+            if isinstance(parameter, DTensor):
+                self.values[name] = exchange(parameter, value)
+                continue
             self.values[name] = parameter.data
             parameter.data = value.to(parameter.device)
 
@@ -167,5 +175,5 @@ class ReferenceObjective(AnswerObjective):
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout to 0: the ratio of policy and reference would measure it instead of what was learned."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+        for name, _ in dropouts(module):
+            setattr(module, name, 0.0)

@@ -8,6 +8,7 @@ position before it, from which it was predicted, so those tensors are [R, T - 1]
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from glmtuner.data.prompts import prompts_of
 from glmtuner.distributed import ranks
-from glmtuner.inference.generate import continuations
+from glmtuner.inference.sampling import Sampler
 from glmtuner.models.value_head import FILE, load_head, new_head, save_head
 from glmtuner.objectives.losses import (
     clipped_policy_loss,
@@ -26,7 +27,7 @@ from glmtuner.objectives.losses import (
     whitened,
 )
 from glmtuner.objectives.objective import Objective, RowMetrics, TrainingLoop, Weights, disable_dropout
-from glmtuner.objectives.rollouts import RewardModelScores, answered_rows
+from glmtuner.objectives.rollouts import RewardModelScores, answered_rows, random_states
 from glmtuner.objectives.rows import Rows
 from glmtuner.run_folder.files import read_json, write_json
 from glmtuner.templates.base import IGNORE_INDEX
@@ -93,14 +94,12 @@ class PpoObjective(Objective):
         *,
         reward: Weights,
         reward_head: Path,
-        max_new_tokens: int,
-        stop_ids: tuple[int, ...],
-        pad_id: int,
+        sampler: Sampler,
     ) -> None:
         super().__init__(model)
         self.settings, self.reference = settings, Weights.snapshot(model)
         self.policy = Weights({})  # the model's current values
-        self.max_new_tokens, self.stop_ids, self.pad_id = max_new_tokens, stop_ids, pad_id
+        self.sampler = sampler
         self.kl_coefficient: float = settings.kl_coefficient
         self.reward = RewardModelScores(model, reward, reward_head)
         self.value_head = new_head(model, random_init=False)
@@ -110,14 +109,11 @@ class PpoObjective(Objective):
     # -- answers and their scores ----------------------------------------------------------------------------------------
 
     def generate_answers(
-        self, prompts: Sequence[list[int]], sample: bool
+        self, prompts: Sequence[list[int]], states: Sequence[Random] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids, attention mask and labels of the prompts with the policy's answers, each [R, T]; greedy if not `sample`."""
-        answers = continuations(
-            self.model, prompts, max_new_tokens=self.max_new_tokens, stop_ids=self.stop_ids, pad_id=self.pad_id,
-            do_sample=sample, temperature=self.settings.temperature,
-        )  # fmt: skip
-        return answered_rows(prompts, answers, self.pad_id, self.model.device)
+        """Token ids, attention mask and labels of the prompts with the policy's answers, each [R, T]; greedy without `states`."""
+        answers = self.sampler.answers(prompts, states)
+        return answered_rows(prompts, answers, self.sampler.pad_id, self.model.device)
 
     def scores(self, input_ids_RT: torch.Tensor, attention_mask_RT: torch.Tensor) -> torch.Tensor:
         """The reward model's scores, clipped, [R]."""
@@ -125,9 +121,13 @@ class PpoObjective(Objective):
         clip = self.settings.score_clip
         return scores_R if clip is None else scores_R.clamp(-clip, clip)
 
-    def rollout(self, prompts: Sequence[list[int]]) -> tuple[Rollout, RowMetrics, float]:
-        """Sampled answers with their advantages, the metrics logged of them, and their mean KL."""
-        input_ids_RT, attention_mask_RT, labels_RT = self.generate_answers(prompts, sample=True)
+    def rollout(self, prompts: Sequence[list[int]], seed: int = 0, step: int = 0) -> tuple[Rollout, RowMetrics, float]:
+        """Sampled answers with their advantages, the metrics logged of them, and their mean KL.
+
+        What is drawn depends on the run's `seed` and the `step`.
+        """
+        states = random_states(seed, step, len(prompts))
+        input_ids_RT, attention_mask_RT, labels_RT = self.generate_answers(prompts, states)
         is_response_RT = labels_RT[:, 1:] != IGNORE_INDEX
         scores_R = self.scores(input_ids_RT, attention_mask_RT)
         with self.reference.applied_to(self.model):
@@ -145,7 +145,7 @@ class PpoObjective(Objective):
         if settings.whiten_advantages:
             advantages_RT = whitened(advantages_RT, is_response_RT)
         kl_R = kl_RT.sum(1)
-        is_stop_RT = torch.isin(input_ids_RT, torch.tensor(self.stop_ids, device=input_ids_RT.device)) & (
+        is_stop_RT = torch.isin(input_ids_RT, torch.tensor(self.sampler.stop_ids, device=input_ids_RT.device)) & (
             labels_RT != IGNORE_INDEX
         )
         measured = {
@@ -215,7 +215,7 @@ class PpoObjective(Objective):
         Returns the mean loss of the updates; the gradient of the last one is left in the parameters.
         """
         with trainer.compute_loss_context_manager():
-            rollout, measured, kl = self.rollout(prompts_of(batch))
+            rollout, measured, kl = self.rollout(prompts_of(batch), trainer.args.seed, trainer.state.global_step + 1)
         trainer.measured.add(measured)
         trainer.tokens += rollout.attention_mask_RT.sum()
         losses = []
@@ -247,7 +247,7 @@ class PpoObjective(Objective):
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, RowMetrics]:
         """Used for evaluation: the negative score of each prompt's greedy answer, [R]; the score is the metric `reward`."""
-        input_ids_RT, attention_mask_RT, labels_RT = self.generate_answers(prompts_of(batch), sample=False)
+        input_ids_RT, attention_mask_RT, labels_RT = self.generate_answers(prompts_of(batch), states=None)
         scores_R = self.scores(input_ids_RT, attention_mask_RT)
         lengths_R = (labels_RT != IGNORE_INDEX).sum(1).float()
         return -scores_R, {"reward": scores_R, "response_length": lengths_R}

@@ -23,9 +23,10 @@ class RewardObjective(Objective):
         super().__init__(model)
         self.value_head = new_head(model, random_init=True)
         model.value_head = self.value_head  # trained with the model's parameters
-        output_weight = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]  # not annotated there
-        if output_weight is not model.get_input_embeddings().weight:
-            output_weight.requires_grad_(False)  # a reward is not computed from logits
+        read = {*model.get_input_embeddings().parameters()}
+        for parameter in model.get_output_embeddings().parameters():  # type: ignore[no-untyped-call]  # not annotated there
+            if parameter not in read:
+                parameter.requires_grad_(False)  # a reward is not computed from logits
         if head is not None:
             load_head(self.value_head, head)
 

@@ -1,15 +1,17 @@
-"""What the objectives on sampled answers share: answers as rows, and the scores of a reward model.
+"""What the objectives on sampled answers share: their random states, answers as rows, and the scores of a reward model.
 
 Shape letters: R rows, T tokens (prompt and answer, padded on the right).
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from glmtuner.distributed import ranks
 from glmtuner.models.value_head import load_head, new_head
 from glmtuner.objectives.objective import Weights
 from glmtuner.objectives.rows import Rows
@@ -17,6 +19,16 @@ from glmtuner.templates.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def random_states(seed: int, step: int, answers: int) -> list[Random]:
+    """A random state for each of this rank's answers of a step, of which every rank has so many.
+
+    It is that of the run's seed, the step and the answer's place among those of all ranks, and of nothing else: so a resumed run,
+    and a run on several ranks, draws what an uninterrupted run of one process with the same batch draws.
+    """
+    first = ranks.rank() * answers
+    return [Random(f"{seed} {step} {place}") for place in range(first, first + answers)]
 
 
 def answered_rows(

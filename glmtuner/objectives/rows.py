@@ -1,7 +1,8 @@
 """The rows of a batch as the model computes them: without padding, and without the logits of a batch, where it can.
 
 Objectives read padded rows. A model that takes segments (glmtuner/kernels/segment_attention.py) gets their tokens as one row
-without padding, and what it computes of them is put back where they are. Shape letters: R rows, T tokens of the longest row, B and S
+without padding, and what it computes of them is put back where they are; what rows have in common at their start may be computed
+once (glmtuner/kernels/common_beginnings.py). Shape letters: R rows, T tokens of the longest row, B and S
 those of the batch that the model gets, H hidden size, V vocabulary.
 """
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from glmtuner.data.segments import Segments
 from glmtuner.kernels.chunked_loss import chunks_loss
+from glmtuner.kernels.common_beginnings import SharedRows, shares_beginnings
 from glmtuner.kernels.segment_attention import position_function, takes_segments
 from glmtuner.models.unwrap import unwrapped
 from glmtuner.models.value_head import last_hidden_states
@@ -56,6 +58,21 @@ class Rows:
         return takes_segments(unwrapped(self.model))
 
     @cached_property
+    def shared(self) -> SharedRows | None:
+        """The rows with common beginnings, where the model computes these once; None where it computes whole rows."""
+        base = unwrapped(self.model)
+        if not self.without_padding or not shares_beginnings(base):
+            return None
+        rows = [ids[mask] for ids, mask in zip(self.input_ids_RT.cpu(), self.is_token_RT.cpu(), strict=True)]
+        shared = SharedRows.of(rows, position_function(base))
+        return shared if any(shared.starts) else None
+
+    def places(self, *, predicted: bool = False) -> torch.Tensor:
+        """Where each token's state is in the row that the model gets, or its label, [R, T], if common beginnings are computed once."""
+        assert self.shared is not None
+        return self.shared.places(self.input_ids_RT.shape[1], predicted=predicted).to(self.input_ids_RT.device)
+
+    @cached_property
     def is_token_RT(self) -> torch.Tensor:
         """False on padding, [R, T]."""
         return self.attention_mask_RT.bool()
@@ -65,6 +82,8 @@ class Rows:
         """The arguments of a forward pass, all but the labels."""
         if not self.without_padding:
             return {"input_ids": self.input_ids_RT, "attention_mask": self.attention_mask_RT}
+        if self.shared is not None:
+            return self.shared.inputs(self.input_ids_RT.device)
         device, places = self.input_ids_RT.device, position_function(unwrapped(self.model))
         rows, lengths = self.input_ids_RT.cpu(), self.is_token_RT.sum(1).tolist()
         positions = [places(row[:length]) for row, length in zip(rows, lengths, strict=True)]
@@ -75,14 +94,24 @@ class Rows:
             "segments": Segments(tuple(lengths), tuple(context for _, context in positions), ()),
         }
 
-    def packed(self, values_RT: torch.Tensor) -> torch.Tensor:
-        """Values of the rows' tokens as the model gets them, [B, S]."""
-        return values_RT[self.is_token_RT][None] if self.without_padding else values_RT
+    def packed(self, labels_RT: torch.Tensor) -> torch.Tensor:
+        """Labels of the rows' tokens as the model gets them, [B, S]; a shared token has a label if it has one in any row."""
+        if self.shared is None:
+            return labels_RT[self.is_token_RT][None] if self.without_padding else labels_RT
+        tokens = sum(self.shared.segments.lengths)
+        return labels_RT.new_full((tokens,), IGNORE_INDEX).scatter_reduce(
+            0, self.places(predicted=True)[self.is_token_RT], labels_RT[self.is_token_RT], "amax"
+        )[None]
 
-    def unpacked(self, values_BS: torch.Tensor) -> torch.Tensor:
-        """Values of the model's tokens at their places in the rows, [R, T], 0 on what padding the model did not get."""
+    def unpacked(self, values_BS: torch.Tensor, *, predicted: bool = False) -> torch.Tensor:
+        """Values of the model's tokens at their places in the rows, [R, T], 0 on what padding the model did not get.
+
+        `predicted`: they are of labels, not of states.
+        """
         if not self.without_padding:
             return values_BS
+        if self.shared is not None:
+            return values_BS[0][self.places(predicted=predicted)].where(self.is_token_RT, 0.0)
         return values_BS.new_zeros(self.is_token_RT.shape).masked_scatter(self.is_token_RT, values_BS[0])
 
     def statistics(
@@ -115,9 +144,15 @@ class Rows:
             entropies_BS = (
                 F.pad(label_entropies(out.logits, labels_BS, temperature), (1, 0)) if entropy else logprobs_BS
             )
+        logprobs_RT = self.unpacked(logprobs_BS, predicted=True)
+        entropies_RT = self.unpacked(entropies_BS, predicted=True) if entropy else None
+        if self.shared is not None:  # labels of another row
+            is_labelled_RT = labels_RT != IGNORE_INDEX
+            logprobs_RT = logprobs_RT.where(is_labelled_RT, 0.0)
+            entropies_RT = entropies_RT.where(is_labelled_RT, 0.0) if entropies_RT is not None else None
         return TokenStatistics(
-            logprobs_RT=self.unpacked(logprobs_BS),
-            entropies_RT=self.unpacked(entropies_BS) if entropy else None,
+            logprobs_RT=logprobs_RT,
+            entropies_RT=entropies_RT,
             states_BSH=seen[-1] if states else None,
         )
 
@@ -129,6 +164,8 @@ class Rows:
                 **self.inputs, **({"logits_to_keep": 1} if "logits_to_keep" in parameters else {}), use_cache=False
             )
         states_BSH, lengths_R = seen[-1], self.is_token_RT.sum(1)
+        if self.shared is not None:
+            return states_BSH[0, self.places().gather(1, lengths_R[:, None] - 1)[:, 0]]
         if self.without_padding:
             return states_BSH[0, lengths_R.cumsum(0) - 1]
         return states_BSH[torch.arange(len(lengths_R), device=lengths_R.device), lengths_R - 1]

@@ -17,7 +17,7 @@ class Zero2(Parallel):
     offload_optimizer: bool = False
     deepspeed_config: str | None = None
 
-    zero_stage: ClassVar[int] = 2
+    zero_stage: ClassVar[int | None] = 2
     shares: ClassVar[tuple[str, ...]] = ("gradients", "optimizer states")
 
     def check_machine(self) -> None:

@@ -227,10 +227,9 @@ class Grpo(LearningStage):
 
     def objective(self, context: "RunContext") -> "Objective":
         from glmtuner.console import say
-        from glmtuner.families.stop_tokens import stop_ids
-        from glmtuner.inference.sampling import Sampler
         from glmtuner.objectives.grpo import GrpoObjective
         from glmtuner.objectives.rollouts import RewardModelScores
+        from glmtuner.stages.rollouts import sampler_of
 
         run, tokenizer = context.run, context.tokenizer
         reward_model = None
@@ -242,19 +241,11 @@ class Grpo(LearningStage):
             f"stage.loss={self.loss.value}: stage.epsilon={low:g}, stage.epsilon_high={high:g}, "
             f"stage.scale_rewards={self.scale.value}"
         )
-        sampler = Sampler(
-            context.model,
-            max_new_tokens=self.max_new_tokens or run.data.max_target_length,
-            stop_ids=stop_ids(context.template, tokenizer, context.family.name, context.model),
-            pad_id=tokenizer.pad_token_id,
-            temperature=self.temperature,
-            max_rows=run.generation.max_batch_size,
-        )
         return GrpoObjective(
             context.model,
             self,
             rewards=run.reward,
-            sampler=sampler,
+            sampler=sampler_of(context, self.max_new_tokens, self.temperature),
             tokenizer=tokenizer,
             syntax=context.template.syntax(tokenizer),
             reward_model=reward_model,

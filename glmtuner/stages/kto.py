@@ -38,7 +38,6 @@ class Kto(LearningStage):
     precompute_reference: bool = False
 
     reads_rows: ClassVar[bool] = True
-    supports_sharding: ClassVar[bool] = False
     evaluates: ClassVar[tuple[str, ...] | None] = ("loss", "reward_desirable", "reward_undesirable", "kl", "margin")
 
     def __post_init__(self) -> None:

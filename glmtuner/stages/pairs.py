@@ -20,7 +20,6 @@ class PairStage(LearningStage):
     """A stage whose records are ranked pairs: two answers to one question, the better one first."""
 
     reads_rows: ClassVar[bool] = True
-    supports_sharding: ClassVar[bool] = False
 
     def datasets(
         self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"

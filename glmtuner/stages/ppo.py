@@ -166,16 +166,14 @@ class Ppo(LearningStage):
         return PromptCollator(pad_id=pad_id, ignore_pad_token_for_loss=ignore_pad_token_for_loss)
 
     def objective(self, context: "RunContext") -> "Objective":
-        from glmtuner.families.stop_tokens import stop_ids
         from glmtuner.objectives.ppo import PpoObjective
+        from glmtuner.stages.rollouts import sampler_of
 
-        run, path = context.run, str(context.run.model.reward_model)
+        path = str(context.run.model.reward_model)
         return PpoObjective(
             context.model,
             self,
             reward=reward_weights(context, path),
             reward_head=head_file(path, "model.reward_model"),
-            max_new_tokens=self.max_new_tokens or run.data.max_target_length,
-            stop_ids=stop_ids(context.template, context.tokenizer, context.family.name, context.model),
-            pad_id=context.tokenizer.pad_token_id,
+            sampler=sampler_of(context, self.max_new_tokens, self.temperature),
         )

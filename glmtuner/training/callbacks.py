@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback
 
+from glmtuner.config.groups import Finetuning
 from glmtuner.config.schema import Tracker
 from glmtuner.console import say
 from glmtuner.distributed import ranks
@@ -111,6 +112,19 @@ class CountOptimizerSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps += not self.was_skipped()
+
+
+class MethodSteps(TrainerCallback):
+    """Tells the fine-tuning method how long the training is, and of each optimizer step."""
+
+    def __init__(self, model: torch.nn.Module, finetuning: Finetuning) -> None:
+        self.method_model, self.finetuning = model, finetuning
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.finetuning.before_training(self.method_model, state.max_steps)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.finetuning.after_step(self.method_model, state.global_step + 1)
 
 
 class StopOnSignal(TrainerCallback):

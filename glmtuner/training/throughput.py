@@ -79,7 +79,7 @@ def model_flops(model: "nn.Module") -> ModelFlops | None:
     read = {module.weight for module in base.modules() if isinstance(module, nn.Embedding)}
     unused = {parameter for tower in towers(base) for parameter in tower.parameters()}
     if head is not None:
-        read.discard(head.weight)  # tied
+        read -= {*head.parameters()}  # tied
     lowest: float = math.inf  # the first block that a gradient reaches; 0 also for parameters outside of the blocks
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

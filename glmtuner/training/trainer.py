@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader
 from glmtuner.config.groups import Finetuning
 from glmtuner.config.schema import Tracker
 from glmtuner.distributed import ranks
-from glmtuner.kernels.fast_paths import FastPath
+from glmtuner.kernels.fast_paths import NO_COMMON_BEGINNINGS, FastPath
 from glmtuner.memory.checkpointing import enable_checkpointing
 from glmtuner.models.sizes import parameter_count
 from glmtuner.run_folder.files import write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import LOSSES
 from glmtuner.templates.base import IGNORE_INDEX
-from glmtuner.training.callbacks import CountOptimizerSteps, History
+from glmtuner.training.callbacks import CountOptimizerSteps, History, MethodSteps
 from glmtuner.training.checkpointing import CheckpointingTrainer
 from glmtuner.training.divergence import FiniteChecks, require_finite_evaluation
 from glmtuner.training.early_stopping import EarlyStopping
@@ -132,6 +132,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         self.optimizer_steps = CountOptimizerSteps(lambda: self.accelerator.optimizer_step_was_skipped)
         self.add_callback(History(self))
         self.add_callback(self.optimizer_steps)
+        self.add_callback(MethodSteps(self.model, finetuning))
         self.optimizers_of_run, self.early_stopping = optimizers_of_run, early_stopping
         if early_stopping is not None:
             self.add_callback(early_stopping)
@@ -290,7 +291,17 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         return bool(super()._determine_best_metric(metrics, trial)) or self._is_stopping()
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss, or the mean of an objective's over the rows; both with the weights that the batch has."""
+        """The model's own loss, or the mean of an objective's over the rows; both with the weights that the batch has.
+
+        A penalty of the method is a share of that of the optimizer step, in each of its batches.
+        """
+        loss = self._loss_of_batch(model, inputs, *args, **kwargs)
+        penalty = self.finetuning.penalty(self.model)
+        if penalty is None:
+            return loss
+        return loss + (penalty if self._divides() else penalty / self.current_gradient_accumulation_steps)
+
+    def _loss_of_batch(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         sums = "weights" in inputs or self.by_probability or (self.chunks_loss and self.args.label_smoothing_factor)
         if self.objective is None and not sums:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -317,8 +328,11 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         share = total / num_items_in_batch
         if self.args.average_tokens_across_devices:
             share = share * self.accelerator.num_processes
-        divides = not self.model_accepts_loss_kwargs and self.compute_loss_func is None
-        return share * self.current_gradient_accumulation_steps if divides else share
+        return share * self.current_gradient_accumulation_steps if self._divides() else share
+
+    def _divides(self) -> bool:
+        """Whether `training_step` divides a batch's loss by the number of batches of an optimizer step."""
+        return not self.model_accepts_loss_kwargs and self.compute_loss_func is None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """The labelled tokens of an optimizer step's batches; of batches with weights, the sum of the weights."""
@@ -347,7 +361,11 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
             used |= {
                 "trained_parameters": parameter_count(self.model, trained=True),
                 "train_tokens_per_second": tokens / self.train_seconds,
-                **{f"fast_path_{path.name}": int(path not in self.left_out) for path in FastPath},
+                **{
+                    f"fast_path_{path.name}": int(path not in self.left_out)
+                    for path in FastPath
+                    if self.left_out.get(path) != NO_COMMON_BEGINNINGS
+                },
             }
             if (mfu := self.utilization(tokens, squared_lengths, self.train_seconds)) is not None:
                 used["train_mfu"] = mfu

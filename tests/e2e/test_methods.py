@@ -151,6 +151,9 @@ RESUMED = {
         "finetuning.layers_to_transform=[1,2]", "finetuning.trainable_token_indices=[7,9]", "finetuning.exclude_modules=[v_proj]",
     ],
     "vera": ["finetuning=peft", "finetuning.peft_type=VERA", "finetuning.config={r: 16, vera_dropout: 0.1}"],
+    "eva": ["finetuning=lora", "finetuning.init_lora_weights=eva", "finetuning.lora_rank=2", "finetuning.eva_rho=4"],
+    "eva_int4": ["finetuning=lora", "quant=int4", "finetuning.init_lora_weights=eva", "finetuning.lora_target=[q_proj,down_proj]"],
+    "adalora": ["finetuning=peft", "finetuning.peft_type=ADALORA", "finetuning.config={init_r: 4, target_r: 2, tinit: 1, tfinal: 1}"],
 }  # fmt: skip
 
 
@@ -183,8 +186,43 @@ def test_a_resumed_run_of_every_kind_of_adapter_is_the_undisturbed_one(
     assert one == pytest.approx(other, abs=1e-5)
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["finetuning=lora", "finetuning.lora_dropout=0", "finetuning.init_lora_weights=eva", "finetuning.lora_target=all"],
+        ["finetuning=peft", "finetuning.peft_type=ADALORA", "finetuning.config={init_r: 4, target_r: 2, tinit: 1, tfinal: 1}"],
+    ],
+    ids=["eva", "adalora"],
+)  # fmt: skip
+def test_two_processes_and_accumulation_are_one_big_batch(
+    glmtuner: Callable, glmtuner_process: Callable, tmp_path: Path, words: list[str]
+) -> None:
+    """Of what a method takes from the rows before the first step, and from the gradients after each."""
+    common = [*SHORT, *words, "trainer.save_strategy=no", "trainer.use_cpu=true"]
+    done = glmtuner(*common, "trainer.per_device_train_batch_size=4", "trainer.output_dir=one")
+    accumulated = [
+        "trainer.per_device_train_batch_size=1",
+        "trainer.gradient_accumulation_steps=4",
+        "trainer.output_dir=small",
+    ]
+    again = glmtuner(*common, *accumulated)
+    two = ["trainer.per_device_train_batch_size=2", "parallel=ddp", "parallel.processes=2", "trainer.output_dir=two"]
+    ranks = glmtuner_process(*common, *two)
+    assert done.returncode == again.returncode == ranks.returncode == 0, again.stdout + ranks.stdout + ranks.stderr
+    one, *others = (
+        [line["loss"] for line in lines(tmp_path / name / "history.jsonl")] for name in ("one", "small", "two")
+    )
+    assert all(each == pytest.approx(one, abs=2e-5) for each in others)
+    patterns = [
+        json.loads((tmp_path / name / "adapter/adapter_config.json").read_text())["rank_pattern"]
+        for name in ("one", "small", "two")
+    ]
+    assert patterns[0] and patterns[0] == patterns[1] == patterns[2]
+
+
 def method_of(name: str) -> str:
-    return "peft" if name == "vera" else "lora"
+    return "peft" if name in ("vera", "adalora") else "lora"
 
 
 def test_a_lora_goes_on_or_is_merged(glmtuner: Callable, tmp_path: Path) -> None:

@@ -63,6 +63,17 @@ def test_the_first_step_is_held_against_the_imports() -> None:
     assert row(4.6).met is False
 
 
+def test_groups_of_answers_are_compared_by_the_clock_and_by_cpu_time() -> None:
+    def run(rate: float) -> list[dict[str, float]]:
+        return [{"tokens_per_second": rate, "tokens_per_cpu_second": 3 * rate, "tokens": 10.0}]
+
+    measured = {benchmark.OURS: run(200), benchmark.THEIRS_TRL: run(100), benchmark.THEIRS_TRL_FAST: run(160)}
+    rows = benchmark.table_rows({"grpo": measured})
+    assert [(row.ours, row.other, row.times, row.met) for row in rows] == [
+        (200, 100, 2.0, None), (600, 300, 2.0, None), (200, 160, 1.25, None), (600, 480, 1.25, None),
+    ]  # fmt: skip
+
+
 def test_what_was_not_measured_has_no_row() -> None:
     assert benchmark.table_rows({}) == []
     assert benchmark.table_rows(training({benchmark.OURS: [1.0]})) == []

@@ -225,6 +225,13 @@ LORA = {
     "modules_to_save": (list[str], []),
     "trainable_token_indices": (list[int], []),
     "target_parameters": (list[str], []),
+    "eva_rho": (float, 2.0),
+    "eva_tau": (float, 0.99),
+    "eva_use_label_mask": (bool, True),
+    "eva_whiten": (bool, False),
+    "eva_adjust_scaling_factors": (bool, True),
+    "eva_batch_size": (int, 4),
+    "eva_max_batches": (int, 1000),
 }
 FREEZE = {
     "finetuning_type": (str, "freeze"),

@@ -1,17 +1,22 @@
 """Adapters that PEFT made, of every setting that finetuning=lora has: their loss is PEFT's own, unmerged, merged and exported."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from adapter_bases import IDS, base, loss
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import preprocess_loraga
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 
+from glmtuner.errors import CheckpointError
 from glmtuner.families.structure import family_from_structure
 from glmtuner.finetuning.lora import Lora
 from glmtuner.finetuning.none import NoTuning
 from glmtuner.finetuning.peft import Peft, peft_types
-from glmtuner.finetuning.start import LORA, TUNED, Checkpoint, build_trainable_model
+from glmtuner.finetuning.start import LORA, TUNED, Checkpoint, build_trainable_model, checkpoint_in
 from glmtuner.kernels.fused_lora import fuse_lora
 
 torch.set_num_threads(1)
@@ -27,13 +32,20 @@ NAMES = {
 
 def settings(name: str) -> dict[str, dict[str, object]]:
     """Setting -> the arguments of PEFT's LoraConfig."""
-    first, _, path, head, parameter, norm = NAMES[name]
+    first, second, path, head, parameter, norm = NAMES[name]
     return {
         "use_rslora": {"use_rslora": True},
         "use_dora": {"use_dora": True},
         "gaussian": {"init_lora_weights": "gaussian"},
         "pissa": {"init_lora_weights": "pissa"},
         "olora": {"init_lora_weights": "olora"},
+        "mica": {"init_lora_weights": "mica"},
+        "eva": {
+            "init_lora_weights": "eva",
+            "eva_config": EvaConfig(),
+            "rank_pattern": {second: 2},
+            "alpha_pattern": {second: 4},
+        },
         "rank_pattern": {"rank_pattern": {first: 2}, "alpha_pattern": {rf"layers\.1\.{path}": 3}},
         "exclude_modules": {"exclude_modules": r".*layers\.0\..*"},
         "layers_to_transform": {"layers_to_transform": [1], "layers_pattern": "layers"},
@@ -90,8 +102,65 @@ def test_the_loss_is_peft_s_unmerged_merged_and_exported(tmp_path: Path, name: s
     assert loss(again) == pytest.approx(expected, abs=1e-5)
 
 
+def raw(how: str, folder: Path) -> torch.Tensor:
+    """Save an adapter that took something off its base, as PEFT's examples do it, unconverted; returns the model's logits."""
+    model = base("qwen3")
+    configs = {"lora_ga": {"lora_ga_config": LoraGAConfig()}, "corda": {"corda_config": CordaConfig()}}
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=how, task_type="CAUSAL_LM", **configs.get(how, {}))  # fmt: skip
+    if how == "lora_ga":
+        preprocess_loraga(model, config, lambda: model(input_ids=IDS, labels=IDS).loss.backward())
+    if how == "corda":
+        preprocess_corda(model, config, run_model=lambda: [model(input_ids=IDS[:1].repeat(1, 4)) for _ in range(8)])
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(folder)
+    return adapted(input_ids=IDS).logits
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("pissa_niter_16", "it took a random SVD off the base's weights, which loading draws again with other values, in PEFT too; convert"),
+        ("lora_ga", "which PEFT leaves out when it loads the adapter; convert the adapter where it was trained"),
+        ("corda", "without which PEFT does not load it either; convert the adapter where it was trained"),
+    ],
+)  # fmt: skip
+def test_what_peft_does_not_load_as_it_was_is_refused_with_the_reason(tmp_path: Path, how: str, told: str) -> None:
+    expected = raw(how, tmp_path)
+    model = base("qwen3")
+    torch.manual_seed(2)
+    try:
+        by_peft = PeftModel.from_pretrained(model, tmp_path)(input_ids=IDS).logits
+    except ValueError as error:
+        assert how == "corda" and "`eigens` attribute not found" in str(error)
+    else:
+        assert (by_peft - expected).abs().max() > 0.1
+    with pytest.raises(CheckpointError, match=rf"init_lora_weights={how}: .*{told}"):
+        checkpoint_in(str(tmp_path)).settings()
+
+
+def test_an_adapter_of_loftq_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """PEFT initializes and loads it with CUDA alone."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(base("qwen3"), config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**saved, "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}})
+    )
+    if not torch.cuda.is_available():
+        with pytest.raises(AssertionError, match="CUDA"):
+            PeftModel.from_pretrained(base("qwen3"), tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"init_lora_weights=loftq: .*which PEFT repeats on a GPU alone; merge it"
+    ):
+        checkpoint_in(str(tmp_path)).settings()
+
+
 PEFT_TYPES: dict[str, dict[str, object]] = {
-    "ADAMSS": {"skip": "needs scikit-learn"},
+    "ADALORA": {"skip": "test_adalora.py has it: its ranks change"},
+    "ADAMSS": {"skip": "needs scikit-learn"}, "ADAPTION_PROMPT": {"skip": "has PEFT's code for Llama, Mistral and GPT-2 alone"},
     "BEFT": {}, "BOFT": {}, "C3A": {"block_size": 8}, "DEFT": {}, "DELORA": {}, "FOURIERFT": {"n_frequency": 16}, "FROD": {}, "GLORA": {},
     "GRALORA": {"r": 4, "gralora_k": 2}, "HIRA": {}, "HRA": {}, "IA3": {"feedforward_modules": []}, "LILY": {},
     "LN_TUNING": {"target_modules": ["input_layernorm", "norm"]}, "LOHA": {}, "LOKR": {}, "MISS": {"r": 8}, "OFT": {"oft_block_size": 8},

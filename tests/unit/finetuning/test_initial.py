@@ -139,11 +139,23 @@ def test_loftq_starts_at_the_best_low_rank_part_of_what_was_rounded_off(tmp_path
     assert rest < 0.9 * float(error.norm())
 
 
+def test_mica_trains_a_beside_the_smallest_directions_of_the_base(tmp_path: Path) -> None:
+    plain, method = base("qwen3"), lora(init_lora_weights="mica")
+    model = attached(method)
+    assert all("lora_A" in name for name in trained_parameters(model)) and loss(model) == loss(plain)
+    weight = plain.model.layers[1].self_attn.v_proj.weight.detach()
+    kept = model.base_model.model.model.layers[1].self_attn.v_proj.lora_B["default"].weight
+    smallest = np.linalg.svd(weight.numpy())[0][:, -4:]
+    assert np.abs(np.abs(smallest.T @ kept.detach().numpy()) - np.eye(4)).max() < 1e-3
+    train(model)
+    method.save(model, tmp_path)
+    assert loss(PeftModel.from_pretrained(base("qwen3"), tmp_path)) == pytest.approx(loss(model), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [
         ({"init_lora_weights": "pisa"}, "finetuning.init_lora_weights=pisa; did you mean 'pissa'?"),
-        ({"init_lora_weights": "eva"}, "finetuning.init_lora_weights=eva: it needs activations"),
         ({"use_dora": True, "lora_bias": True}, "finetuning.lora_bias=true with finetuning.use_dora=true"),
         ({"init_lora_weights": "pissa", "lora_bias": True}, "finetuning.lora_bias=true with finetuning.init_lora_weights=pissa"),
         ({"layers_pattern": ["layers"]}, "finetuning.layers_pattern without finetuning.layers_to_transform"),
@@ -189,7 +201,8 @@ def test_half_precision_parts_are_refused() -> None:
         ("VERRA", {}, "PEFT has no such method; did you mean 'VERA'?"),
         ("PREFIX_TUNING", {}, "type finetuning=p_tuning"),
         ("LORA", {}, "type finetuning=lora"),
-        ("ADALORA", {}, "type finetuning=lora"),
+        ("XLORA", {}, "it mixes several trained LoRA adapters"),
+        ("ADAMSS", {"use_asa": True}, "a schedule of their own during a training, which is not called here; leave it out"),
         ("vera", {"rr": 4}, "unknown key finetuning.config.rr; did you mean 'r'? the fields of VeraConfig: r, "),
         ("vera", {"r": "x"}, "finetuning.config.r=x: VeraConfig takes a whole number"),
         ("vera", {"target_modules": ["q_prj"]}, "finetuning.config.target_modules=[q_prj]: no layer of this model is named 'q_prj'"),

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from glmtuner.config.compose import compose
 from glmtuner.config.paths import ASSETS
 from glmtuner.config.rewards import Reward, Sampled
+from glmtuner.distributed import ranks
 from glmtuner.errors import TrainingError
 from glmtuner.families.family import FAMILIES
 from glmtuner.finetuning.trained import trained_parameters
@@ -17,7 +18,7 @@ from glmtuner.launch.register import register_presets
 from glmtuner.models.value_head import ValueHead, save_head
 from glmtuner.objectives.grpo import GrpoObjective
 from glmtuner.objectives.objective import Weights
-from glmtuner.objectives.rollouts import RewardModelScores
+from glmtuner.objectives.rollouts import RewardModelScores, random_states
 
 register_presets()
 PROMPTS = [[5, 6, 7], [8, 9]]
@@ -197,3 +198,79 @@ def test_a_thought_that_the_prompt_begins_is_the_answers():
     ids = objective.tokenizer("Hi <think>\n", add_special_tokens=False)["input_ids"]
     assert objective._text(ids, [5]).startswith("<think>\n")
     assert not objective._text([5, 6], [5]).startswith("<think>")
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([math.nan] * 8, "gave nan for the 8 answers"),
+        ([1.0, -math.inf, *[0.0] * 6], "gave -inf for the 8 answers"),
+        (["0.5"] * 8, "gave '0.5' for the 8 answers"),
+        ([None] * 8, "gave None for the 8 answers"),
+        ([[1.0, 2.0]] * 8, "gave [1.0, 2.0] for the 8 answers"),
+        ([10**400] * 8, "gave 1000"),
+        ([], "gave 0 scores for the 8 answers"),
+        (iter([1.0] * 9), "gave 9 scores for the 8 answers"),
+        (None, "failed on the answers to"),
+    ],
+)
+def test_what_is_no_score_is_named(scores, said):
+    class Given(Steps):
+        def scores(self, sampled):
+            return scores
+
+    with pytest.raises(TrainingError) as error:
+        objective_of(rewards={"given": Given()}).rollout(BATCH)
+    assert f"reward=given {said}" in str(error.value) and str(error.value).endswith("fix it, or leave it out")
+
+
+def test_numbers_of_other_libraries_are_scores():
+    class Given(Steps):
+        def scores(self, sampled):
+            return torch.tensor([1.0, 0.0, 0.5, 0.0] * 2)
+
+    _, measured, _ = objective_of(rewards={"given": Given()}).rollout(BATCH)
+    assert measured["reward"].tolist() == [1, 0, 0.5, 0] * 2
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo", "rloo"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_and_answers_that_were_all_cut_teach_nothing(loss, scale):
+    """Nor do they give anything that is not finite."""
+    if loss == "rloo" and scale == "group":
+        pytest.skip("is refused")
+    words = (f"stage.loss={loss}", f"stage.scale_rewards={scale}", "stage.beta=0", "stage.num_iterations=2")
+    equal = objective_of(*words, rewards={"steps": Steps(3.0)})
+    cut = objective_of(*words, "stage.mask_truncated_completions=true")
+    cut.sampler.stop_ids = ()
+    for objective in (equal, cut):
+        rollout, measured, _ = objective.rollout(BATCH)
+        loss_, found = objective.part_loss(rollout, objective.weights(rollout))
+        loss_.backward()
+        assert loss_.item() == 0
+        assert all(not p.grad.any() for p in objective.model.parameters() if p.requires_grad)
+        assert rollout.advantages_R.isfinite().all() and found["entropy"].isfinite().all()
+    assert measured["response_stopped"].tolist() == [0] * 8 and not rollout.is_counted_RT.any()
+
+
+@pytest.mark.parametrize("loss", ["grpo", "rloo"])
+def test_a_steps_standard_deviation_is_that_of_all_ranks(loss, monkeypatch):
+    objective = objective_of(f"stage.loss={loss}", "stage.scale_rewards=batch")
+    mine, theirs = [1.0, 0.0, 0.5, 0.0, 2.0, 2.0, 2.0, 1.0], [9.0, 5.0, 1.0, 5.0, 0.0, 0.0, 4.0, 0.0]
+    whole = objective._advantages(torch.tensor([*theirs, *mine]))
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    monkeypatch.setattr(ranks, "all_gather", lambda value: [theirs, value])
+    assert objective._advantages(torch.tensor(mine)).tolist() == pytest.approx(whole[8:].tolist(), abs=1e-6)
+    if loss == "grpo":
+        every = torch.tensor([*theirs, *mine])
+        assert whole[8].item() == pytest.approx((1 - 0.375) / (every.std().item() + 1e-4), abs=1e-5)
+
+
+def test_what_is_drawn_depends_on_seed_step_and_place_among_all_ranks(monkeypatch):
+    one = [state.random() for state in random_states(seed=1, step=2, answers=6)]
+    assert len({*one}) == 6
+    assert one == [state.random() for state in random_states(1, 2, 6)]
+    assert not {*one} & {state.random() for other in ((2, 2), (1, 3)) for state in random_states(*other, 6)}
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    assert [state.random() for state in random_states(1, 2, 3)] == one[3:]

@@ -11,6 +11,7 @@ from glmtuner.config.compose import compose
 from glmtuner.config.paths import ASSETS
 from glmtuner.families.family import FAMILIES
 from glmtuner.finetuning.trained import trained_parameters
+from glmtuner.inference.sampling import Sampler
 from glmtuner.launch.register import register_presets
 from glmtuner.models.value_head import ValueHead, save_head
 from glmtuner.objectives.cpo import CpoObjective
@@ -295,7 +296,7 @@ def ppo(tmp_path, *words: str, weight: float = 0.05):
     settings = run_of("stage=ppo", "model.reward_model=x", "trainer.per_device_train_batch_size=4", *words).stage
     objective = PpoObjective(
         model, settings, reward=Weights.from_checkpoint(tmp_path, model, finetuning), reward_head=tmp_path / "value_head.safetensors",
-        max_new_tokens=6, stop_ids=(2998,), pad_id=0,
+        sampler=Sampler(model, max_new_tokens=6, stop_ids=(2998,), pad_id=0, temperature=settings.temperature),
     )  # fmt: skip
     return objective, rewarded, head
 
@@ -425,7 +426,7 @@ def test_the_kl_coefficient_follows_its_target(tmp_path):
     seen = {}
     trainer = SimpleNamespace(
         measured=SimpleNamespace(add=lambda found: seen.update(found)), tokens=torch.tensor(0), optimizer=optimizer,
-        args=SimpleNamespace(max_grad_norm=1.0), compute_loss_context_manager=torch.enable_grad,
+        args=SimpleNamespace(max_grad_norm=1.0, seed=0), state=SimpleNamespace(global_step=0), compute_loss_context_manager=torch.enable_grad,
         accelerator=SimpleNamespace(backward=lambda loss: loss.backward()),
     )  # fmt: skip
     batch = batch_of([(prompt, []) for prompt in FOUR])

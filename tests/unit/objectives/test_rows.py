@@ -10,8 +10,11 @@ from glmtuner.config.compose import compose
 from glmtuner.config.paths import ASSETS
 from glmtuner.data.reference import digest, reference_of_rows, with_reference
 from glmtuner.families.family import FAMILIES
+from glmtuner.inference.sampling import Sampler
 from glmtuner.kernels import chunked_logprobs as chunked
+from glmtuner.kernels import common_beginnings
 from glmtuner.kernels.chunked_loss import disable_chunked_loss, enable_chunked_loss
+from glmtuner.kernels.common_beginnings import share_beginnings
 from glmtuner.kernels.fused_lora import fuse_lora
 from glmtuner.kernels.segment_attention import disable_segment_attention, enable_segment_attention
 from glmtuner.launch.register import register_presets
@@ -154,9 +157,11 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("once", [False, True], ids=["", "prompts once"])
 @pytest.mark.parametrize("method", ["lora", "full", "freeze"])
 @pytest.mark.parametrize(("kind", "words"), CASES, ids=[words[0] for _, words in CASES])
-def test_losses_and_gradients_are_those_of_padded_rows(kind, words, method):
+def test_losses_and_gradients_are_those_of_padded_rows(kind, words, method, once, monkeypatch):
+    monkeypatch.setattr(common_beginnings, "SHORTEST", 2)
     model = shipped(method)
     settings = compose(["model=tiny_glm", "tracker=none", *words]).run.stage
     torch.manual_seed(3)
@@ -172,6 +177,9 @@ def test_losses_and_gradients_are_those_of_padded_rows(kind, words, method):
 
     wanted, wanted_gradients, wanted_measured = learned()
     hasten(model)
+    if once:
+        share_beginnings(unwrapped(model))
+        assert Rows.of(model, batch).inputs["input_ids"].shape[1] == batch["attention_mask"].sum() - 3 - 2
     found, gradients, measured = learned()
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     for name, value in wanted_measured.items():
@@ -184,8 +192,10 @@ def test_losses_and_gradients_are_those_of_padded_rows(kind, words, method):
     disable_segment_attention(unwrapped(model))
 
 
+@pytest.mark.parametrize("once", [False, True], ids=["", "prompts once"])
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_ppo_without_padding_is_that_of_padded_rows(tmp_path, method):
+def test_ppo_without_padding_is_that_of_padded_rows(tmp_path, method, once, monkeypatch):
+    monkeypatch.setattr(common_beginnings, "SHORTEST", 2)
     model = shipped(method)
     settings = compose(
         ["model=tiny_glm", "tracker=none", "stage=ppo", "model.reward_model=x", "stage.temperature=0.9"]
@@ -196,7 +206,7 @@ def test_ppo_without_padding_is_that_of_padded_rows(tmp_path, method):
     save_head(head, tmp_path)
     objective = PpoObjective(
         model, settings, reward=Weights.snapshot(model), reward_head=tmp_path / "value_head.safetensors",
-        max_new_tokens=6, stop_ids=(2998,), pad_id=0,
+        sampler=Sampler(model, max_new_tokens=6, stop_ids=(2998,), pad_id=0, temperature=0.9),
     )  # fmt: skip
     with torch.no_grad():
         objective.value_head.weight += 0.05
@@ -218,6 +228,8 @@ def test_ppo_without_padding_is_that_of_padded_rows(tmp_path, method):
 
     wanted, wanted_gradients = learned()
     hasten(model)
+    if once:
+        share_beginnings(unwrapped(model))
     found, gradients = learned()
     for mine, right in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, right, atol=2e-5, rtol=1e-5)

@@ -119,6 +119,20 @@ def test_rewards_are_mixed_by_name_and_weighted():
         (["reward=model"], "reward=model without model.reward_model"),
         (["reward=number", "model.reward_model=x"], "model.reward_model=x without reward=model"),
         ([], "stage=grpo without a reward"),
+        (["reward=[]"], "stage=grpo without a reward"),
+        (["reward=number", "parallel=zero2"], "parallel=zero2 with stage=grpo"),
+        (["reward=number", "parallel=zero3"], "parallel=zero3 with stage=grpo"),
+        (["reward=number", "parallel=fsdp2"], "parallel=fsdp2 with stage=grpo"),
+        (["reward=number", "stage.num_generations=1"], "stage.num_generations=1: 2 or more: rewards are relative"),
+        (["reward=number", "stage.temperature=0"], "stage.temperature=0.0: above 0"),
+        (
+            ["reward=number", "stage.minibatch_size=33", "trainer.per_device_train_batch_size=4"],
+            "is more than the 32 answers of a step",
+        ),
+        (
+            ["reward=number", "stage.minibatch_size=8", "stage.microbatch_size=9"],
+            "stage.microbatch_size=9 is more than the 8 answers of an optimizer step",
+        ),
         (["stage=sft", "reward=number"], "reward=[number] with stage=sft: rewards score the answers"),
     ],
 )

@@ -9,6 +9,7 @@ from small_models import built
 from transformers import Seq2SeqTrainingArguments
 
 from glmtuner.config.compose import compose
+from glmtuner.config.method_hooks import MethodHooks
 from glmtuner.config.schema import Tracker
 from glmtuner.data.collate import Collator
 from glmtuner.data.segments import SegmentCollator
@@ -51,11 +52,11 @@ def by_hand(model: Any, rows: list[dict[str, list[int]]]) -> tuple[float, torch.
 def learned(model: Any, tmp_path: Path, batches: list[dict[str, Any]], **how: Any) -> tuple[float, torch.Tensor]:
     """The loss of one accumulated step, as the training loop sums it, and the gradient of the output layer."""
     arguments = Seq2SeqTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    none: Any = None
+    method: Any = MethodHooks()
     trainer = GlmTrainer(
         model,
         arguments,
-        finetuning=none,
+        finetuning=method,
         tracker=Tracker(name="none"),
         folder=RunFolder(tmp_path),
         by_probability=True,

@@ -10,6 +10,7 @@ from small_models import built
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, Seq2SeqTrainingArguments
 
+from glmtuner.config.method_hooks import MethodHooks
 from glmtuner.config.schema import Tracker
 from glmtuner.data.collate import Collator
 from glmtuner.data.segments import SegmentCollator
@@ -65,8 +66,8 @@ def trainer_of(model: Any, tmp_path: Path, factor: float = FACTOR, **values: Any
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(tmp_path), label_smoothing_factor=factor, report_to="none", use_cpu=True, **values
     )
-    none: Any = None
-    return GlmTrainer(model, arguments, finetuning=none, tracker=Tracker(name="none"), folder=RunFolder(tmp_path))
+    method: Any = MethodHooks()
+    return GlmTrainer(model, arguments, finetuning=method, tracker=Tracker(name="none"), folder=RunFolder(tmp_path))
 
 
 def loss_of(trainer: GlmTrainer, batches: list[dict[str, Any]]) -> float:
@@ -95,7 +96,8 @@ def test_batches_without_padding_packs_and_adapters(tmp_path: Path, name: str) -
     enable_segment_attention(model)
     enable_chunked_loss(model)
     flat = SegmentCollator(positions_of=position_function(model))
-    targets = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and "head" not in name]
+    head = model.get_output_embeddings()
+    targets = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and module is not head]
     adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     for trained, chunked in ((model, False), (model, True), (adapted, False), (adapted, True)):
         trainer = trainer_of(trained, tmp_path)

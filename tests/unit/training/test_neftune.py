@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Seq2SeqTrainingArguments
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from glmtuner.config.groups import PreferenceLoss
+from glmtuner.config.method_hooks import MethodHooks
 from glmtuner.config.schema import Tracker
 from glmtuner.data.collate import Collator
 from glmtuner.data.segments import SegmentCollator
@@ -70,7 +71,8 @@ def test_every_sample_has_the_noise_of_its_own_length(name: str, adapted: bool) 
     enable_chunked_loss(model)
     flat, pad = SegmentCollator(positions_of=position_function(model)), Collator(pad_id=3)
     if adapted:
-        targets = [name for name, each in model.named_modules() if type(each) is torch.nn.Linear and "head" not in name]
+        head = model.get_output_embeddings()
+        targets = [name for name, each in model.named_modules() if type(each) is torch.nn.Linear and each is not head]
         model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     model.train()
     torch.manual_seed(0)
@@ -100,9 +102,9 @@ def test_a_training_adds_the_noise_of_every_sample(tmp_path: Path, kind: str) ->
             per_device_train_batch_size=len(rows), train_sampling_strategy="sequential", save_strategy="no",
             remove_unused_columns=False, disable_tqdm=True,
         )  # fmt: skip
-        none: Any = None
+        method: Any = MethodHooks()
         GlmTrainer(
-            model, arguments, finetuning=none, tracker=Tracker(name="none"), folder=RunFolder(tmp_path),
+            model, arguments, finetuning=method, tracker=Tracker(name="none"), folder=RunFolder(tmp_path),
             train_dataset=rows, data_collator=collate,
         ).train()  # fmt: skip
     clean, noisy = given

@@ -1,0 +1,31 @@
+"""Other values for parameters of which every rank holds a shard (parallel=fsdp2)."""
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def exchange(parameter: DTensor, value: torch.Tensor) -> torch.Tensor:
+    """Give this rank's shard of the parameter another value; returns its former one, a DTensor as well.
+
+    `value` is whole, the same on all ranks, or what an earlier call returned. It is copied to where the shard lies: FSDP gathers the
+    weight from there, whatever the parameter's `data` is.
+    """
+    if not isinstance(value, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        value = distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+    former: torch.Tensor = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.to_local().copy_(value.to_local())
+    return former
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Make the next forward pass gather all weights again; nothing where the model is not sharded."""
+    if not torch.distributed.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
