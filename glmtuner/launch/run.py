@@ -154,7 +154,7 @@ def run_in_folder(
     )  # fmt: skip
     initialize_method(context, device, resumes, checkpoint)
     objective = stage.objective(context)
-    if device.type == "cpu" and run.trainer.do_train:
+    if device.type == "cpu" and run.trainer.do_train and run.data.packing:
         reuse_memory()
 
     if ranks.is_main():
