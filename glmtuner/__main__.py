@@ -5,10 +5,17 @@ import sys
 
 from glmtuner.cli import streams
 from glmtuner.cli.main import SIGPIPE, main
+from glmtuner.distributed.ranks import Leaving
 
 
 def run() -> None:
     """The console script."""
+    with Leaving():
+        run_and_exit()
+
+
+def run_and_exit() -> None:
+    """Run the command line and exit with its code."""
     streams.prepare()
     code = main()
     try:

@@ -4,7 +4,9 @@ torchrun, `accelerate launch`, srun or glmtuner itself (parallel=ddp and others)
 variables. Only rank 0 writes files and prints. torch is imported by the first collective, not before.
 """
 
+import atexit
 import ctypes
+import logging
 import os
 import shutil
 import signal
@@ -223,6 +225,29 @@ def destroy_process_group() -> None:
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+class Leaving:
+    """Within it, a rank that exits ends after Python's exit handlers, without finalizing the interpreter.
+
+    gloo's threads outlive the process group, and one that drops a tensor while the interpreter is finalized aborts the process
+    (SIGABRT, pytorch#179291), which would hide the exit code. To be entered first: exit handlers run in reverse order.
+    """
+
+    def __enter__(self) -> None:
+        self.code: object = 1  # of an error that ends the process with a traceback
+        if "WORLD_SIZE" in os.environ:
+            atexit.register(self.leave)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.code = error.code if isinstance(error, SystemExit) else int(error is not None)
+
+    def leave(self) -> None:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(BaseException):  # its reader has gone, or its disk is full: reported before, where it can be
+                stream.flush()
+        os._exit(self.code if isinstance(self.code, int) else int(self.code is not None))
 
 
 def barrier() -> None:
