@@ -14,8 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -138,17 +138,7 @@ def wait_for_all(processes: Sequence["subprocess.Popen[Any]"]) -> None:
 
     If one fails, the others, whose collectives would wait for it forever, are terminated, and RankFailed is raised.
     """
-    previous_handlers: dict[int, Any] = {}
-    forwarded: list[int] = []
-
-    def forward(signum: int, frame: FrameType | None) -> None:
-        forwarded.append(signum)
-        for process in processes:
-            process.send_signal(signum)
-
-    with suppress(ValueError):  # not in the main thread
-        previous_handlers = {signum: signal.signal(signum, forward) for signum in SIGNALS}
-    try:
+    with forwarding(processes) as forwarded:
         while True:
             codes = [process.poll() for process in processes]
             failed = [number for number, code in enumerate(codes) if code]
@@ -160,10 +150,29 @@ def wait_for_all(processes: Sequence["subprocess.Popen[Any]"]) -> None:
             if None not in codes:
                 return
             time.sleep(0.05)
-    finally:
+
+
+@contextmanager
+def forwarding(processes: Sequence["subprocess.Popen[Any]"]) -> Iterator[list[int]]:
+    """Within this, SIGNALS that this process receives are forwarded to the processes, and listed; an error kills them."""
+    previous_handlers: dict[int, Any] = {}
+    forwarded: list[int] = []
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        forwarded.append(signum)
+        for process in processes:
+            process.send_signal(signum)
+
+    with suppress(ValueError):  # not in the main thread
+        previous_handlers = {signum: signal.signal(signum, forward) for signum in SIGNALS}
+    try:
+        yield forwarded
+    except BaseException:
         for process in processes:
             if process.poll() is None:
                 process.kill()
+        raise
+    finally:
         for signum, handler in previous_handlers.items():
             signal.signal(signum, handler)
 

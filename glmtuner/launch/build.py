@@ -19,6 +19,7 @@ from glmtuner.families.hub import read_config
 from glmtuner.families.stop_tokens import stop_ids
 from glmtuner.families.structure import family_from_structure
 from glmtuner.inference.finished import Finished
+from glmtuner.launch.between_jobs import base_key_of
 from glmtuner.launch.checks import check_base
 from glmtuner.launch.device import compute_dtype, device_of
 from glmtuner.launch.libraries import load_libraries
@@ -171,13 +172,17 @@ def load_trainable_model(
     from glmtuner.finetuning.start import base_folder, build_trainable_model, checkpoints_of
     from glmtuner.models.load import load_model
     from glmtuner.models.new_tokens import add_rows, say_untrained
+    from glmtuner.models.warm import base_model
 
     run = composed.run
     checkpoints = checkpoints_of(run.model)
     folder = base_folder(checkpoints)
     source = dataclasses.replace(run.model, model_name_or_path=str(folder), config_name=None) if folder else run.model
     dtype = compute_dtype(run, device)
-    model = load_model(source, family, run.quant, device, dtype, sharded=run.parallel.sharded)
+    model = base_model(
+        base_key_of(run, family, device),
+        lambda: load_model(source, family, run.quant, device, dtype, sharded=run.parallel.sharded),
+    )
     if tokenizer is not None:
         add_rows(model, tokenizer, learned=new_tokens_in(folder) if folder else ())
     run.quant.prepare(model)

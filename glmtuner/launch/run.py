@@ -15,6 +15,7 @@ from glmtuner.distributed.preemption import Preempted
 from glmtuner.families.hub import read_config
 from glmtuner.inference.context import RunContext
 from glmtuner.launch.arguments import training_arguments
+from glmtuner.launch.between_jobs import base_key_of
 from glmtuner.launch.build import load_trainable_model, resolve_family, resolve_template
 from glmtuner.launch.checks import check_base, check_liger, check_liger_runs, check_whole_batch
 from glmtuner.launch.device import device_of, place_model, reuse_memory
@@ -126,6 +127,7 @@ def run_in_folder(
     from glmtuner.models.load import load_tokenizer
     from glmtuner.models.positions import check_positions
     from glmtuner.models.unwrap import unwrapped
+    from glmtuner.models.warm import keep_originals, make_room
 
     if run.trainer.predict_with_generate and ranks.is_main():
         Thread(target=run.metric.prepare, daemon=True).start()  # while the weights are read
@@ -144,6 +146,7 @@ def run_in_folder(
         check_whole_batch(run, len(data.train))
     if agrees:  # one difference is said once
         check_first_rows(run, encoder, template_name, {part.spec.name: part.first for part in data.prepared})
+    make_room(base_key_of(run, family, device))
     checkpointing = needs_checkpointing(composed, model_config, finetuning, family, data, device)
     model, finetuning, family = load_trainable_model(composed, finetuning, family, device, tokenizer)
     if data.train is not None:
@@ -153,6 +156,7 @@ def run_in_folder(
         family=family, finetuning=finetuning, data=data, tracker=tracker,
     )  # fmt: skip
     initialize_method(context, device, resumes, checkpoint)
+    keep_originals(model)
     objective = stage.objective(context)
     if device.type == "cpu" and run.trainer.do_train and run.data.packing:
         reuse_memory()

@@ -41,6 +41,8 @@ def process_baseline_bytes(device: "torch.device", tracker: str) -> int:
     """The bytes of this process without tensors, measured once its libraries are loaded and used; 0 on a GPU."""
     import torch
 
+    from glmtuner.models.warm import shared_bytes
+
     if device.type != "cpu":
         return 0
     for name in filter(None, (*LIBRARIES, TRACKER_LIBRARIES.get(tracker))):
@@ -49,7 +51,7 @@ def process_baseline_bytes(device: "torch.device", tracker: str) -> int:
     for dtype in (torch.float32, torch.bfloat16):  # pages of a library count once they are used
         x = torch.ones(1, 2, 64, 64, dtype=dtype, requires_grad=True)
         torch.nn.functional.scaled_dot_product_attention(x @ x, x, x, is_causal=True).log_softmax(-1).sum().backward()
-    return resident_bytes() + DATA_AND_TOKENIZER
+    return resident_bytes() - shared_bytes() + DATA_AND_TOKENIZER
 
 
 def device_memory(device: "torch.device") -> int | None:

@@ -3,7 +3,6 @@
 import gc
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,13 +15,14 @@ from glmtuner.config.compose import compose
 from glmtuner.config.objective import measured_as
 from glmtuner.console import say
 from glmtuner.distributed import ranks
-from glmtuner.distributed.preemption import Preempted
+from glmtuner.distributed.preemption import SIGNALS, Preempted
 from glmtuner.errors import ConfigError, FolderBusy
+from glmtuner.launch.between_jobs import keep_base_models
 from glmtuner.launch.register import register_presets
 from glmtuner.launch.run import launch
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import FAILED, OUTPUT
-from glmtuner.sweep.launchers import one_gpu
+from glmtuner.sweep import workers
 from glmtuner.sweep.placeholders import reveal
 
 REQUEUE_SECONDS = 120.0  # that SLURM may take to end a job that is requeued
@@ -65,6 +65,8 @@ def run_job(config: DictConfig) -> float | None:
             run_in_subprocess(overrides, folder, composed.flags)
             metrics = folder.metrics()
         else:
+            if hydra.runtime.choices.get("hydra/launcher") == "basic":  # the others run one job in a process
+                keep_base_models()
             metrics = launch(composed, output_dir=folder.path)
         return objective_value(metrics, composed.run.objective)
     except Preempted as preempted:
@@ -97,24 +99,17 @@ class JobFailed(Exception):
 
 
 def run_in_subprocess(overrides: Sequence[str], folder: RunFolder, flags: Sequence[str]) -> None:
-    """Run the job in a subprocess, its output in output.log; raises JobFailed, with the reason in failed.json."""
+    """Run the job in a process that other jobs ran in before, its output in output.log; raises JobFailed, with the reason in failed.json."""
     folder.path.mkdir(parents=True, exist_ok=True)
     (folder / FAILED).unlink(missing_ok=True)
-    with (folder / OUTPUT).open("ab") as log, one_gpu(folder.path.parent) as environment:
-        process = subprocess.Popen(
-            ranks.command_of(flags, overrides, folder.path),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-        )
-        try:
-            ranks.wait_for_all([process])
-            return
-        except ranks.RankFailed as failed:
-            if failed.preempted_by is not None:
-                say(f"{folder.path}: {failed}; the same command resumes it")
-                raise JobFailed from None
-            code = failed.code
+    _, _, _, *arguments = ranks.command_of(flags, overrides, folder.path)  # without `python -m glmtuner`
+    jobs_at_once = int(HydraConfig.get().launcher.get("n_jobs") or 1)
+    code = workers.run_job(folder.path.parent, arguments, folder / OUTPUT, jobs_at_once)
+    if code == 0:
+        return
+    if code in [128 + signum for signum in SIGNALS]:
+        say(f"{folder.path}: stopped by {signal.Signals(code - 128).name}; the same command resumes it")
+        raise JobFailed
     if folder.is_running:
         say(f"skipped: another process is running in {folder.path}")
         raise JobFailed

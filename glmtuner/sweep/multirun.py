@@ -25,9 +25,11 @@ def run_sweep(
     """
     from glmtuner.config.compose import compose_every_job, first_job
     from glmtuner.console import complain, say
+    from glmtuner.launch.between_jobs import keep_no_more
     from glmtuner.launch.memory_check import report_memory, report_remote_memory
     from glmtuner.report.jobs import State, read_jobs
     from glmtuner.run_folder.acquire import require_usable
+    from glmtuner.sweep import workers
     from glmtuner.sweep.folders import hydra_overrides, record_command, sweep_folder
     from glmtuner.sweep.job import run_job
     from glmtuner.sweep.launchers import SLURM_TARGET, register
@@ -57,6 +59,8 @@ def run_sweep(
     except Exception as error:  # such as Optuna's if no trial of a search has completed
         crash = error
     finally:
+        keep_no_more()
+        workers.close()
         (root / "multirun.yaml").unlink(missing_ok=True)  # of Hydra
     jobs = read_jobs(root)  # their folders tell how they ended, whichever process ran them
     count = Counter(job.state for job in jobs)
