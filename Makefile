@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIGER := .liger
 TRL := .trl
+LM_EVAL := .lm_eval
 LATEST := .latest
 
-.PHONY: setup quickstart test test-attack test-heavy test-stages test-architectures test-latest test-slurm test-liger test-trl check format schema wheel clean
+.PHONY: setup quickstart test test-attack test-heavy test-stages test-architectures test-latest test-slurm test-liger test-trl test-benchmarks check format schema wheel clean
 
 setup: $(READY)
 
@@ -59,6 +60,13 @@ test-trl: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRL) 'trl==1.16.0'
 	PYTHONPATH=$(TRL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trl --numprocesses 2 --dist loadfile
 
+# lm-evaluation-harness' own scores; with what it needs beside what the environment has
+test-benchmarks: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(LM_EVAL) 'lm_eval==0.4.13' \
+	  evaluate pytablewriter DataProperty mbstrdecoder pathvalidate tabledata tcolorpy typepy rouge-score sacrebleu colorama lxml \
+	  portalocker tabulate scikit-learn scipy joblib threadpoolctl sqlitedict word2number more_itertools
+	PYTHONPATH=$(LM_EVAL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks --numprocesses 2 --dist worksteal
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,4 +85,4 @@ wheel: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(LIGER) $(TRL) $(LATEST) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGER) $(TRL) $(LM_EVAL) $(LATEST) build dist *.egg-info .pytest_cache .ruff_cache

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 
 # What a terminal obeys instead of showing: control characters (ESC, BEL, a carriage return, and the C1 controls, which many
 # terminals take for ESC sequences), and the characters that change the direction of the text after them (CVE-2021-42574).
@@ -30,10 +31,13 @@ def is_silent() -> bool:
     return os.environ.get("RANK", "0") != "0"
 
 
+SPEAKER: ContextVar[str] = ContextVar("speaker", default="")  # before each line, of one of several runs in this process
+
+
 def say(text: str) -> None:
     """Print one line of plain text."""
     if not is_silent():
-        print(plain(text), flush=True)
+        print(plain(SPEAKER.get() + text), flush=True)
 
 
 def complain(text: str) -> None:

@@ -7,7 +7,8 @@ GlmtunerError                exit code 2; the message is one paragraph: what is 
 ├── CheckpointError          a checkpoint or a run folder
 │   └── FolderBusy           a run folder that another process is using
 ├── PreflightError           a run that would train nothing, or produce garbage
-└── TrainingError            a training that diverged, or took no optimizer step
+└── TrainingError            a training that took no optimizer step
+    └── Diverged             a training whose numbers are no longer finite
 """
 
 from collections.abc import Iterable
@@ -38,7 +39,11 @@ class PreflightError(GlmtunerError):
 
 
 class TrainingError(GlmtunerError):
-    """A training that diverged, or took no optimizer step."""
+    """A training that took no optimizer step, or cannot go on."""
+
+
+class Diverged(TrainingError):
+    """A training whose losses, gradients or weights are no longer finite: the same values end the same way again."""
 
 
 class UnknownName(ConfigError):

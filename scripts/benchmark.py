@@ -25,6 +25,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from benchmark_sweep import APART, GOAL_LLAMAFACTORY, GOALS, SHARED
+from benchmark_sweep import measure as measure_sweep
+
 ROOT = Path(__file__).resolve().parent.parent
 CHILD = ROOT / "scripts/benchmark_child.py"
 FOLDER = ROOT / "outputs/benchmark"
@@ -35,8 +39,23 @@ BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 
 COPIES = 20  # copies of the records in the larger file, each with another number in front
 PAIRS = ROOT.parent / "shared/data/dpo_zh_demo.json"  # of LLaMA-Factory, too; the package's sample where it is missing
-PARTS = ("startup", "config_error", "preprocessing", "training", "prediction", "preference", "grpo")
-BESIDE_TRL = {"preference", "grpo"}  # parts that need no LLaMA-Factory
+PARTS = (
+    "startup",
+    "config_error",
+    "preprocessing",
+    "training",
+    "prediction",
+    "preference",
+    "grpo",
+    "benchmarks",
+    "sweep",
+)
+BESIDE_TRL = {
+    "preference",
+    "grpo",
+    "benchmarks",
+}  # parts that need no LLaMA-Factory, and neither the model nor the records
+WITHOUT_LLAMAFACTORY = BESIDE_TRL | {"sweep"}  # of these, the sweep measures it where it is installed
 LLAMAFACTORY = "0.9.5"
 LORA = {"lora_rank": 8, "lora_alpha": 16}
 LEARNING_RATE = 1e-4
@@ -47,6 +66,15 @@ BARE, BARE_PACKED = "bare loop, padded", "bare loop, the same packed tensors"
 BY_SAMPLE = f"{BARE_PACKED}, attention by sample"
 TRL = "1.16.0"
 THEIRS_TRL, THEIRS_TRL_FAST = f"TRL {TRL}", f"TRL {TRL}, no checkpointing"
+LM_EVAL = "0.4.13"
+THEIRS_HARNESS = f"lm-evaluation-harness {LM_EVAL}, its model of transformers"
+# What the harness needs and the environment of glmtuner lacks.
+BESIDE_HARNESS = (
+    "evaluate", "pytablewriter", "DataProperty", "mbstrdecoder", "pathvalidate", "tabledata", "tcolorpy", "typepy", "rouge-score",
+    "sacrebleu", "colorama", "lxml", "portalocker", "tabulate", "scikit-learn", "scipy", "joblib", "threadpoolctl", "sqlitedict",
+    "word2number", "more_itertools",
+)  # fmt: skip
+QUESTIONS, EXAMPLES, HARNESS_BATCH = 64, 5, 16  # of a task; before each question; of the harness' model
 LARGE_HEAD = 64_000  # words of the model whose memory is compared
 PROMPTS, GENERATIONS, ANSWER_TOKENS = 4, 8, 64  # of a step of grpo
 IMPORTS = "importing torch, Trainer and the model class"
@@ -177,6 +205,21 @@ def table_rows(measured: dict[str, dict[str, list[dict[str, float]]]]) -> list[R
     for against in (THEIRS_TRL, THEIRS_TRL_FAST):
         for name, unit in (("tokens_per_second", "tokens/s"), ("tokens_per_cpu_second", "tokens/s of CPU time")):
             add("grpo", "stage=grpo, whole steps", unit, name, OURS, against, **higher_is_better)
+    for part, bits in (("sweep", ""), ("sweep int4", ", int4")):
+        for against, goal in ((APART, GOALS[part]), (THEIRS, GOAL_LLAMAFACTORY)):
+            for name, unit, at_least in (("seconds", "s", goal), ("cpu_seconds", "s of CPU time", None)):
+                add(
+                    part, f"eight jobs, from the command to the report{bits}", unit, name, SHARED, against,
+                    **lower_is_better, at_least=at_least,
+                )  # fmt: skip
+    for name, what, unit in (
+        ("letters", "options of a letter", "questions"),
+        ("options", "options of a sentence", "questions"),
+        ("answers", "generated answers", "answers"),
+    ):
+        row = ("benchmarks", f"benchmark, {what}")
+        add(*row, f"{unit}/s", name, OURS, THEIRS_HARNESS, **higher_is_better)
+        add(*row, f"{unit}/s of CPU time", f"{name}_cpu", OURS, THEIRS_HARNESS, **higher_is_better, at_least=1.0)
     return rows
 
 
@@ -211,6 +254,7 @@ class Finished:
     seconds: float
     peak_mib: float
     awaited_seconds: float | None
+    cpu_seconds: float = 0.0
 
 
 def run_process(
@@ -261,7 +305,7 @@ def run_process(
     watcher.join()
     if usage.ru_maxrss > ours_kib or not peak_kib:  # a smaller value may be the peak of this process, inherited by fork
         peak_kib = max(peak_kib, usage.ru_maxrss)
-    return Finished(process.returncode, seconds, peak_kib / 1024, awaited_at)
+    return Finished(process.returncode, seconds, peak_kib / 1024, awaited_at, usage.ru_utime + usage.ru_stime)
 
 
 def fail(log: Path, command: Sequence[str]) -> None:
@@ -285,6 +329,7 @@ class Bench:
     threads: int
     repeats: int
     seed: int = 0  # of the model that is made
+    before: Path | None = None  # another checkout, for the sweep's jobs one after another
     measured: dict[str, dict[str, list[dict[str, float]]]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     count: int = 0
@@ -305,7 +350,8 @@ class Bench:
             "HF_DATASETS_CACHE": str(self.folder / "hf_datasets"),
         }
         if ours:
-            variables["PYTHONPATH"] = f"{ROOT}{os.pathsep}{self.folder / 'trl'}"
+            beside = (ROOT, self.folder / "trl", self.folder / "lm_eval")
+            variables["PYTHONPATH"] = os.pathsep.join(map(str, beside))
         return variables
 
     def fresh(self, name: str) -> Path:
@@ -320,7 +366,12 @@ class Bench:
     def run(
         self, command: Sequence[str], folder: Path, *, ours: bool, fails: bool = False, awaited: str | None = None
     ) -> Finished:
-        ended = run_process(command, self.environment(ours), folder / "output.log", awaited=awaited)
+        return self.run_in(self.environment(ours), command, folder, fails=fails, awaited=awaited)
+
+    def run_in(
+        self, environment: dict[str, str], command: Sequence[str], folder: Path, *, fails: bool = False, awaited: str | None = None
+    ) -> Finished:  # fmt: skip
+        ended = run_process(command, environment, folder / "output.log", awaited=awaited)
         if (ended.status != 0) is not fails:
             fail(folder / "output.log", command)
         return ended
@@ -699,6 +750,51 @@ class Bench:
         contenders = {OURS: ours, THEIRS_TRL: theirs(), THEIRS_TRL_FAST: theirs(gradient_checkpointing=False)}
         self.take_turns("grpo", contenders)
 
+    def sweep(self) -> None:
+        """Eight LoRA jobs on one base, from the command to the report."""
+        measure_sweep(self, THEIRS, self.before)
+
+    def benchmarks(self) -> None:
+        """Questions with options, and questions to answer, by both: seconds of the harness' requests to each model."""
+        harness, model = self.folder / "lm_eval", self.folder / "pairs_model_8000"
+        if not (harness / "lm_eval").is_dir():
+            install_harness(harness)
+        records = json.loads((DATA if DATA.is_file() else SAMPLE).read_text(encoding="utf-8"))
+        if not model.is_dir():
+            partial = self.folder / "pairs_model.partial"
+            texts = [record["output"] for record in records]
+            settings = {"texts": texts, "vocabulary_size": 8_000, "head_size": 8_000, "seed": self.seed}
+            self.child("new_model", self.fresh("new model"), folder=str(partial), **settings)
+            partial.rename(model)
+        tasks = self.folder / "benchmark_tasks"
+        write_tasks(tasks, records)
+
+        def measurement(name: str, result: dict[str, Any]) -> dict[str, float]:
+            scores.setdefault(name, result["scores"])
+            return {task: QUESTIONS / result["seconds"][task] for task in result["seconds"]}
+
+        scores: dict[str, dict[str, float]] = {}
+
+        def ours() -> dict[str, float]:
+            folder = self.fresh("benchmarks ours")
+            overrides = [
+                "model=causal_lm", f"model.model_name_or_path={model}", "tracker=none", "finetuning=none", "trainer=benchmark",
+                "trainer.disable_tqdm=true", "benchmark=[letters,options,answers]", f"benchmark.include_path={tasks}",
+                f"benchmark.data_dir={tasks}", f"trainer.output_dir={folder / 'run'}",
+            ]  # fmt: skip
+            return measurement(OURS, self.child("glmtuner_benchmarks", folder, overrides=overrides)[0])
+
+        def theirs() -> dict[str, float]:
+            settings = {"model": str(model), "tasks": str(tasks), "batch_size": HARNESS_BATCH}
+            return measurement(
+                THEIRS_HARNESS, self.child("harness_benchmarks", self.fresh("benchmarks harness"), **settings)[0]
+            )
+
+        self.take_turns("benchmarks", {OURS: ours, THEIRS_HARNESS: theirs})
+        print(f"benchmarks: scores {scores}")
+        if scores[OURS] != scores[THEIRS_HARNESS]:
+            raise SystemExit("benchmarks: the models do not have the same scores")
+
     # -- model and data --------------------------------------------------------------------------------------------
 
     def make_model(self, path: Path, settings: dict[str, Any]) -> None:
@@ -794,6 +890,42 @@ def install_trl(folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
     if subprocess.run([*pip, "--target", str(folder), f"trl=={TRL}"]).returncode != 0:
         raise SystemExit(f"pip install --no-deps --target {folder} trl=={TRL} failed")
+
+
+def install_harness(folder: Path) -> None:
+    """Install lm-evaluation-harness from PyPI beside the environment, with what that lacks."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
+    if subprocess.run([*pip, "--target", str(folder), f"lm_eval=={LM_EVAL}", *BESIDE_HARNESS]).returncode != 0:
+        raise SystemExit(f"pip install --no-deps --target {folder} lm_eval=={LM_EVAL} … failed")
+
+
+def write_tasks(folder: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Three tasks of the harness on the same questions: their options by letter, the options themselves, and answers."""
+    asked = [record for record in records if 10 <= len(record["instruction"]) <= 200 and len(record["output"]) >= 40]
+    options = [record["output"][:40].replace("\n", " ") for record in asked]
+    lines = []
+    for number in range(QUESTIONS + EXAMPLES):
+        place = number % len(asked)
+        others = [options[(place + step) % len(asked)] for step in (1, 2, 3)]
+        right = number % 4
+        choices = [*others[:right], options[place], *others[right:]]
+        lines.append({"question": asked[place]["instruction"], "choices": choices, "answer": right})
+    for split, part in (("dev", lines[:EXAMPLES]), ("test", lines[EXAMPLES:])):
+        path = folder / f"questions/{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in part), encoding="utf-8")
+    common = f"dataset_path: questions\ntest_split: test\nfewshot_split: dev\nfewshot_config: {{sampler: first_n}}\nnum_fewshot: {EXAMPLES}\n"
+    listed = "".join(f"\\n{letter}. {{{{choices[{place}]}}}}" for place, letter in enumerate("ABCD"))
+    kinds = {
+        "letters": f'output_type: multiple_choice\ndoc_to_text: "{{{{question}}}}{listed}\\n答案："\ndoc_to_choice: [A, B, C, D]\n'
+        "doc_to_target: answer\nmetric_list: [{metric: acc}]\n",
+        "options": 'output_type: multiple_choice\ndoc_to_text: "{{question}}\\n"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
+        "metric_list: [{metric: acc}]\n",
+        "answers": 'output_type: generate_until\ndoc_to_text: "{{question}}\\n"\ndoc_to_target: "{{choices[answer]}}"\n'
+        f'generation_kwargs: {{until: ["\\n\\n"], do_sample: false, max_gen_toks: {ANSWER_TOKENS}}}\nmetric_list: [{{metric: exact_match}}]\n',
+    }
+    for name, text in kinds.items():
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{common}{text}", encoding="utf-8")
 
 
 # -- machine, versions and page ----------------------------------------------------------------------------------------
@@ -940,6 +1072,9 @@ def parse() -> argparse.Namespace:
         "--template", default="glm4", help="what LLaMA-Factory calls the model's template (%(default)s)"
     )
     parser.add_argument("--llamafactory", type=Path, help="its environment (made in the output folder when missing)")
+    parser.add_argument(
+        "--before", type=Path, help="another checkout, whose sweep of one job after another is measured"
+    )
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder to work in (%(default)s)")
     parser.add_argument(
         "--docs", type=Path, default=DOCS, help="folder of performance.md and performance.png (%(default)s)"
@@ -977,13 +1112,15 @@ def main() -> None:
         threads=options.threads,
         repeats=options.repeats,
         seed=options.seed,
+        before=options.before.resolve() if options.before else None,
     )
     shutil.rmtree(folder / "runs", ignore_errors=True)
     bench.about |= {"machine": machine(options.threads), "load": load, "data": data.name}
     if not BESIDE_TRL.issuperset(options.only):
-        if not (bench.llamafactory / "bin/llamafactory-cli").is_file():
-            install_llamafactory(bench.llamafactory)
-        bench.about["versions"] = versions(bench.llamafactory)
+        if not WITHOUT_LLAMAFACTORY.issuperset(options.only):
+            if not (bench.llamafactory / "bin/llamafactory-cli").is_file():
+                install_llamafactory(bench.llamafactory)
+            bench.about["versions"] = versions(bench.llamafactory)
         bench.write_data(records)
     for part in PARTS:
         if part in options.only:

@@ -571,6 +571,70 @@ def trl_grpo(settings: dict[str, Any]) -> dict[str, Any]:
 # -- inside LLaMA-Factory ------------------------------------------------------------------------------------------------
 
 
+def timed_requests(model: Any) -> dict[str, float]:
+    """The seconds, and the seconds of CPU time, that a class of the harness' models takes for each task's requests, as measured."""
+    seconds: dict[str, float] = {}
+
+    def timed(answer: Any) -> Any:
+        def measured(self: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            started, cpu_started = time.perf_counter(), time.process_time()
+            found = answer(self, requests, *args, **kwargs)
+            name = requests[0].task_name
+            seconds[name], seconds[f"{name}_cpu"] = time.perf_counter() - started, time.process_time() - cpu_started
+            return found
+
+        return measured
+
+    for name in ("loglikelihood", "generate_until"):
+        setattr(model, name, timed(getattr(model, name)))
+    return seconds
+
+
+def glmtuner_benchmarks(settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of each task's requests, without loading, and the tasks' scores."""
+    from glmtuner.benchmarks import run
+    from glmtuner.benchmarks.model import LoadedModel
+
+    original, scores = run.score_benchmarks, {}
+    seconds = timed_requests(LoadedModel)
+
+    def watched(context: Any) -> Any:
+        scores.update(original(context))
+        return scores
+
+    run.score_benchmarks = watched
+    command_line(settings["overrides"])
+    return {
+        "seconds": seconds,
+        "scores": {task: scores[f"benchmark_{task}"] for task in seconds if not task.endswith("_cpu")},
+    }
+
+
+def harness_benchmarks(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same of the harness' own model of transformers."""
+    import torch
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from glmtuner.benchmarks.tasks import local_sets
+
+    tasks, device = Path(settings["tasks"]), "cuda" if torch.cuda.is_available() else "cpu"
+    seconds = timed_requests(HFLM)
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings["batch_size"], device=device)
+    manager, scores = TaskManager(include_defaults=False, include_path=[tasks]), {}
+    with local_sets("benchmark", [tasks]):
+        for name in ("letters", "options", "answers"):
+            loaded = manager.load([name])
+            loaded["tasks"][name].set_fewshot_seed(seed=1234)
+            results = evaluate(harness, loaded, bootstrap_iters=0)["results"][name]
+            scores[name] = next(value for key, value in results.items() if key.endswith(",none"))
+    return {"seconds": seconds, "scores": {name: float(value) for name, value in scores.items()}}
+
+
 def llamafactory_prepare(settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds of its get_dataset and of the tokenization in it, and the rows."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer, loader
@@ -604,7 +668,7 @@ ROLES = {
     for role in (
         make_model, cut_records, bare_loop, glmtuner_prepare, glmtuner_predict, glmtuner_packed, llamafactory_prepare, new_model,
         glmtuner_pairs, glmtuner_preference, trl_preference, glmtuner_prompts,
-        glmtuner_grpo, trl_grpo,
+        glmtuner_grpo, trl_grpo, glmtuner_benchmarks, harness_benchmarks,
     )
 }  # fmt: skip
 

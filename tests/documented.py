@@ -30,6 +30,14 @@ NOT_RUN = {
     "pip install -e .[vllm]": "network",
     "pip install -e .[dashboard]": "network",
     "pip install glmtuner[dashboard]": "network",
+    "pip install -e .[benchmark]": "network",
+    "hf download ceval/ceval-exam --repo-type dataset --local-dir benchmarks/ceval/ceval-exam": "network",
+    "python -m glmtuner trainer=benchmark model.checkpoint_dir=outputs/mine benchmark=ceval,cmmlu,mmlu,gsm8k benchmark.data_dir=benchmarks": (
+        "network: lm-evaluation-harness and the sets"
+    ),
+    "python -m glmtuner -m finetuning=lora,freeze data.dataset=my.jsonl benchmark=[ceval] benchmark.data_dir=benchmarks objective=ceval": (
+        "network: lm-evaluation-harness and the sets"
+    ),
     "python scripts/benchmark.py": "network: installs LLaMA-Factory",
     "python scripts/benchmark.py --only training,prediction": "network: installs LLaMA-Factory",
     "python scripts/gpu_check.py": "GPU",
@@ -43,6 +51,9 @@ NOT_RUN = {
     "python -m glmtuner trainer=predict model.checkpoint_dir=outputs/mine data.dataset=my.jsonl generation.engine=vllm": (
         "GPU: vLLM"
     ),
+    "GLMTUNER_OFFLINE=offline python -m glmtuner finetuning=freeze data.dataset=alpaca_zh,belle": (
+        "needs what prefetch downloads; tests/e2e/test_prefetch.py runs the like"
+    ),
     "python -m glmtuner export outputs/mine --to my_model_hub --push-to ORG/NAME": "network: uploads to the hub",
     "torchrun --nproc-per-node 8 -m glmtuner data.dataset=alpaca_zh": "GPU, network",
     "accelerate launch --multi_gpu --num_processes 8 -m glmtuner data.dataset=alpaca_zh": "GPU, network",
@@ -50,6 +61,8 @@ NOT_RUN = {
 }
 # Commands that other tests run, in the same words or shortened.
 RUN_BY = {
+    "python -m glmtuner model=tiny_glm trainer=benchmark finetuning=none tracker=none benchmark=capitals benchmark.include_path=my_exams "
+    "trainer.output_dir=outputs/capitals": "tests/benchmarks/test_page.py",
     "make quickstart": "tests/e2e/test_quickstart.py",
     "python -m glmtuner experiment=quickstart": "tests/e2e/test_quickstart.py",
     "python -m glmtuner experiment=rlhf_sft": "tests/e2e/test_stages.py",
@@ -62,17 +75,44 @@ RUN_BY = {
     "trainer.per_device_train_batch_size=12 trainer.learning_rate=1e-4 trainer.lr_scheduler_type=constant trainer.logging_steps=10 "
     "trainer.output_dir=outputs/sums": "tests/e2e/test_grpo.py",
     "python -m glmtuner chat outputs/rlhf/ppo": "tests/e2e/test_chat.py",
+    "python -m glmtuner -m hydra/sweeper=optuna model=tiny_glm tracker=none data.dataset=identity_sample data.dev_ratio=0.2 "
+    "trainer.do_eval=true trainer.max_steps=10 objective=eval_loss trainer.learning_rate=tag(log, interval(1e-4, 1e-1)) "
+    "hydra.sweeper.n_trials=8 name=rates": "tests/e2e/test_searches.py",
+    "python -m glmtuner -m hydra/sweeper=optuna model=tiny_glm tracker=none data.dataset=identity_sample data.dev_ratio=0.2 "
+    "trainer.do_eval=true objective=[eval_loss,train_runtime] trainer.learning_rate=tag(log, interval(1e-3, 1e-1)) "
+    "trainer.max_steps=range(1, 9) hydra.sweeper.n_trials=10 name=cost": "tests/e2e/test_searches.py",
     "python -m glmtuner trainer=predict model.checkpoint_dir=outputs/rlhf/ppo data.dataset=feedback_sample": (
         "tests/e2e/test_stages.py"
     ),
     "python -m glmtuner finetuning=freeze data.dataset=alpaca_zh,belle": "tests/e2e/test_hub.py",
+    "python -m glmtuner prefetch --folder offline finetuning=freeze data.dataset=alpaca_zh,belle": "tests/e2e/test_prefetch.py",
+    "python -m glmtuner prefetch --verify offline": "tests/e2e/test_prefetch.py",
+    "python -m glmtuner status outputs/sweeps/rates": "tests/slurm/test_detached.py",
+    "python -m glmtuner status outputs/sweeps/rates --watch 30": "tests/unit/sweep/test_status.py",
     "python -m glmtuner serve outputs/mine": "tests/e2e/test_serve.py",
     "python -m glmtuner serve outputs/mine generation.temperature=0.7": "tests/e2e/test_serve.py",
     "python -m glmtuner report outputs/sweeps/methods": "tests/e2e/test_report.py",
+    "python -m glmtuner report outputs/sweeps/methods --paper en": "tests/e2e/test_paper.py",
+    "cd outputs/sweeps/methods/paper": "tests/e2e/test_paper.py",
+    "pdflatex main && bibtex main && pdflatex main && pdflatex main": "tests/e2e/test_paper.py",
     "python -m glmtuner stage=rm trainer=predict trainer.predict_with_generate=false model.checkpoint_dir=outputs/rm "
     "data.dataset=my_pairs.json": "tests/e2e/test_stages.py",
     "python -m glmtuner parallel=ddp parallel.processes=2 model=tiny_glm data.dataset=belle_sample tracker=none "
     "trainer.max_steps=4": "tests/e2e/test_parallel.py",
+    **dict.fromkeys(
+        (
+            "python -m glmtuner diff outputs/mine outputs/other",
+            "python -m glmtuner diff outputs/mine outputs/other --markdown diff.md --html diff.html",
+            "python -m glmtuner diff outputs/sweeps/before outputs/sweeps/after",
+            "python -m glmtuner reproduce outputs/mine --check-only",
+            "python -m glmtuner reproduce outputs/mine",
+            "python -m glmtuner reproduce outputs/mine --same-env",
+        ),
+        "tests/e2e/test_compare.py",
+    ),
+    "python -m glmtuner -m hydra/sweeper=race name=rates model=tiny_glm tracker=none data.dataset=belle_sample data.dev_ratio=0.3 "
+    "trainer.do_eval=true trainer.max_steps=50 finetuning.lora_rank=2,8 "
+    "trainer.learning_rate=3e-2,1e-2,3e-3,1e-3,1e-4,1e-5": "tests/e2e/test_race.py",
     "python scripts/gpu_check.py --cpu-rehearsal": "tests/e2e/test_gpu_check.py",
     "python scripts/gpu_check.py --from a.json b.json --page docs/performance.md": "tests/unit/test_gpu_check.py",
     "python scripts/wandb_dashboard.py ENTITY/PROJECT outputs/sweeps/rates --dry-run workspace.json": (

@@ -14,12 +14,13 @@ MEANINGS = {
     "finetuning": "which weights are trained",
     "stage": "what is learned",
     "reward": "how stage=grpo scores answers; several as reward=[number,format], with their weights at reward.number.weight",
-    "trainer": "train, evaluate or predict; every field of transformers' Seq2SeqTrainingArguments",
+    "trainer": "train, evaluate, predict or benchmark; every field of transformers' Seq2SeqTrainingArguments",
     "metric": "how answers are scored",
     "generation": "how chat decodes",
     "tracker": "where metrics are logged besides the run folder",
     "kernels": "kernels that replace torch's own",
     "parallel": "how many processes train one run, and what each of them stores",
+    "budget": "the hours and the money that a sweep may take, and prices for its forecast",
     "experiment": "whole recipes",
 }
 
@@ -35,7 +36,7 @@ def help_text(config_dir: str | None = None) -> str:
         "",
         "  python -m glmtuner [options] group=preset group.key=value …     one run",
         "  python -m glmtuner -m group=a,b group.key=1,2 …                 a sweep: every combination",
-        *(f"  {f'python -m glmtuner {verb} RUN …':<64}{line}" for verb, line in _verbs()),
+        *(f"  {f'python -m glmtuner {verb} …':<64}{line}" for verb, line in _verbs()),
         "",
         "Groups (the default preset comes first):",
     ]
@@ -46,6 +47,7 @@ def help_text(config_dir: str | None = None) -> str:
         names = [default, *(name for name in names if name != default)] if default else names
         lines += [f"  {group:<{width}}  {MEANINGS.get(group, '')}", f"  {'':<{width}}  {', '.join(names)}"]
     lines += [
+        "  benchmark=ceval,mmlu,…  scores the model with tasks of lm-evaluation-harness, at the end of a run or by trainer=benchmark",
         "",
         "A comma means 'and' in a run (data.dataset=a,b trains on both) and 'each' in a sweep; brackets always mean 'and'.",
         "",
@@ -54,7 +56,8 @@ def help_text(config_dir: str | None = None) -> str:
         "Options:",
         "  --cfg job --resolve     show the composed run and stop      --package GROUP   only one part of it",
         "  --info defaults-tree    why each file was composed          --config-dir DIR  more presets, in DIR/<group>/",
-        "  --check                 estimate the memory of a training: no weights or data are loaded, nothing is written",
+        "  --check                 estimate the memory of a training and measure a few steps: what the run, or with -m the whole sweep,",
+        "                          will take in time, hours, energy and money; with --json as one object",
         "  --preview [N]           the first N (3) rows of each dataset: prompt, learned, stop, cut, and the prompt that is served;",
         "                          nothing is loaded but the tokenizer; with --ids the token ids, with --json an object a row",
         "  -m, --multirun          a sweep                             --version, --hydra-help",
@@ -63,12 +66,13 @@ def help_text(config_dir: str | None = None) -> str:
 
 
 def _verbs() -> list[tuple[str, str]]:
-    """Every verb with its help line."""
+    """Every verb with what it takes, and its help line."""
     from importlib import import_module
 
     from glmtuner.cli.verbs import VERBS
 
-    return [(verb, import_module(f"glmtuner.cli.{verb}").HELP) for verb in VERBS]
+    modules = {verb: import_module(f"glmtuner.cli.{verb}") for verb in VERBS}
+    return [(f"{verb} {getattr(module, 'TAKES', 'RUN')}", module.HELP) for verb, module in modules.items()]
 
 
 def _default_presets() -> dict[str, str]:

@@ -16,6 +16,7 @@ from contextlib import nullcontext, suppress
 from glmtuner import __version__
 from glmtuner.cli.options import hydra_flags, parse_options
 from glmtuner.cli.streams import ReaderGone, results_in_files
+from glmtuner.config.offline import adopt_offline
 from glmtuner.console import complain, plain
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import Preempted
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks.adopt_slurm_env()
     try:
         check_encodable(arguments)
+        adopt_offline()
         return run_command(arguments)
     except GlmtunerError as error:
         if ranks.should_report(error):
@@ -179,9 +181,9 @@ def run_command(arguments: list[str]) -> int:
 
     composed = compose(rest, config_dir=options.config_dir, config_name=options.config_name)
     if options.check:
-        from glmtuner.launch.memory_check import report_memory
+        from glmtuner.launch.forecast.check import check_run
 
-        report_memory(composed)
+        check_run(composed, as_json=options.json)
         return 0
     from glmtuner.launch.run import launch
 
@@ -192,11 +194,11 @@ def run_command(arguments: list[str]) -> int:
 
 
 def sweep(options: argparse.Namespace, overrides: list[str]) -> int:
-    """Run the sweep, or with --check estimate the memory of its first job; returns the exit code."""
+    """Run the sweep, or with --check forecast it; returns the exit code."""
     from glmtuner.sweep.multirun import run_sweep
 
     source = {"config_dir": options.config_dir, "config_name": options.config_name}
-    return run_sweep(overrides, hydra_flags(options), **source, check=options.check)
+    return run_sweep(overrides, hydra_flags(options), **source, check=options.check, as_json=options.json)
 
 
 def show_rows(options: argparse.Namespace, overrides: list[str]) -> int:

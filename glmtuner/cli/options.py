@@ -46,9 +46,12 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
             raise ConfigError(
                 f"--preview with --{other}: --preview shows the rows of one run; leave one of the two out"
             )
-    elif options.json or options.ids:
-        flag = "--json" if options.json else "--ids"
-        raise ConfigError(f"{flag} without --preview: it is for the rows that --preview prints; type --preview {flag}")
+    elif options.ids or (options.json and not options.check):
+        flag = "--ids" if options.ids else "--json"
+        also = ", or --check --json for a forecast" if flag == "--json" else ""
+        raise ConfigError(
+            f"{flag} without --preview: it is for the rows that --preview prints; type --preview {flag}{also}"
+        )
     return options, rest
 
 

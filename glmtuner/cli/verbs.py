@@ -13,8 +13,8 @@ from glmtuner.cli.streams import results_in_files
 from glmtuner.errors import ConfigError, did_you_mean
 from glmtuner.launch.register import register_presets
 
-VERBS = ("chat", "export", "report", "serve", "show")
-WRITING = ("export", "report", "serve")  # they go on when nobody reads what they print
+VERBS = ("chat", "diff", "export", "prefetch", "report", "reproduce", "serve", "show", "status")
+WRITING = ("export", "prefetch", "report", "reproduce", "serve")  # they go on when nobody reads what they print
 
 
 def run_verb(argv: list[str]) -> int:

@@ -1,6 +1,7 @@
 """Overrides -> one validated `Run`, or one ConfigError; nothing is loaded or written here."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice, product
@@ -25,6 +26,7 @@ from glmtuner.config.paths import conf_dir, is_run_folder
 from glmtuner.config.plugins import load_plugins, plugin_presets
 from glmtuner.config.run_rules import run_errors
 from glmtuner.config.schema import Run
+from glmtuner.config.search_space import SearchSpace, has_condition
 from glmtuner.config.trainer_arguments import WORDS
 from glmtuner.config.trainer_fields import field_errors
 from glmtuner.config.trainer_rules import trainer_errors
@@ -133,11 +135,13 @@ def compose(overrides: Sequence[str], *, config_dir: str | None = None, config_n
     searched = searched_dirs(config_dir)
     normalized, parsed = parse_and_check(overrides, searched, multirun=False)
     user_keys = user_keys_of(parsed)
+    flags: tuple[str, ...] = ("--config-dir", str(config_dir)) if config_dir else ()
+    flags += ("--config-name", config_name) if config_name != "config" else ()
+    if (checked := _CHECKED_JOBS.pop(_identity(normalized, config_dir, config_name), None)) is not None:
+        return replace(checked, overrides=normalized, user_keys=user_keys, flags=flags)
     with Composer(searched) as composer:
         config = composer(config_name, normalized)
         config = with_checkpoint(config, user_keys, lambda extra: composer(config_name, [*extra, *normalized]))
-        flags: tuple[str, ...] = ("--config-dir", str(config_dir)) if config_dir else ()
-        flags += ("--config-name", config_name) if config_name != "config" else ()
         return replace(validate(config, normalized, user_keys), flags=flags)
 
 
@@ -201,18 +205,63 @@ class Composer:
 
 
 def compose_every_job(
-    overrides: Sequence[str], *, config_dir: str | None = None, config_name: str = "config"
+    overrides: Sequence[str],
+    *,
+    config_dir: str | None = None,
+    config_name: str = "config",
+    seen: Callable[[Composed], None] = lambda job: None,
 ) -> list[str]:
-    """The normalized overrides of a sweep, after each job (the first 64 of many) was composed and validated."""
+    """The normalized overrides of a sweep, after each job (the first 64 of many) was composed, validated and `seen`."""
     searched = searched_dirs(config_dir)
     normalized, parsed = parse_and_check(overrides, searched, multirun=True)
     user_keys = user_keys_of(parsed)
+    _CHECKED_JOBS.clear()
     with Composer(searched) as composer:
         for job in islice(_jobs(normalized, parsed, presets(searched)), MOST_SWEEP_JOBS_CHECKED):
-            config = composer(config_name, job)
+            try:
+                config = composer(config_name, job)
+            except ConfigError as error:
+                hint = _search_hint(error) if any("hydra/sweeper" in text for text in normalized) else ""
+                raise ConfigError(f"{error}{hint}") from None
             config = with_checkpoint(config, user_keys, lambda extra, job=job: composer(config_name, [*extra, *job]))
-            validate(config, job, user_keys)
+            checked = validate(config, job, user_keys)
+            seen(checked)
+            if not any(text.startswith("hydra.job.env_set") for text in job):  # its variables may be part of the values
+                _CHECKED_JOBS[_identity(job, config_dir, config_name)] = checked
     return normalized
+
+
+def check_search_space(space: SearchSpace, *, config_dir: str | None = None, config_name: str = "config") -> None:
+    """Compose and validate trials with the extreme values of every searched key; raises ConfigError for the first that cannot be."""
+    for searched in islice(space.corners(), MOST_SWEEP_JOBS_CHECKED):
+        try:
+            compose([*space.fixed, *searched], config_dir=config_dir, config_name=config_name)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; that is of the trial with {' '.join(searched)}{_search_hint(error)}") from None
+
+
+def _search_hint(error: ConfigError) -> str:
+    if "it belongs to" in str(error):
+        return "; a key that one choice alone has takes it as a condition, as in 'finetuning.lora_rank=tag(\"finetuning=lora\", choice(8, 16))'"
+    return (
+        "; a search draws whole numbers by int(interval(1, 8)), or range(1, 9)"
+        if "expected a whole number" in str(error)
+        else ""
+    )
+
+
+# Jobs of this process's sweep that were composed before the first one started, until each is run.
+_CHECKED_JOBS: dict[tuple[str | None, ...], Composed] = {}
+
+
+def _identity(overrides: Sequence[str], config_dir: str | None, config_name: str) -> tuple[str | None, ...]:
+    """What a run is composed of, without Hydra's own keys."""
+    return (
+        os.getcwd(),
+        config_dir,
+        config_name,
+        *(text for text in overrides if not text.startswith(("hydra.", "hydra/"))),
+    )
 
 
 def first_job(overrides: Sequence[str], *, config_dir: str | None = None, config_name: str = "config") -> Composed:
@@ -222,12 +271,42 @@ def first_job(overrides: Sequence[str], *, config_dir: str | None = None, config
     return compose(job, config_dir=config_dir, config_name=config_name)
 
 
+def every_job(
+    overrides: Sequence[str], *, config_dir: str | None = None, config_name: str = "config"
+) -> Iterator[Composed]:
+    """Each job of a sweep, composed and validated, in the order of the basic sweeper."""
+    searched = searched_dirs(config_dir)
+    normalized, parsed = parse_and_check(overrides, searched, multirun=True)
+    for job in _jobs(normalized, parsed, presets(searched)):
+        yield compose(job, config_dir=config_dir, config_name=config_name)
+
+
+def composed_jobs(
+    overrides: Sequence[str], *, config_dir: str | None = None, config_name: str = "config"
+) -> list[Composed]:
+    """The jobs of a sweep, the first 64 of many, from the overrides that `compose_every_job` returned."""
+    jobs = _jobs(overrides, parse(overrides), presets(searched_dirs(config_dir)))
+    return [
+        compose(job, config_dir=config_dir, config_name=config_name) for job in islice(jobs, MOST_SWEEP_JOBS_CHECKED)
+    ]
+
+
+def count_jobs(overrides: Sequence[str], *, config_dir: str | None = None) -> int:
+    """The number of combinations of the swept values; what a search samples counts as one value."""
+    return sum(1 for _ in _jobs(overrides, parse(overrides), presets(searched_dirs(config_dir))))
+
+
 def _jobs(overrides: Sequence[str], parsed: Sequence[Override], known: Mapping[str, list[str]]) -> Iterator[list[str]]:
-    """The overrides of each job of the basic sweeper's product; keys that a search samples (`interval`) are left out."""
+    """The overrides of each job of the basic sweeper's product; keys that only a search can draw (`interval`) are left out.
+
+    So are those on a condition: see `check_search_space`.
+    """
     choices: list[list[str]] = []
     for text, override in zip(overrides, parsed, strict=True):
         if not override.is_sweep_override():
             choices.append([text])
+        elif has_condition(override):
+            continue
         elif isinstance(value := override.value(), Glob):
             legal = known.get(override.key_or_group, [])
             names = value.filter(legal)

@@ -6,12 +6,20 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
 
-from hydra.errors import HydraException
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from glmtuner.config.groups import SCHEMA_CLASSES
 from glmtuner.config.rewards import GROUP as REWARD
 from glmtuner.errors import GlmtunerError, did_you_mean
+
+SAMPLER = "hydra/sweeper/sampler"
 
 
 def explain(error: BaseException) -> str:
@@ -23,6 +31,13 @@ def explain(error: BaseException) -> str:
     for cause in chain:
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return _omegaconf(cause)
+    for cause in chain:
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options:
+            group, _, name = cause.missing_cfg_file.rpartition("/")
+            legal = f"legal: {', '.join(cause.options)}"
+            return f"{group}={name}: no {group} preset of that name{did_you_mean(name, cause.options, legal)}"
+    if SAMPLER in str(error) and "No match in the defaults list" in str(error):
+        return f"{SAMPLER}: samplers are of searches, and this sweep is none; type hydra/sweeper=optuna, too"
     if isinstance(error, OverflowError):  # an integer that no float holds; OmegaConf names the key in the message alone
         key = re.search(r"full_key: (\S+)", str(error))
         return f"{key.group(1) if key else 'a number'}: expected a number, and this one is too large"
@@ -48,6 +63,16 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
         and (name := rest.partition(".")[0]) in SCHEMA_CLASSES.get(REWARD, {})
     ):
         return f"{error.full_key}: this run has no {REWARD}={name}; type {REWARD}={name}, or {REWARD}=[…,{name}] for several"
+    parent = error.parent_node
+    if (
+        group == "hydra"
+        and isinstance(error, (ConfigKeyError, ConfigAttributeError))
+        and isinstance(parent, DictConfig)
+    ):
+        if str(error.full_key).startswith("hydra.sweeper.params."):
+            return f"{error.full_key}: on the command line a key has its search space itself; type '{key}=interval(…)', say"
+        names = [str(name) for name in parent]
+        return f"unknown key {error.full_key!r}" + did_you_mean(key, names, f"legal: {', '.join(names)}")
     if not is_dataclass(owner):
         return f"{error.full_key}: {_first_paragraph(str(error))}"
     legal = [declared.name for declared in fields(owner)]

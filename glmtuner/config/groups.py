@@ -133,6 +133,7 @@ class Model:
     use_fast_tokenizer: bool = True
     model_revision: str = "main"
     use_auth_token: bool = False
+    use_modelscope: bool = False
     checkpoint_dir: list[str] = field(default_factory=list)
     reward_model: str | None = None
     resume_lora_training: bool = True
@@ -175,6 +176,7 @@ class Data:
     max_source_length: int
     max_target_length: int
     split: str = "train"
+    use_modelscope: bool = False
     overwrite_cache: bool = False
     preprocessing_num_workers: int | None = None
     max_samples: int | None = None

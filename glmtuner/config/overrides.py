@@ -10,6 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
+from glmtuner.config.benchmarks import GROUP as BENCHMARK
+from glmtuner.config.benchmarks import TASKS as BENCHMARKS
 from glmtuner.config.dictionaries import is_dictionary
 from glmtuner.config.schema import legal_keys, list_keys
 from glmtuner.errors import ConfigError, did_you_mean, nearest
@@ -43,6 +45,14 @@ MOVED = {
     "cutoff_len": "type data.max_source_length=… and data.max_target_length=…",
     "quantization": "type quant={value}",
     "template": "type model.template={value}",
+    "benchmark_dir": "type benchmark.data_dir={value}",
+    "benchmark_tasks": "type benchmark.include_path={value}",
+}
+# Keys of hydra-optuna-sweeper, and what to type instead.
+OF_OPTUNA_SWEEPER = {
+    "hydra.sweeper.search_space": "a key has its search space itself: type 'trainer.learning_rate=interval(1e-5, 1e-3)', say",
+    "hydra.sweeper.custom_search_space": "a condition is a tag: type 'finetuning.lora_rank=tag(\"finetuning=lora\", int(interval(4, 64)))'",
+    "hydra.sweeper.sampler": "the preset is the sampler: type hydra/sweeper/sampler={value}",
 }
 
 
@@ -114,7 +124,7 @@ def bracket_lists(overrides: Iterable[str], multirun: bool) -> list[str]:
     """
     lists = list_keys()
     rewritten = []
-    for text, override in ((text, _parsed_or_none(text)) for text in map(quoted, overrides)):
+    for text, override in ((text, _parsed_or_none(text)) for text in map(_whole_key, map(quoted, overrides))):
         if override is None or override.key_or_group not in lists:
             rewritten.append(text)
             continue
@@ -133,6 +143,12 @@ def bracket_lists(overrides: Iterable[str], multirun: bool) -> list[str]:
         else:
             rewritten.append(f"{key}=[{raw}]" if raw else f"{key}=[]")
     return rewritten
+
+
+def _whole_key(override: str) -> str:
+    """`benchmark=ceval` as `benchmark.tasks=ceval`."""
+    key, sign, value = override.partition("=")
+    return f"{BENCHMARKS}{sign}{value}" if key == BENCHMARK else override
 
 
 def _parsed_or_none(text: str) -> Override | None:
@@ -154,6 +170,8 @@ def _problems(override: Override, presets: Mapping[str, list[str]], multirun: bo
     value = _value_of(override)
     if key in MOVED:
         yield f"{key}={value} is not a glmtuner key: {MOVED[key].format(value=value)}"
+    elif key in OF_OPTUNA_SWEEPER:
+        yield f"{key}={value}: {OF_OPTUNA_SWEEPER[key].format(value=value)}"
     elif key.partition(".")[0] == "hydra" or key.startswith("hydra/"):
         return
     elif key in presets:

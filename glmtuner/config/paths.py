@@ -31,3 +31,8 @@ def model_source(name_or_path: str) -> str:
         return str(ASSETS / name_or_path.removeprefix(PACKAGE_MODEL))
     expanded = Path(name_or_path).expanduser()
     return str(expanded) if expanded.exists() else name_or_path
+
+
+def cache_root() -> Path:
+    """`$GLMTUNER_CACHE`, or ~/.cache/glmtuner."""
+    return Path(os.environ.get("GLMTUNER_CACHE") or Path.home() / ".cache" / "glmtuner")

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 
 from glmtuner.config.datasets import as_override, labels_of
+from glmtuner.config.offline import VARIABLE as OFFLINE
+from glmtuner.config.offline import offline_folder
 from glmtuner.config.optimizers import LOMO, WHOLE_WEIGHTS
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import TrainerArguments
@@ -40,9 +42,19 @@ def run_errors(run: Run) -> Iterator[str]:
             yield f"trainer.ddp_{name}={shown(value)} with parallel={run.parallel.name}: it is DistributedDataParallel's; type parallel=ddp, or leave it out"
     if run.data.new_tokens and run.parallel.name == "zero3":
         yield f"data.new_tokens={shown(run.data.new_tokens)} with parallel=zero3, whose weights have no rows to add; type parallel=ddp"
+    yield from _offline_errors(run)
     yield from _method_errors(run)
     yield from _optimizer_errors(run)
     yield from _metric_errors(run)
+
+
+def _offline_errors(run: Run) -> Iterator[str]:
+    """What a run excludes that must not use the network."""
+    folder = offline_folder()
+    if folder is not None and run.model.cache_dir is not None:
+        yield f"model.cache_dir={run.model.cache_dir} with {OFFLINE}={folder}, which is the cache of everything; leave it out"
+    if folder is not None and run.trainer.push_to_hub:
+        yield f"trainer.push_to_hub=true with {OFFLINE}={folder}: an upload needs the network; leave it out, or unset {OFFLINE}"
 
 
 def _method_errors(run: Run) -> Iterator[str]:

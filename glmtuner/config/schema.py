@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 
+from glmtuner.config.benchmarks import Benchmark
+from glmtuner.config.budget import Budget
 from glmtuner.config.datasets import as_override
 from glmtuner.config.groups import (
     SCHEMA_CLASSES,
@@ -20,6 +22,7 @@ from glmtuner.config.groups import (
     Quant,
     Trainer,
 )
+from glmtuner.config.objective import objective_problem
 from glmtuner.config.ranges import infinite_values
 from glmtuner.config.rewards import GROUP as REWARD
 from glmtuner.config.rewards import Reward
@@ -149,9 +152,11 @@ class Run:
     generation: Generation
     tracker: Tracker
     parallel: Parallel
+    budget: Budget = field(default_factory=Budget)  # runs of earlier versions have none
     reward: dict[str, Reward] = field(default_factory=dict)  # of stage=grpo: preset -> its values
+    benchmark: Benchmark = field(default_factory=Benchmark)
     name: str | None = None
-    objective: str | None = None
+    objective: Any = None  # the metric that sweeps rank by, or a list of two
     plugins: list[str] = field(default_factory=list)  # the user's own modules, see plugins.py
 
     def __post_init__(self) -> None:
@@ -164,6 +169,8 @@ class Run:
         for declared in fields(self):
             if is_dataclass(owner := getattr(self, declared.name)) and declared.name != "trainer":  # has its own ranges
                 yield from infinite_values(declared.name, owner)
+        if problem := objective_problem(self.objective):
+            yield problem
         for name, reward in self.reward.items():
             yield from infinite_values(f"{REWARD}.{name}", reward)
         if self.reward and not self.stage.uses_rewards:
@@ -189,11 +196,12 @@ class Run:
                 f"finetuning={method.finetuning_type} trains nothing and trainer.do_train=true asks for training; "
                 "type trainer=evaluate or trainer=predict, or finetuning=lora"
             )
-        if not (trainer.do_train or trainer.do_eval or trainer.do_predict):
+        if not (trainer.do_train or trainer.do_eval or trainer.do_predict or self.benchmark.tasks):
             yield (
                 "nothing to do: trainer.do_train, trainer.do_eval and trainer.do_predict are all false; "
-                "type trainer=train, trainer=evaluate or trainer=predict"
+                "type trainer=train, trainer=evaluate or trainer=predict, or benchmark=ceval for a benchmark"
             )
+        yield from self._impossible_benchmarks()
         yield from self.stage.impossible(self)
         if self.parallel.shares and not self.stage.supports_sharding:
             yield (
@@ -233,6 +241,20 @@ class Run:
             yield f"data.packing=true with data.{knob}=false: packed rows have no padding; leave one of the two out"
         if self.generation.engine is Engine.vllm:
             yield from self._impossible_by_vllm()
+
+    def _impossible_benchmarks(self) -> Iterator[str]:
+        if not self.benchmark.tasks:
+            return
+        knob = f"benchmark={as_override(self.benchmark.tasks)}"
+        if not self.stage.policy:
+            yield f"{knob} with stage={self.stage.name}: it trains no model that generates answers; leave it out"
+        if self.generation.engine is Engine.vllm:
+            yield f"{knob} with generation.engine=vllm: benchmarks are asked of the loaded model; leave one of the two out"
+        if self.parallel.shares:
+            yield (
+                f"{knob} with parallel={self.parallel.name}: sharded models are not scored; leave it out, and score the run in another "
+                "one: trainer=benchmark model.checkpoint_dir=<the folder of this run>"
+            )
 
     def _impossible_by_vllm(self) -> Iterator[str]:
         bits, beams = self.quant.quantization_bit, self.data.eval_num_beams

@@ -2,7 +2,8 @@
 
 A name is looked up in `<dataset_dir>/dataset_info.json`, in the catalogue folders (a YAML file for each dataset), and last
 as the URL of a file, or as the path of a file or a folder. An entry may have every key of `DatasetSpec` except those of `INTERNAL`, and those
-of `FOREIGN`. A file that exists takes precedence over `url`, and `url` over `hf_hub_url`.
+of `FOREIGN`. A file that exists takes precedence over `url`, `url` over `hf_hub_url`, and that over `ms_hub_url`, unless
+`data.use_modelscope` is set.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from glmtuner.config.offline import offline_folder
 from glmtuner.console import say
-from glmtuner.data.addresses import AddressRefused, check_literal_host, trusted_origins, url_problem
-from glmtuner.data.fetch import SUFFIX_RULE, download_typed, is_sha256, readable_suffix, refused_address
+from glmtuner.data.fetch import SUFFIX_RULE, download_typed, is_sha256, readable_suffix
 from glmtuner.data.formats import ALIASES, default_columns
 from glmtuner.data.inferred import existing_path, neighbours, spec_of_path
 from glmtuner.data.records import shown
 from glmtuner.data.spec import DatasetSpec
 from glmtuner.errors import DataError, UnknownName, did_you_mean
+from glmtuner.families.addresses import AddressRefused, check_literal_host, trusted_origins, url_problem
+from glmtuner.families.download import refused_address
+from glmtuner.families.modelscope import REPOSITORY as MODELSCOPE_ID
 
 COLUMNS = (
     *("prompt", "query", "response", "history", "messages", "system", "chosen", "rejected", "kto_tag", "weight"),
@@ -33,7 +37,6 @@ NOT_TEXT = {"images": "images", "videos": "videos", "audios": "sounds"}
 INTERNAL = ("name", "kind", "origin", "input_separator", "default_columns")  # fields that no entry has
 FOREIGN = {  # keys of LLaMA-Factory's format that are ignored beside a file or a Hugging Face id
     "script_url": "a dataset script is code and is not run",
-    "ms_hub_url": "ModelScope is not read",
     "om_hub_url": "Modelers is not read",
     "cloud_file_name": "cloud storage is not read",
 }
@@ -177,7 +180,7 @@ def check_places(spec: DatasetSpec, dataset_dir: Path) -> DatasetSpec:
             say(f"{label}: its file_name is not in data.dataset_dir={dataset_dir}: {file}")
         if file.exists() or (dataset_dir / file).exists():
             return spec
-    if spec.url:
+    if spec.url and offline_folder() is None:  # else it is not opened
         try:
             check_literal_host(spec.url, trusted_origins())
         except AddressRefused as error:
@@ -187,9 +190,14 @@ def check_places(spec: DatasetSpec, dataset_dir: Path) -> DatasetSpec:
 
 def source_errors(entry: dict[str, Any]) -> Iterator[str]:
     """Errors of an entry that does not tell where its records are, or names a place that an entry may not name."""
-    if not any(entry.get(key) for key in ("file_name", "url", "hf_hub_url")):
+    if not any(entry.get(key) for key in ("file_name", "url", "hf_hub_url", "ms_hub_url")):
         foreign = [f"{key}={entry[key]}: {why}" for key, why in FOREIGN.items() if key in entry]
-        yield "; ".join([*foreign, "add file_name (a file in data.dataset_dir) or hf_hub_url (a Hugging Face id)"])
+        yield "; ".join(
+            [
+                *foreign,
+                "add file_name (a file in data.dataset_dir), hf_hub_url (a Hugging Face id) or ms_hub_url (a ModelScope id)",
+            ]
+        )
     text = {key: value for key, value in entry.items() if isinstance(value, str)}
     if "url" in entry and "sha256" not in entry:
         yield "url needs sha256, the checksum that `sha256sum` prints for the file"
@@ -203,6 +211,9 @@ def source_errors(entry: dict[str, Any]) -> Iterator[str]:
     hub_id = text.get("hf_hub_url", "")
     if "hf_hub_url" in text and (not HUB_ID.fullmatch(hub_id) or is_loader(hub_id)):
         yield f"hf_hub_url={hub_id[:200]!r}: the id of a dataset of the hub is expected, organisation/name"
+    modelscope_id = text.get("ms_hub_url")
+    if modelscope_id is not None and not MODELSCOPE_ID.fullmatch(modelscope_id):
+        yield f"ms_hub_url={modelscope_id[:200]!r}: the id of a dataset of ModelScope is expected, organisation/name"
     files = entry.get("data_files")
     inside = [*(files if isinstance(files, list) else [files]), *(entry.get(key) for key in ("folder", "revision"))]
     for key, value in [
@@ -214,6 +225,18 @@ def source_errors(entry: dict[str, Any]) -> Iterator[str]:
 
 
 HUB_ID = re.compile(r"(?:[\w.-]*\w[\w.-]*/)?[\w.-]*\w[\w.-]*", re.ASCII)
+
+
+def at_modelscope(spec: DatasetSpec) -> DatasetSpec:
+    """The entry as `data.use_modelscope` reads it: from ModelScope instead of the Hugging Face hub, where it names both.
+
+    Its revision is one of the Hugging Face hub then, and left out.
+    """
+    if spec.hf_hub_url and not spec.ms_hub_url:
+        say(
+            f"dataset {spec.name!r}: its entry ({spec.origin}) has no ms_hub_url, and is read from the Hugging Face hub"
+        )
+    return replace(spec, hf_hub_url=None, revision=None) if spec.ms_hub_url and spec.hf_hub_url else spec
 
 
 def is_loader(name: str) -> bool:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.config.offline import advice as offline_advice
+from glmtuner.config.offline import offline_folder
 from glmtuner.data.arrow_files import ROWS_AT_A_TIME, rows_of_table
 from glmtuner.data.raw import Row, reason_of
 from glmtuner.data.readers import Columns
@@ -32,6 +34,7 @@ class HubSet:
     dataset: Dataset
     commit: str | None
     columns: Columns = None  # those that are decoded; None is all
+    checksum: str | None = None  # of all files, for a source without commits
 
     def __iter__(self) -> Iterator[Row]:
         if not len(self.dataset):
@@ -48,7 +51,9 @@ class HubSet:
         return num_bytes
 
     def fingerprint(self) -> dict[str, str]:
-        """The commit of the records, or the fingerprint that datasets computed (it has no public name for it)."""
+        """The commit or the checksum of the records, or the fingerprint that datasets computed (it has no public name for it)."""
+        if self.checksum:
+            return {self.label: f"sha256 {self.checksum}"}
         return {self.label: f"commit {self.commit}" if self.commit else f"fingerprint {self.dataset._fingerprint}"}
 
 
@@ -111,6 +116,8 @@ def downloaded_copy(spec: DatasetSpec, cache_dir: str | Path | None) -> Path | N
     import datasets
     from huggingface_hub import snapshot_download
 
+    if offline_folder() is not None:
+        return prefetched_copy(spec)
     try:
         copy = snapshot_download(
             str(spec.hf_hub_url), repo_type="dataset", revision=spec.revision, local_files_only=True
@@ -125,20 +132,43 @@ def downloaded_copy(spec: DatasetSpec, cache_dir: str | Path | None) -> Path | N
     return folder if any(prepared.glob(f"*/{spec.subset or 'default'}*/*/{folder.name}")) else None
 
 
+def prefetched_copy(spec: DatasetSpec) -> Path | None:
+    """The folder in GLMTUNER_OFFLINE with what `prefetch` put there of the dataset: of its files those that the entry means.
+
+    The hub's own client would call it incomplete, since it lacks the others.
+    """
+    from huggingface_hub import constants
+
+    repository = Path(constants.HF_HUB_CACHE) / f"datasets--{str(spec.hf_hub_url).replace('/', '--')}"
+    commit = spec.revision or "main"
+    if (repository / "refs" / commit).is_file():
+        commit = (repository / "refs" / commit).read_text(encoding="utf-8").strip()
+    folder = repository / "snapshots" / commit
+    return folder if folder.is_dir() else None
+
+
 def failure_message(spec: DatasetSpec, split: str, error: Exception) -> str:
     """Why a hub dataset could not be loaded, and what to do about it."""
+    return f"the hub dataset {spec.hf_hub_url} could not be loaded: {reason_for_entry(spec, split, error)}"
+
+
+def reason_for_entry(spec: DatasetSpec, split: str, error: Exception) -> str:
+    """What datasets says about the files of an entry, and what to do about it."""
     from datasets.exceptions import DatasetNotFoundError
 
     reason = reason_of(error)
-    advice = "check the network, or download it elsewhere and type its path instead of the name"
-    if isinstance(error, DatasetNotFoundError):
-        advice = "check the id; for a gated or private set run `hf auth login` and type model.use_auth_token=true"
-    elif "scripts are no longer supported" in reason:
+    if "scripts are no longer supported" in reason:
         advice = "the dataset is a script, which is not run; download the data itself and type its path"
-    elif "Couldn't find cache" in reason:  # all that datasets reports if the hub has no such file
-        advice = "check subset, folder and data_files of the entry, and the network"
     elif "Unknown split" in reason:
         advice = "fix split in the entry" if spec.split else f"fix data.split={split}, or add split to the entry"
     elif "BuilderConfig" in reason or "Config name" in reason:
         advice = "name one of them as subset in the entry"
-    return f"the hub dataset {spec.hf_hub_url} could not be loaded: {reason}; {advice}"
+    elif offline_folder() is not None:
+        advice = offline_advice()
+    elif isinstance(error, DatasetNotFoundError):
+        advice = "check the id; for a gated or private set run `hf auth login` and type model.use_auth_token=true"
+    elif "Couldn't find cache" in reason:  # all that datasets reports if the hub has no such file
+        advice = "check subset, folder and data_files of the entry, and the network"
+    else:
+        advice = "check the network, or download it elsewhere and type its path instead of the name"
+    return f"{reason}; {advice}"

@@ -22,14 +22,16 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.groups import Data
-from glmtuner.config.paths import PACKAGE, PACKAGE_DATA
+from glmtuner.config.paths import PACKAGE, PACKAGE_DATA, cache_root
 from glmtuner.console import say
 from glmtuner.data import DatasetSpec, Loaded, SkippedRecord, check_bad_record_limit, load
 from glmtuner.data.columns import description
 from glmtuner.data.counts import Counts
 from glmtuner.data.encode import Encoder
 from glmtuner.data.formats import format_source
+from glmtuner.data.record_hashes import record_hash
 from glmtuner.data.records import Example, Message
+from glmtuner.data.tokenized import COUNTS, HASHES, ROWS, tokenized_folder
 from glmtuner.data.weights import COLUMNS, is_weighted, without_weights
 from glmtuner.distributed import ranks
 from glmtuner.errors import DataError
@@ -52,7 +54,6 @@ THREADS = min(4, os.cpu_count() or 1)  # more would only wait for the GIL
 ENGINE_BYTES_PER_TOKEN = 50  # of data per token of the vocabulary; an engine must first read and prove the vocabulary
 FIRST = 3  # records that are kept for a look at their rows
 PLAIN_TEXT = ("plain text",)  # what an encoder of documents accepts
-ROWS, COUNTS = "rows.arrow", "counts.json"
 CODE = ("data/**/*.py", "templates/*.py", "models/tokenization_chatglm.py")  # code that determines a record's tokens
 
 
@@ -67,18 +68,15 @@ class Prepared:
     bad: list[SkippedRecord]
     columns: list[str]  # those that hold something
     first: list[Example] = field(default_factory=list)  # the first records, for a look at their rows
+    hashes: bytes = b""  # `record_hash` of each record that was read, in their order
 
     def about(self) -> dict[str, Any]:
         """The dataset's entry in provenance.json."""
         skipped = [str(record) for record in self.bad]
         read = description(self.spec, self.columns)
-        about = {"origin": self.spec.origin, "sha256": self.files, "read": read}
+        about = {"origin": self.spec.origin, **self.spec.published(PACKAGE_DATA), "sha256": self.files}
+        about |= {"records_sha256": digest(self.hashes), "read": read}
         return {**about, **asdict(self.counts), "skipped": skipped}
-
-
-def cache_root() -> Path:
-    """`$GLMTUNER_CACHE`, or ~/.cache/glmtuner."""
-    return Path(os.environ.get("GLMTUNER_CACHE") or Path.home() / ".cache" / "glmtuner")
 
 
 def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str | None, token: bool) -> Prepared:
@@ -91,14 +89,15 @@ def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str |
         cache_dir=hub_cache, token=token,
     )  # fmt: skip
     tokenizer_json = serialized(encoder.tokenizer)
-    folder = cache_root() / "tokenized" / key_of(spec, loaded.files, data, encoder, tokenizer_json)
+    folder = tokenized_folder(key_of(spec, loaded.files, data, encoder, tokenizer_json))
     if data.overwrite_cache and ranks.is_main():
         shutil.rmtree(folder, ignore_errors=True)
-    locks = cache_root() / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{folder.name}.lock"):  # one process encodes; ranks and other jobs wait for it
-        if not (folder / COUNTS).is_file():
-            _encode_into(folder, loaded, encoder, data, spec, tokenizer_json)
+    if not (folder / COUNTS).is_file():
+        locks = cache_root() / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{folder.name}.lock"):  # one process encodes; ranks and other jobs wait for it
+            if not (folder / COUNTS).is_file():
+                _encode_into(folder, loaded, encoder, data, spec, tokenizer_json)
     cached = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
     bad = [SkippedRecord(**record) for record in cached["bad"]]
     check_bad_record_limit(bad, data.max_bad_records)
@@ -108,7 +107,8 @@ def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str |
     counts = Counts(**cached["counts"])
     if not counts.weighted:
         rows = without_weights(rows)
-    return Prepared(spec, rows, counts, loaded.files, bad, cached["columns"], first)
+    hashes = (folder / HASHES).read_bytes()
+    return Prepared(spec, rows, counts, loaded.files, bad, cached["columns"], first, hashes)
 
 
 def _encode_into(
@@ -123,12 +123,12 @@ def _encode_into(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        counts, first = Counts(), list[Example]()
+        counts, first, hashes = Counts(), list[Example](), bytearray()
         with ExitStack() as files:
             if gc.isenabled():  # rows form no reference cycles, and traversing so many of them again and again is slow
                 gc.disable()
                 files.callback(gc.enable)
-            batches = _batches(loaded, encoder, data, spec, first)
+            batches = _batches(loaded, encoder, data, spec, first, hashes)
             large = loaded.size > ENGINE_BYTES_PER_TOKEN * len(encoder.tokenizer)
             engine_json = tokenizer_json if large and data.tiktoken_engine else None
             workers = data.preprocessing_num_workers
@@ -155,6 +155,7 @@ def _encode_into(
         bad = [asdict(record) for record in loaded.bad]
         kept = [asdict(example) for example in first]
         cached = {"counts": asdict(counts), "bad": bad, "columns": list(loaded.columns), "first": kept}
+        (partial / HASHES).write_bytes(hashes)
         (partial / COUNTS).write_text(json.dumps(cached), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # the remains of an interrupted removal
         partial.rename(folder)
@@ -163,13 +164,18 @@ def _encode_into(
 
 
 def _batches(
-    loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec, first: list[Example]
+    loaded: Loaded, encoder: Encoder, data: Data, spec: DatasetSpec, first: list[Example], hashes: bytearray
 ) -> Iterator[list[Example]]:
-    """The examples in batches, the `first` of which are kept; once there are too many broken records, they are only counted."""
+    """The examples in batches, the `first` of which are kept, and the `hashes` of all of them.
+
+    Once there are too many broken records, they are only counted.
+    """
     while examples := list(islice(loaded.examples, encoder.batch_size)):
         if len(loaded.bad) > data.max_bad_records:
             continue
         check_kinds(examples, encoder, spec)
+        for example in examples:
+            hashes += record_hash(example)
         if not first and encoder.accepts != PLAIN_TEXT:
             first += examples[:FIRST]
         yield examples

@@ -1,6 +1,6 @@
 """From a dataset's entry to its raw records, in files or on the hub, and a checksum of what was read.
 
-A local file takes precedence over `url`, and `url` over the hub.
+A local file takes precedence over `url`, `url` over the hub, and the hub over ModelScope.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from glmtuner.data.fetch import download
 from glmtuner.data.files import LocalFiles, local_files, local_path, missing_file
 from glmtuner.data.formats import format_source
 from glmtuner.data.hub_sets import HubSet, hub_set
+from glmtuner.data.modelscope_sets import modelscope_set
 
 if TYPE_CHECKING:
     from glmtuner.data.spec import DatasetSpec
@@ -43,4 +44,6 @@ def read(
         return LocalFiles(spec.name, local_files(spec, path, split), columns_of(spec))
     if spec.hf_hub_url:
         return hub_set(spec, split, cache_dir, token, columns_of(spec))
+    if spec.ms_hub_url:
+        return modelscope_set(spec, split, cache_dir, columns_of(spec))
     raise missing_file(spec, Path(dataset_dir))

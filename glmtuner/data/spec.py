@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,7 @@ class DatasetSpec:
     url: str | None = None  # of a file, downloaded if file_name does not exist
     sha256: str | None = None
     hf_hub_url: str | None = None  # the id of a Hugging Face dataset
+    ms_hub_url: str | None = None  # of a ModelScope dataset: read with data.use_modelscope, or if it is the only source
     revision: str | None = None
     data_files: str | list[str] | None = None  # some of the hub dataset's files instead of all
     subset: str | None = None
@@ -34,3 +36,14 @@ class DatasetSpec:
     num_records: int | None = None
     kind: str = "path"  # the source of the entry: dataset_info, catalogue or path
     origin: str = ""  # for messages: the file the entry is in
+
+    def published(self, package_data: Path) -> dict[str, str | None]:
+        """`source`: the id on the hub, the address, or package://<file> of what ships with glmtuner; and the `license`.
+
+        The source is None for the user's own files.
+        """
+        is_shipped = self.kind == "catalogue" and self.file_name and (package_data / self.file_name).is_file()
+        return {
+            "source": self.hf_hub_url or self.url or (f"package://{self.file_name}" if is_shipped else None),
+            "license": self.license,
+        }

@@ -10,6 +10,7 @@ from glmtuner.config.datasets import labels_of
 from glmtuner.config.schema import Run
 from glmtuner.console import say
 from glmtuner.data import DatasetSpec, find
+from glmtuner.data.catalog import at_modelscope
 from glmtuner.data.encode import Encoder
 from glmtuner.data.prepare import Prepared, held_out, mixed, prepare
 from glmtuner.data.weights import COLUMNS, times
@@ -72,10 +73,11 @@ class Datasets:
 def dataset_entries(run: Run, catalogue: Sequence[Path]) -> dict[str, DatasetSpec]:
     """The entries of all datasets that the run names; raises UnknownName and DataError before anything is loaded."""
     data, specs = run.data, {}
-    for name in (*data.dataset, *data.eval_dataset):
+    for name in (*data.dataset, *data.eval_dataset) if reads_records(run) else ():
         spec = find(
             name, data.dataset_dir, catalogue, run.model.cache_dir, split=data.split, ignore_columns=data.ignore_columns
         )
+        spec = at_modelscope(spec) if data.use_modelscope else spec
         ignored = list(dict.fromkeys((*spec.ignore_columns, *data.ignore_columns)))
         columns = {role: column for role, column in spec.columns.items() if column not in data.ignore_columns}
         if needed := sorted({*spec.columns} - {*columns} - OPTIONAL_COLUMNS):
@@ -84,6 +86,11 @@ def dataset_entries(run: Run, catalogue: Sequence[Path]) -> dict[str, DatasetSpe
             )
         specs[name] = replace(spec, columns=columns, ignore_columns=ignored, input_separator=data.input_separator)
     return specs
+
+
+def reads_records(run: Run) -> bool:
+    """Whether the run trains, evaluates or predicts; one that only asks benchmarks reads no dataset."""
+    return run.trainer.do_train or run.trainer.do_eval or run.trainer.do_predict
 
 
 def datasets_of(run: Run, specs: dict[str, DatasetSpec], encoder: Encoder) -> Datasets:
@@ -99,6 +106,8 @@ def datasets_of(run: Run, specs: dict[str, DatasetSpec], encoder: Encoder) -> Da
             for name in dict.fromkeys(names)
         }
 
+    if not reads_records(run):
+        return Datasets(None, None, [], {}, encoder.columns, encoder.asks_thinking)
     prepared = encoded(data.dataset if trainer.do_train or not data.eval_dataset else (), encoder)
     if trainer.do_train and encoder.asks_thinking is None:
         encoder = replace(encoder, asks_thinking=only_mode(*_modes(prepared.values())))

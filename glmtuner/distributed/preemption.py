@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -60,12 +61,19 @@ class SignalCapture:
         return Preempted(self.signum, step, handler if callable(handler) else None)
 
 
+# of the main thread, for a run in a thread of its own
+INHERITED: ContextVar[SignalCapture | None] = ContextVar("inherited capture", default=None)
+
+
 @contextmanager
 def capture_signals() -> Iterator[SignalCapture]:
     """Record SIGNALS in the yielded capture instead of handling them, and restore their handlers at the end.
 
-    Outside of the main thread, where Python cannot set handlers, nothing is captured.
+    Outside of the main thread, where Python cannot set handlers, the capture is the INHERITED one; without one, nothing is captured.
     """
+    if (inherited := INHERITED.get()) is not None:
+        yield inherited
+        return
     capture = SignalCapture()
     try:
         for signum in SIGNALS:

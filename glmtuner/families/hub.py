@@ -8,10 +8,12 @@ from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 from glmtuner.config.groups import Model
+from glmtuner.config.offline import advice, offline_folder
 from glmtuner.config.paths import model_source
 from glmtuner.console import say
-from glmtuner.errors import CheckpointError
+from glmtuner.errors import CheckpointError, DataError
 from glmtuner.families.config_json import check_config, check_weights
+from glmtuner.families.hub_files import model_files, small_files
 
 T = TypeVar("T")
 RETRY_WAITS_S = (1.0, 2.0, 4.0)  # before each further attempt after a transient network error
@@ -27,9 +29,28 @@ def hub_options(model: Model) -> dict[str, Any]:
     return {"revision": model.model_revision, "cache_dir": model.cache_dir, "token": model.use_auth_token or None}
 
 
+def source_of(model: Model, name: str, *, weights: bool = False) -> str:
+    """The folder or hub id that transformers understands for a name of the model's; of ModelScope the folder it is in.
+
+    With `model.use_modelscope` what is missing is downloaded there: the weights only if they are asked for. Raises
+    CheckpointError.
+    """
+    source = model_source(name)
+    if not model.use_modelscope or Path(source).exists():
+        return source
+    from glmtuner.families.modelscope import snapshot
+
+    label = f"model.use_modelscope=true model.model_name_or_path={name}"
+    try:
+        choose = model_files if weights else small_files
+        return str(snapshot("models", source, model.model_revision, choose, cache_dir=model.cache_dir, label=label))
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+
+
 def read_config(model: Model) -> dict[str, Any]:
     """The model's config.json, without importing torch. Raises CheckpointError if there is none or it cannot be read."""
-    source = model_source(model.config_name or model.model_name_or_path)
+    source = source_of(model, model.config_name or model.model_name_or_path)
     if Path(source).is_dir():
         path = Path(source) / "config.json"
         if not path.is_file():
@@ -97,6 +118,8 @@ def with_retries(name: str, fetch: Callable[[], T]) -> T:
     huggingface_hub retries most requests itself, for about half a minute, but not all of them. After that there is no
     further attempt, so that an unreachable hub is reported as soon as without these retries.
     """
+    if offline_folder() is not None:
+        return fetch()
     start = time.monotonic()
     for wait_s in RETRY_WAITS_S:
         try:
@@ -158,7 +181,8 @@ def _not_loaded(model: Model, error: BaseException) -> CheckpointError:
     reason = " ".join(str(error).split())
     if (cause := transient_cause(error)) not in (None, error):  # transformers only says that it cannot load the files
         reason = f"{' '.join(str(cause).split())[:200]}: {reason}"
+    what = "name a local folder with model.model_name_or_path=…, or set HF_ENDPOINT to a mirror that answers"
     return CheckpointError(
         f"model.model_name_or_path={model.model_name_or_path} (revision {model.model_revision}) cannot be loaded: "
-        f"{reason[:400]}; name a local folder with model.model_name_or_path=…, or set HF_ENDPOINT to a mirror that answers"
+        f"{reason[:400]}; {what if offline_folder() is None else advice()}"
     )

@@ -181,13 +181,14 @@ def greedy(
     pads: bool = True,
     group: int = 1,
     choose: Callable[[torch.Tensor, Sequence[Row | None]], torch.Tensor] = most_likely,
+    ends: Callable[[Sequence[int]], bool] | None = None,
 ) -> Iterator[Row]:
     """(index in `prompts`, its greedy continuation up to and including the first stop token), in the order they finish.
 
     `choose` takes the logits, [B, V], and the rows, and returns each row's next token, [B], or FAILED: by default the most likely
     one. At most `max_rows` prompts are in the batch at once, and they start in their order; without `pads` those in a batch have
     the same length, and start together. Each `group` of prompts is the same one over and over, which is read once for those that
-    start together. Raises PreflightError for logits that are not finite.
+    start together. `ends` says of a continuation so far whether it ends there, as behind a stop text. Raises PreflightError for logits that are not finite.
     """
     processor = RepetitionPenaltyLogitsProcessor(repetition_penalty) if repetition_penalty != 1 else None
     batch: Batch | None = None
@@ -210,7 +211,7 @@ def greedy(
                         "model.dtype=float32, or choose another checkpoint"
                     )
                 row[1].append(token)
-                if token in stop_ids or len(row[1]) == max_new_tokens:
+                if token in stop_ids or len(row[1]) == max_new_tokens or (ends is not None and ends(row[1])):
                     finished.append(row_id)
         rows.append(tokens_B.clamp(min=0))  # rows that have finished may have FAILED
         continuations = [rows.rows[row_id] for row_id in finished]

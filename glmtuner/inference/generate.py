@@ -1,6 +1,6 @@
 """Answers to many prompts in batches, and the text of an answer while its tokens are generated."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import groupby
@@ -56,9 +56,15 @@ def rows_that_fit(model: "PreTrainedModel", tokens: int, max_rows: int | None = 
 
 
 def answers(
-    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    batch_size: int,
+    ends: Callable[[Sequence[int]], bool] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """(index in `prompts`, token ids of its answer without the stop token), in the order in which answers finish.
+
+    `ends` says of an answer's tokens so far whether it ends there; `generate` does not ask it, and goes on to a stop token.
 
     Greedy answers use continuous batching and start in the order of their prompts. Beam search, and models that return no
     transformers Cache, go through `generate`, the longest prompts first.
@@ -75,7 +81,7 @@ def answers(
             if decoding.num_beams > 1:
                 sequences = _generated(model, prompts, decoding, batch_size)
             else:
-                sequences = _continuously_batched(model, prompts, decoding, batch_size)
+                sequences = _continuously_batched(model, prompts, decoding, batch_size, ends)
         except NoCacheError:
             sequences = _generated(model, prompts, decoding, batch_size)
         for index, tokens in sequences:
@@ -87,7 +93,11 @@ def answers(
 
 
 def _continuously_batched(
-    model: "PreTrainedModel", prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    batch_size: int,
+    ends: Callable[[Sequence[int]], bool] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Greedy answers by continuous batching; without padding where it changes the model's logits.
 
@@ -116,6 +126,7 @@ def _continuously_batched(
         stop_ids=decoding.stop_ids,
         repetition_penalty=decoding.repetition_penalty,
         pads=pads,
+        ends=ends,
     )
     return ((order[place], tokens) for place, tokens in answered)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,10 +162,11 @@ def load_trainable_model(
     family: Family | None,
     device: "torch.device",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    load: "Callable[..., PreTrainedModel] | None" = None,
 ) -> "tuple[PreTrainedModel, Finetuning, Family]":
     """The base model with checkpoints applied and the method attached, the method with the settings in use, and the family.
 
-    It has a row for each new token of the tokenizer.
+    It has a row for each new token of the tokenizer. `load` takes the place of `load_model`.
     """
     from transformers import set_seed
 
@@ -180,8 +181,8 @@ def load_trainable_model(
     source = dataclasses.replace(run.model, model_name_or_path=str(folder), config_name=None) if folder else run.model
     dtype = compute_dtype(run, device)
     model = base_model(
-        base_key_of(run, family, device),
-        lambda: load_model(source, family, run.quant, device, dtype, sharded=run.parallel.sharded),
+        base_key_of(run, family, device) if load is None else None,
+        lambda: (load or load_model)(source, family, run.quant, device, dtype, sharded=run.parallel.sharded),
     )
     if tokenizer is not None:
         add_rows(model, tokenizer, learned=new_tokens_in(folder) if folder else ())

@@ -84,8 +84,18 @@ def report_remote_memory(composed: Composed) -> None:
     )
 
 
-def estimate_run(composed: Composed, device: "torch.device", available: int | None) -> tuple[Estimate, str | None]:
-    """The estimate for the run's largest batch, and a notice where gradient checkpointing is turned on for it."""
+def estimate_run(
+    composed: Composed,
+    device: "torch.device",
+    available: int | None,
+    *,
+    batch: tuple[int, int] | None = None,
+    baseline: int | None = None,
+) -> tuple[Estimate, str | None]:
+    """The estimate for the run's largest batch, and a notice where gradient checkpointing is turned on for it.
+
+    `batch` are the rows and the tokens of a row of the largest batch of its data, if they are known; `baseline` as in `estimator`.
+    """
     run = composed.run
     dataset_entries(run, catalogue_dirs(composed))
     run.stage.check(run)
@@ -98,8 +108,9 @@ def estimate_run(composed: Composed, device: "torch.device", available: int | No
     family, finetuning = resolve_family(run, model_config)
     load_libraries(compiles=needs_compiler(run), trains=True)  # the same as in a run, since their memory counts
     check_offload(run.trainer, device)
-    rows, longest = run.stage.largest_batch(run)
-    estimate_of = estimator(composed, finetuning, family, device, rows, longest, ranks.processes_to_start(run.parallel))
+    rows, longest = batch or run.stage.largest_batch(run)
+    processes = ranks.processes_to_start(run.parallel)
+    estimate_of = estimator(composed, finetuning, family, device, rows, longest, processes, baseline)
     notice = checkpointing_notice(composed, estimate_of, available)
     needed = estimate_of(bool(configured_checkpointing(run.trainer)) or notice is not None)
     if needed.longest < longest:
@@ -116,12 +127,16 @@ def estimator(
     rows: int,
     longest: int,
     processes: int,
+    baseline: int | None = None,
 ) -> Callable[[bool], Estimate]:
-    """A function that estimates the run's peak on batches of that size, given whether gradient checkpointing is on."""
+    """A function that estimates the run's peak on batches of that size, given whether gradient checkpointing is on.
+
+    `baseline` are the bytes of a process without tensors; by default they are measured of this one.
+    """
     from glmtuner.models.positions import most_positions
 
     run = composed.run
-    baseline = process_baseline_bytes(device, run.tracker.name)
+    bare = process_baseline_bytes(device, run.tracker.name) if baseline is None else baseline
 
     @cache  # called more than once per run, and a large model takes seconds
     def estimate_of(checkpointing: bool) -> Estimate:
@@ -130,7 +145,7 @@ def estimator(
         folder = RunFolder(Path("outputs"))
         arguments = training_arguments(run, folder, model, device, checkpointing=checkpointing, for_estimate=True)
         estimated = estimate(
-            model, arguments, device, rows=rows, longest=min(longest, most), baseline=baseline, without_logits=not run.stage.policy,
+            model, arguments, device, rows=rows, longest=min(longest, most), baseline=bare, without_logits=not run.stage.policy,
             fast_paths=frozenset(FastPath) - excluded_optimizations(run).keys(),
         )  # fmt: skip
         return estimated.per_process(run.parallel.shares, processes)

@@ -13,12 +13,15 @@ from glmtuner.config.compose import Composed
 from glmtuner.config.groups import AskedThinking
 from glmtuner.config.plugins import loaded_plugins
 from glmtuner.console import table
+from glmtuner.distributed import ranks
 from glmtuner.families.family import Family
 from glmtuner.inference.context import RunContext
 from glmtuner.kernels.fast_paths import FastPath
 from glmtuner.launch.checks import SHAPE
-from glmtuner.run_folder.files import write_json, write_text
-from glmtuner.run_folder.names import CONFIG, OVERRIDES, PROVENANCE, TEMPLATE
+from glmtuner.launch.hardware import hardware, with_earlier
+from glmtuner.launch.inputs import machine, tokenizer_hash, weight_hashes
+from glmtuner.run_folder.files import write_bytes, write_json, write_text
+from glmtuner.run_folder.names import CONFIG, OVERRIDES, PROVENANCE, RECORDS, TEMPLATE
 from glmtuner.run_folder.provenance import provenance
 from glmtuner.run_folder.redaction import redact_config, redact_overrides
 
@@ -30,8 +33,14 @@ if TYPE_CHECKING:
     from glmtuner.training.trainer import GlmTrainer
 
 
-def write_description(composed: Composed, context: RunContext, model_config: Mapping[str, Any], resumes: bool) -> None:
-    """Write config.yaml, overrides.txt, provenance.json and, for a template in Jinja, that template into the run folder."""
+# Of provenance.json: what a run was computed from. Where a resumed run has it otherwise, what was before is kept.
+SURROUNDINGS = ("python", "packages", "code", "git", "machine", "weights", "tokenizer")
+
+
+def write_description(
+    composed: Composed, context: RunContext, model_config: Mapping[str, Any], resumes: bool, device: "torch.device"
+) -> None:
+    """Write config.yaml, overrides.txt, provenance.json, records/ and, for a template in Jinja, that template into the run folder."""
     run, folder = composed.run, context.folder
     resolved = OmegaConf.to_container(composed.config, resolve=True, enum_to_str=True)
     assert isinstance(resolved, dict)
@@ -48,22 +57,35 @@ def write_description(composed: Composed, context: RunContext, model_config: Map
         value = getattr(context.finetuning, field.name)
         resolved["finetuning"][field.name] = value.value if isinstance(value, Enum) else value
     plugins = loaded_plugins(run.plugins)
+    data = context.data.about()
+    for index, part in enumerate(context.data.prepared):
+        data[part.spec.name]["hashes"] = f"{RECORDS}/{index}"
+        write_bytes(folder / RECORDS / str(index), part.hashes)
     about = provenance(
         composed.overrides,
         seed=run.trainer.seed,
         template=context.template.describe(),
         thinking=context.data.thinking(),
         base={key: model_config[key] for key in SHAPE if key in model_config},
-        data=context.data.about(),
+        weights=weight_hashes(run),
+        tokenizer=tokenizer_hash(context.tokenizer),
+        machine=machine(device),
+        data=data,
+        **({"flags": list(composed.flags)} if composed.flags else {}),
+        hardware=[hardware(device, ranks.world_size())],
         **({"plugins": [plugin.about() for plugin in plugins]} if plugins else {}),
     )
     if resumes:
         before = folder.provenance()
         about = {
             **about,
+            "hardware": with_earlier(about["hardware"][0], before),
             "started": before.get("started", about["started"]),
             "resumed": [*before.get("resumed", []), about["started"]],
         }
+        changed = {name: before[name] for name in SURROUNDINGS if name in before and before[name] != about.get(name)}
+        if earlier := [*before.get("earlier", []), *([changed] if changed else [])]:
+            about["earlier"] = earlier
     write_text(folder / CONFIG, OmegaConf.to_yaml(redact_config(OmegaConf.create(resolved))))
     write_text(folder / OVERRIDES, "".join(f"{override}\n" for override in redact_overrides(composed.overrides)))
     write_json(folder / PROVENANCE, about)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.compose import Composed, run_folder_of
 from glmtuner.config.groups import Model
-from glmtuner.config.paths import PACKAGE_DATA, model_source
+from glmtuner.config.paths import PACKAGE_DATA
 from glmtuner.data import Loaded, load
 from glmtuner.data.columns import description
 from glmtuner.data.encode import Encoder
@@ -17,7 +17,7 @@ from glmtuner.data.preview import Row, decode, parts_of, sample_of, served_promp
 from glmtuner.data.spec import DatasetSpec
 from glmtuner.data.splits import dataset_entries
 from glmtuner.errors import ConfigError
-from glmtuner.families.hub import read_config
+from glmtuner.families.hub import read_config, source_of
 from glmtuner.launch.build import resolve_family, resolve_template
 from glmtuner.launch.checks import check_base
 from glmtuner.launch.libraries import load_libraries
@@ -199,7 +199,7 @@ def open_preview(composed: Composed) -> Preview:
 
 def has_config(model: Model) -> bool:
     """Whether a config.json may be there; a folder with a tokenizer alone has a template, and no family but a declared one."""
-    folder = Path(model_source(model.config_name or model.model_name_or_path))
+    folder = Path(source_of(model, model.config_name or model.model_name_or_path))
     return not folder.is_dir() or (folder / "config.json").is_file() or not (folder / "tokenizer_config.json").is_file()
 
 

@@ -33,7 +33,7 @@ MAY_CHANGE = (
     "trainer.torch_compile*", "trainer.use_liger_kernel", "trainer.liger_kernel_config", "trainer.activation_checkpointing*",
     "trainer.gradient_checkpointing*", "trainer.torch_empty_cache_steps", "trainer.skip_memory_metrics",
     "trainer.include_num_input_tokens_seen", "trainer.debug", "trainer.ddp_*", "trainer.ignore_data_skip",
-    "trainer.push_to_hub", "trainer.hub_*", "data.eval_num_beams", "data.eval_dataset", "data.padding_free",
+    "trainer.push_to_hub", "trainer.hub_*", "data.eval_num_beams", "data.eval_dataset", "data.padding_free", "benchmark.*",
 )  # fmt: skip
 # Of the keys above, those that change the rest of the schedule, which is said.
 CHANGES_SCHEDULE = ("trainer.max_steps", "trainer.num_train_epochs")

@@ -1,17 +1,23 @@
 """One composed run, from its configuration to its folder; reads top to bottom."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
+from glmtuner.benchmarks.tasks import check_benchmarks
 from glmtuner.config.compose import Composed, run_folder_of
 from glmtuner.config.run_rules import unused_values
-from glmtuner.config.schema import Tracker
+from glmtuner.config.schema import Run, Tracker
 from glmtuner.console import say
 from glmtuner.data.spec import DatasetSpec
 from glmtuner.data.splits import dataset_entries, longest_row
 from glmtuner.distributed import ranks
+from glmtuner.distributed.pause import Paused
 from glmtuner.distributed.preemption import Preempted
+from glmtuner.errors import ConfigError
 from glmtuner.families.hub import read_config
 from glmtuner.inference.context import RunContext
 from glmtuner.launch.arguments import training_arguments
@@ -19,9 +25,11 @@ from glmtuner.launch.between_jobs import base_key_of
 from glmtuner.launch.build import load_trainable_model, resolve_family, resolve_template
 from glmtuner.launch.checks import check_base, check_liger, check_liger_runs, check_whole_batch
 from glmtuner.launch.device import device_of, place_model, reuse_memory
+from glmtuner.launch.inputs import start_hashing
 from glmtuner.launch.libraries import load_libraries
 from glmtuner.launch.memory_check import needs_checkpointing
 from glmtuner.launch.optimizations import apply_optimizations, autocast_of, needs_compiler
+from glmtuner.launch.parts import Parts
 from glmtuner.launch.places import catalogue_dirs, output_folder
 from glmtuner.launch.plan import show_plan, write_description
 from glmtuner.launch.reference import with_reference_logprobs
@@ -30,19 +38,25 @@ from glmtuner.launch.resume import checkpoint_to_resume, differences, difference
 from glmtuner.launch.template_check import check_first_rows, check_template
 from glmtuner.launch.training import initialize_method, make_trainer, numeric, train
 from glmtuner.launch.upload import create_repository, upload
+from glmtuner.launch.watch import Watcher
 from glmtuner.run_folder.acquire import acquire_run_folder
 from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, step_of
 from glmtuner.run_folder.files import write_json
 from glmtuner.run_folder.folder import RunFolder
-from glmtuner.run_folder.names import METRICS
+from glmtuner.run_folder.names import METRICS, PROGRESS
+from glmtuner.run_folder.spent import ROOT, counted
 from glmtuner.stages.stage import learning_stage
 
 if TYPE_CHECKING:
     from glmtuner.training.trainer import GlmTrainer
 
 
-def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[Path] | None = None) -> dict[str, float]:
-    """Run the composed configuration; returns the content of metrics.json. All output is in the run folder.
+def launch(
+    composed: Composed, output_dir: Path | None = None, catalogue: list[Path] | None = None, parts: Parts | None = None
+) -> dict[str, float]:
+    """Run the composed configuration; returns the content of metrics.json, nothing of a paused run. All output is in the run folder.
+
+    `parts` loads what the run is made of, for several runs in this process that share it.
 
     An error after the folder is acquired is recorded in its failed.json and raised; Preempted is raised if a signal stops
     the run. If the run has several processes, they are started here, and each calls this function again as one rank.
@@ -51,6 +65,7 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
     specs = dataset_entries(run, catalogue or catalogue_dirs(composed))
     run.stage.check(run)
     run.parallel.check_machine()
+    check_benchmarks(run.benchmark)
     if (count := ranks.processes_to_start(run.parallel)) > 1:
         return launch_ranks(composed, RunFolder(output_dir or output_folder(composed)), count)
     ranks.init_process_group(run.trainer)
@@ -61,7 +76,11 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
     for sentence in unused_values(run):
         say(sentence)
     try:
-        metrics = run_in_folder(composed, specs, folder, tracker, resumes, checkpoint)
+        with counted_hours(run, folder):
+            metrics = run_in_folder(composed, specs, folder, tracker, resumes, checkpoint, parts or Parts())
+    except Paused as paused:
+        say(f"{folder.path}: {paused}")
+        return {}
     except Exception as error:
         tracker.abandon()
         if folder.path.is_dir():
@@ -72,6 +91,22 @@ def launch(composed: Composed, output_dir: Path | None = None, catalogue: list[P
     if run.trainer.push_to_hub and ranks.is_main():
         upload(run.trainer, folder, run.finetuning.saved_as)
     return metrics
+
+
+@contextmanager
+def counted_hours(run: Run, folder: RunFolder) -> Iterator[None]:
+    """Within it, the hours of this process are counted: in the sweep's folder, or in that of a run with a budget of its own."""
+    root = Path(os.environ[ROOT]) if ROOT in os.environ else folder.path if run.budget.limits() else None
+    if root is None:
+        yield
+        return
+    on_gpu = bool(ranks.visible_gpus()) and not run.trainer.use_cpu
+    with counted(root, folder.path.name, on_gpu, run.budget.passed) as attempt:
+        if over := attempt.over():
+            raise ConfigError(
+                f"{'; '.join(over)}, which earlier attempts have spent ({root}); type a larger limit, or leave it out"
+            )
+        yield
 
 
 def acquire(path: Path, composed: Composed, count: int) -> tuple[RunFolder, bool, Path | None]:
@@ -113,8 +148,37 @@ def run_in_folder(
     tracker: Tracker,
     resumes: bool,
     checkpoint: Path | None,
+    parts: Parts,
 ) -> dict[str, float]:
     """From the configuration to the results: model, data, Trainer, training, evaluation, prediction, report."""
+    run, stage = composed.run, learning_stage(composed.run)
+    context, trainer = set_up(composed, specs, folder, tracker, resumes, checkpoint, parts)
+    metrics: dict[str, float] = {}
+    if run.trainer.do_train:
+        metrics |= train(context, trainer, resumes, checkpoint)
+    if run.trainer.do_eval:
+        metrics |= numeric(trainer.evaluate())
+    if run.trainer.do_predict:
+        metrics |= stage.predict(context, trainer)
+    if run.benchmark.tasks:
+        from glmtuner.benchmarks.run import score_benchmarks
+
+        metrics |= score_benchmarks(context)
+    return finish(context, trainer, metrics)
+
+
+def set_up(
+    composed: Composed,
+    specs: dict[str, DatasetSpec],
+    folder: RunFolder,
+    tracker: Tracker,
+    resumes: bool,
+    checkpoint: Path | None,
+    parts: Parts,
+    watcher: Watcher | None = None,
+) -> "tuple[RunContext, GlmTrainer]":
+    """All that comes before the first step: the run with its loaded parts, and its Trainer; `watcher` is told of the parts."""
+    watcher = watcher or Watcher()
     run, stage = composed.run, learning_stage(composed.run)
     model_config = read_config(run.model)
     check_base(run.model, model_config)
@@ -124,7 +188,7 @@ def run_in_folder(
     load_libraries(compiles=needs_compiler(run), trains=True)
     if run.trainer.do_train:
         finetuning.check_model(run.model, family)
-    from glmtuner.models.load import load_tokenizer
+    watcher.reached("libraries")
     from glmtuner.models.positions import check_positions
     from glmtuner.models.unwrap import unwrapped
     from glmtuner.models.warm import keep_originals, make_room
@@ -136,19 +200,22 @@ def run_in_folder(
     if run.trainer.push_to_hub and ranks.is_main():
         create_repository(run.trainer, folder)
     check_liger_runs(run, device)
-    tokenizer = load_tokenizer(run.model, run.data.new_tokens)
+    tokenizer = parts.tokenizer(run)
     resumed = folder.path if resumes else run_folder_of(str(checkpoint)) if checkpoint else None
     template_name, template = resolve_template(run, family, tokenizer, resumed)
     encoder = stage.encoder(run, template, tokenizer) if run.trainer.do_train else None
     agrees = check_template(run, encoder, template_name)
-    data = stage.datasets(run, specs, template, tokenizer)
+    data = watcher.data(lambda: parts.datasets(run, specs, template, tokenizer))
     if data.train is not None:
         check_whole_batch(run, len(data.train))
     if agrees:  # one difference is said once
         check_first_rows(run, encoder, template_name, {part.spec.name: part.first for part in data.prepared})
     make_room(base_key_of(run, family, device))
     checkpointing = needs_checkpointing(composed, model_config, finetuning, family, data, device)
-    model, finetuning, family = load_trainable_model(composed, finetuning, family, device, tokenizer)
+    data = watcher.rows(data)
+    if ranks.is_main():
+        start_hashing(run)
+    model, finetuning, family = load_trainable_model(composed, finetuning, family, device, tokenizer, parts.load_model)
     if data.train is not None:
         check_positions(model, longest_row(data.train))
     context = RunContext(
@@ -163,7 +230,7 @@ def run_in_folder(
 
     if ranks.is_main():
         folder.prepare(resumes=resumes, trains=run.trainer.do_train)
-        write_description(composed, context, model_config, resumes)
+        write_description(composed, context, model_config, resumes, device)
     arguments = training_arguments(run, folder, model, device, checkpointing=checkpointing)
     tracker.start(run, folder.path)
     blocks = family.blocks(unwrapped(model))
@@ -174,17 +241,12 @@ def run_in_folder(
         pad_id=tokenizer.pad_token_id, ignore_pad_token_for_loss=run.data.ignore_pad_token_for_loss
     )
     batches = apply_optimizations(context, arguments, collator, blocks, device)
+    watcher.reached("model")
     context, batches = with_reference_logprobs(context, objective, batches, autocast_of(arguments, device))
-    trainer = make_trainer(context, arguments, batches, objective)
+    watcher.reached("reference")
+    trainer = make_trainer(context, arguments, batches, objective, parts.trainer)
     show_plan(context, trainer, device)
-    metrics: dict[str, float] = {}
-    if run.trainer.do_train:
-        metrics |= train(context, trainer, resumes, checkpoint)
-    if run.trainer.do_eval:
-        metrics |= numeric(trainer.evaluate())
-    if run.trainer.do_predict:
-        metrics |= stage.predict(context, trainer)
-    return finish(context, trainer, metrics)
+    return context, trainer
 
 
 def finish(context: RunContext, trainer: "GlmTrainer", metrics: dict[str, float]) -> dict[str, float]:
@@ -199,6 +261,7 @@ def finish(context: RunContext, trainer: "GlmTrainer", metrics: dict[str, float]
         write_loss_plot(folder)
     closing = context.tracker.finish(folder.path, metrics)
     write_run_markdown(folder, metrics)
+    (folder / PROGRESS).unlink(missing_ok=True)
     write_json(folder / METRICS, metrics)
     show_results(folder)
     if closing:

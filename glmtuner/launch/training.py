@@ -1,19 +1,21 @@
 """The Trainer of a run, training, and saving what was trained in the run folder."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.console import complain, say
 from glmtuner.distributed import ranks
+from glmtuner.distributed.pause import Paused
 from glmtuner.distributed.preemption import capture_signals
 from glmtuner.errors import CheckpointError, GlmtunerError, TrainingError
 from glmtuner.inference.context import RunContext
 from glmtuner.inference.predict import answer_all
 from glmtuner.launch.device import place_model
 from glmtuner.launch.optimizations import TrainingBatches
+from glmtuner.launch.pause import evaluate_pause, pause_of
 from glmtuner.launch.resume import lies_in
 from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, step_of
 from glmtuner.run_folder.folder import RunFolder, is_out_of_memory
@@ -34,8 +36,9 @@ def make_trainer(
     arguments: "Seq2SeqTrainingArguments",
     batches: TrainingBatches,
     objective: "Objective | None",
+    kind: "Callable[..., GlmTrainer] | None" = None,
 ) -> "GlmTrainer":
-    """The Trainer of the run, on the model and the batches that optimizations were applied to."""
+    """The Trainer of the run, on the model and the batches that optimizations were applied to; `kind` takes the place of its class."""
     from glmtuner.models.unwrap import unwrapped
     from glmtuner.training.early_stopping import EarlyStopping
     from glmtuner.training.optimizers import Optimizers
@@ -50,7 +53,7 @@ def make_trainer(
     def score(step: int) -> dict[str, float]:
         return answer_all(context, context.folder / EVALUATIONS / f"step-{step}.jsonl")
 
-    return GlmTrainer(
+    return (kind or GlmTrainer)(
         model=context.model,
         args=arguments,
         train_dataset=batches.rows,
@@ -80,9 +83,9 @@ def train(
     """Train, then save and verify; returns the training's metrics.
 
     The training continues from `checkpoint`, and from the folder's latest complete one if the run is resumed and that one is
-    later or there is no other.
+    later or there is no other. Raises Preempted if a signal stops it, and Paused at the pause that the environment asks for.
     """
-    from glmtuner.training.callbacks import StopOnSignal
+    from glmtuner.training.callbacks import StopAtPause, StopOnBudget, StopOnSignal
     from glmtuner.training.divergence import require_finite_weights, require_steps
     from glmtuner.training.preflight import check_first_batch
     from glmtuner.training.schedule import FollowSchedule
@@ -110,7 +113,11 @@ def train(
         lambda: generation_smoke_test(trainer.model, context.tokenizer, first_row),
         partial(trainer.weighted_sum, trainer.model) if "weights" in first_batch else loss_of,
     )
+    if (pause := pause_of(context)) is not None:
+        trainer.pause = pause
+        trainer.add_callback(StopAtPause(pause))
     with capture_signals() as capture:
+        trainer.add_callback(StopOnBudget(capture))  # before what asks for the signal
         trainer.add_callback(StopOnSignal(capture))
         trainer.add_callback(FollowSchedule())
         out = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -118,6 +125,10 @@ def train(
     if capture.signum is not None and trainer.state.global_step < trainer.state.max_steps and not stopped_early:
         context.tracker.abandon(preempted=True)
         raise capture.preempted(trainer.state.global_step)
+    if pause is not None and not stopped_early and trainer.state.global_step < trainer.state.max_steps:
+        evaluate_pause(context, trainer, pause)
+        context.tracker.abandon(preempted=True)
+        raise Paused(pause, trainer.state.global_step, trainer.state.max_steps)
     first = step_of(checkpoint) if checkpoint is not None else 0
     if trainer.state.global_step == 0:
         raise TrainingError(

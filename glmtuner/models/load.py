@@ -8,11 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from glmtuner.config.groups import Dtype, Model, Quant
-from glmtuner.config.paths import model_source
 from glmtuner.console import say
 from glmtuner.errors import CheckpointError, GlmtunerError
 from glmtuner.families.config_json import BLOCK
-from glmtuner.families.hub import from_hub, hub_options, read_config
+from glmtuner.families.hub import from_hub, hub_options, read_config, source_of
 from glmtuner.models.new_tokens import add_tokens
 from glmtuner.run_folder.folder import is_out_of_memory
 
@@ -51,7 +50,7 @@ def load_tokenizer(model: Model, new_tokens: Sequence[str] = ()) -> "PreTrainedT
     """The tokenizer, with left padding, a padding token and `new_tokens`; raises GlmtunerError."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    source = model_source(model.tokenizer_name or model.model_name_or_path)
+    source = source_of(model, model.tokenizer_name or model.model_name_or_path)
     tokenizer: PreTrainedTokenizerBase = from_files(
         model,
         "its tokenizer",
@@ -83,7 +82,7 @@ def load_config(model: Model, family: "Family | None") -> "PreTrainedConfig":
     """The model's config; whether `rope_ratio` interpolates positions, which config.json does not say, follows the family."""
     from transformers import AutoConfig
 
-    source = model_source(model.config_name or model.model_name_or_path)
+    source = source_of(model, model.config_name or model.model_name_or_path)
     read_config(model)  # sizes that cannot be are refused before anything of that size is built
 
     def load() -> "PreTrainedConfig":
@@ -161,7 +160,7 @@ def load_model(
     """
     import torch
 
-    source = model_source(model.model_name_or_path)
+    source = source_of(model, model.model_name_or_path, weights=True)
     config = load_config(model, family)
     dtype = dtype_of(model, config, device)
     if quant.bits is not None and getattr(config, "rescale_every", None):  # RWKV

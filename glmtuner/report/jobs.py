@@ -6,7 +6,7 @@ never an error.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from glmtuner.config.overrides import parse
-from glmtuner.errors import ConfigError
+from glmtuner.errors import CheckpointError, ConfigError
+from glmtuner.report.race import paused_at, readable_race, reasons
 from glmtuner.run_folder.acquire import DERIVED_KEYS, RESUME_IGNORED_KEYS
 from glmtuner.run_folder.files import is_number
 from glmtuner.run_folder.folder import RunFolder, job_folders
@@ -42,6 +43,8 @@ class State(str, Enum):
     failed = "failed"
     running = "running"
     unfinished = "unfinished"  # interrupted; the same command resumes it
+    paused = "paused"  # at a rung of a race, until the others have reached it
+    dropped = "dropped"  # by a race
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +80,21 @@ def read_jobs(sweep: Path) -> list[Job]:
         folders = job_folders(sweep)
     except OSError:
         return []
-    return [job for job in map(read_job, folders) if job is not None]
+    dropped = reasons(readable_race(sweep))
+    return [_of_race(job, dropped) for job in map(read_job, folders) if job is not None]
+
+
+def _of_race(job: Job, dropped: dict[str, str]) -> Job:
+    """The job as its race sees it: an unfinished one may be dropped, or wait at a rung for the others."""
+    if job.state is not State.unfinished:
+        return job
+    if job.name in dropped:
+        return replace(job, state=State.dropped, reason=dropped[job.name])
+    try:
+        paused = paused_at(job.folder)
+    except CheckpointError as error:
+        return replace(job, reason=f"{error}")
+    return replace(job, state=State.paused, reason=paused) if paused else job
 
 
 def read_job(folder: RunFolder) -> Job | None:

@@ -211,9 +211,12 @@ def show_ranking(ranking: Ranking) -> None:
 
 
 def sweep_markdown(
-    ranking: Ranking, plots: Sequence[tuple[str, str]], answers: tuple[list[str], list[list[str]]]
+    ranking: Ranking,
+    plots: Sequence[tuple[str, str]],
+    answers: tuple[list[str], list[list[str]]],
+    front: Sequence[str] = (),
 ) -> str:
-    """The content of report.md; `plots` are file names and captions, `answers` a header and rows."""
+    """The content of report.md; `plots` are file names and captions, `answers` a header and rows, `front` a section's lines."""
     lines = [f"# Sweep {markdown_cell(ranking.root.resolve().name)}", "", f"{ranking.summary}."]
     lines += (
         [f"Ranked by {markdown_cell(metric_title(ranking.objective))}, {ranking.direction}."]
@@ -231,6 +234,7 @@ def sweep_markdown(
     if rows:
         lines += ["", "## Leaderboard", "", *markdown_table(header, rows)]
         lines += ["", method_note(ranking.has_differences)] if ranking.has_intervals else []
+    lines += front
     lines += ["", "## Plots", ""] if plots else []
     lines += [f"![{markdown_cell(caption)}]({file})" for file, caption in plots]
     if answers[1]:

@@ -9,6 +9,7 @@ from glmtuner import __version__
 from glmtuner.console import plain
 from glmtuner.errors import CheckpointError
 from glmtuner.report.answers import best_answers
+from glmtuner.report.benchmarks import SUBJECT, benchmarks_table, method_of_bounds
 from glmtuner.report.jobs import read_job
 from glmtuner.report.leaderboard import (
     EXPORT,
@@ -19,6 +20,7 @@ from glmtuner.report.leaderboard import (
     unranked_row,
     winner_facts,
 )
+from glmtuner.report.pareto import Front
 from glmtuner.report.plots import Plot, plot_run_loss
 from glmtuner.report.ranking import Ranking, build_row, format_score, metric_title
 from glmtuner.report.run import MISSING, answers_table, format_number, run_facts, sampled_table, scores_before_training
@@ -42,7 +44,7 @@ def render(template: str, **variables: Any) -> str:
     return environment.get_template(template).render(written=written, **variables)
 
 
-def sweep_page(ranking: Ranking, plots: list[Plot]) -> str:
+def sweep_page(ranking: Ranking, plots: list[Plot], front: Front | None = None) -> str:
     """The report of a sweep as HTML."""
     header, rows = leaderboard_table(ranking, ranking.scores, knob_columns=True)
     row_classes = []
@@ -53,6 +55,7 @@ def sweep_page(ranking: Ranking, plots: list[Plot]) -> str:
         "sweep.html",
         name=ranking.root.resolve().name,
         ranking=ranking,
+        front=front,
         objective=metric_title(ranking.objective or ""),
         winner=winner_facts(ranking),
         export=EXPORT,
@@ -82,11 +85,13 @@ def run_page(folder: RunFolder) -> str:
             format_number(value) if isinstance(value, int) else score_with_interval(row, name),
         ]  # no decimals of a count
         for name, value in job.metrics.items()
+        if not name.startswith(SUBJECT)  # in the table of benchmarks
     ]
     if before:
         scores = [[*cells, format_score(cells[0], before[cells[0]]) if cells[0] in before else ""] for cells in scores]
     answers_header, answers = answers_table(folder)
     sampled_header, sampled = sampled_table(folder)
+    benchmarks_header, benchmarks = benchmarks_table(folder)
     plot = plot_run_loss(folder)
     return render(
         "run.html",
@@ -99,6 +104,9 @@ def run_page(folder: RunFolder) -> str:
         notes=notes,
         method=method_note(paired=False) if row.intervals else "",
         plots=[plot] if plot else [],
+        benchmarks_header=benchmarks_header,
+        benchmarks=benchmarks,
+        benchmarks_method=method_of_bounds(folder),
         answers_header=answers_header,
         answers=answers,
         sampled_header=sampled_header,

@@ -3,15 +3,18 @@
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from glmtuner.config.objective import less_is_better, measured_as
+from glmtuner.config.benchmarks import TASKS as BENCHMARK_TASKS
+from glmtuner.config.objective import less_is_better, measured_as, objectives_of
+from glmtuner.report.benchmarks import BENCHMARK
 from glmtuner.report.bootstrap import Interval, interval
 from glmtuner.report.jobs import Job, State, comparable, read_jobs, short_names, value_of, varied_knobs
+from glmtuner.report.race import race_notes, readable_race
 from glmtuner.report.record_scores import RecordScores, common_records, pooled, read_answers, record_scores
 from glmtuner.run_folder.files import read_json
 from glmtuner.run_folder.names import SWEEP
@@ -104,6 +107,8 @@ class Ranking:
             State.finished: "finished",
             State.running: "running",
             State.unfinished: "unfinished",
+            State.paused: "paused",
+            State.dropped: "dropped",
             State.infeasible: "did not fit into memory",
             State.failed: "failed",
         }
@@ -119,6 +124,7 @@ class Ranking:
             if name.startswith(("predict_", "eval_")) and not name.endswith(NON_SCORE_SUFFIXES)
             and not (name.startswith("eval_") and f"predict_{name.removeprefix('eval_')}" in measured)
         ]  # fmt: skip
+        scores += main_scores(self.rows, measured)
         scores += ["train_loss"] if "train_loss" in measured else []
         scores.sort(key=lambda name: not name.startswith("predict_"))
         return [self.objective, *(name for name in scores if name != self.objective)] if self.objective else scores
@@ -129,6 +135,16 @@ class Ranking:
         return [name for name in COSTS if name != self.objective and any(name in row.metrics for row in self.rows)]
 
 
+def main_scores(rows: "Sequence[Row]", measured: Iterable[str]) -> list[str]:
+    """The main score of each benchmark that the jobs were asked; leaderboard.csv has the others, and those of its tasks."""
+    asked = dict.fromkeys(name for row in rows for job in row.jobs for name in job.values.get(BENCHMARK_TASKS) or [])
+    found = (
+        next((key for key in measured if key == f"{BENCHMARK}{name}" or key.startswith(f"{BENCHMARK}{name}_")), None)
+        for name in asked
+    )
+    return [key for key in found if key is not None]
+
+
 def sort_key(metrics: dict[str, float], objective: str | None) -> tuple[bool, float]:
     """Sorts the best first, and a missing or non-finite objective last."""
     value = metrics.get(objective or "", math.nan)
@@ -137,7 +153,11 @@ def sort_key(metrics: dict[str, float], objective: str | None) -> tuple[bool, fl
 
 def rank_sweep(root: Path) -> Ranking:
     """The ranking of the sweep in this folder, finished or not."""
-    jobs = read_jobs(root)
+    return rank_jobs(root, read_jobs(root))
+
+
+def rank_jobs(root: Path, jobs: Sequence[Job]) -> Ranking:
+    """The ranking of these jobs; `root` is the folder of their sweep, or of the only run."""
     knobs = varied_knobs(jobs)
     finished = [job for job in jobs if job.state is State.finished]
     objective, notes = resolve_objective(finished)
@@ -149,6 +169,7 @@ def rank_sweep(root: Path) -> Ranking:
     if rows and objective:
         rows = [with_difference(row, rows[0], objective) for row in rows]
         notes += notes_on_differences(rows, objective)
+    notes += race_notes(readable_race(root), [job.name for job in finished])
     unranked = [job for job in jobs if job.state is not State.finished]
     return Ranking(root, short_names(knobs), objective, rows, unranked, notes, read_commands(root))
 
@@ -156,9 +177,9 @@ def rank_sweep(root: Path) -> Ranking:
 def resolve_objective(finished: Sequence[Job]) -> tuple[str | None, list[str]]:
     """The metric to rank by, a key of metrics.json, and a note if it is not the one asked for.
 
-    It is the `objective` of most jobs, else the first of DEFAULT_OBJECTIVES that a job measured; None if none did.
+    It is the `objective` of most jobs, the first of two, else the first of DEFAULT_OBJECTIVES that a job measured; None if none did.
     """
-    asked = Counter(job.values["objective"] for job in finished if job.values.get("objective"))
+    asked = Counter(names[0] for job in finished if (names := objectives_of(job.values.get("objective"))))
     measured = {name for job in finished for name in job.metrics}
     names = [*(name for name, _ in asked.most_common(1)), *DEFAULT_OBJECTIVES]
     objective = next((key for name in names if (key := measured_as(name, measured))), None)
@@ -279,4 +300,4 @@ def format_score(name: str, value: float, like: float | None = None) -> str:
 def metric_title(name: str) -> str:
     """A metric's name in a heading."""
     titles = {**COSTS, "eval_loss": "evaluation loss", "train_loss": "training loss"}
-    return titles.get(name, name.removeprefix("predict_"))
+    return titles.get(name, name.removeprefix("predict_").removeprefix(BENCHMARK))

@@ -7,6 +7,7 @@ from glmtuner.config.groups import SCHEMA_CLASSES, Metric
 from glmtuner.config.plugins import load_plugins
 from glmtuner.console import say
 from glmtuner.errors import ConfigError
+from glmtuner.report.benchmarks import benchmark_records
 from glmtuner.run_folder.files import read_lines
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import LOSSES, PREDICTIONS
@@ -23,7 +24,8 @@ def record_scores(folder: RunFolder, values: Mapping[str, Any], measured: Iterab
     A record of predictions is identified by question and label; one of losses by the evaluation set, its index there and
     its number of tokens. So a record is the same in two runs if both were scored on the same text.
     """
-    scores: dict[str, RecordScores] = {}
+    measured = [*measured]
+    scores: dict[str, RecordScores] = benchmark_records(folder, measured)
     predicted = {name for name in measured if name.startswith("predict_")}
     metric = build_metric(values) if predicted else None
     if metric is not None:

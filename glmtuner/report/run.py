@@ -8,6 +8,7 @@ from omegaconf import DictConfig, ListConfig
 
 from glmtuner.console import say, table
 from glmtuner.errors import CheckpointError
+from glmtuner.report.benchmarks import SUBJECT, benchmarks_table, method_of_bounds
 from glmtuner.report.escape import markdown_cell, markdown_code, markdown_line
 from glmtuner.report.sampled import first_and_last
 from glmtuner.run_folder.checkpoints import checkpoint_problem, checkpoints
@@ -115,6 +116,7 @@ def scores_table(metrics: dict[str, float], before: dict[str, float]) -> tuple[l
     rows = [
         [name, format_number(value), format_number(before[name]) if name in before else ""][: len(header)]
         for name, value in metrics.items()
+        if not name.startswith(SUBJECT)  # of which there are dozens, in a table of their own
     ]
     return header, rows
 
@@ -230,6 +232,9 @@ def write_run_markdown(folder: RunFolder, metrics: dict[str, float]) -> None:
         lines.append(f"| {name} | {(markdown_code if name == 'command' else markdown_cell)(value)} |")
     if metrics:
         lines += ["", "## Results", "", *markdown_table(*scores_table(metrics, scores_before_training(folder)))]
+    header, rows = benchmarks_table(folder)
+    if rows:
+        lines += ["", "## Benchmarks", "", *markdown_table(header, rows), "", method_of_bounds(folder)]
     losses = [line["loss"] for line in folder.history() if is_number(line.get("loss"))]
     if losses:
         lines += ["", f"Training loss: {losses[0]:.4f} at the first logged step, {losses[-1]:.4f} at the last."]

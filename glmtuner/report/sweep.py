@@ -7,6 +7,7 @@ from glmtuner.errors import CheckpointError
 from glmtuner.report.answers import best_answers
 from glmtuner.report.leaderboard import leaderboard_csv, show_ranking, sweep_markdown
 from glmtuner.report.page import run_page, sweep_page
+from glmtuner.report.pareto import front_markdown, pareto_front, plot_front, show_front
 from glmtuner.report.plots import plot_by_knob, plot_sweep_losses
 from glmtuner.report.ranking import rank_sweep
 from glmtuner.report.run import show_run, write_run_markdown
@@ -40,7 +41,9 @@ def write_sweep_report(root: Path) -> None:
     The sweep need not be finished. Plots of an earlier report that this one does not have are removed.
     """
     ranking = rank_sweep(root)
-    plots = [plot for plot in (plot_sweep_losses(ranking), *plot_by_knob(ranking)) if plot is not None]
+    front = pareto_front(ranking)
+    drawn = (plot_front(front), plot_sweep_losses(ranking), *plot_by_knob(ranking))
+    plots = [plot for plot in drawn if plot is not None]
     files = {root / PLOTS / f"{plot.name}.png": plot for plot in plots}
     for file, plot in files.items():
         write_bytes(file, plot.light)
@@ -48,9 +51,10 @@ def write_sweep_report(root: Path) -> None:
         outdated.unlink(missing_ok=True)
     captions = [(f"{PLOTS}/{plot.name}.png", plot.caption) for plot in plots]
     write_text(root / LEADERBOARD, leaderboard_csv(ranking))
-    write_text(root / REPORT, sweep_markdown(ranking, captions, best_answers(ranking)))
-    write_text(root / REPORT_PAGE, sweep_page(ranking, plots))
+    write_text(root / REPORT, sweep_markdown(ranking, captions, best_answers(ranking), front_markdown(front)))
+    write_text(root / REPORT_PAGE, sweep_page(ranking, plots, front))
     show_ranking(ranking)
+    show_front(front)
     say(f"report: {root / REPORT_PAGE}, {REPORT}, {LEADERBOARD}, {PLOTS}/")
 
 

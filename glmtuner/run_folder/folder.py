@@ -16,12 +16,13 @@ from typing import IO, Any
 from omegaconf import DictConfig
 
 from glmtuner.console import say
-from glmtuner.errors import CheckpointError, ConfigError, FolderBusy, GlmtunerError
+from glmtuner.errors import CheckpointError, ConfigError, Diverged, FolderBusy, GlmtunerError
 from glmtuner.run_folder.checkpoints import checkpoints
 from glmtuner.run_folder.files import is_number, read_lines, read_object, write_json
 from glmtuner.run_folder.locks import LocksUnsupported, is_locked, try_lock
 from glmtuner.run_folder.names import (
     ADAPTER,
+    BENCHMARKS,
     CHECKPOINTS,
     CONFIG,
     FAILED,
@@ -35,6 +36,7 @@ from glmtuner.run_folder.names import (
     PREDICTIONS,
     PROVENANCE,
     RUN_ENTRIES,
+    SPENT,
 )
 from glmtuner.run_folder.provenance import wrong_values
 from glmtuner.run_folder.redaction import redact_overrides, redact_text, secrets_in
@@ -97,7 +99,7 @@ class RunFolder:
         return whole
 
     def failure(self) -> dict[str, Any] | None:
-        """failed.json of the last attempt: its `kind` (error, or infeasible: out of memory), `reason`, `time`; or None."""
+        """failed.json of the last attempt: its `kind` (error, diverged, or infeasible: out of memory), `reason`, `time`; or None."""
         if not (self / FAILED).is_file():
             return None
         values = read_object(self / FAILED)
@@ -167,7 +169,7 @@ class RunFolder:
         """
         secrets = secrets_in(overrides)
         failure = {
-            "kind": "infeasible" if is_out_of_memory(error) else "error",
+            "kind": kind_of(error),
             "reason": redact_text(" ".join(f"{error}".split()), secrets)[:2000] or type(error).__name__,
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
             "words": redact_overrides(overrides),
@@ -206,10 +208,12 @@ class RunFolder:
 
     @property
     def has_results(self) -> bool:
-        """Whether starting over would lose anything: a trained step, a checkpoint, trained weights, answers or final metrics."""
+        """Whether starting over would lose anything: a trained step, a checkpoint, trained weights, answers, a benchmark's scores or final metrics."""
         if (self / METRICS).exists() or self.trained() is not None or (self / KEPT).exists() or checkpoints(self.path):
             return True
         if (self / PREDICTIONS).is_file() and (self / PREDICTIONS).stat().st_size:
+            return True
+        if (self / BENCHMARKS).exists():
             return True
         if not (self / HISTORY).exists() or not (self / HISTORY).stat().st_size:
             return False
@@ -250,7 +254,9 @@ def _is_logged(value: Any) -> bool:
 
 def _is_trace(name: str) -> bool:
     """Whether an entry of this name is left by an attempt that ended before its run had started."""
-    return name in (FAILED, OUTPUT, LOCK, f".{CONFIG}{PARTIAL}", f".{FAILED}{PARTIAL}") or _is_failure_of_rank(name)
+    return name in (FAILED, OUTPUT, LOCK, SPENT, f".{CONFIG}{PARTIAL}", f".{FAILED}{PARTIAL}") or _is_failure_of_rank(
+        name
+    )
 
 
 def _is_failure_of_rank(name: str) -> bool:
@@ -275,6 +281,11 @@ def job_folders(sweep: Path) -> list[RunFolder]:
         return []
     folders = [RunFolder(path) for path in sorted(sweep.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     return [folder for folder in folders if folder.is_run or (folder / FAILED).is_file()]
+
+
+def kind_of(error: BaseException) -> str:
+    """`infeasible` for a lack of memory, `diverged` for numbers that are not finite, else `error`."""
+    return "infeasible" if is_out_of_memory(error) else "diverged" if isinstance(error, Diverged) else "error"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

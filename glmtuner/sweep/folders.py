@@ -46,13 +46,22 @@ def sweep_folder(overrides: Sequence[str]) -> Path:
     identifying = [
         text
         for text, override in zip(overrides, parsed, strict=True)
-        if not override.is_sweep_override() and override.key_or_group not in LAUNCHER_KEYS
+        if not override.is_sweep_override() and not _is_of_launching(override.key_or_group)
     ]
     name = str(fixed["name"].value()) if "name" in fixed else short_hash(" ".join(sorted(identifying)))
     return Path("outputs") / "sweeps" / name
 
 
-LAUNCHER_KEYS = ("hydra/launcher", "hydra.launcher.n_jobs")  # another way to start the jobs is not another sweep
+# another way to start the jobs, or dropped jobs that are called back, are not another sweep
+LAUNCHER_KEYS = (
+    *("hydra/launcher", "hydra.launcher.n_jobs", "hydra.launcher.wait", "hydra.launcher.jobs_at_once"),
+    "hydra.sweeper.recall",
+)
+
+
+def _is_of_launching(key: str) -> bool:
+    """Whether the key says how the jobs are started or how much they may take, and not what they are."""
+    return key in LAUNCHER_KEYS or key.partition(".")[0] == "budget"
 
 
 def job_slug(swept: str) -> str:
@@ -69,6 +78,13 @@ def job_slug(swept: str) -> str:
 def short_hash(text: str) -> str:
     """The first 8 hex digits of the SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def job_folder(root: Path, job: Sequence[str], swept: set[str]) -> Path:
+    """The folder of the job with these overrides; `swept` are the keys whose values differ between the jobs."""
+    parsed = parse(job)
+    texts = [text for text, override in zip(job, parsed, strict=True) if override.key_or_group in swept]
+    return root / job_slug(",".join(sorted(texts)))
 
 
 OmegaConf.register_new_resolver("job_slug", job_slug, replace=True)

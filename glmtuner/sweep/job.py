@@ -2,79 +2,145 @@
 
 import gc
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from glmtuner.config.compose import compose
-from glmtuner.config.objective import measured_as
+from glmtuner.config.compose import Composed, compose
+from glmtuner.config.objective import PREFIXES, measured_as, objectives_of
+from glmtuner.config.offline import adopt_offline
 from glmtuner.console import say
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import SIGNALS, Preempted
-from glmtuner.errors import ConfigError, FolderBusy
+from glmtuner.errors import ConfigError, FolderBusy, did_you_mean
 from glmtuner.launch.between_jobs import keep_base_models
 from glmtuner.launch.register import register_presets
 from glmtuner.launch.run import launch
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import FAILED, OUTPUT
 from glmtuner.sweep import workers
+from glmtuner.sweep.budget import hours_in, reached
 from glmtuner.sweep.placeholders import reveal
 
 REQUEUE_SECONDS = 120.0  # that SLURM may take to end a job that is requeued
 
 
-def run_job(config: DictConfig) -> float | None:
-    """Run one job; returns its objective for the sweeper, None if the job failed or does not fit into memory.
+@dataclass(frozen=True)
+class Job:
+    """A job as Hydra composed it: its number and folder, and what its run is composed of again."""
+
+    number: int
+    folder: RunFolder
+    sweep: Path  # the sweep's folder
+    typed: list[str]  # its overrides, with placeholders for secrets
+    env_set: Mapping[str, Any]
+    config_dir: str | None
+    config_name: str
+    launcher: str
+    chdir: bool  # whether Hydra changes into the folder while it runs
+
+    @classmethod
+    def current(cls) -> "Job":
+        """The job that Hydra is running."""
+        hydra = HydraConfig.get()
+        config_dir = next(
+            (source.path for source in hydra.runtime.config_sources if source.provider == "command-line"), None
+        )
+        return cls(
+            number=hydra.job.num,
+            folder=RunFolder(Path(hydra.runtime.output_dir)),
+            sweep=Path(hydra.sweep.dir),
+            typed=[override for override in hydra.overrides.task if not override.startswith("trainer.output_dir=")],
+            env_set=dict(hydra.job.env_set),
+            config_dir=config_dir,
+            config_name=hydra.job.config_name or "config",
+            launcher=hydra.runtime.choices["hydra/launcher"],
+            chdir=bool(hydra.job.chdir),
+        )
+
+    @cached_property
+    def composed(self) -> Composed:
+        """The run, composed from the job's overrides so that they mean exactly what they mean in a single run."""
+        overrides = [reveal(override) for override in self.typed]
+        os.environ.update({name: reveal(str(value)) for name, value in self.env_set.items()})
+        return compose(overrides, config_dir=self.config_dir, config_name=self.config_name)
+
+
+def run_job(config: DictConfig) -> list[float] | None:
+    """Run one job; returns its objectives (none, one or two) for the sweeper, None if the job failed or does not fit into memory.
 
     A finished job is skipped, an unfinished one is resumed, a failed one starts again. An error is recorded in the job's
-    folder and does not stop the other jobs. The job's overrides are composed again, so that they mean exactly what they
-    mean in a single run.
+    folder and does not stop the other jobs.
     """
     ranks.adopt_slurm_env()
     register_presets()  # a launcher may start the job in a new process
-    hydra = HydraConfig.get()
-    folder = RunFolder(Path(hydra.runtime.output_dir))
-    config_dir = next(
-        (source.path for source in hydra.runtime.config_sources if source.provider == "command-line"), None
-    )
-    overrides = [override for override in hydra.overrides.task if not override.startswith("trainer.output_dir=")]
-    in_subprocess = hydra.runtime.choices.get("hydra/launcher") == "joblib"
     try:
+        return run_or_skip(Job.current())
+    except Preempted as preempted:
+        stop_process(preempted)
+
+
+def stop_process(preempted: Preempted) -> NoReturn:
+    """End this process as the signal that stopped a job asks for."""
+    preempted.call_previous_handler()
+    if not ranks.is_main():
+        time.sleep(REQUEUE_SECONDS)  # rank 0 is requeuing the job, which the end of any rank would end
+    raise SystemExit(preempted.exit_code) from None
+
+
+def run_or_skip(job: Job, start: Callable[..., dict[str, float]] | None = None) -> list[float] | None:
+    """Run a job, by `start` in place of `launch`, unless it is finished or did not fit; returns its objectives, None as `run_job` does.
+
+    Raises Preempted.
+    """
+    folder, overrides = job.folder, job.typed
+    try:
+        adopt_offline()  # a launcher's `setup` may set it for the machine of the job alone
+        composed = job.composed
         overrides = [reveal(override) for override in overrides]
-        os.environ.update({name: reveal(str(value)) for name, value in hydra.job.env_set.items()})
-        composed = compose(overrides, config_dir=config_dir, config_name=hydra.job.config_name or "config")
         overwrite = composed.run.trainer.overwrite_output_dir
         failure = folder.failure()
         if folder.is_finished and not overwrite:
             say(f"finished before, skipped: {folder.path}")
-            value = objective_value(folder.metrics(), composed.run.objective)
+            values = objective_values(folder.metrics(), composed.run.objective)
             (folder / FAILED).unlink(missing_ok=True)  # an earlier command had an objective that was not measured
-            return value
+            return values
         if failure and failure["kind"] == "infeasible" and not overwrite:
             say(
                 f"did not fit into memory before, skipped (trainer.overwrite_output_dir=true runs it again): {folder.path}"
             )
             return None
-        say(f"job {hydra.job.num}: {folder.path}")
-        if in_subprocess:
-            run_in_subprocess(overrides, folder, composed.flags)
-            metrics = folder.metrics()
-        else:
-            if hydra.runtime.choices.get("hydra/launcher") == "basic":  # the others run one job in a process
-                keep_base_models()
-            metrics = launch(composed, output_dir=folder.path)
-        return objective_value(metrics, composed.run.objective)
+        if over := reached(job.sweep, composed.run.budget):
+            say(f"not started, {'; '.join(over)}: {folder.path}")
+            return None
+        say(f"job {job.number}: {folder.path}")
+        with hours_in(job.sweep, job.launcher):
+            if job.launcher == "joblib":
+                run_in_subprocess(overrides, folder, composed.flags)
+                metrics = folder.metrics()
+            else:
+                if job.launcher == "basic":  # the others run one job in a process
+                    keep_base_models()
+                metrics = (start or launch)(composed, output_dir=folder.path)
+        if not metrics:  # paused at a rung of a race
+            free_memory()
+            return None
+        return objective_values(metrics, composed.run.objective)
     except Preempted as preempted:
+        if over := reached(job.sweep, job.composed.run.budget):
+            say(f"{folder.path}: {preempted}, {'; '.join(over)}; the same command with a larger limit resumes it")
+            return None
         say(f"{folder.path}: {preempted}; the same command resumes it")
-        preempted.call_previous_handler()
-        if not ranks.is_main():
-            time.sleep(REQUEUE_SECONDS)  # rank 0 is requeuing the job, which the end of any rank would end
-        raise SystemExit(preempted.exit_code) from None
+        raise
     except FolderBusy as busy:
         say(f"skipped: {busy}")
         return None
@@ -122,24 +188,26 @@ def run_in_subprocess(overrides: Sequence[str], folder: RunFolder, flags: Sequen
 
 
 def free_memory() -> None:
-    """Free the accelerator memory of a failed job for the next one."""
+    """Free the accelerator memory of a failed or paused job for the next one."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def objective_value(metrics: dict[str, float], name: str | None) -> float | None:
-    """The metric named `name`, predict_`name` or eval_`name`; None without a name.
+def objective_values(metrics: dict[str, float], objective: Any) -> list[float]:
+    """The metrics that `objective` names, each found as it is, or with predict_ or eval_ in front; empty without a name.
 
-    Raises ConfigError if the run has not measured it.
+    Raises ConfigError if the run has not measured one.
     """
-    if name is None:
-        return None
-    key = measured_as(name, metrics)
-    if key is not None:
-        return metrics[key]
-    raise ConfigError(
-        f"objective={name}: the run measured {', '.join(metrics) or 'nothing'}; type one of these, or trainer.do_eval=true with "
-        "data.dev_ratio or data.eval_dataset for eval_loss, trainer.do_predict=true for scores of answers"
-    )
+    names = objectives_of(objective)
+    keys = [measured_as(name, metrics) for name in names]
+    missing = [name for name, key in zip(names, keys, strict=True) if key is None]
+    if missing:
+        known = dict.fromkeys(re.sub(f"^({'|'.join(PREFIXES)})", "", key) for key in metrics)
+        raise ConfigError(
+            f"objective={missing[0]}{did_you_mean(missing[0], known)}: the run measured {', '.join(metrics) or 'nothing'}; type one of "
+            "these, or trainer.do_eval=true with data.dev_ratio or data.eval_dataset for eval_loss, trainer.do_predict=true for scores "
+            "of answers"
+        )
+    return [metrics[key] for key in keys if key is not None]

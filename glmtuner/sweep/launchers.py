@@ -5,11 +5,13 @@ Hydra looks for plugins in the package `hydra_plugins` only; `register` gives ou
 
 import copy
 import os
+import shlex
 import shutil
-import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +23,22 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as SubmititSlurm
 from omegaconf import OmegaConf
 
-from glmtuner.config.objective import less_is_better
 from glmtuner.console import say
 from glmtuner.distributed.ranks import visible_gpus
 from glmtuner.errors import ConfigError
+from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.locks import try_lock
 from glmtuner.run_folder.redaction import redact_value
+from glmtuner.sweep.attempts import DONE, INTERRUPTED, begin_attempt, end_attempt
+from glmtuner.sweep.due import Jobs, check_detached, folder_names, is_due, queued_submissions
 from glmtuner.sweep.placeholders import PLACEHOLDER, reveal, without_secrets
-from glmtuner.sweep.sweepers import BASIC_TARGET, OPTUNA_TARGET, BasicSweeper, OptunaSweeper
+from glmtuner.sweep.queue import in_queue, own_job_id
+from glmtuner.sweep.race import RaceSweeper
+from glmtuner.sweep.race_options import RACE_TARGET
+from glmtuner.sweep.search import OPTUNA_TARGET, REMOVED_TARGET, OptunaSweeper, RemovedSweeper
+from glmtuner.sweep.search_settings import direction_of
+from glmtuner.sweep.submissions import Submission, add_submissions, submitting
+from glmtuner.sweep.sweepers import BASIC_TARGET, BasicSweeper
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -51,9 +61,10 @@ EXECUTOR_PARAMETERS = (  # of submitit's AutoExecutor; the others are of SLURM, 
 def register() -> None:
     """Register the launcher of this module and the resolvers that conf/hydra uses."""
     Plugins.instance().class_name_to_class |= {
-        SLURM_TARGET: SlurmLauncher, BASIC_TARGET: BasicSweeper, OPTUNA_TARGET: OptunaSweeper,
+        SLURM_TARGET: SlurmLauncher, BASIC_TARGET: BasicSweeper, OPTUNA_TARGET: OptunaSweeper, REMOVED_TARGET: RemovedSweeper,
+        RACE_TARGET: RaceSweeper,
     }  # fmt: skip
-    # Hydra would use the plugins' own presets of these names as schemas of those in conf/hydra.
+    # Hydra would use presets of these names that installed plugins bring as schemas of those in conf/hydra.
     stored = ConfigStore.instance().repo["hydra"]
     stored["launcher"].pop("joblib.yaml", None)
     stored["sweeper"].pop("optuna.yaml", None)
@@ -64,15 +75,6 @@ def register() -> None:
 def parallel_jobs() -> int:
     """How many jobs run at a time on this machine: one per GPU, or one per two CPU cores."""
     return len(visible_gpus()) or max((os.cpu_count() or 2) // 2, 1)
-
-
-def direction_of(objective: str | None) -> str:
-    """`minimize` or `maximize`, as Optuna calls it; raises ConfigError without an objective."""
-    if objective is None:
-        raise ConfigError(
-            "hydra/sweeper=optuna searches for the best value of a metric; type objective=eval_loss, or rouge-l"
-        )
-    return "minimize" if less_is_better(objective) else "maximize"
 
 
 @contextmanager
@@ -97,12 +99,16 @@ def one_gpu(root: Path) -> Iterator[dict[str, str]]:
 
 
 class SlurmLauncher(SubmititSlurm):
-    """Runs the jobs as one SLURM array. A job that fails stops no other, and its folder records how it ended."""
+    """Runs the jobs as one SLURM array. A job that fails stops no other, and its folder records how it ended.
+
+    With `wait=false` it returns once they are submitted. A job that is in the queue already is not submitted again.
+    """
+
+    places: dict[int, tuple[Path, str]]  # the sweep's folder and the name of the job's, by its number
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        import submitit
-
         assert self.config is not None
+        check_detached(self.config.hydra)
         if not shutil.which("sbatch"):
             raise ConfigError(
                 "hydra/launcher=slurm: this machine has no `sbatch`; type it on a login node of the cluster, or type "
@@ -111,6 +117,50 @@ class SlurmLauncher(SubmititSlurm):
         root = Path(str(self.config.hydra.sweep.dir))
         root.mkdir(parents=True, exist_ok=True)
         params = hide_setup(dict(self.params))
+        detached = params.pop("wait", True) is False
+        numbered = list(enumerate(job_overrides, initial_job_idx))
+        names = dict(zip(dict(numbered), folder_names(self.config, numbered), strict=True))
+        with submitting(root):
+            queued = queued_submissions(root, [*names.values()])
+            fresh = [
+                (n, each) for n, each in numbered if names[n] not in queued and is_due(root, names[n], each, detached)
+            ]
+            jobs = dict(zip(dict(fresh), self._submit(root, params, fresh, names, detached), strict=True))
+            add_submissions(
+                root, {names[number]: self._record(job, dict(fresh)[number], detached) for number, job in jobs.items()}
+            )
+        for number, overrides in numbered:
+            job_id = jobs[number].job_id if number in jobs else queued.get(names[number])
+            if job_id is not None:
+                known = "" if number in jobs else " already"
+                say(f"job {number} is SLURM job {job_id}{known}: {' '.join(filter_overrides(overrides))}")
+        if detached:
+            return [JobReturn(overrides=each, status=JobStatus.COMPLETED, _return_value=None) for _, each in numbered]
+        from submitit.slurm.slurm import SlurmJob
+
+        waiting: dict[int, Job[JobReturn]] = dict(jobs)
+        for number in names.keys() - jobs.keys():
+            if (job_id := queued.get(names[number])) is not None:
+                waiting[number] = SlurmJob(self.params["submitit_folder"], job_id)
+        wait_for_jobs([*waiting.values()])
+        return [job_return(waiting.get(number), overrides) for number, overrides in numbered]
+
+    def _submit(
+        self, root: Path, params: dict[str, Any], fresh: Jobs, names: dict[int, str], detached: bool
+    ) -> "list[Job[JobReturn]]":
+        """Submit these jobs as an array; returns them as submitit's."""
+        import submitit
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        if not fresh:
+            return []
+        # a job whose node fails goes back into the queue, also where the cluster's default is another
+        more = dict(params.get("additional_parameters") or {})
+        params["additional_parameters"] = (
+            more if {"requeue", "no-requeue", "no_requeue"} & more.keys() else {**more, "requeue": True}
+        )
+        if detached:
+            params["teardown"] = [shlex.join([sys.executable, "-m", "glmtuner.sweep.closing", str(root.absolute())])]
         executor = submitit.AutoExecutor(
             cluster="slurm", folder=params.pop("submitit_folder"), slurm_max_num_timeout=params.pop("max_num_timeout")
         )
@@ -121,29 +171,49 @@ class SlurmLauncher(SubmititSlurm):
                 if value is not None
             }
         )
-        numbered = list(enumerate(job_overrides, initial_job_idx))
         state = dict(Singleton.get_state())
         if (hydra_config := state.get(HydraConfig)) is not None and hydra_config.cfg is not None:
             state[HydraConfig] = copy.copy(hydra_config)
             state[HydraConfig].cfg = without_secrets(hydra_config.cfg)
         pickled = copy.copy(self)  # submitit writes it to disk
         pickled.params, pickled.config = {}, without_secrets(self.config)
-        jobs = executor.map_array(
-            pickled,
-            [list(overrides) for _, overrides in numbered],
-            ["hydra.sweep.dir"] * len(numbered),
-            [number for number, _ in numbered],
-            [f"job_id_for_{number}" for number, _ in numbered],
-            [state] * len(numbered),
-        )
-        for (number, overrides), job in zip(numbered, jobs, strict=True):
-            say(f"job {number} is SLURM job {job.job_id}: {' '.join(filter_overrides(overrides))}")
-        wait_for_jobs(jobs)
-        return [job_return(job, overrides) for job, (_, overrides) in zip(jobs, numbered, strict=True)]
+        pickled.places = {number: (root.absolute(), names[number]) for number, _ in fresh}
+        try:
+            return executor.map_array(
+                pickled,
+                [list(overrides) for _, overrides in fresh],
+                ["hydra.sweep.dir"] * len(fresh),
+                [number for number, _ in fresh],
+                [f"job_id_for_{number}" for number, _ in fresh],
+                [state] * len(fresh),
+            )
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise ConfigError(
+                f"hydra/launcher=slurm: sbatch refused the jobs: {' '.join(str(error).split())[:300]}; check the keys of hydra.launcher"
+            ) from None
+
+    def _record(self, job: "Job[JobReturn]", overrides: Sequence[str], detached: bool) -> Submission:
+        assert self.config is not None
+        sources = self.config.hydra.runtime.config_sources
+        config_dir = next((source.path for source in sources if source.provider == "command-line"), None)
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        return Submission(job.job_id, now, list(overrides), config_dir, detached)
 
     def __call__(self, *arguments: Any) -> JobReturn:
         """Run a job, on the machine that SLURM gave it; its configuration, which may hold secrets, is not part of the result."""
-        done = super().__call__(*arguments)
+        root, name = self.places[arguments[2]]
+        counts = os.environ.get("SLURM_PROCID", "0") == "0"
+        if counts and (stopped := begin_attempt(root, name, own_job_id()).stopped):
+            RunFolder(root / name).record_failure(ConfigError(stopped), list(arguments[0]))
+            say(stopped)
+            raise SystemExit(1)  # ends the other tasks
+        how = INTERRUPTED
+        try:
+            done = super().__call__(*arguments)
+            how = DONE
+        finally:
+            if counts:
+                end_attempt(root, name, how)
         return JobReturn(overrides=done.overrides, status=done.status, _return_value=done._return_value)
 
 
@@ -185,7 +255,7 @@ def wait_for_jobs(jobs: Sequence["Job[JobReturn]"]) -> None:
         pending = [job for job in jobs if not Path(job.paths.result_pickle).exists()]
         if not pending:
             return
-        queued = queued_job_ids({job.job_id.partition("_")[0] for job in pending})
+        queued = in_queue(job.job_id for job in pending)
         now = time.monotonic()
         for job in pending:
             if queued is None or job.job_id in queued:
@@ -197,20 +267,13 @@ def wait_for_jobs(jobs: Sequence["Job[JobReturn]"]) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def queued_job_ids(arrays: set[str]) -> set[str] | None:
-    """The ids of the arrays' jobs that are pending, running or requeued; None if SLURM did not answer."""
-    command = ["squeue", "--noheader", "--array", "--format=%i", "--jobs", ",".join(sorted(arrays))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode and "Invalid job id" not in done.stderr:
-        return None
-    return set(done.stdout.split())
-
-
-def job_return(job: "Job[JobReturn]", overrides: Sequence[str]) -> JobReturn:
-    """The job's result for Hydra's sweeper; a job without one counts as completed without an objective.
+def job_return(job: "Job[JobReturn] | None", overrides: Sequence[str]) -> JobReturn:
+    """The job's result for Hydra's sweeper; a job without one, or not submitted, counts as completed without an objective.
 
     submitit is asked only for a result that exists: on a cluster without accounting it would wait for one forever.
     """
+    if job is None:
+        return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=None)
     if Path(job.paths.result_pickle).exists():
         try:
             result: JobReturn = job.task(0).result()

@@ -21,6 +21,7 @@ from glmtuner.console import say
 from glmtuner.run_folder.files import read_lines, write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import PREDICTIONS, SAMPLED, SWEEP
+from glmtuner.run_folder.provenance import PACKAGES
 from glmtuner.run_folder.redaction import redact_overrides, redact_value
 
 if TYPE_CHECKING:
@@ -69,13 +70,14 @@ class Wandb(Tracker):
         config = OmegaConf.to_container(RunFolder(folder).config())
         assert isinstance(config, dict)
         provenance = RunFolder(folder).provenance()
+        packages = {name: version for name, version in provenance.get("packages", {}).items() if name in PACKAGES}
         self._start_session(
             folder,
             new_id,
             name=next(filter(None, names)),
             group=self._group(sweep),
             job_type=self.job_type or os.environ.get("WANDB_JOB_TYPE") or job_type,
-            config={**config, "provenance": {name: provenance.get(name) for name in ("git", "packages")}},
+            config={**config, "provenance": {"git": provenance.get("git"), "packages": packages}},
         )
         assert wandb.run is not None
         if not (wandb.run.offline or wandb.run.disabled):

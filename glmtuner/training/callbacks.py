@@ -1,6 +1,7 @@
 """Callbacks that write the history and stop a training on a signal."""
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ from glmtuner.config.groups import Finetuning
 from glmtuner.config.schema import Tracker
 from glmtuner.console import say
 from glmtuner.distributed import ranks
+from glmtuner.distributed.pause import Pause
 from glmtuner.distributed.preemption import SignalCapture
 from glmtuner.run_folder.checkpoints import step_of
 from glmtuner.run_folder.files import strict_json, write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import HISTORY
+from glmtuner.run_folder.spent import current_attempt
 
 TIMINGS = ("_runtime", "_per_second", "_time", "total_flos")
 
@@ -127,25 +130,64 @@ class MethodSteps(TrainerCallback):
         self.finetuning.after_step(self.method_model, state.global_step + 1)
 
 
-class StopOnSignal(TrainerCallback):
-    """Saves and stops after the step during which a signal arrived, on all ranks after the same step."""
+class StopOnBudget(TrainerCallback):
+    """Stops a training whose hours reach a limit of its budget as SIGTERM does: it saves a checkpoint and can be resumed."""
 
     def __init__(self, received: SignalCapture) -> None:
         self.received = received
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size > 1:
-            self._share_signal(args.device)
-        if self.received.signum is not None and state.global_step < state.max_steps:
+        attempt = current_attempt()
+        if attempt is None or self.received.signum is not None or state.global_step >= state.max_steps:
+            return
+        if over := attempt.over():
+            say(f"{'; '.join(over)}: the training saves a checkpoint and stops")
+            self.received.signum = signal.SIGTERM
+
+
+class StopBeforeEnd(TrainerCallback):
+    """Saves and stops after the first step at which `stops`, unless it is the last one."""
+
+    has_stopped = False
+
+    def stops(self, args: Any, state: Any) -> bool:
+        """Whether the training stops; called after each step, on all ranks with the same answer."""
+        raise NotImplementedError
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.has_stopped = self.stops(args, state) and state.global_step < state.max_steps
+        if self.has_stopped:
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Nothing more: the step's checkpoint is written, and the resumed run ends the epoch."""
-        if self.received.signum is not None and control.should_training_stop and state.global_step < state.max_steps:
+        if self.has_stopped and control.should_training_stop:
             control.should_log = control.should_evaluate = control.should_save = False
+
+
+class StopOnSignal(StopBeforeEnd):
+    """Stops after the step during which a signal arrived, on all ranks after the same step."""
+
+    def __init__(self, received: SignalCapture) -> None:
+        self.received = received
+
+    def stops(self, args: Any, state: Any) -> bool:
+        if args.world_size > 1:
+            self._share_signal(args.device)
+        return self.received.signum is not None
 
     def _share_signal(self, device: torch.device) -> None:
         """A signal that one rank received counts for all ranks."""
         signum = torch.tensor(self.received.signum or 0, device=device)
         torch.distributed.all_reduce(signum, op=torch.distributed.ReduceOp.MAX)
         self.received.signum = int(signum) or None
+
+
+class StopAtPause(StopBeforeEnd):
+    """Stops after the step of a pause."""
+
+    def __init__(self, pause: Pause) -> None:
+        self.pause = pause
+
+    def stops(self, args: Any, state: Any) -> bool:
+        return self.pause.is_reached(state.global_step, state.max_steps)

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
-from glmtuner.errors import TrainingError
+from glmtuner.errors import Diverged, TrainingError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
 def require_finite(name: str, value: torch.Tensor, step: int, args: "TrainingArguments") -> torch.Tensor:
-    """The value; raises TrainingError where it is not finite. `step` counts the optimizer steps before it."""
+    """The value; raises Diverged where it is not finite. `step` counts the optimizer steps before it."""
     if not bool(torch.isfinite(value).all()):
-        raise TrainingError(
+        raise Diverged(
             f"the {name} is {value.item()} in step {step + 1}: the training diverged with trainer.learning_rate="
             f"{args.learning_rate:g} and trainer.max_grad_norm={args.max_grad_norm:g}; type a smaller trainer.learning_rate, "
             "trainer.warmup_ratio=0.03, trainer.max_grad_norm=1, or a higher precision (trainer.bf16=true instead of fp16, "
@@ -39,7 +39,7 @@ class FiniteChecks:
         self._pending: deque[tuple[torch.cuda.Event, str, torch.Tensor, int]] = deque()
 
     def add(self, name: str, value: torch.Tensor, step: int) -> None:
-        """Check a number, [], now or later; raises TrainingError for it or an earlier one."""
+        """Check a number, [], now or later; raises Diverged for it or an earlier one."""
         if isinstance(value, DTensor) or value.device.type != "cuda":
             self.settle()
             require_finite(name, value, step, self.args)
@@ -53,7 +53,7 @@ class FiniteChecks:
             self._check_first()
 
     def settle(self) -> None:
-        """Check all numbers; raises TrainingError for the first that is not finite."""
+        """Check all numbers; raises Diverged for the first that is not finite."""
         while self._pending:
             self._check_first()
 
@@ -64,27 +64,27 @@ class FiniteChecks:
 
 
 def require_finite_weights(parameters: Iterable[torch.nn.Parameter], args: "TrainingArguments") -> None:
-    """Raise TrainingError where a trained weight is not finite after the last step; of a shard, this rank's part counts."""
+    """Raise Diverged where a trained weight is not finite after the last step; of a shard, this rank's part counts."""
     for parameter in parameters:
         values = parameter.detach()
         local = values.to_local() if isinstance(values, DTensor) else values
         if parameter.requires_grad and not bool(torch.isfinite(local).all()):
-            raise TrainingError(
+            raise Diverged(
                 f"a trained weight is not finite after the last step: the training diverged with trainer.learning_rate="
                 f"{args.learning_rate:g}; type a smaller trainer.learning_rate, or trainer.warmup_ratio=0.03"
             )
 
 
 def require_finite_evaluation(losses: torch.Tensor, step: int, args: "TrainingArguments") -> None:
-    """Raise TrainingError unless every evaluation record has a finite loss after `step` optimizer steps."""
+    """Raise Diverged unless every evaluation record has a finite loss after `step` optimizer steps."""
     failed = int((~torch.isfinite(losses)).sum())
     if not failed:
         return
     what = f"the loss of {failed:,} of {len(losses):,} evaluation records is not finite"
     higher = "a higher precision (trainer.bf16=true instead of fp16, model.dtype=float32)"
     if not step:
-        raise TrainingError(f"{what}: the model overflows; type {higher}")
-    raise TrainingError(
+        raise Diverged(f"{what}: the model overflows; type {higher}")
+    raise Diverged(
         f"{what} after step {step}: the training diverged with trainer.learning_rate={args.learning_rate:g}; type a smaller "
         f"trainer.learning_rate, trainer.warmup_ratio=0.03, or {higher}"
     )

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from glmtuner.config.groups import Finetuning
 from glmtuner.config.schema import Tracker
 from glmtuner.distributed import ranks
+from glmtuner.distributed.pause import Pause
 from glmtuner.kernels.fast_paths import NO_COMMON_BEGINNINGS, FastPath
 from glmtuner.memory.checkpointing import enable_checkpointing
 from glmtuner.models.sizes import parameter_count
@@ -37,6 +38,7 @@ from glmtuner.training.measurements import (
 )
 from glmtuner.training.neftune import noisy_embeddings
 from glmtuner.training.optimizers import Optimizers, warm_up
+from glmtuner.training.progress import ShowProgress
 from glmtuner.training.quantized import quantization_check_skipped
 from glmtuner.training.samplers import draw_base_seed
 from glmtuner.training.throughput import ModelFlops, model_flops, utilization
@@ -109,8 +111,10 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
             # The flag of a model that manages its placement and the reduction of its gradients, so that accelerate does not
             # wrap it into DDP. Set after __init__, which refuses checkpoints of such models; ours hold full weights.
             self.is_distributed_loading_by_transformers = True
-        forget_peak(self.args.device)
+        self.measure_peak()
         self.finetuning, self.tracker, self.folder = finetuning, tracker, folder
+        self.losses_file = folder / LOSSES
+        self.pause: Pause | None = None  # at which the training stops before its end
         self.score, self.objective, self.derived = score, objective, derived
         self.measured = Measurements()  # of an objective, since the last logged step
         self.by_probability = by_probability  # is the model's loss of a token multiplied by the token's probability?
@@ -131,11 +135,16 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         self.history_lines: int | None = None  # at the checkpoint that is resumed from
         self.optimizer_steps = CountOptimizerSteps(lambda: self.accelerator.optimizer_step_was_skipped)
         self.add_callback(History(self))
+        self.add_callback(ShowProgress(self.folder))
         self.add_callback(self.optimizer_steps)
         self.add_callback(MethodSteps(self.model, finetuning))
         self.optimizers_of_run, self.early_stopping = optimizers_of_run, early_stopping
         if early_stopping is not None:
             self.add_callback(early_stopping)
+
+    def measure_peak(self) -> None:
+        """Measure the peak memory from now on."""
+        forget_peak(self.args.device)
 
     def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
         """Sharded weights are on their device already."""
@@ -163,6 +172,15 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
     def flops(self) -> ModelFlops | None:
         """The FLOPs that utilization is computed from; None on a CPU, and for losses of an objective."""
         return model_flops(self.model) if self.args.device.type == "cuda" and self.objective is None else None
+
+    @cached_property
+    def matrix_weights(self) -> int:
+        """The number of parameters outside of embeddings."""
+        return int(self.model.num_parameters(exclude_embeddings=True))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """transformers' estimate for its `total_flos`; it would count the parameters again in every step."""
+        return 6 * int(inputs["input_ids"].numel()) * self.matrix_weights if "input_ids" in inputs else 0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' training."""
@@ -205,7 +223,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         }
         require_finite_evaluation(columns["loss"], self.state.global_step, self.args)
         if self.args.should_save:
-            write_text(self.folder / LOSSES, losses_text(columns, self.evaluated_parts))
+            write_text(self.losses_file, losses_text(columns, self.evaluated_parts))
         means = means_of_parts(columns, self.evaluated_parts, self.derived)
         if self.score is not None:
             means |= self.score(self.state.global_step)
@@ -265,8 +283,12 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """An epoch, unless the last step was taken before: transformers would take one more before it looks.
 
-        So a run that was killed after its last checkpoint, in its final evaluation or prediction, ends with the same weights.
+        So a run that was killed after its last checkpoint, in its final evaluation or prediction, ends with the same weights. One
+        that was killed in its pause's evaluation trains nothing either, and its checkpoint stays as it is.
         """
+        if self.pause is not None and self.pause.is_reached(self.state.global_step, self.state.max_steps):
+            self.control.should_training_stop = True
+            return
         if not self.epoch_ended and (self._is_done() or float(self.state.epoch or 0.5).is_integer()):
             self._end_epoch(**kwargs)
             kwargs["resume_from_checkpoint"] = None  # its random state was loaded

@@ -151,10 +151,16 @@ class _Handler(BaseHTTPRequestHandler):
             about = {"_id": "1", "id": repo, "sha": COMMIT, "private": False, "gated": False, "disabled": False}
             self._answer(200, {**about, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
         elif rest[0] == "tree":
-            under = "/".join(rest[2:])
-            self._answer(200, [entry for entry in entries if entry["path"].startswith(under)])
+            under = folder / "/".join(rest[2:])
+            inside = [entry for entry in entries if (folder / str(entry["path"])).is_relative_to(under)]
+            if parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() != "true":
+                inside = [entry for entry in inside if (folder / str(entry["path"])).parent == under]
+                inside += [_directory(path.relative_to(folder)) for path in under.glob("*") if path.is_dir()]
+            self._answer(200, inside)
         elif rest[0] == "paths-info":
-            self._answer(200, [entry for entry in entries if entry["path"] in self.asked])
+            asked = [self.asked] if isinstance(self.asked, str) else self.asked
+            folders = [_directory(Path(path)) for path in asked if (folder / path).is_dir()]
+            self._answer(200, [entry for entry in entries if entry["path"] in asked] + folders)
         else:
             self._answer(404, {"error": "not found"})
 
@@ -178,6 +184,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif self.command != "HEAD":
             self.wfile.write(content)
+
+
+def _directory(path: Path) -> dict[str, object]:
+    return {"type": "directory", "path": path.as_posix(), "oid": COMMIT, "size": 0}
 
 
 def _digest(path: Path) -> str:

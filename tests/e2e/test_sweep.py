@@ -1,4 +1,4 @@
-"""Sweeps: what fails, what does not fit, what was cut off; several at once; a search."""
+"""Sweeps: what fails, what does not fit, what was cut off; several at once."""
 
 import json
 from collections.abc import Callable
@@ -98,27 +98,6 @@ def test_joblib_gives_what_the_basic_launcher_gives(glmtuner: Callable, tmp_path
     assert "train_loss" in log and "Traceback" not in log
 
 
-@pytest.mark.heavy
-def test_a_search_finds_a_better_rate_and_goes_on_where_it_was(glmtuner: Callable, tmp_path: Path) -> None:
-    words = [
-        *TINY, "hydra/sweeper=optuna", "trainer.learning_rate=tag(log, interval(1e-6, 1e-2))", "name=search",
-    ]  # fmt: skip
-    first = glmtuner(*words, "hydra.sweeper.n_trials=5")
-    assert first.returncode == 0, first.stderr
-    done = glmtuner(*words, "hydra.sweeper.n_trials=8")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished before, skipped") == 5
-    sweep = tmp_path / "outputs/sweeps/search"
-    losses = sorted(json.loads(path.read_text())["train_loss"] for path in sweep.glob("*/metrics.json"))
-    assert len(losses) == 8 and losses[0] < losses[8 - 8 // 3]
-    best = (sweep / "optimization_results.yaml").read_text()
-    assert f"best_value: {losses[0]}" in best
-    no_aim = glmtuner(
-        *words[:-2], "objective=null", "hydra/sweeper=optuna", "trainer.learning_rate=interval(1e-6, 1e-2)"
-    )
-    assert no_aim.returncode == 2 and "type objective=eval_loss" in no_aim.stderr
-
-
 def test_a_run_that_is_told_to_go_saves_and_ends_like_its_undisturbed_twin(
     glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,58 +137,3 @@ def test_a_run_that_is_told_to_go_saves_and_ends_like_its_undisturbed_twin(
         for file in ("history.jsonl", "adapter/adapter_model.safetensors"):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
     assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR2)] == handlers
-
-
-@pytest.mark.heavy
-def test_a_search_in_a_database_goes_on_where_it_was_killed(glmtuner: Callable, tmp_path: Path) -> None:
-    import optuna
-
-    storage = f"sqlite:///{tmp_path}/searches.db"
-    words = [
-        *TINY, "data.max_samples=4", "trainer.max_steps=1", "hydra/sweeper=optuna", f"hydra.sweeper.storage={storage}",
-        "trainer.learning_rate=tag(log, interval(1e-6, 1e-2))", "trainer.hub_token=hf_typedInClear0123456789",
-    ]  # fmt: skip
-    done = glmtuner(*words, "hydra.sweeper.n_trials=1", "name=kept")
-    assert done.returncode == 0, done.stderr
-    study = optuna.load_study(study_name="kept", storage=storage)
-    drawn = [trial.params["trainer.learning_rate"] for trial in study.trials]
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE"]
-    # killed before the job's result was recorded, or during the job
-    study.ask()._suggest("trainer.learning_rate", study.trials[0].distributions["trainer.learning_rate"])
-    unfinished = study.trials[-1].params["trainer.learning_rate"]
-    assert study.trials[-1].state.name == "RUNNING"
-
-    again = glmtuner(*words, "hydra.sweeper.n_trials=3", "name=kept")
-    assert again.returncode == 0, again.stderr
-    assert "1 trials of the storage are finished, 1 are tried again, 2 to go" in again.stdout
-    study = optuna.load_study(study_name="kept", storage=storage)
-    finished = [trial.params["trainer.learning_rate"] for trial in study.trials if trial.state.name == "COMPLETE"]
-    assert finished[:2] == [*drawn, unfinished] and len({*finished}) == 3
-    folders = job_folders(tmp_path / "outputs/sweeps/kept")
-    assert sorted(folder.config().trainer.learning_rate for folder in folders) == sorted(finished)
-    nothing = glmtuner(*words, "hydra.sweeper.n_trials=3", "name=kept")
-    assert nothing.returncode == 0 and "0 to go" in nothing.stdout and "job 0" not in nothing.stdout
-    assert b"typedInClear" not in (tmp_path / "searches.db").read_bytes()
-
-    other = glmtuner(*words[:-2], "trainer.learning_rate=choice(1e-3,1e-4)", "hydra.sweeper.n_trials=5", "name=kept")
-    assert other.returncode == 2 and "searches other values" in other.stderr, other.stderr
-    aim = glmtuner(*words, "objective=rouge-l", "hydra.sweeper.n_trials=5", "name=kept")
-    assert aim.returncode == 2 and "has another direction" in aim.stderr, aim.stderr
-
-
-@pytest.mark.parametrize(
-    ("storage", "reason"),
-    [
-        ("sqlite:////no/such/folder/x.db", "unable to open database file"),
-        ("postgresql://me:hunter22@127.0.0.1:1/db", "driver"),
-        ("nonsense", "legal: a URL of SQLAlchemy"),
-    ],
-)
-def test_a_storage_that_cannot_be_opened_is_refused_before_anything_is_written(
-    storage: str, reason: str, glmtuner: Callable, tmp_path: Path
-) -> None:
-    done = glmtuner(
-        *TINY, "hydra/sweeper=optuna", f"hydra.sweeper.storage={storage}", "trainer.learning_rate=interval(1e-6, 1e-2)"
-    )
-    assert done.returncode == 2 and reason in done.stderr and "hunter22" not in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []

@@ -31,12 +31,13 @@ from glmtuner.cli.main import main
 from glmtuner.cli.options import parse_options
 from glmtuner.cli.verbs import VERBS, _VerbParser
 from glmtuner.config import plugins
-from glmtuner.config.compose import compose, compose_every_job, searched_dirs
+from glmtuner.config.compose import compose, compose_every_job, first_job, searched_dirs
 from glmtuner.config.groups import SCHEMA_CLASSES
 from glmtuner.data.catalog import find
 from glmtuner.errors import GlmtunerError
 from glmtuner.launch.register import register_presets
 from glmtuner.sweep.launchers import register as register_launchers
+from glmtuner.sweep.search import check_sweeper
 
 LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w/.])((?:glmtuner|tests|scripts|conf)/[\w/]+(?:\.\w+)?)(?![\w/<*])")
@@ -89,7 +90,9 @@ def validate(arguments: list[str]) -> None:
         with redirect_stdout(io.StringIO()):
             assert main(arguments) == 0
     elif options.multirun:
-        compose_every_job(overrides, config_dir=options.config_dir)
+        where = {"config_dir": options.config_dir, "config_name": options.config_name}
+        normalized = compose_every_job(overrides, **where)
+        check_sweeper(first_job(normalized, **where), normalized, **where)
     else:
         run = compose(overrides, config_dir=options.config_dir).run
         folders = [folder / "dataset" for folder in reversed(searched_dirs(options.config_dir))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
 import ssl
 import urllib.request
@@ -19,7 +20,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urljoin, urlsplit
 
 from glmtuner import __version__
-from glmtuner.data.addresses import AddressRefused, Origin, checked_addresses
+from glmtuner.families.addresses import AddressRefused, Origin, checked_addresses
 
 TIMEOUT_S = 60.0
 MAX_REDIRECTS = 10
@@ -55,12 +56,16 @@ class ServerError(Exception):
 
 @dataclass(frozen=True)
 class Response:
-    """A server's answer; `length` is the number of bytes that it announces, None if it does not."""
+    """A server's answer; `length` is the number of bytes that it announces, None if it does not.
+
+    `first_byte` is where a part of the file (206) begins, None if the server does not say.
+    """
 
     status: int
     length: int | None
     etag: str | None
     body: IO[bytes] | None
+    first_byte: int | None = None
 
     def read(self, size: int) -> bytes:
         """The next bytes, at most `size`; empty at the end. Raises OSError if the connection is lost."""
@@ -109,6 +114,7 @@ def connect(url: str, trusted: Collection[Origin], headers: dict[str, str]) -> I
                 length=int(length) if length.isdecimal() else None,
                 etag=response.headers.get("ETag"),
                 body=response,
+                first_byte=_first_byte(response.headers.get("Content-Range", "")),
             )
         return
     raise AddressRefused(f"it redirects more than {MAX_REDIRECTS} times")
@@ -124,6 +130,12 @@ def is_transient(error: Exception) -> bool:
     if isinstance(cause, socket.gaierror):
         return cause.errno == socket.EAI_AGAIN
     return isinstance(cause, OSError) and cause.errno not in PERMANENT_OS_ERRORS
+
+
+def _first_byte(content_range: str) -> int | None:
+    """Where the part begins that a Content-Range header describes, `bytes 100-199/200`."""
+    found = re.match(r"bytes (\d+)-", content_range)
+    return int(found.group(1)) if found else None
 
 
 def _retry_after(value: str | None) -> float | None:

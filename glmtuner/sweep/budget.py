@@ -1,0 +1,47 @@
+"""The budget of a running sweep: its jobs count their hours in the sweep's folder, and none starts once a limit is reached."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from glmtuner.config.budget import Budget
+from glmtuner.errors import ConfigError
+from glmtuner.run_folder.spent import ROOT, hours_spent
+
+SHARED = "shared"  # the launcher of jobs that train in one process
+
+
+def reached(root: Path, budget: Budget) -> list[str]:
+    """A clause for each limit that the sweep in the folder has reached, over all attempts; raises CheckpointError for a damaged file."""
+    if not budget.limits():
+        return []
+    hours = hours_spent(root)
+    return budget.passed(hours.gpu, hours.cpu)
+
+
+def check_launcher(budget: Budget, launcher: str) -> None:
+    """Raise ConfigError for a limit on jobs that share a process, whose hours cannot be told apart."""
+    if limits := budget.limits():
+        name, limit = next(iter(limits.items()))
+        if launcher == SHARED:
+            raise ConfigError(
+                f"budget.{name}={limit:g} with hydra/launcher=shared: the hours of jobs that train in one process are not counted; leave "
+                "one of the two out"
+            )
+
+
+@contextmanager
+def hours_in(root: Path, launcher: str) -> Iterator[None]:
+    """Within it, the runs of this process and of those that it starts count their hours in the sweep's folder; not those that share it."""
+    if launcher == SHARED:
+        yield
+        return
+    before = os.environ.get(ROOT)
+    os.environ[ROOT] = str(root.resolve())
+    try:
+        yield
+    finally:
+        os.environ.pop(ROOT)
+        if before is not None:
+            os.environ[ROOT] = before
