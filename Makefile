@@ -8,7 +8,7 @@ TRL := .trl
 LM_EVAL := .lm_eval
 LATEST := .latest
 
-.PHONY: setup quickstart test test-attack test-heavy test-stages test-architectures test-latest test-slurm test-liger test-trl test-benchmarks check format schema wheel clean
+.PHONY: setup quickstart test test-attack test-heavy test-stages test-architectures test-latest test-slurm test-liger test-trl test-benchmarks test-forecast check format schema wheel clean
 
 setup: $(READY)
 
@@ -66,6 +66,10 @@ test-benchmarks: $(READY)
 	  evaluate pytablewriter DataProperty mbstrdecoder pathvalidate tabledata tcolorpy typepy rouge-score sacrebleu colorama lxml \
 	  portalocker tabulate scikit-learn scipy joblib threadpoolctl sqlitedict word2number more_itertools
 	PYTHONPATH=$(LM_EVAL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks --numprocesses 2 --dist worksteal
+
+# forecasts of `--check` against twelve runs, measured: for a machine that does nothing else
+test-forecast: $(READY)
+	$(BIN)/python -m pytest tests/forecast -s
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -80,7 +80,7 @@ def test_a_job_that_dies_twice_at_a_step_stops_and_the_report_is_written_all_the
     assert "not submitted" in refused.stdout and refused.returncode == 1
     file.unlink()
     _, (job,) = submit(tmp_path, *words)
-    wait(lambda: lines(folder) >= 1 and processes_of(job))
+    wait(lambda: file.exists() and not (folder / "failed.json").exists() and processes_of(job))
     subprocess.run(["scancel", job], check=True)
     assert json.loads(file.read_text())["starts"] == 1 and not (folder / "failed.json").exists()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-JOBLIB, SLURM, BASIC = "JoblibLauncher", "SlurmLauncher", "BasicLauncher"
+JOBLIB, SLURM, BASIC, SHARED = "JoblibLauncher", "SlurmLauncher", "BasicLauncher", "SharedLauncher"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,12 @@ def launcher_of(hydra: DictConfig) -> Launcher:
     name = str(launcher._target_).rpartition(".")[2]
     if name == BASIC:
         return Launcher()
+    if name == SHARED:
+        return Launcher(
+            notes=(
+                "hydra/launcher=shared: jobs that train together take less than one after the other, as forecast here",
+            )
+        )
     if name == JOBLIB:
         import os
 

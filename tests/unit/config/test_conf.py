@@ -180,6 +180,7 @@ MODEL = {
     "family": (str, "chatglm"),
     "template": (str | None, None),
     "dtype": (Dtype, "auto"),
+    "use_modelscope": (bool, False),
 }
 QUANT = {
     "quantization_bit": (int | None, None),
@@ -211,6 +212,7 @@ DATA = {
     "max_bad_records": (int, 0),
     "tiktoken_engine": (bool, True),
     "thinking": (Thinking, "auto"),
+    "use_modelscope": (bool, False),
 }
 LORA = {
     "finetuning_type": (str, "lora"),

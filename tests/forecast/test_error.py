@@ -80,8 +80,6 @@ def taken(folder: Path, *words: str) -> tuple[float, str]:
     return usage.ru_utime + usage.ru_stime, (folder / "out.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.heavy
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_takes_what_was_forecast(folder, name, record_property):
     words = (*BASE, *RUNS[name])
