@@ -34,7 +34,7 @@ def test_memory_is_reported_for_every_launcher_that_submits_to_slurm(launcher, i
 
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr("glmtuner.launch.memory_check.report_remote_memory", reported.append)
-    monkeypatch.setattr("glmtuner.sweep.folders.sweep_folder", start)
+    monkeypatch.setattr("glmtuner.run_folder.acquire.require_usable", start)
     with pytest.raises(StartsJobs):
         run_sweep(["finetuning=lora,freeze", *launcher], [], config_dir=str(tmp_path), config_name="config")
     assert [composed.run.finetuning.finetuning_type for composed in reported] == ["lora"] * is_reported
