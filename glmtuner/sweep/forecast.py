@@ -8,7 +8,7 @@ from pathlib import Path
 from glmtuner.config.budget import Budget
 from glmtuner.config.compose import MOST_SWEEP_JOBS_CHECKED, Composed, composed_jobs, count_jobs
 from glmtuner.config.overrides import parse
-from glmtuner.console import say
+from glmtuner.console import plain, say
 from glmtuner.errors import ConfigError
 from glmtuner.launch.forecast.jobs import Job
 from glmtuner.launch.forecast.schedule import launcher_of
@@ -79,7 +79,7 @@ def check_sweep(
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         found = forecast_sweep(overrides, root, config_dir=config_dir, config_name=config_name)
     if as_json:
-        print(strict_json(json_of(found), indent=2))
+        print(plain(strict_json(json_of(found), indent=2)))
     else:
         show(found)
     require_right_hours(found)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy
 from scipy.special import ndtr
 
+from glmtuner.console import plain
 from glmtuner.sweep.race_rules import HALVING, PAIRED, Evaluation, Rule, decide
 
 if TYPE_CHECKING:
@@ -130,10 +131,11 @@ def main() -> None:
     for rule, num_records, trend in variants:
         for family in FAMILIES:
             found = simulate(rule, RUNGS, family, seed=20261127, num_records=num_records, trend=trend)
-            print(
-                f"| {rule.name}{'' if trend else ' without the trend'} | {family} | {num_records:,} | {found.lost:.2%} | {found.trained:.1%} | {found.regret:.4f} "
-                f"| {found.overtaken:.0%} |"
+            name = rule.name if trend else f"{rule.name} without the trend"
+            row = (
+                f"| {name} | {family} | {num_records:,} | {found.lost:.2%} | {found.trained:.1%} | {found.regret:.4f} "
             )
+            print(plain(f"{row}| {found.overtaken:.0%} |"))
 
 
 if __name__ == "__main__":

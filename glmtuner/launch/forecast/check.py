@@ -4,7 +4,7 @@ import sys
 from contextlib import nullcontext, redirect_stdout
 
 from glmtuner.config.compose import Composed
-from glmtuner.console import say
+from glmtuner.console import plain, say
 from glmtuner.launch.forecast.jobs import Job
 from glmtuner.launch.forecast.schedule import Launcher
 from glmtuner.launch.forecast.table import duration, show
@@ -26,7 +26,7 @@ def check_run(composed: Composed, as_json: bool = False) -> None:
         label = run.name or run.finetuning.finetuning_type
         found = forecast([Job(composed=composed, label=label, folder=folder)], Launcher(), folder)
     if as_json:
-        print(strict_json(json_of(found), indent=2))
+        print(plain(strict_json(json_of(found), indent=2)))
     else:
         show(found)
         show_parts(found)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.compose import Composed, compose
 from glmtuner.config.groups import Engine
 from glmtuner.config.schema import Tracker
+from glmtuner.console import plain
 from glmtuner.data.splits import dataset_entries
 from glmtuner.errors import GlmtunerError
 from glmtuner.kernels.fast_paths import FastPath
@@ -342,7 +343,7 @@ def main() -> int:
             folder = RunFolder(Path(scratch) / "run")
             probe = measured(composed, folder)
         except GlmtunerError as error:
-            print(error, file=sys.stderr)
+            print(plain(str(error)), file=sys.stderr)
             return 2
         ended = now()
         write_json(Path(options.result), {**to_json(probe), "ending": to_json(ended)})
