@@ -85,7 +85,7 @@ def run_sweep(
         crash = error
     finally:
         keep_no_more()
-        workers.close()
+        workers.close_all()
         (root / "multirun.yaml").unlink(missing_ok=True)  # of Hydra
     if detached and has_queued_jobs(root, since=submitted):
         say(f"sweep folder: {root}; the jobs run without this command, and the last one writes the report")

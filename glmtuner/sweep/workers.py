@@ -94,6 +94,15 @@ def close() -> None:
     _worker = None
 
 
+def close_all() -> None:
+    """End this process' worker, and joblib's processes with theirs: those of another sweep start in another folder."""
+    close()
+    if "joblib.externals.loky" in sys.modules:
+        from joblib.externals.loky import get_reusable_executor
+
+        get_reusable_executor(reuse=True).shutdown(wait=True)
+
+
 def too_many(jobs_at_once: int) -> bool:
     """Whether the jobs are more than the machine's GPUs; -1, as joblib counts, is one a core."""
     gpus = len(ranks.visible_gpus())

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,13 +135,15 @@ def test_a_search_of_twenty_that_is_killed_and_typed_again_has_twenty_none_twice
             process = subprocess.Popen(
                 [sys.executable, "-m", "glmtuner", *words], cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
             )  # fmt: skip
-        try:
-            process.wait(moments.uniform(10, 40) if killed < 5 else 900)
+        started = len([*sweep.glob("*/config.yaml")]) + moments.randint(1, 3)
+        while process.poll() is None and (killed == 5 or len([*sweep.glob("*/config.yaml")]) < started):
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, 0.3))
+        if process.poll() is not None:
             break
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            killed += 1
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        killed += 1
     log_text = (tmp_path / "search.log").read_text()
     assert process.returncode == 0, log_text[-3000:]
     assert killed and "interrupted, which go on: 1" in log_text
