@@ -316,7 +316,7 @@ def predict(tried: Tried) -> None:
 
 def check(tried: Tried) -> None:
     """`--check` counts the parameters as plain transformers does."""
-    told = tried.call("--check", *tried.model, *tried.data, *LORA[:3], "trainer.use_cpu=true")
+    told = tried.call("--check", *tried.model, *tried.data, *LORA[:3], "trainer.use_cpu=true", "budget.forecast=false")
     whole, trained = (
         int(re.findall(rf"{word} +│ ([\d,]+)", told)[0].replace(",", "")) for word in ("parameters", "trained")
     )
