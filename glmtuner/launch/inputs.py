@@ -27,8 +27,18 @@ _hashing = Lock()
 
 
 def weight_hashes(run: Run) -> dict[str, dict[str, str]]:
-    """The SHA-256 of every weight file that the run starts from, by the key that names the folder and by the file's name."""
-    return {key: {path.name: file_hash(path) for path in files} for key, files in starting_weights(run)}
+    """The SHA-256 of every weight file that the run starts from, by the key that names the folder and by the file's name.
+
+    Why a file cannot be read stands in its place: the run did not need it, since loading would have ended it.
+    """
+
+    def content_of(path: Path) -> str:
+        try:
+            return file_hash(path)
+        except OSError as error:
+            return f"unreadable ({os.strerror(error.errno or 0).lower()})"
+
+    return {key: {path.name: content_of(path) for path in files} for key, files in starting_weights(run)}
 
 
 def start_hashing(run: Run) -> Thread:
@@ -81,7 +91,7 @@ def files_of_checkpoint(folder: Path) -> list[Path]:
 
 def file_hash(path: Path) -> str:
     """The SHA-256 of a file, which is computed once: a cache knows the file by its size, its times and its place on the disk."""
-    real = path.resolve()
+    real = Path(os.path.realpath(path))  # of a loop of links stat() tells, by an OSError
     if BLOB.fullmatch(real.name) and real.parent.name == "blobs":
         return real.name
     status = real.stat()

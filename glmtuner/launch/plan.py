@@ -60,7 +60,6 @@ def write_description(
     data = context.data.about()
     for index, part in enumerate(context.data.prepared):
         data[part.spec.name]["hashes"] = f"{RECORDS}/{index}"
-        write_bytes(folder / RECORDS / str(index), part.hashes)
     about = provenance(
         composed.overrides,
         seed=run.trainer.seed,
@@ -87,6 +86,8 @@ def write_description(
         if earlier := [*before.get("earlier", []), *([changed] if changed else [])]:
             about["earlier"] = earlier
     write_text(folder / CONFIG, OmegaConf.to_yaml(redact_config(OmegaConf.create(resolved))))
+    for index, part in enumerate(context.data.prepared):  # behind config.yaml, which makes the folder a run's
+        write_bytes(folder / RECORDS / str(index), part.hashes)
     write_text(folder / OVERRIDES, "".join(f"{override}\n" for override in redact_overrides(composed.overrides)))
     write_json(folder / PROVENANCE, about)
     if "jinja" in about["template"]:

@@ -117,7 +117,9 @@ def final_files(folder: Path) -> dict[str, Any]:
     return {
         path.relative_to(folder).as_posix(): content_of(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (".lock", "multirun.yaml")
+        if path.is_file()
+        and path.name not in (".lock", "multirun.yaml")
+        and path.parent.name != ".spent"  # named by time
     }
 
 
