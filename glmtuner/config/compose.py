@@ -293,7 +293,12 @@ def composed_jobs(
 
 def count_jobs(overrides: Sequence[str], *, config_dir: str | None = None) -> int:
     """The number of combinations of the swept values; what a search samples counts as one value."""
-    return sum(1 for _ in _jobs(overrides, parse(overrides), presets(searched_dirs(config_dir))))
+    return sum(1 for _ in combinations(overrides, config_dir=config_dir))
+
+
+def combinations(overrides: Sequence[str], *, config_dir: str | None = None) -> Iterator[list[str]]:
+    """The overrides of each job of a grid, in its order."""
+    return _jobs(overrides, parse(overrides), presets(searched_dirs(config_dir)))
 
 
 def _jobs(overrides: Sequence[str], parsed: Sequence[Override], known: Mapping[str, list[str]]) -> Iterator[list[str]]:

@@ -44,7 +44,7 @@ from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, step_of
 from glmtuner.run_folder.files import write_json
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import METRICS, PROGRESS
-from glmtuner.run_folder.spent import ROOT, counted
+from glmtuner.run_folder.spent import ROOT, counted, current_attempt
 from glmtuner.stages.stage import learning_stage
 
 if TYPE_CHECKING:
@@ -93,15 +93,22 @@ def launch(
     return metrics
 
 
+def computes_on_gpu(run: Run) -> bool:
+    """Whether the run computes on a GPU of this machine."""
+    return bool(ranks.visible_gpus()) and not run.trainer.use_cpu
+
+
 @contextmanager
 def counted_hours(run: Run, folder: RunFolder) -> Iterator[None]:
-    """Within it, the hours of this process are counted: in the sweep's folder, or in that of a run with a budget of its own."""
+    """Within it, the hours of this process are counted: in the sweep's folder, or in that of a run with a budget of its own.
+
+    Those of jobs that share this process are counted already.
+    """
     root = Path(os.environ[ROOT]) if ROOT in os.environ else folder.path if run.budget.limits() else None
-    if root is None:
+    if root is None or current_attempt() is not None:
         yield
         return
-    on_gpu = bool(ranks.visible_gpus()) and not run.trainer.use_cpu
-    with counted(root, folder.path.name, on_gpu, run.budget.passed) as attempt:
+    with counted(root, folder.path.name, computes_on_gpu(run), run.budget.passed) as attempt:
         if over := attempt.over():
             raise ConfigError(
                 f"{'; '.join(over)}, which earlier attempts have spent ({root}); type a larger limit, or leave it out"

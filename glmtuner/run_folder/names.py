@@ -28,7 +28,7 @@ TRACKERS = ("wandb", "tensorboard")
 RUN_ENTRIES = (  # everything that a run writes into its folder, except for LOCK
     CONFIG, OVERRIDES, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, REPORT_PAGE, LOSS_PLOT, TEMPLATE,
     CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL, KEPT, FAILED, OUTPUT, LOSSES, REFERENCE, RECORDS, PROGRESS,
-    PAUSES, BENCHMARKS, *TRACKERS,
+    PAUSES, BENCHMARKS, SAMPLED, *TRACKERS,
 )  # fmt: skip
 PARTIAL = ".partial"  # a file or folder is written as `.<name>.partial` and renamed
 MARKER = "complete.json"  # the last file written into a checkpoint: its files and their sizes

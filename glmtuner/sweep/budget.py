@@ -6,10 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from glmtuner.config.budget import Budget
-from glmtuner.errors import ConfigError
 from glmtuner.run_folder.spent import ROOT, hours_spent
-
-SHARED = "shared"  # the launcher of jobs that train in one process
 
 
 def reached(root: Path, budget: Budget) -> list[str]:
@@ -20,23 +17,9 @@ def reached(root: Path, budget: Budget) -> list[str]:
     return budget.passed(hours.gpu, hours.cpu)
 
 
-def check_launcher(budget: Budget, launcher: str) -> None:
-    """Raise ConfigError for a limit on jobs that share a process, whose hours cannot be told apart."""
-    if limits := budget.limits():
-        name, limit = next(iter(limits.items()))
-        if launcher == SHARED:
-            raise ConfigError(
-                f"budget.{name}={limit:g} with hydra/launcher=shared: the hours of jobs that train in one process are not counted; leave "
-                "one of the two out"
-            )
-
-
 @contextmanager
-def hours_in(root: Path, launcher: str) -> Iterator[None]:
-    """Within it, the runs of this process and of those that it starts count their hours in the sweep's folder; not those that share it."""
-    if launcher == SHARED:
-        yield
-        return
+def hours_in(root: Path) -> Iterator[None]:
+    """Within it, the runs of this process and of those that it starts count their hours in the sweep's folder."""
     before = os.environ.get(ROOT)
     os.environ[ROOT] = str(root.resolve())
     try:

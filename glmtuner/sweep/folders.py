@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from glmtuner.config.compose import combinations
 from glmtuner.config.overrides import parse, quoted_value, user_keys_of
 from glmtuner.errors import CheckpointError
 from glmtuner.run_folder.files import read_object, write_json
@@ -83,22 +84,42 @@ def short_hash(text: str) -> str:
 def job_folder(root: Path, job: Sequence[str], swept: set[str]) -> Path:
     """The folder of the job with these overrides; `swept` are the keys whose values differ between the jobs."""
     parsed = parse(job)
-    texts = [text for text, override in zip(job, parsed, strict=True) if override.key_or_group in swept]
-    return root / job_slug(",".join(sorted(texts)))
+    # of a key that was typed twice the last counts
+    texts = {it.key_or_group: text for text, it in zip(job, parsed, strict=True) if it.key_or_group in swept}
+    return root / job_slug(",".join(sorted(texts.values())))
 
 
 OmegaConf.register_new_resolver("job_slug", job_slug, replace=True)
 
 
-def record_command(root: Path, overrides: Sequence[str]) -> None:
-    """Add the sweep's command line, with secrets redacted, to those in sweep.json; a repeated one is listed once.
+def job_folders_of(root: Path, overrides: Sequence[str], config_dir: str | None) -> list[str]:
+    """The names of the folders of a grid's jobs, in its order; none where hydra.sweep.subdir names them otherwise."""
+    keys = {override.key_or_group: override.is_sweep_override() for override in parse(overrides)}
+    if "hydra.sweep.subdir" in keys:
+        return []
+    swept = {key for key, is_swept in keys.items() if is_swept}
+    return [job_folder(root, job, swept).name for job in combinations(overrides, config_dir=config_dir)]
+
+
+def record_command(root: Path, overrides: Sequence[str], jobs: Sequence[str]) -> None:
+    """Add the sweep's command line, with secrets redacted, to those in sweep.json, and the names of its jobs' folders; each once.
 
     Raises CheckpointError if sweep.json is damaged.
     """
-    known = read_object(root / SWEEP).get("typed") if os.path.lexists(root / SWEEP) else []
-    if not isinstance(known, list) or not all(isinstance(line, str) for line in known):
-        raise CheckpointError(
-            f"{root / SWEEP} is damaged (it has no list of command lines); remove it: no job depends on it"
-        )
+    known, before = recorded(root, "typed"), recorded(root, "jobs")
     command = shlex.join(["python", "-m", "glmtuner", "-m", *redact_overrides(list(overrides))])
-    write_json(root / SWEEP, {"typed": [*(line for line in known if line != command), command], "cwd": os.getcwd()})
+    typed = [*(line for line in known if line != command), command]
+    write_json(root / SWEEP, {"typed": typed, "cwd": os.getcwd(), "jobs": [*dict.fromkeys([*before, *jobs])]})
+
+
+def recorded(root: Path, name: str) -> list[str]:
+    """The command lines (`typed`) or the names of the jobs' folders (`jobs`) in sweep.json, of all commands so far; `jobs` are those of grids.
+
+    Raises CheckpointError if sweep.json is damaged.
+    """
+    values = read_object(root / SWEEP) if os.path.lexists(root / SWEEP) else {name: []}
+    lines = values.get(name, [] if name == "jobs" else None)
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        what = "command lines" if name == "typed" else "jobs"
+        raise CheckpointError(f"{root / SWEEP} is damaged (it has no list of {what}); remove it: no job depends on it")
+    return lines

@@ -59,8 +59,6 @@ def _reasons(run: Run) -> Iterator[str]:
         yield f"parallel={run.parallel.name}: ranks do not share a base"
     if not (run.data.padding_free and run.data.ignore_pad_token_for_loss):
         yield "data.padding_free=false, or data.ignore_pad_token_for_loss=false: jobs share a row without padding"
-    if run.tracker.name == "wandb":
-        yield "tracker=wandb has one run a process"
     for name in ("neftune_noise_alpha", "torch_compile", "use_liger_kernel", "fp16_full_eval", "bf16_full_eval"):
         if value := getattr(trainer, name):
             yield f"trainer.{name}={_shown(value)} changes how the base computes"
@@ -76,20 +74,20 @@ def _shown(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def common_values(composed: Composed) -> dict[str, Any]:
-    """The values, by dotted key, in which the jobs of a group agree."""
+def common_values(composed: Composed, env_set: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, by dotted key, in which the jobs of a group agree; `env_set` is the job's hydra.job.env_set."""
     config = OmegaConf.to_container(composed.config, enum_to_str=True)
     assert isinstance(config, dict)
     kept: dict[str, Any] = {name: config.get(name) for name in COMMON_GROUPS}
     kept["trainer"] = {name: config["trainer"].get(name) for name in COMMON_TRAINER_KEYS}
-    return flatten(kept)
+    return {**flatten(kept), **{f"hydra.job.env_set.{name}": value for name, value in env_set.items()}}
 
 
-def grouped(composed: Sequence[Composed]) -> list[list[int]]:
-    """The places of the jobs that agree in what is common, group by group in the order of their first jobs."""
+def grouped(values: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """The places of the jobs whose `common_values` agree, group by group in the order of their first jobs."""
     groups: dict[str, list[int]] = {}
-    for place, each in enumerate(composed):
-        groups.setdefault(json.dumps(common_values(each), sort_keys=True, default=str), []).append(place)
+    for place, each in enumerate(values):
+        groups.setdefault(json.dumps(each, sort_keys=True, default=str), []).append(place)
     return list(groups.values())
 
 

@@ -6,7 +6,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,8 +72,23 @@ class Job:
     def composed(self) -> Composed:
         """The run, composed from the job's overrides so that they mean exactly what they mean in a single run."""
         overrides = [reveal(override) for override in self.typed]
-        os.environ.update({name: reveal(str(value)) for name, value in self.env_set.items()})
-        return compose(overrides, config_dir=self.config_dir, config_name=self.config_name)
+        with self.environment():
+            return compose(overrides, config_dir=self.config_dir, config_name=self.config_name)
+
+    @contextmanager
+    def environment(self) -> Iterator[None]:
+        """Within it, the environment has what hydra.job.env_set asks for, secrets included."""
+        new = {name: reveal(str(value)) for name, value in self.env_set.items()}
+        before = {name: os.environ.get(name) for name in new}
+        os.environ.update(new)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def run_job(config: DictConfig) -> list[float] | None:
@@ -84,7 +100,9 @@ def run_job(config: DictConfig) -> list[float] | None:
     ranks.adopt_slurm_env()
     register_presets()  # a launcher may start the job in a new process
     try:
-        return run_or_skip(Job.current())
+        job = Job.current()
+        with job.environment():
+            return run_or_skip(job)
     except Preempted as preempted:
         stop_process(preempted)
 
@@ -98,7 +116,7 @@ def stop_process(preempted: Preempted) -> NoReturn:
 
 
 def run_or_skip(job: Job, start: Callable[..., dict[str, float]] | None = None) -> list[float] | None:
-    """Run a job, by `start` in place of `launch`, unless it is finished or did not fit; returns its objectives, None as `run_job` does.
+    """Run a job, by `start` in place of `launch` where it shares this process, unless it is finished or did not fit; returns its objectives, None as `run_job` does.
 
     Raises Preempted.
     """
@@ -123,7 +141,7 @@ def run_or_skip(job: Job, start: Callable[..., dict[str, float]] | None = None) 
             say(f"not started, {'; '.join(over)}: {folder.path}")
             return None
         say(f"job {job.number}: {folder.path}")
-        with hours_in(job.sweep, job.launcher):
+        with hours_in(job.sweep) if start is None else nullcontext():  # jobs that share a process are counted together
             if job.launcher == "joblib":
                 run_in_subprocess(overrides, folder, composed.flags)
                 metrics = folder.metrics()

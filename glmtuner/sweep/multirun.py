@@ -37,9 +37,9 @@ def run_sweep(
     from glmtuner.report.jobs import State, read_jobs
     from glmtuner.run_folder.acquire import require_usable
     from glmtuner.sweep import workers
-    from glmtuner.sweep.budget import check_launcher, reached
+    from glmtuner.sweep.budget import reached
     from glmtuner.sweep.due import check_detached, has_queued_jobs
-    from glmtuner.sweep.folders import hydra_overrides, record_command, sweep_folder
+    from glmtuner.sweep.folders import hydra_overrides, job_folders_of, record_command, sweep_folder
     from glmtuner.sweep.forecast import check_not_swept, check_sweep, refuse_over_budget
     from glmtuner.sweep.job import run_job
     from glmtuner.sweep.launchers import SLURM_TARGET, register
@@ -62,7 +62,6 @@ def run_sweep(
     root = sweep_folder(bracketed)
     check_not_swept(bracketed)
     budget = composed_jobs[0].run.budget
-    check_launcher(budget, composed_jobs[0].hydra.runtime.choices["hydra/launcher"])
     if check:
         check_sweep(bracketed, root, as_json=as_json, config_dir=config_dir, config_name=config_name)
         return 0
@@ -74,10 +73,10 @@ def run_sweep(
     require_usable(root)
     submitted = read_submissions(root)
     refuse_over_budget(bracketed, budget, root, config_dir=config_dir, config_name=config_name)
-    record_command(root, overrides)
     crash = None
     try:
         with placeholders(hydra_overrides(bracketed)) as public:
+            record_command(root, overrides, [] if searches else job_folders_of(root, public, config_dir))
             hydra_main(["--multirun", *flags, *public], run_job)
     except GlmtunerError:
         raise

@@ -15,8 +15,10 @@ from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import Preempted, capture_signals
 from glmtuner.errors import ConfigError
 from glmtuner.launch.register import register_presets
-from glmtuner.launch.run import launch
+from glmtuner.launch.run import computes_on_gpu, launch
 from glmtuner.launch.shared import SharedBase
+from glmtuner.run_folder.spent import counted
+from glmtuner.sweep.budget import reached
 from glmtuner.sweep.groups import common_values, differing, grouped, reason_apart
 from glmtuner.sweep.job import Job, run_or_skip, stop_process
 
@@ -91,12 +93,13 @@ def shared_groups(jobs: Sequence[Job]) -> tuple[list[list[int]], list[int]]:
     for reason, places in reasons.items():
         say_apart([jobs[place] for place in places], reason)
         apart += places
-    places = [place for place in composed if place not in apart]
-    groups = [[places[index] for index in group] for group in grouped([composed[place] for place in places])]
+    common = {place: common_values(composed[place], jobs[place].env_set) for place in composed if place not in apart}
+    places = [*common]
+    groups = [[places[index] for index in group] for group in grouped([*common.values()])]
     for group in groups:
         if len(group) == 1:
             others = [other for other in groups if other != group]
-            keys = differing(common_values(composed[group[0]]), common_values(composed[others[0][0]])) if others else []
+            keys = differing(common[group[0]], common[others[0][0]]) if others else []
             why = f"no other has its {', '.join(keys[:3])}" if keys else "it is the only one to run"
             say_apart([jobs[group[0]]], why)
             apart += group
@@ -124,16 +127,21 @@ def run_together(jobs: Sequence[Job], jobs_at_once: int | None) -> list[float | 
         f"hydra/launcher=shared: {len(jobs)} jobs share {jobs[0].composed.run.model.model_name_or_path}"
         f"{'' if at_once >= len(jobs) else f', {at_once} at a time'}"
     )
-    base = SharedBase()
-    forget_peak(base.device(jobs[0].composed.run))
-    with capture_signals() as capture:
+    base, first = SharedBase(), jobs[0].composed.run
+    forget_peak(base.device(first))
+    name = f"jobs_{jobs[0].number}_to_{jobs[-1].number}"
+    with (
+        jobs[0].environment(),  # that of all
+        counted(jobs[0].sweep, name, computes_on_gpu(first), first.budget.passed),
+        capture_signals() as capture,
+    ):
         runners = Lockstep(base.together(), capture).run(
             [(f"job {job.number}", partial(work_of, job, base)) for job in jobs], at_once
         )
     for runner in runners:
         if runner.error is not None and not isinstance(runner.error, Preempted):
             raise runner.error
-    if capture.signum is not None:
+    if capture.signum is not None and not reached(jobs[0].sweep, first.budget):
         stop_process(capture.preempted(0))
     return [runner.outcome for runner in runners]
 

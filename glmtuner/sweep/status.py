@@ -14,13 +14,14 @@ from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import PROGRESS, SWEEP
 from glmtuner.sweep.attempts import Attempts, read_attempts
 from glmtuner.sweep.closing import report_if_last
+from glmtuner.sweep.folders import recorded
 from glmtuner.sweep.queue import RUNNING, Queued, in_queue
 from glmtuner.sweep.submissions import Submission, read_submissions
 
-QUEUED, RUNS, DONE, FAILED, DROPPED, INTERRUPTED, UNKNOWN = (
-    "queued", "running", "done", "failed", "dropped", "interrupted", "unknown",
+QUEUED, RUNS, DONE, FAILED, DROPPED, INTERRUPTED, NOT_STARTED, UNKNOWN = (
+    "queued", "running", "done", "failed", "dropped", "interrupted", "not started", "unknown",
 )  # fmt: skip
-ORDER = (RUNS, QUEUED, DONE, FAILED, DROPPED, INTERRUPTED, UNKNOWN)
+ORDER = (RUNS, QUEUED, DONE, FAILED, DROPPED, INTERRUPTED, NOT_STARTED, UNKNOWN)
 MOST_NOTE = 160  # characters
 
 
@@ -76,7 +77,7 @@ def lines_of(path: Path) -> list[Line]:
             f"status {path}: {problem}; type python -m glmtuner status outputs/sweeps/<sweep>, or outputs/<date>/<run>"
         )
     queued = in_queue(each.id for each in submissions.values())
-    return [
+    known = [
         line_of(
             name,
             jobs.get(name),
@@ -85,6 +86,9 @@ def lines_of(path: Path) -> list[Line]:
             queued,
         )
         for name in sorted({*jobs, *submissions})
+    ]
+    return known + [
+        Line(name, NOT_STARTED) for name in recorded(path, "jobs") if name not in jobs and name not in submissions
     ]
 
 
@@ -168,14 +172,14 @@ def progress_of(job: Job | None) -> Progress | None:
 def seconds_left(lines: Sequence[Line]) -> float | None:
     """How long the sweep will take: what is left of the jobs, as many at a time as now; None if too little is known."""
     running = [line for line in lines if line.state == RUNS]
-    waiting = [line for line in lines if line.state == QUEUED]
+    waiting = [line for line in lines if line.state in (QUEUED, NOT_STARTED)]
     whole = [line.seconds for line in lines if line.seconds] + [
         line.progress.steps / line.progress.speed
         for line in running
         if line.progress and line.progress.steps and line.progress.speed
     ]
     left = [line.progress.seconds_left if line.progress else None for line in running]
-    if not (running or waiting) or not whole or None in left:
+    if not (running or any(line.state == QUEUED for line in waiting)) or not whole or None in left:
         return None
     mean = sum(whole) / len(whole)
     known = [seconds for seconds in left if seconds is not None]

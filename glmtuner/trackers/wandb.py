@@ -33,6 +33,7 @@ Mode = Literal["online", "offline", "disabled", "shared"]
 # W&B's environment variables (WANDB_INIT_TIMEOUT, …) win over these. W&B's own record of git is disabled because it holds
 # the remote's URL, with a token in place of a user name, and the diff; the commit is in the config instead.
 SETTINGS = {"silent": True, "console": "off", "disable_git": True, "init_timeout": 30.0, "finish_timeout": 300.0}
+open_sessions: list["WandbRun"] = []  # of this process
 
 
 @preset("tracker", "wandb")
@@ -54,10 +55,9 @@ class Wandb(Tracker):
         self._num_logged = 0  # lines of the history that this process has passed to `log`
         self._num_synced = 0  # lines that an earlier session of an offline run has synced to the server
         self._has_failed = False  # W&B's own process is gone
+        self._session: WandbRun | None = None  # that of this run; jobs that share a process have one each
 
     def start(self, run: Run, folder: Path) -> None:
-        import wandb
-
         sweep = sweep_of(folder)
         job_type = "train" if run.trainer.do_train else "predict" if run.trainer.do_predict else "evaluate"
         names: tuple[str | None, ...]
@@ -71,7 +71,7 @@ class Wandb(Tracker):
         assert isinstance(config, dict)
         provenance = RunFolder(folder).provenance()
         packages = {name: version for name, version in provenance.get("packages", {}).items() if name in PACKAGES}
-        self._start_session(
+        session = self._start_session(
             folder,
             new_id,
             name=next(filter(None, names)),
@@ -79,34 +79,31 @@ class Wandb(Tracker):
             job_type=self.job_type or os.environ.get("WANDB_JOB_TYPE") or job_type,
             config={**config, "provenance": {"git": provenance.get("git"), "packages": packages}},
         )
-        assert wandb.run is not None
-        if not (wandb.run.offline or wandb.run.disabled):
-            say(f"W&B: {wandb.run.url}")
+        if not (session.offline or session.disabled):
+            say(f"W&B: {session.url}")
 
     def log(self, line: dict[str, float]) -> None:
         """Log one line under the names of transformers (train/loss, eval/loss, …); W&B's step is the line's number.
 
         What W&B already has is not sent again: online it refuses steps before its last one, offline they are left out here.
         """
-        import wandb
         from transformers.integrations import rewrite_logs
 
-        if wandb.run is None or self._has_failed:
+        if self._session is None or self._has_failed:
             return
         if self._num_logged >= self._num_synced:
             values = rewrite_logs({name: value for name, value in line.items() if name != "step"})
             with self._surviving_failures():
-                wandb.run.log({"train/global_step": line["step"], **values}, step=self._num_logged, commit=True)
+                self._session.log({"train/global_step": line["step"], **values}, step=self._num_logged, commit=True)
         self._num_logged += 1
 
     def abandon(self, preempted: bool = False) -> None:
-        wandb = sys.modules.get("wandb")  # missing if the tracker was not started
-        if wandb is None or wandb.run is None or self._has_failed:
+        if self._session is None or self._has_failed:
             return
         with self._surviving_failures():
             if preempted:
-                wandb.run.mark_preempting()  # with exit code 1, W&B then shows the run as preempted, not as crashed
-            finish_run(exit_code=1)
+                self._session.mark_preempting()  # with exit code 1, W&B then shows the run as preempted, not as crashed
+            self._end_session(exit_code=1)
 
     @contextmanager
     def _surviving_failures(self) -> Iterator[None]:
@@ -115,23 +112,19 @@ class Wandb(Tracker):
         SLURM signals W&B's own process together with ours, and it ends at once because it has no checkpoint to save. A
         resumed run logs the whole history again, so that nothing of it is missing.
         """
-        import wandb
-
         try:
             yield
         except Exception as error:
             self._has_failed = True
             say(f"W&B failed ({type(error).__name__}: {one_line(error)}): the run continues without it")
             with suppress(Exception):
-                wandb.teardown(exit_code=1)
+                self._give_up_session(exit_code=1)
 
     def finish(self, folder: Path, metrics: dict[str, float]) -> str | None:
-        import wandb
-
-        if wandb.run is None or self._has_failed:
+        if self._session is None or self._has_failed:
             return None
         with self._surviving_failures():
-            return self._finish(wandb.run, folder, metrics)
+            return self._finish(self._session, folder, metrics)
         return None
 
     def _finish(self, run: "WandbRun", folder: Path, metrics: dict[str, float]) -> str | None:
@@ -170,16 +163,17 @@ class Wandb(Tracker):
             logged["report"] = wandb.Html(report.read_text(encoding="utf-8"), inject=False)
         if not logged:
             return None
-        self._start_session(sweep, None, name=f"{sweep.name} report", group=self._group(sweep), job_type="report")
-        assert wandb.run is not None
-        wandb.run.log(logged)
+        session = self._start_session(
+            sweep, None, name=f"{sweep.name} report", group=self._group(sweep), job_type="report"
+        )
+        session.log(logged)
         return self._finish_session(sweep)
 
     def _group(self, sweep: Path | None) -> str | None:
         return self.group or os.environ.get("WANDB_RUN_GROUP") or (sweep.resolve().name if sweep else None)
 
-    def _start_session(self, folder: Path, new_id: str | None, **options: Any) -> None:
-        """Start a session of the folder's W&B run, whose id is in wandb/run_id.txt; a new run gets `new_id` or a random one.
+    def _start_session(self, folder: Path, new_id: str | None, **options: Any) -> "WandbRun":
+        """A new session of the folder's W&B run, whose id is in wandb/run_id.txt; a new run gets `new_id` or a random one.
 
         `options` are arguments of `wandb.init`. If the server refuses the run, the session is written offline.
         """
@@ -203,6 +197,7 @@ class Wandb(Tracker):
             "id": run_id,
             "resume": "allow",
             "allow_val_change": True,
+            "reinit": "create_new",  # else a session that another job of this process has open would be returned
             "settings": wandb.Settings(**settings, finish_timeout_raises=True),
         }
         mode = resolve_mode()
@@ -213,7 +208,8 @@ class Wandb(Tracker):
                 if mode == "offline":
                     raise
                 say(f"W&B refuses this run ({one_line(error)}): it is written offline")
-                wandb.teardown(exit_code=1)
+                if not open_sessions:
+                    wandb.teardown(exit_code=1)
                 for session in set(sessions(logs)) - set(earlier):
                     shutil.rmtree(session, ignore_errors=True)
                 run = wandb.init(mode="offline", **options)
@@ -222,19 +218,41 @@ class Wandb(Tracker):
             run.define_metric(names, step_metric="train/global_step")
         has_synced = run.offline and any(is_synced(session) for session in earlier)
         self._num_logged, self._num_synced = 0, len(RunFolder(folder).history()) if has_synced else 0
+        self._session = run
+        open_sessions.append(run)
+        return run
+
+    def _end_session(self, exit_code: int) -> bool:
+        """Finish the W&B run; returns whether the upload, if there is one, finished in time."""
+        assert self._session is not None
+        try:
+            self._session.finish(exit_code=exit_code)
+        except TimeoutError:
+            return False
+        finally:
+            self._give_up_session(exit_code)
+        return True
+
+    def _give_up_session(self, exit_code: int) -> None:
+        """End W&B's process with the last session, so that the next run reads W&B's environment variables again."""
+        import wandb
+
+        if self._session in open_sessions:
+            open_sessions.remove(self._session)
+        self._session = None
+        if not open_sessions:
+            wandb.teardown(exit_code)
 
     def _finish_session(self, folder: Path) -> str | None:
         """Finish the session; returns a line with the URL of its W&B run, or with the command that uploads it.
 
         Earlier sessions whose content the server, or the last session, has are removed.
         """
-        import wandb
-
-        run = wandb.run
+        run = self._session
         assert run is not None
         is_disabled, is_offline, session = run.disabled, run.offline, Path(run.dir).parent
         url = None if is_disabled or is_offline else run.url  # W&B prints a warning if an offline run is asked for it
-        is_complete = finish_run(exit_code=0)
+        is_complete = self._end_session(exit_code=0)
         if is_disabled:
             return None
         written = sessions(folder / "wandb")
@@ -253,20 +271,6 @@ class Wandb(Tracker):
         if is_complete:
             return f"W&B: {url}"
         return f"W&B: {url}; the upload did not finish in time: type `wandb sync --include-online {shlex.quote(str(session))}`"
-
-
-def finish_run(exit_code: int) -> bool:
-    """Finish the W&B run and end W&B's process; returns whether the upload, if there is one, finished in time."""
-    import wandb
-
-    assert wandb.run is not None
-    try:
-        wandb.run.finish(exit_code=exit_code)
-    except TimeoutError:
-        return False
-    finally:
-        wandb.teardown(exit_code)  # ends the process, so that the next run reads W&B's environment variables again
-    return True
 
 
 def resolve_mode() -> Mode:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import wandb_file
 from safetensors.torch import load_file
 
 from glmtuner.run_folder.folder import job_folders
+from glmtuner.trackers.wandb import open_sessions
 
 ROOT = Path(__file__).parents[2]
 SHARED = "hydra/launcher=shared"
@@ -263,3 +265,64 @@ def test_the_base_is_in_memory_once(glmtuner_process, tmp_path, jobs):
     peak = max(each["peak_memory_gib"] for each in metrics)
     print(f"peak {peak:.3f} GiB, base and process {common:.3f}, jobs {[round(each, 3) for each in own]}")
     assert peak <= common + 1.15 * sum(own)
+
+
+def test_a_race_of_jobs_that_share_ends_as_one_of_jobs_that_do_not(glmtuner, tmp_path):
+    words = [
+        "-m", "hydra/sweeper=race", "hydra.sweeper.rungs=[2,4]", "model=tiny_glm", "tracker=none", "data.dataset=belle_sample",
+        "data.max_samples=40", "data.dev_ratio=0.4", "data.max_target_length=32", "trainer.do_eval=true", "trainer.max_steps=6",
+        "trainer.save_steps=3", "trainer.disable_tqdm=true", "trainer.learning_rate=3e-3,2.9e-3,1e-6",
+    ]  # fmt: skip
+    assert glmtuner(*words, "name=alone").returncode == 0
+    done = glmtuner(*words, "name=shared", SHARED)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("3 jobs share") == 2 and "GLMTUNER_PAUSE_AT" not in os.environ
+    found, expected = (
+        [json.loads(path.read_text()) for path in sorted((tmp_path / "outputs/sweeps" / name / "race").glob("rung-*"))]
+        for name in ("shared", "alone")
+    )
+    assert len(found) == len(expected) == 2
+    for rung, other in zip(found, expected, strict=True):
+        assert [(job["job"], job["state"], job["step"]) for job in rung["jobs"]] == [
+            (job["job"], job["state"], job["step"]) for job in other["jobs"]
+        ]
+        values, others = ([job["value"] for job in each["jobs"]] for each in (rung, other))
+        assert values == pytest.approx(others, rel=1e-5)
+    assert found[1]["jobs"][2]["state"] == "dropped"
+    ours, theirs = (folders(tmp_path / "outputs/sweeps" / name) for name in ("shared", "alone"))
+    finished = [name for name, folder in theirs.items() if (folder / "metrics.json").is_file()]
+    assert finished
+    for name in finished:
+        assert_same(ours[name], theirs[name])
+
+
+def test_the_hours_of_jobs_that_share_are_counted_once_and_end_them_all_at_the_limit(glmtuner, tmp_path, jobs):
+    words = [*TINY, jobs({}) and "trainer.seed=1,2,3", "trainer.max_steps=2000", "trainer.save_steps=5000", "name=limited", SHARED,
+             "budget.forecast=false"]  # fmt: skip
+    done = glmtuner(*words, "budget.cpu_hours=0.004")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "budget.cpu_hours=0.004 is reached by" in done.stdout and "not started" not in done.stdout
+    spent = [json.loads(path.read_text()) for path in (tmp_path / "outputs/sweeps/limited/.spent").glob("*.json")]
+    assert [each["job"] for each in spent] == ["jobs_0_to_2"]
+    assert 0.004 <= spent[0]["seconds"] / 3600 < 0.02
+    for folder in folders(tmp_path / "outputs/sweeps/limited").values():
+        assert len([*folder.glob("checkpoints/checkpoint-*/trainer_state.json")]) == 1
+    again = glmtuner(*words, "budget.cpu_hours=0.004")
+    assert again.returncode == 1 and again.stdout.count("not started, budget.cpu_hours=") == 3
+
+
+def test_each_job_that_shares_has_a_run_of_its_own_in_wandb(glmtuner, tmp_path, jobs, monkeypatch):
+    """Offline; the lines of each are those of its history, and W&B's process ends with the last."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    words = [word for word in TINY if not word.startswith("tracker=")]
+    done = glmtuner(*words, jobs(UNLIKE), "name=tracked", "tracker=wandb", SHARED)
+    assert done.returncode == 0 and "3 jobs share" in done.stdout, done.stdout + done.stderr
+    found = folders(tmp_path / "outputs/sweeps/tracked")
+    ids = set()
+    for name, folder in found.items():
+        (session,) = wandb_file.sessions(folder)
+        ids.add(session.run.run_id)
+        assert session.run.display_name == name and session.run.run_group == "tracked" and session.exit_code == 0
+        losses = [line["train/loss"] for line in session.history if "train/loss" in line]
+        assert losses == [line["loss"] for line in history(folder) if "loss" in line]
+    assert len(ids) == 3 and not open_sessions

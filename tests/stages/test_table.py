@@ -25,6 +25,7 @@ from glmtuner.config.paths import ASSETS, conf_dir
 from glmtuner.config.rewards import PolicyLoss
 from glmtuner.config.schema import classes_of
 from glmtuner.launch.register import register_presets
+from glmtuner.run_folder.names import LOCK, RUN_ENTRIES
 
 register_presets()
 BASE = ASSETS / "tiny_glm"
@@ -176,6 +177,8 @@ def check_resumed(whole: Path, words: list[str]) -> None:
     for folder in ("adapter", "model", "checkpoints/checkpoint-2", "checkpoints/checkpoint-3"):
         shutil.rmtree(cut / folder, ignore_errors=True)
     assert "resumed from checkpoint-1" in done(*words, f"trainer.output_dir={cut}")
+    # what a run of any stage writes, trainer.overwrite_output_dir removes
+    assert {path.name for path in whole.iterdir()} <= {*RUN_ENTRIES, LOCK}
     names = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and is_kept(path, whole)]
     assert len(names) >= 5
     differing = [str(name) for name in names if (cut / name).read_bytes() != (whole / name).read_bytes()]

@@ -2,10 +2,12 @@
 
 import pytest
 
+from glmtuner.cli.main import main
 from glmtuner.config.overrides import bracket_lists, parse, quoted_value
 from glmtuner.errors import CheckpointError
 from glmtuner.run_folder.files import read_json
-from glmtuner.sweep.folders import hydra_overrides, record_command
+from glmtuner.sweep import job
+from glmtuner.sweep.folders import hydra_overrides, record_command, recorded
 
 
 @pytest.mark.parametrize("overrides", [["trainer.seed=3", "trainer.seed=1,2"], ["trainer.seed=1,2"]])
@@ -27,8 +29,34 @@ def test_a_sweep_of_any_name_has_its_folder(name):
 def test_a_damaged_sweep_json_is_named(tmp_path, text):
     (tmp_path / "sweep.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"sweep\.json is damaged"):
-        record_command(tmp_path, ["trainer.seed=1,2"])
+        record_command(tmp_path, ["trainer.seed=1,2"], [])
     (tmp_path / "sweep.json").unlink()
-    record_command(tmp_path, ["trainer.seed=1,2"])
-    record_command(tmp_path, ["trainer.seed=1,2"])
+    record_command(tmp_path, ["trainer.seed=1,2"], ["a", "b"])
+    record_command(tmp_path, ["trainer.seed=1,2"], ["b", "c"])
     assert read_json(tmp_path / "sweep.json")["typed"] == ["python -m glmtuner -m trainer.seed=1,2"]
+    assert recorded(tmp_path, "jobs") == ["a", "b", "c"]
+
+
+def test_a_sweep_json_of_before_knows_no_jobs_and_a_damaged_list_of_them_is_named(tmp_path):
+    (tmp_path / "sweep.json").write_text('{"typed": [], "cwd": "."}')
+    assert recorded(tmp_path, "jobs") == []
+    (tmp_path / "sweep.json").write_text('{"typed": [], "jobs": 7}')
+    with pytest.raises(CheckpointError, match="no list of jobs"):
+        recorded(tmp_path, "jobs")
+
+
+@pytest.mark.parametrize(
+    "swept",
+    [
+        ["trainer.seed=1,2", "finetuning=lora,freeze"],
+        ["finetuning.lora_rank=range(2,5)", "data.dataset=[belle_sample],[belle_sample,identity_sample]"],
+        ["metric=glob(rouge*)", "trainer.learning_rate=choice(1e-3,5e-4)"],
+        ["trainer.hub_token=hf_one,hf_two"],
+    ],
+)
+def test_the_folders_of_a_sweep_are_known_before_its_jobs_start(swept, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job, "launch", lambda composed, output_dir: output_dir.mkdir(parents=True) or {})
+    main(["-m", "model=tiny_glm", "data.dataset=belle_sample", "tracker=none", "name=s", *swept])
+    root = tmp_path / "outputs/sweeps/s"
+    assert sorted(recorded(root, "jobs")) == sorted(path.name for path in root.iterdir() if path.is_dir())

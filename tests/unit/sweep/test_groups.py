@@ -38,7 +38,6 @@ def test_plain_lora_shares(overrides):
         (["finetuning.bias=all"], "finetuning.bias=all trains biases of the base"),
         (["finetuning.modules_to_save=[norm]"], "finetuning.modules_to_save=['norm'] trains"),
         (["stage=pt", "data.dataset=text_sample"], "stage=pt is not stage=sft"),
-        (["tracker=wandb"], "tracker=wandb has one run a process"),
         (["data.padding_free=false"], "data.padding_free=false"),
         (["trainer.neftune_noise_alpha=5"], "trainer.neftune_noise_alpha=5"),
         (["trainer.dataloader_num_workers=2"], "trainer.dataloader_num_workers=2"),
@@ -59,6 +58,10 @@ def test_jobs_group_by_what_the_base_has_once():
         composed("data.max_source_length=64", "trainer.per_device_train_batch_size=7", "trainer.eval_strategy=no"),
         composed("trainer.gradient_checkpointing=true"),
     ]
-    assert grouped(jobs) == [[0, 2], [1, 4], [3], [5]]
-    assert differing(common_values(jobs[0]), common_values(jobs[1])) == ["data.max_source_length"]
-    assert differing(common_values(jobs[0]), common_values(jobs[5])) == ["trainer.gradient_checkpointing"]
+    values = [common_values(job, {}) for job in jobs]
+    assert grouped(values) == [[0, 2], [1, 4], [3], [5]]
+    assert differing(values[0], values[1]) == ["data.max_source_length"]
+    assert differing(values[0], values[5]) == ["trainer.gradient_checkpointing"]
+    other = common_values(jobs[0], {"HF_ENDPOINT": "http://127.0.0.1"})
+    assert differing(values[0], other) == ["hydra.job.env_set.HF_ENDPOINT"]
+    assert grouped([values[0], other, values[2]]) == [[0, 2], [1]]

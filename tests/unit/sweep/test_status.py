@@ -104,6 +104,17 @@ def test_every_state_by_the_folders_and_the_queue(sweep, squeue):
     assert lines["finished"].progress == Progress(40, 40, None)
 
 
+def test_jobs_that_the_sweep_has_not_come_to_are_listed(sweep, capsys):
+    (sweep / "sweep.json").write_text('{"typed": [], "cwd": ".", "jobs": ["one", "two", "three"]}')
+    folder = job(sweep, "two", progress={"step": 30, "steps": 40, "start_step": 20, "seconds": 5.0})
+    job(sweep, "one", metrics={"train_runtime": 20.0, "train_loss": 1.0}, history=[{"step": 40, "loss": 1.0}])
+    with try_lock(folder / ".lock"):
+        lines = lines_of(sweep)
+    assert {line.name: line.state for line in lines} == {"one": "done", "two": "running", "three": "not started"}
+    assert seconds_left(lines) == 5.0 + 20.0
+    assert seconds_left(lines_of(sweep)) is None and is_over(lines_of(sweep))  # the command has ended
+
+
 def test_the_speed_is_that_of_this_process_and_what_is_left_follows(sweep, squeue):
     squeue("7_0|RUNNING|None")
     folder = job(sweep, "resumed", progress={"step": 30, "steps": 40, "start_step": 20, "seconds": 5.0})
