@@ -38,8 +38,9 @@ test-stages: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stages --numprocesses 2 --dist loadgroup
 
 # what works on which architecture of transformers; `--accept` behind matrix.py writes what is expected, and docs/architectures.md
+# (`make test-architectures MATRIX=--kinds`: one of each kind)
 test-architectures: $(READY)
-	$(BIN)/python tests/architectures/matrix.py
+	$(BIN)/python tests/architectures/matrix.py $(MATRIX)
 
 # the same with the newest release of transformers, beside the environment: prints the cells that change
 test-latest: $(READY)

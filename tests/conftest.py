@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from default_cells import mark_heavy
 from stand_ins import texts_in, write_upstream
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fresh-clone", action="store_true", help="leave ../shared (published tokenizers, real records) aside"
     )
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    missing = mark_heavy(items)
+    if missing and not any(
+        "::" in argument for argument in config.args
+    ):  # with one cell asked for, the others are not there
+        raise pytest.UsageError(f"tests/default_cells.py names cells that no test has: {', '.join(missing)}")
 
 
 @pytest.fixture(scope="session")

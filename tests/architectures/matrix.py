@@ -171,13 +171,16 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="these architectures, with commas between them")
+    parser.add_argument(
+        "--kinds", action="store_true", help="one architecture of each kind of layers, attention and experts"
+    )
     parser.add_argument("--cells", default="", help="these cells")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--accept", action="store_true", help="write the outcome as what is expected, and the page")
     asked = parser.parse_args()
-    from zoo import ARCHITECTURES
+    from zoo import ARCHITECTURES, KINDS
 
-    names = [name for name in asked.only.split(",") if name] or list(ARCHITECTURES)
+    names = [name for name in asked.only.split(",") if name] or list(KINDS if asked.kinds else ARCHITECTURES)
     wanted = [cell for cell in asked.cells.split(",") if cell] or None
     began = time.monotonic()
     found = tried(names, wanted, asked.processes)

@@ -95,6 +95,13 @@ ARCHITECTURES |= {
     name: {} for name in ("gemma3", "glm4v", "glm4v_moe", "glm_ocr", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava")
 }
 
+# Of those whose layers, attention or experts are built alike, one: what CI tries of each change (`make test-architectures` has all)
+KINDS = (
+    "glm", "glm4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "llama", "qwen3", "gemma3_text", "phi3", "cohere2", "minicpm3", "gpt2",
+    "gpt_neox", "opt", "bloom", "falcon", "mixtral", "gpt_oss", "deepseek_v3", "jetmoe", "mamba2", "rwkv", "recurrent_gemma", "bamba",
+    "qwen3_next", "lfm2_moe", "glm4v", "qwen3_vl",
+)  # fmt: skip
+
 
 def known_to(config: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     """Those of the sizes that a config has."""

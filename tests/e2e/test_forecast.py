@@ -110,6 +110,7 @@ def finished(root: Path) -> set[str]:
     return {path.parent.name for path in root.glob("*/metrics.json")}
 
 
+@pytest.mark.heavy
 def test_a_budget_that_ends_after_the_second_job_stops_the_third_and_the_same_command_goes_on(glmtuner, tmp_path):
     """The third job saves a checkpoint, the fourth is not started; with more both are finished, as if nothing had been."""
     long = (*WORDS, "trainer.max_steps=24", "trainer.per_device_train_batch_size=8", "trainer.save_strategy=no")

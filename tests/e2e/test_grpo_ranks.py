@@ -52,9 +52,8 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "loss", ["dapo", pytest.param("rloo", marks=pytest.mark.heavy), pytest.param("grpo", marks=pytest.mark.heavy)]
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("loss", ["dapo", "rloo", "grpo"])
 def test_two_ranks_learn_what_one_process_learns(here: Path, loss: str) -> None:
     """A rank draws the answers that one process draws to the same prompts, and averages what all ranks' answers say."""
     both = [

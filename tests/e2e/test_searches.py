@@ -24,6 +24,7 @@ TINY = [
 RATES = "trainer.learning_rate=tag(log, interval(1e-6, 1e-2))"
 
 
+@pytest.mark.heavy
 def test_a_parameter_exists_only_with_the_method_that_has_it(glmtuner: Callable, tmp_path: Path) -> None:
     """The space stands in an experiment of the user's own; a second command goes on, and a third has nothing to do."""
     own = tmp_path / "my_conf/experiment"

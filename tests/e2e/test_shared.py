@@ -133,6 +133,7 @@ def test_a_job_that_diverges_leaves_the_others_their_bytes(glmtuner, tmp_path, j
     assert "is nan in step 2: the training diverged" in failure["reason"] and "traceback" not in failure
 
 
+@pytest.mark.heavy
 def test_a_signal_saves_every_job_and_the_same_command_goes_on(glmtuner, tmp_path, jobs, monkeypatch):
     from glmtuner.training.shared_trainer import SharedTrainer
 
@@ -157,6 +158,7 @@ def test_a_signal_saves_every_job_and_the_same_command_goes_on(glmtuner, tmp_pat
     assert_sweeps_agree(tmp_path, 3)
 
 
+@pytest.mark.heavy
 def test_jobs_group_by_base_and_others_run_apart_with_the_reason(glmtuner, tmp_path, jobs):
     words = [*TINY, "trainer.max_steps=2", "trainer.seed=1,2"]
     done = glmtuner(*words, "finetuning=lora,freeze", "data.max_source_length=64,96", "name=groups", SHARED)
@@ -166,6 +168,7 @@ def test_jobs_group_by_base_and_others_run_apart_with_the_reason(glmtuner, tmp_p
     assert "(8 finished" in done.stdout
 
 
+@pytest.mark.heavy
 def test_jobs_wait_for_their_turn_and_a_failure_stops_no_other(glmtuner, tmp_path, jobs, monkeypatch):
     from glmtuner.launch import training
 
@@ -267,6 +270,7 @@ def test_the_base_is_in_memory_once(glmtuner_process, tmp_path, jobs):
     assert peak <= common + 1.15 * sum(own)
 
 
+@pytest.mark.heavy
 def test_a_race_of_jobs_that_share_ends_as_one_of_jobs_that_do_not(glmtuner, tmp_path):
     words = [
         "-m", "hydra/sweeper=race", "hydra.sweeper.rungs=[2,4]", "model=tiny_glm", "tracker=none", "data.dataset=belle_sample",
@@ -296,6 +300,7 @@ def test_a_race_of_jobs_that_share_ends_as_one_of_jobs_that_do_not(glmtuner, tmp
         assert_same(ours[name], theirs[name])
 
 
+@pytest.mark.heavy
 def test_the_hours_of_jobs_that_share_are_counted_once_and_end_them_all_at_the_limit(glmtuner, tmp_path, jobs):
     words = [*TINY, jobs({}) and "trainer.seed=1,2,3", "trainer.max_steps=2000", "trainer.save_steps=5000", "name=limited", SHARED,
              "budget.forecast=false"]  # fmt: skip
@@ -311,6 +316,7 @@ def test_the_hours_of_jobs_that_share_are_counted_once_and_end_them_all_at_the_l
     assert again.returncode == 1 and again.stdout.count("not started, budget.cpu_hours=") == 3
 
 
+@pytest.mark.heavy
 def test_each_job_that_shares_has_a_run_of_its_own_in_wandb(glmtuner, tmp_path, jobs, monkeypatch):
     """Offline; the lines of each are those of its history, and W&B's process ends with the last."""
     monkeypatch.setenv("WANDB_MODE", "offline")

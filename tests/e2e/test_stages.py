@@ -250,6 +250,7 @@ def test_a_run_cut_short_ends_in_the_same_bytes(base: Callable, tmp_path: Path, 
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.heavy
 def test_ppo_killed_in_the_middle_ends_in_the_same_bytes(base: Callable, tmp_path: Path) -> None:
     words = resumed_words("ppo", *base("lora"))
     run(tmp_path / "whole", *words)

@@ -44,6 +44,7 @@ def test_each_job_ends_as_a_run_of_its_own(glmtuner: Callable, tmp_path: Path) -
     same_as_alone(glmtuner, tmp_path / "outputs/sweeps/warm", "finetuning", ["model=tiny_glm"])
 
 
+@pytest.mark.heavy
 def test_a_merge_in_place_and_another_file_load_the_base_again(
     glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
