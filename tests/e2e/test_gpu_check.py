@@ -22,7 +22,7 @@ def test_the_rehearsal_passes_and_covers_every_part(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out/gpu_check.json").read_text(encoding="utf-8"))["findings"]
     parts = {name: [it for it in found if it["part"] == name] for name in
-             ("right", "kernels", "whole", "fast", "small", "estimated", "answers")}  # fmt: skip
+             ("right", "kernels", "whole", "fast", "small", "estimated", "answers", "sweep")}  # fmt: skip
     for name, count in {
         "right": 10,
         "kernels": 40,
@@ -31,6 +31,7 @@ def test_the_rehearsal_passes_and_covers_every_part(tmp_path: Path) -> None:
         "small": 13,
         "estimated": 20,
         "answers": 5,
+        "sweep": 2,
     }.items():
         assert len(parts[name]) >= count, name
     assert not [it for it in found if it["met"] is False]
