@@ -53,7 +53,7 @@ PARTS = {
     "small": Part("Small", 90, concurrent=False),
     "estimated": Part("Estimated", 45, concurrent=False),
     "answers": Part("Answers", 75, concurrent=False),
-    "sweep": Part("Sweep", 75, concurrent=False),
+    "sweep": Part("Sweep", 60, concurrent=False),
 }
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "liger_kernel")
 

@@ -7,6 +7,7 @@ that each tensor is generated when it is read. The tokenizer is the shipped mode
 import gc
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -96,7 +97,9 @@ class RandomTensor:
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         if len(self.shape) > 1:
-            return torch.empty(self.shape, dtype=self.dtype, device=self.device).normal_(std=STD)
+            # of its own, since transformers reads several tensors at a time, in an order that changes
+            generator = torch.Generator(self.device).manual_seed(zlib.crc32(self.name.encode()))
+            return torch.empty(self.shape, dtype=self.dtype, device=self.device).normal_(std=STD, generator=generator)
         fill = 0.0 if self.name.endswith("bias") else 1.0  # other vectors are weights of norms
         return torch.full(self.shape, fill, dtype=self.dtype, device=self.device)
 
@@ -127,7 +130,6 @@ def random_models(device: torch.device) -> Iterator[None]:
             return original.__func__(cls, source, *args, config=config, **options)
         for name in ("trust_remote_code", "revision", "cache_dir", "token"):
             options.pop(name, None)
-        torch.manual_seed(0)
         model_class = cls._model_mapping[type(config)]
         model = model_class.from_pretrained(
             None, config=config, state_dict=random_state_dict(config, device), **options
