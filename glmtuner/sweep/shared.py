@@ -128,7 +128,12 @@ def run_together(jobs: Sequence[Job], jobs_at_once: int | None) -> list[float | 
         f"{'' if at_once >= len(jobs) else f', {at_once} at a time'}"
     )
     base, first = SharedBase(), jobs[0].composed.run
-    forget_peak(base.device(first))
+    device = base.device(first)
+    if device.type == "cpu":
+        say(
+            "hydra/launcher=shared: on a CPU the same jobs are as fast one after another, in less memory: leave the launcher out"
+        )
+    forget_peak(device)
     name = f"jobs_{jobs[0].number}_to_{jobs[-1].number}"
     with (
         jobs[0].environment(),  # that of all
