@@ -77,11 +77,12 @@ class StubSweeper(OptunaSweeper):
     ) -> None:
         self.sweep_dir, self.words = sweep, [*fixed]
         defaults = {
-            "sampler": TPE, "direction": "minimize", "storage": None, "study_name": None, "n_trials": 20, "n_jobs": 1,
+            "sampler": TPE, "direction": "minimize", "storage": None, "study_name": None, "n_trials": 20, "n_jobs": 1, "rungs": [],
+            "pruner": {"_target_": "optuna.pruners.MedianPruner"},
             "max_failure_rate": 1.0, "params": SPACE,
         }  # fmt: skip
         self.settings = settings_of({**defaults, **values}, objective, sweep)
-        self.whole_config = OmegaConf.create({"hydra": {"runtime": {"config_sources": []}}})
+        self.whole_config = OmegaConf.create({"hydra": {"runtime": {"config_sources": []}, "launcher": {}}})
         self.jobs = StubLauncher(sweep, job, seconds)
 
     def run(self) -> None:

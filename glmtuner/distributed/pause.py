@@ -67,7 +67,12 @@ def parse_pause(value: object, key: str) -> Pause:
 
 def measured_name(run: Run) -> str:
     """The metric by which paused runs are compared, without eval_ or predict_: that of `objective`, or the loss."""
-    return (run.objective or "loss").removeprefix("predict_").removeprefix("eval_")
+    return measure_of(run.objective or "loss")
+
+
+def measure_of(objective: str) -> str:
+    """The metric's name in pause.json, which is without eval_ or predict_."""
+    return objective.removeprefix("predict_").removeprefix("eval_")
 
 
 def is_generated(run: Run) -> bool:

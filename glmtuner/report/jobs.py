@@ -17,9 +17,9 @@ from glmtuner.config.overrides import parse
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.report.race import paused_at, readable_race, reasons
 from glmtuner.run_folder.acquire import DERIVED_KEYS, RESUME_IGNORED_KEYS
-from glmtuner.run_folder.files import is_number
+from glmtuner.run_folder.files import is_number, read_object
 from glmtuner.run_folder.folder import RunFolder, job_folders
-from glmtuner.run_folder.names import OVERRIDES
+from glmtuner.run_folder.names import OVERRIDES, PRUNED
 from glmtuner.run_folder.redaction import HIDDEN, flatten
 
 SEEDS = ("trainer.seed", "trainer.data_seed")
@@ -44,7 +44,7 @@ class State(str, Enum):
     running = "running"
     unfinished = "unfinished"  # interrupted; the same command resumes it
     paused = "paused"  # at a rung of a race, until the others have reached it
-    dropped = "dropped"  # by a race
+    dropped = "dropped"  # by a race, or by the pruner of a search
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +85,14 @@ def read_jobs(sweep: Path) -> list[Job]:
 
 
 def _of_race(job: Job, dropped: dict[str, str]) -> Job:
-    """The job as its race sees it: an unfinished one may be dropped, or wait at a rung for the others."""
+    """The job as its race or its search sees it: an unfinished one may be dropped, or wait at a rung for the others."""
     if job.state is not State.unfinished:
         return job
     if job.name in dropped:
         return replace(job, state=State.dropped, reason=dropped[job.name])
     try:
+        if (pruned := read_object(job.folder / PRUNED) if (job.folder / PRUNED).is_file() else None) is not None:
+            return replace(job, state=State.dropped, reason=f"pruned {pruned.get('reason')}")
         paused = paused_at(job.folder)
     except CheckpointError as error:
         return replace(job, reason=f"{error}")

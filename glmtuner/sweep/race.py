@@ -5,7 +5,6 @@ all of them at once. So the decisions depend on the evaluations alone, not on wh
 decides the same again.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from glmtuner.config.objective import less_is_better
 from glmtuner.console import say, table
-from glmtuner.distributed.pause import VARIABLE, Pause
+from glmtuner.distributed.pause import Pause, measure_of
 from glmtuner.errors import CheckpointError, ConfigError, TrainingError, did_you_mean
 from glmtuner.report.race import (
     BEST,
@@ -37,8 +36,7 @@ from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import FAILED, PAUSE, PAUSES, PREDICTIONS, RACE
 from glmtuner.run_folder.redaction import flatten
 from glmtuner.sweep.race_options import KEY, RaceOptions
-
-VISIBLE_SECONDS, POLL_SECONDS = 15.0, 1.0  # until a file that another machine has written is seen on a shared disk
+from glmtuner.sweep.rungs import has_reached, pause_words, wait_for_files
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,9 @@ class RaceSweeper(Sweeper):
         """Run the jobs to the pause, or to their end, by the launcher of the sweep; their folders tell what came of them."""
         if not jobs:
             return
-        paused = [f"++hydra.job.env_set.{VARIABLE}='{pause.text}'"] if pause else []
         assert self.grid.launcher is not None
         results = self.grid.launcher.launch(
-            [[*job.overrides, *paused] for job in jobs], initial_job_idx=self.num_launched
+            [[*job.overrides, *pause_words(pause)] for job in jobs], initial_job_idx=self.num_launched
         )
         self.num_launched += len(jobs)
         for result in results:
@@ -124,7 +121,7 @@ class Race:
         self, root: Path, options: RaceOptions, jobs: Sequence[RaceJob], objective: str, sweeper: RaceSweeper
     ) -> None:
         self.root, self.options, self.jobs, self.sweeper = root, options, jobs, sweeper
-        self.measure = objective.removeprefix("predict_").removeprefix("eval_")
+        self.measure = measure_of(objective)
         self.by_name = {job.name: job for job in jobs}
         self.recalled = [self._named(name) for name in options.recall]
 
@@ -151,7 +148,7 @@ class Race:
             if path.is_file():
                 decision = self._same(path, racing)
             else:
-                self.sweeper.launch([job for job in racing if not self._has_reached(job, pause)], pause)
+                self.sweeper.launch([job for job in racing if not has_reached(job.folder, pause)], pause)
                 found = self._decide(number, pause, racing)
                 if found is None:
                     return
@@ -171,9 +168,6 @@ class Race:
             if not job.folder.is_finished:
                 (job.folder / FAILED).unlink(missing_ok=True)
         self.sweeper.launch([job for job in called if not job.folder.is_finished], None)
-
-    def _has_reached(self, job: RaceJob, pause: Pause) -> bool:
-        return job.folder.is_finished or (job.folder / PAUSES / pause.text / PAUSE).is_file()
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
@@ -205,8 +199,8 @@ class Race:
 
     def _decide(self, number: int, pause: Pause, racing: Sequence[RaceJob]) -> dict[str, Any] | None:
         """The decision of a rung, with its evidence; None, with a sentence, if a job has neither reached it nor failed."""
-        self._wait_for_files(racing, pause)
-        failures = {job.name: job.folder.failure() for job in racing if not self._has_reached(job, pause)}
+        wait_for_files([job.folder for job in racing], pause, self.sweeper.whole_config.hydra.launcher)
+        failures = {job.name: job.folder.failure() for job in racing if not has_reached(job.folder, pause)}
         if missing := [name for name, failure in failures.items() if failure is None]:
             say(
                 f"rung {number} is not decided: {len(missing)} of {len(racing)} jobs have not reached it, such as {missing[0]}; the "
@@ -256,16 +250,6 @@ class Race:
                 "step": entrant.step, "max_steps": entrant.max_steps, "value": sign * verdict.value, **verdict.evidence(),
             }  # fmt: skip
         return lines
-
-    def _wait_for_files(self, racing: Sequence[RaceJob], pause: Pause) -> None:
-        """Wait a while for the files of jobs that have ended on another machine; there is nothing to wait for on this one."""
-        end = time.monotonic() + (
-            VISIBLE_SECONDS if self.sweeper.whole_config.hydra.launcher.get("submitit_folder") else 0
-        )
-        while time.monotonic() < end and not all(
-            self._has_reached(job, pause) or (job.folder / FAILED).is_file() for job in racing
-        ):
-            time.sleep(POLL_SECONDS)
 
     def _evaluations(self, jobs: Sequence[RaceJob], pause: Pause, number: int) -> list[Measured]:
         """The jobs' evaluations at a rung; raises TrainingError unless all are of the same records."""

@@ -3,22 +3,21 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from glmtuner.config.compose import Composed
-from glmtuner.config.run_rules import TIMINGS, measured_by
 from glmtuner.config.schema import Run
 from glmtuner.console import plain
-from glmtuner.distributed.pause import Pause, is_generated, measured_name, parse_pause
-from glmtuner.errors import ConfigError, did_you_mean
+from glmtuner.distributed.pause import Pause, is_generated, measured_name
+from glmtuner.errors import ConfigError
 from glmtuner.report.jobs import format_value
 from glmtuner.report.record_scores import evaluation_set
 from glmtuner.run_folder.files import is_number
 from glmtuner.run_folder.redaction import flatten
+from glmtuner.sweep.rungs import cannot_pause, illegal_rungs, rungs_of
 
 RACE_TARGET = "hydra_plugins.glmtuner.RaceSweeper"  # `_target_` of conf/hydra/sweeper/race.yaml
 KEY = "hydra.sweeper"
@@ -29,7 +28,6 @@ ENCODING_KEYS = (
     "data.loss_on", "data.thinking", "data.new_tokens", "data.weights", "data.ignore_pad_token_for_loss", "model.template",
 )  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "ice_text.model", "vocab.json", "merges.txt")
-DERIVED_MEASURES = ("perplexity", "kl")  # of means, not of a record
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class RaceOptions:
         if wrong:
             raise ConfigError("; also: ".join(wrong))
         return cls(
-            rungs=tuple(parse_pause(value, f"{KEY}.rungs") for value in sweeper.rungs),
+            rungs=rungs_of(sweeper.rungs),
             rule=sweeper.rule,
             alpha=float(sweeper.alpha),
             keep=sweeper.keep,
@@ -76,71 +74,25 @@ def _illegal(sweeper: DictConfig) -> Iterator[str]:
 
 
 def _illegal_rungs(rungs: Any, least: int) -> Iterator[str]:
-    if not isinstance(rungs, ListConfig):
-        yield f"{KEY}.rungs={plain(str(rungs))}: a list of shares or steps, such as {KEY}.rungs=[0.1,0.2,0.4]"
-        return
-    try:
-        pauses = [parse_pause(value, f"{KEY}.rungs") for value in rungs]
-    except ConfigError as error:
-        yield str(error)
-        return
-    shown = f"{KEY}.rungs=[{','.join(pause.text for pause in pauses)}]"
-    if len(pauses) < least:
+    yield from (wrong := [*illegal_rungs(rungs)])
+    if not wrong and len(rungs) < least:
         reason = "rule=paired drops a job by two rungs, so it takes two or more" if least > 1 else "one or more"
-        yield f"{shown}: {reason}, such as [0.1,0.2,0.4]"
-    if len({pause.is_share for pause in pauses}) > 1:
-        yield f"{shown}: either shares of the training, or numbers of steps"
-    elif any(float(one.text) >= float(other.text) for one, other in pairwise(pauses)):
-        yield f"{shown}: each rung is later than the one before; type them in order"
+        yield f"{KEY}.rungs=[{','.join(pause.text for pause in rungs_of(rungs))}]: {reason}, such as [0.1,0.2,0.4]"
 
 
 def check_race(jobs: Sequence[Composed]) -> None:
     """Raise ConfigError unless the sweep's options are legal and its jobs can be compared at every rung."""
     options = RaceOptions.of(jobs[0].hydra.sweeper)
     runs = [job.run for job in jobs]
-    wrong = [*dict.fromkeys(sentence for run in runs for sentence in _impossible(run, options))]
+    wrong = [
+        *dict.fromkeys(
+            sentence for run in runs for sentence in cannot_pause(run, options.rungs, "hydra/sweeper=race", True)
+        )
+    ]
     values = [flatten(OmegaConf.to_container(job.config, enum_to_str=True)) for job in jobs]
     wrong += _incomparable(runs[0], values)
     if wrong:
         raise ConfigError("; also: ".join(wrong))
-
-
-def _impossible(run: Run, options: RaceOptions) -> Iterator[str]:
-    """One sentence for each value of a job with which it cannot pause or be evaluated."""
-    race, trainer, name = "hydra/sweeper=race", run.trainer, measured_name(run)
-    if not trainer.do_train:
-        yield f"{race} without training: its jobs are dropped while they train; leave {race} out"
-        return
-    if not run.data.eval_dataset and not run.data.dev_ratio:
-        yield f"{race}: its jobs are compared on evaluation records; type data.eval_dataset=…, or data.dev_ratio=0.1"
-    if name in ("train_loss", "train_runtime") or name in DERIVED_MEASURES:
-        yield f"{race} with objective={run.objective}: no record has a value of it; type objective=eval_loss"
-    elif not is_generated(run):
-        if not trainer.do_eval:
-            yield f"{race}: the jobs are compared by eval_{name}, which is measured at the end, too; type trainer.do_eval=true"
-        if name == "loss" and (run.stage.uses_rewards or run.stage.uses_reward_model):
-            yield (
-                f"{race} with stage={run.stage.name}: its loss is no measure of its answers; type objective=eval_reward"
-            )
-    elif not (trainer.predict_with_generate and (trainer.do_eval or trainer.do_predict)):
-        yield (
-            f"{race} with objective={run.objective}: scores of answers need them; type trainer.do_predict=true "
-            "trainer.predict_with_generate=true, or objective=eval_loss"
-        )
-    elif (measured := measured_by(run)) is not None and name not in measured:
-        legal = [each for each in measured if each not in TIMINGS]
-        hint = did_you_mean(name, legal, f"legal: {', '.join(legal)}")
-        yield f"{race} with objective={run.objective}: nothing of that name is measured{hint}"
-    if trainer.overwrite_output_dir:
-        yield f"{race} with trainer.overwrite_output_dir=true, which removes a job that pauses; type another name=… to start over"
-    if run.parallel.zero_stage is not None:
-        yield f"{race} with parallel={run.parallel.name}: DeepSpeed's checkpoints are not resumed, so no job can pause; type parallel=fsdp2"
-    steps = [pause for pause in options.rungs if not pause.is_share]
-    if steps and 0 < trainer.max_steps <= int(steps[-1].text):
-        yield (
-            f"{KEY}.rungs: the rung {steps[-1].text} is not before the end of a training of trainer.max_steps={trainer.max_steps}; "
-            "type earlier rungs, or shares such as [0.1,0.2,0.4]"
-        )
 
 
 def _incomparable(first: Run, values: Sequence[dict[str, Any]]) -> Iterator[str]:

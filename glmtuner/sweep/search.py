@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -17,11 +18,14 @@ from glmtuner.config.compose import Composed, check_search_space, presets, searc
 from glmtuner.config.overrides import parse, quoted_value
 from glmtuner.config.search_space import has_condition, search_space
 from glmtuner.console import say
+from glmtuner.distributed.pause import Pause, measure_of
 from glmtuner.errors import ConfigError
 from glmtuner.report.jobs import Job, State
 from glmtuner.run_folder.files import write_text
 from glmtuner.sweep.folders import sweep_folder
 from glmtuner.sweep.placeholders import reveal
+from glmtuner.sweep.rungs import cannot_pause, has_reached, pause_words, wait_for_files
+from glmtuner.sweep.search_pruning import pruner_of, survivors
 from glmtuner.sweep.search_samplers import drawn_at_random
 from glmtuner.sweep.search_settings import check_search, settings_of
 from glmtuner.sweep.search_storage import open_search
@@ -82,7 +86,7 @@ class OptunaSweeper(Sweeper):
         with ExitStack() as alive:
             for trial in batch:
                 alive.enter_context(trials.heartbeat(trial))
-            returned = self.jobs.launch([self.words_of(trial) for trial in batch], batch[0].number)
+            returned = self.run_trials(trials, batch)
         failed = []
         for trial in batch:
             outcome = outcome_of(trials.folder(trial), self.settings.objectives)
@@ -97,6 +101,23 @@ class OptunaSweeper(Sweeper):
             )
             return False
         return True
+
+    def run_trials(self, trials: SharedStudy, batch: Sequence["FrozenTrial"]) -> list[JobReturn]:
+        """Run the jobs of the batch to their ends, or to the rung at which they are pruned."""
+        going, returned = [*batch], list[JobReturn]()
+        pruner, measure = pruner_of(self.settings.pruner), measure_of(self.settings.objectives[0])
+
+        def launch(to_run: Sequence["FrozenTrial"], pause: Pause | None) -> None:
+            if to_run:
+                words = [[*self.words_of(trial), *pause_words(pause)] for trial in to_run]
+                returned.extend(self.jobs.launch(words, batch[0].number))
+
+        for pause in self.settings.rungs:
+            launch([trial for trial in going if not has_reached(trials.folder(trial), pause)], pause)
+            wait_for_files([trials.folder(trial) for trial in going], pause, self.whole_config.hydra.launcher)
+            going = survivors(trials, going, pause, pruner, measure)
+        launch(going, None)
+        return returned
 
     def words_of(self, trial: "FrozenTrial") -> list[str]:
         """The overrides of the trial's job, with its folder."""
@@ -149,6 +170,10 @@ def check_sweeper(composed: Composed, overrides: Sequence[str], *, config_dir: s
             )
         return False
     settings = check_search(composed.hydra, composed.run.objective, sweep_folder(overrides))
+    if settings.rungs and (
+        wrong := [*cannot_pause(composed.run, settings.rungs, "hydra.sweeper.rungs", per_record=False)]
+    ):
+        raise ConfigError("; also: ".join(wrong))
     space = search_space(overrides, settings.params, presets(searched_dirs(config_dir)))
     check_search_space(space, config_dir=config_dir, config_name=config_name)
     return True

@@ -10,8 +10,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from glmtuner.config.explain import explain
 from glmtuner.config.objective import less_is_better, objectives_of
+from glmtuner.distributed.pause import Pause
 from glmtuner.errors import ConfigError, did_you_mean
 from glmtuner.sweep.placeholders import reveal
+from glmtuner.sweep.rungs import illegal_rungs, rungs_of
+from glmtuner.sweep.search_pruning import pruner_of
 from glmtuner.sweep.search_samplers import sampler_class, sampler_of
 from glmtuner.sweep.search_storage import check_storage
 
@@ -34,6 +37,8 @@ class Settings:
     n_trials: int
     n_jobs: int
     max_failure_rate: float
+    rungs: tuple[Pause, ...]  # at which trials may be pruned; empty: none is
+    pruner: dict[str, Any]  # `_target_`, a class of Optuna, and its options
     params: dict[str, Any]
     objectives: list[str]
 
@@ -96,6 +101,14 @@ def settings_of(sweeper: DictConfig | Mapping[str, Any], objective: Any, sweep: 
             "type hydra/sweeper/sampler=tpe, gp or nsgaii, or one objective"
         )
     sampler_of(sampler, 0)
+    pruner_of(values["pruner"])
+    if wrong := [*illegal_rungs(values["rungs"])]:
+        raise ConfigError("; also: ".join(wrong))
+    if values["rungs"] and len(objectives) > 1:
+        raise ConfigError(
+            f"hydra.sweeper.rungs with objective=[{','.join(objectives)}]: Optuna prunes by one metric; type one objective, or leave "
+            "hydra.sweeper.rungs out"
+        )
     return Settings(
         sampler=sampler,
         direction=direction,
@@ -104,6 +117,8 @@ def settings_of(sweeper: DictConfig | Mapping[str, Any], objective: Any, sweep: 
         n_trials=values["n_trials"],
         n_jobs=values["n_jobs"],
         max_failure_rate=float(rate),
+        rungs=rungs_of(values["rungs"]),
+        pruner=values["pruner"],
         params=values["params"] or {},
         objectives=objectives,
     )

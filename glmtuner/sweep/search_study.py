@@ -16,6 +16,7 @@ from glmtuner.console import say
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.redaction import redact_overrides
+from glmtuner.sweep.search_pruning import pruned_reason
 from glmtuner.sweep.search_samplers import draw, without_pickles
 from glmtuner.sweep.search_settings import Settings
 from glmtuner.sweep.search_storage import Locks
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
 # User attributes of a trial.
 WORKER, OVERRIDES, FOLDER, RETRIES = "worker", "overrides", "folder", "retries"  # FOLDER is in the sweep's
-ENDED, REASON = "ended", "reason"  # how a trial without a result ended: error, diverged, infeasible or withdrawn
+ENDED, REASON = (
+    "ended",
+    "reason",
+)  # how a trial without a result ended: pruned, error, diverged, infeasible or withdrawn
 SPACE, OBJECTIVES, FIXED = "space", "objectives", "fixed"  # of the study
 
 
@@ -35,7 +39,7 @@ SPACE, OBJECTIVES, FIXED = "space", "objectives", "fixed"  # of the study
 class Outcome:
     """What a job left in its folder."""
 
-    kind: str  # complete, error, diverged, infeasible; busy or interrupted if it has not ended
+    kind: str  # complete, pruned, error, diverged, infeasible; busy or interrupted if it has not ended
     values: tuple[float, ...] = ()
     reason: str = ""
 
@@ -48,7 +52,8 @@ def outcome_of(folder: RunFolder, objectives: Sequence[str]) -> Outcome:
         if failure := folder.failure():
             return Outcome(str(failure["kind"]), reason=str(failure["reason"]))
         if not folder.is_finished:
-            return Outcome("interrupted")
+            reason = pruned_reason(folder)
+            return Outcome("interrupted") if reason is None else Outcome("pruned", reason=reason)
         metrics = folder.metrics()
     except CheckpointError as damaged:
         return Outcome("error", reason=str(damaged))
@@ -307,13 +312,18 @@ class SharedStudy:
         self.tell(trial, Outcome("withdrawn", reason=f"another process created trial {number} at the same time"))
         return None
 
+    def report(self, trial: "FrozenTrial", value: float, step: int) -> None:
+        """Store the objective of a trial at a rung, once."""
+        if step not in self.trials()[trial.number].intermediate_values:
+            self.storage.set_trial_intermediate_value(self._id_of(trial), step, value)
+
     # -- results -------------------------------------------------------------------------------------------------------------
 
     def tell(self, trial: "FrozenTrial", outcome: Outcome) -> None:
         """Store how the trial ended, and say it; one that has not ended stays running.
 
-        A diverged training and one that did not fit into memory are PRUNED, which TPE takes for the worst results, since the same
-        values end the same way; any other failure is FAIL, from which no sampler learns, and which the same command tries again.
+        A trial that was stopped at a rung is PRUNED, with its values there. So are a diverged training and one that did not fit into
+        memory, which TPE takes for the worst results, since the same values end the same way; any other failure is FAIL, from which no sampler learns, and which the same command tries again.
         """
         if outcome.kind == "busy":
             say(
@@ -334,7 +344,7 @@ class SharedStudy:
         number = self._id_of(trial)
         self.storage.set_trial_user_attr(number, REASON, outcome.reason[:1000])
         self.storage.set_trial_user_attr(number, ENDED, outcome.kind)
-        state = TrialState.PRUNED if outcome.kind in ("diverged", "infeasible") else TrialState.FAIL
+        state = TrialState.PRUNED if outcome.kind in ("pruned", "diverged", "infeasible") else TrialState.FAIL
         self.study.tell(trial.number, state=state, skip_if_finished=True)
         how = {"error": "failed", "infeasible": "did not fit into memory"}.get(outcome.kind, outcome.kind)
         say(f"trial {trial.number}: {how}: {outcome.reason[:300]}")

@@ -124,6 +124,10 @@ def line_of(
     if job.state in (State.failed, State.infeasible):
         kind = _kind_of(job)
         return Line(name, DROPPED if kind == DROPPED else FAILED, progress, job.reason)
+    if job.state is State.dropped:
+        return Line(name, DROPPED, progress, job.reason)
+    if job.state is State.paused:
+        return Line(name, INTERRUPTED, progress, f"{job.reason}; the same command goes on")
     if is_submitted:
         return Line(
             name,

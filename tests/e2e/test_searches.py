@@ -185,3 +185,41 @@ def test_a_search_in_a_database_goes_on_and_holds_no_secret(glmtuner: Callable, 
     assert other.returncode == 2 and "searches another space" in other.stderr, other.stderr
     aim = glmtuner(*words, "objective=rouge-l", "name=kept")
     assert aim.returncode == 2 and "searches for train_loss (minimize)" in aim.stderr, aim.stderr
+
+
+@pytest.mark.heavy
+def test_a_trial_that_goes_on_is_its_own_run_and_the_others_end_at_their_rung(
+    glmtuner: Callable, tmp_path: Path
+) -> None:
+    words = [
+        "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "data.max_samples=40", "data.dev_ratio=0.4",
+        "data.max_target_length=32", "trainer.do_eval=true", "trainer.max_steps=8", "trainer.logging_steps=1", "trainer.disable_tqdm=true",
+        "objective=eval_loss",
+    ]  # fmt: skip
+    search = ["-m", "hydra/sweeper=optuna", *words, RATES, "name=pruned", "hydra.sweeper.n_trials=6", "hydra.sweeper.rungs=[2,5]",
+              "hydra.sweeper.pruner.n_startup_trials=1"]  # fmt: skip
+    done = glmtuner(*search)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sweep = tmp_path / "outputs/sweeps/pruned"
+    trials = trials_of(sweep)
+    pruned = [trial for trial in trials if trial.state.name == "PRUNED"]
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    assert pruned and complete and len(trials) == 6
+    leaderboard = (sweep / "leaderboard.csv").read_text(encoding="utf-8")
+    for trial in pruned:
+        folder = sweep / trial.user_attrs["folder"]
+        steps = sorted(trial.intermediate_values)
+        assert not (folder / "metrics.json").exists() and steps in ([2], [2, 5])
+        last = json.loads((folder / f"pauses/{steps[-1]}/pause.json").read_text())
+        assert trial.intermediate_values[steps[-1]] == last["metrics"]["loss"]
+        assert f"pruned after step {steps[-1]}: loss {last['metrics']['loss']:.6g}" in leaderboard
+    assert f"{len(pruned)} dropped" in done.stdout
+
+    best = max(complete, key=lambda trial: trial.number)  # which has paused twice
+    rate = f"trainer.learning_rate={best.params['trainer.learning_rate']}"
+    assert glmtuner(*words, rate, "trainer.output_dir=alone").returncode == 0
+    for name in ("history.jsonl", "adapter/adapter_model.safetensors"):
+        assert (sweep / best.user_attrs["folder"] / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+    refused = glmtuner(*search, "objective=train_loss", "name=other")
+    assert refused.returncode == 2 and "no rung measures it" in refused.stderr, refused.stderr

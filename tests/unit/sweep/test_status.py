@@ -115,6 +115,20 @@ def test_jobs_that_the_sweep_has_not_come_to_are_listed(sweep, capsys):
     assert seconds_left(lines_of(sweep)) is None and is_over(lines_of(sweep))  # the command has ended
 
 
+def test_dropped_and_paused_jobs_are_told_apart_from_interrupted_ones(sweep, squeue):
+    job(sweep, "pruned", pruned={"reason": "after 0.1 of the training: loss 7.4"})
+    waits = job(sweep, "waits")
+    (waits / "pauses/0.5").mkdir(parents=True)
+    (waits / "pauses/0.5/pause.json").write_text('{"step": 20, "max_steps": 40}')
+    (waits / "checkpoints/checkpoint-20").mkdir(parents=True)
+    (waits / "checkpoints/checkpoint-20/complete.json").write_text("{}")
+    job(sweep, "cut", history=[{"step": 3, "loss": 1.0}])
+    lines = {line.name: (line.state, line.note) for line in lines_of(sweep)}
+    assert lines["pruned"] == ("dropped", "pruned after 0.1 of the training: loss 7.4")
+    assert lines["waits"] == ("interrupted", "paused after step 20 of 40; the same command goes on")
+    assert lines["cut"] == ("interrupted", "the same command resumes it")
+
+
 def test_the_speed_is_that_of_this_process_and_what_is_left_follows(sweep, squeue):
     squeue("7_0|RUNNING|None")
     folder = job(sweep, "resumed", progress={"step": 30, "steps": 40, "start_step": 20, "seconds": 5.0})
