@@ -15,11 +15,11 @@ from omegaconf import OmegaConf
 
 from glmtuner.config.overrides import parse
 from glmtuner.errors import CheckpointError, ConfigError
-from glmtuner.report.race import paused_at, readable_race, reasons
+from glmtuner.report.race import paused_at, pruned_reason, readable_race, reasons
 from glmtuner.run_folder.acquire import DERIVED_KEYS, RESUME_IGNORED_KEYS
-from glmtuner.run_folder.files import is_number, read_object
+from glmtuner.run_folder.files import is_number
 from glmtuner.run_folder.folder import RunFolder, job_folders
-from glmtuner.run_folder.names import OVERRIDES, PRUNED
+from glmtuner.run_folder.names import OVERRIDES
 from glmtuner.run_folder.redaction import HIDDEN, flatten
 
 SEEDS = ("trainer.seed", "trainer.data_seed")
@@ -91,8 +91,8 @@ def _of_race(job: Job, dropped: dict[str, str]) -> Job:
     if job.name in dropped:
         return replace(job, state=State.dropped, reason=dropped[job.name])
     try:
-        if (pruned := read_object(job.folder / PRUNED) if (job.folder / PRUNED).is_file() else None) is not None:
-            return replace(job, state=State.dropped, reason=f"pruned {pruned.get('reason')}")
+        if (reason := pruned_reason(job.folder)) is not None:
+            return replace(job, state=State.dropped, reason=f"pruned {reason}")
         paused = paused_at(job.folder)
     except CheckpointError as error:
         return replace(job, reason=f"{error}")

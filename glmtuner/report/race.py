@@ -1,4 +1,4 @@
-"""The decisions of a race (hydra/sweeper=race), from the files that it writes into the sweep's folder, as tables and sentences."""
+"""The decisions of a race (hydra/sweeper=race) or a pruner, from the files that they write, as tables and sentences."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from glmtuner.errors import CheckpointError
 from glmtuner.run_folder.checkpoints import checkpoints, step_of
 from glmtuner.run_folder.files import is_number, read_object
 from glmtuner.run_folder.folder import RunFolder
-from glmtuner.run_folder.names import PAUSE, PAUSES, RACE
+from glmtuner.run_folder.names import PAUSE, PAUSES, PRUNED, RACE
 
 # states of a job at a rung
 BEST, GOES_ON, DROPPED, FINISHED, OUT_OF_MEMORY = "best", "goes on", "dropped", "finished", "out of memory"
@@ -80,6 +80,18 @@ def paused_at(folder: RunFolder) -> str | None:
         if about.get("step") == step_of(saved[-1]):
             return f"paused after step {about['step']} of {about.get('max_steps')}"
     return None
+
+
+def pruned_reason(folder: RunFolder) -> str | None:
+    """Why the trial of a search in the folder was pruned; None if it was not. Raises CheckpointError for a damaged file."""
+    if not (folder / PRUNED).is_file():
+        return None
+    reason = read_object(folder / PRUNED).get("reason")
+    if not isinstance(reason, str):
+        raise CheckpointError(
+            f"{folder / PRUNED} is damaged (it has no reason); remove it: the same command decides again"
+        )
+    return reason
 
 
 def rung_title(rung: dict[str, Any]) -> str:

@@ -25,7 +25,8 @@ from glmtuner.run_folder.files import write_text
 from glmtuner.sweep.folders import sweep_folder
 from glmtuner.sweep.placeholders import reveal
 from glmtuner.sweep.rungs import cannot_pause, has_reached, pause_words, wait_for_files
-from glmtuner.sweep.search_pruning import pruner_of, survivors
+from glmtuner.sweep.search_pruners import pruner_of
+from glmtuner.sweep.search_pruning import survivors
 from glmtuner.sweep.search_samplers import drawn_at_random
 from glmtuner.sweep.search_settings import check_search, settings_of
 from glmtuner.sweep.search_storage import open_search

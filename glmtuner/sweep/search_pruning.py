@@ -3,13 +3,13 @@
 What was decided is a file in the trial's folder, written before the study learns of it, so that a killed search decides nothing twice.
 """
 
-import inspect
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from glmtuner.distributed.pause import Pause
-from glmtuner.errors import CheckpointError, ConfigError, TrainingError, did_you_mean
+from glmtuner.errors import TrainingError
+from glmtuner.report.race import pruned_reason
 from glmtuner.run_folder.files import is_number, read_object, write_json
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import PAUSE, PAUSES, PRUNED
@@ -22,57 +22,11 @@ if TYPE_CHECKING:
     from glmtuner.sweep.search_study import SharedStudy
 
 PARTS = 1000  # Optuna's step of a rung that is a share: in thousandths of the training
-ADVICE = "type hydra/sweeper/pruner=median, percentile or halving"
-
-
-def pruner_of(options: Any) -> "BasePruner":
-    """The pruner that `hydra.sweeper.pruner` describes; raises ConfigError for a class that is none, or for its options."""
-    from hydra.utils import get_class
-    from optuna.pruners import BasePruner
-
-    if not isinstance(options, Mapping):
-        raise ConfigError(f"hydra.sweeper.pruner={options}: a pruner is a preset; type hydra/sweeper/pruner={options}")
-    name = str(options.get("_target_"))
-    try:
-        found: Any = get_class(name)
-    except Exception as error:  # whatever the import of a user's module raises
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"hydra.sweeper.pruner._target_={name}: there is no such class ({reason}); {ADVICE}"
-        ) from None
-    if not (isinstance(found, type) and issubclass(found, BasePruner)):
-        raise ConfigError(f"hydra.sweeper.pruner._target_={name} is no pruner of Optuna; {ADVICE}")
-    given = {key: value for key, value in options.items() if key != "_target_"}
-    legal = [key for key in inspect.signature(found.__init__).parameters if key != "self"]
-    for key in given:
-        if key not in legal:
-            raise ConfigError(
-                f"hydra.sweeper.pruner.{key}: {found.__name__} has no such option"
-                + did_you_mean(str(key), legal, f"legal: {', '.join(legal)}")
-            )
-    try:
-        made: BasePruner = found(**given)
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"hydra.sweeper.pruner={name}: {reason}; type another value") from None
-    return made
 
 
 def step_of(pause: Pause) -> int:
     """The step by which Optuna knows a rung: thousandths of the training for a share, else its number of steps."""
     return round(float(pause.text) * PARTS) if pause.is_share else int(pause.text)
-
-
-def pruned_reason(folder: RunFolder) -> str | None:
-    """Why the trial in the folder was pruned; None if it was not. Raises CheckpointError for a damaged file."""
-    if not (folder / PRUNED).is_file():
-        return None
-    reason = read_object(folder / PRUNED).get("reason")
-    if not isinstance(reason, str):
-        raise CheckpointError(
-            f"{folder / PRUNED} is damaged (it has no reason); remove it: the same command decides again"
-        )
-    return reason
 
 
 def value_at(folder: RunFolder, pause: Pause, measure: str) -> float | None:

@@ -14,7 +14,7 @@ from glmtuner.distributed.pause import Pause
 from glmtuner.errors import ConfigError, did_you_mean
 from glmtuner.sweep.placeholders import reveal
 from glmtuner.sweep.rungs import illegal_rungs, rungs_of
-from glmtuner.sweep.search_pruning import pruner_of
+from glmtuner.sweep.search_pruners import pruner_of
 from glmtuner.sweep.search_samplers import sampler_class, sampler_of
 from glmtuner.sweep.search_storage import check_storage
 

@@ -14,9 +14,9 @@ from glmtuner.config.objective import measured_as
 from glmtuner.config.search_space import SearchSpace
 from glmtuner.console import say
 from glmtuner.errors import CheckpointError, ConfigError
+from glmtuner.report.race import pruned_reason
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.redaction import redact_overrides
-from glmtuner.sweep.search_pruning import pruned_reason
 from glmtuner.sweep.search_samplers import draw, without_pickles
 from glmtuner.sweep.search_settings import Settings
 from glmtuner.sweep.search_storage import Locks

@@ -14,9 +14,10 @@ from stub_search import StubLauncher, StubSweeper, bowl, in_child, started, tria
 from glmtuner.distributed.pause import VARIABLE
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.report.jobs import State, read_jobs
+from glmtuner.report.race import pruned_reason
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.sweep.rungs import rungs_of
-from glmtuner.sweep.search_pruning import pruned_reason, step_of
+from glmtuner.sweep.search_pruning import step_of
 
 RUNGS = [0.2, 0.5]
 PRUNERS = {

@@ -128,6 +128,7 @@ def test_numbers_that_a_sampler_does_not_model_are_said(tmp_path, capsys):
 
 GIVEN = {
     "sampler": {"_target_": "optuna.samplers.TPESampler", "seed": 1}, "direction": "minimize", "storage": None, "study_name": None,
+    "rungs": [], "pruner": {"_target_": "optuna.pruners.MedianPruner"},
     "n_trials": 3, "n_jobs": 1, "max_failure_rate": 1.0, "params": {},
 }  # fmt: skip
 
