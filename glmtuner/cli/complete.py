@@ -49,18 +49,24 @@ def main(arguments: Sequence[str]) -> None:
         cut = max((behind[-1].rfind(sign) + 1 for sign in rest[1]), default=0)
     found = candidates(behind[:-1], behind[-1])
     # a file's name that a terminal would obey is left out: a shell prints what it is given
-    lines = [f"{text[cut:]}\t{plain(meaning)}" for text, meaning in found if not UNPRINTABLE.search(text) and "\n" not in text]
+    lines = [
+        f"{text[cut:]}\t{plain(meaning)}"
+        for text, meaning in found
+        if not UNPRINTABLE.search(text) and "\n" not in text
+    ]
     sys.stdout.buffer.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def split(text: str) -> list[str]:
     """The words of a line as a shell reads them; the last one, at the cursor, may be empty or lack its closing quote."""
+    if (len(text) - len(text.rstrip("\\"))) % 2:  # of what is not typed yet
+        text = text[:-1]
     for closing in ("", "'", '"'):
         try:
             words = shlex.split(text + closing)
         except ValueError:
             continue
-        return words if words and not text[-1:].isspace() or closing else [*words, ""]
+        return words if closing or (words and not text[-1:].isspace()) else [*words, ""]
     return text.split(" ")
 
 

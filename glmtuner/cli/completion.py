@@ -103,7 +103,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from glmtuner.console import plain
 
     if overrides:
-        raise ConfigError(f"{overrides[0]}: completion takes the name of a shell; type python -m glmtuner completion bash")
+        raise ConfigError(
+            f"{overrides[0]}: completion takes the name of a shell; type python -m glmtuner completion bash"
+        )
     print(plain(script(arguments.shell)), end="")
     return 0
 

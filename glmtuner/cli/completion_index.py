@@ -51,7 +51,9 @@ def make(language: str, config_dir: str | None) -> dict[str, Any]:
             for key in keys
         ],
         "datasets": {
-            path.stem: str(description(path)) for folder in searched for path in sorted((folder / "dataset").glob("*.yaml"))
+            path.stem: str(description(path))
+            for folder in searched
+            for path in sorted((folder / "dataset").glob("*.yaml"))
         },
     }
 

@@ -18,7 +18,9 @@ ENTRIES = "dataset_info.json"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", type=Path, default=FOLDER, metavar="DIR", help=f"where to write it; {FOLDER} by default")
+    parser.add_argument(
+        "--to", type=Path, default=FOLDER, metavar="DIR", help=f"where to write it; {FOLDER} by default"
+    )
     parser.add_argument("--config-dir", "-cd", help="a folder with presets of your own, whose names are legal, too")
     parser.add_argument("--lang", choices=("en", "zh"), help="language of the meanings; that of the locale by default")
     parser.add_argument("--vscode", action="store_true", help=f"also set it in {SETTINGS} of the current folder")
@@ -45,7 +47,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         write_json(settings, merged_settings(before, fragment))
         say(f"VS Code (with the extension YAML of Red Hat): they are set in {settings}")
     else:
-        say(f"VS Code (with the extension YAML of Red Hat): {folder / FRAGMENT} is to go into {SETTINGS}; --vscode does it")
+        say(
+            f"VS Code (with the extension YAML of Red Hat): {folder / FRAGMENT} is to go into {SETTINGS}; --vscode does it"
+        )
     say(f'or one by one, such as "yaml.schemas": {json.dumps(one_line(fragment))}')
     return 0
 

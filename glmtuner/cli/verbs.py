@@ -13,8 +13,28 @@ from glmtuner.cli.streams import results_in_files
 from glmtuner.errors import ConfigError, did_you_mean
 from glmtuner.launch.register import register_presets
 
-VERBS = ("chat", "completion", "diff", "export", "keys", "prefetch", "report", "reproduce", "schema", "serve", "show", "status")
-WRITING = ("export", "prefetch", "report", "reproduce", "schema", "serve")  # they go on when nobody reads what they print
+VERBS = (
+    "chat",
+    "completion",
+    "diff",
+    "export",
+    "keys",
+    "prefetch",
+    "report",
+    "reproduce",
+    "schema",
+    "serve",
+    "show",
+    "status",
+)
+WRITING = (
+    "export",
+    "prefetch",
+    "report",
+    "reproduce",
+    "schema",
+    "serve",
+)  # they go on when nobody reads what they print
 NO_FOLDERS = ("completion", "keys", "prefetch", "schema")  # their words are no run folders
 OVERRIDDEN = ("chat", "export", "prefetch", "reproduce", "serve")  # they take overrides
 
@@ -41,6 +61,5 @@ class _VerbParser(argparse.ArgumentParser):
     """An argument parser that raises ConfigError."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(
-            f"{self.prog.rpartition(' ')[2]}: {message}; type {self.format_usage().removeprefix('usage: ').strip()}"
-        )
+        usage = " ".join(self.format_usage().removeprefix("usage: ").split())
+        raise ConfigError(f"{self.prog.rpartition(' ')[2]}: {message}; type {usage}")

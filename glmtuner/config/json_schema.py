@@ -80,7 +80,9 @@ def property_schema(key: str, hint: Any, default: Any, language: str) -> Schema:
     """A key's values, with its meaning and its default."""
     inner = key.removeprefix("trainer.") if key.startswith("trainer.") else ""
     if inner in WORDS:
-        schema: Schema = {"anyOf": [{"enum": [*WORDS[inner], *([False] if "no" in WORDS[inner] else [])]}, ONE_OF_LATER]}
+        schema: Schema = {
+            "anyOf": [{"enum": [*WORDS[inner], *([False] if "no" in WORDS[inner] else [])]}, ONE_OF_LATER]
+        }
     elif inner in UNIONS:
         schema = {"anyOf": [*(SHAPES[shape] for shape in UNIONS[inner]), ONE_OF_LATER]}
     elif key == "objective":
@@ -314,7 +316,10 @@ def hydra_preset_schema(source: Source, group: str) -> Schema:
 
 def config_schemas(source: Source) -> dict[str, Schema]:
     """The schemas by the names of their files: one for each group, and those of experiments and of conf/config.yaml."""
-    made = {group: preset_schema(source, group) for group in (*(name for name in groups() if source.names.get(name)), "kernels")}
+    made = {
+        group: preset_schema(source, group)
+        for group in (*(name for name in groups() if source.names.get(name)), "kernels")
+    }
     for group in dict.fromkeys(file.group for file in source.files if file.group.startswith("hydra/")):
         made[group.replace("/", ".")] = hydra_preset_schema(source, group)
     made["experiment"] = run_schema(source, "experiments", "override /")

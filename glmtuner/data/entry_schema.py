@@ -50,4 +50,3 @@ def _entry(language: str) -> dict[str, Any]:
     has_source = [{"required": [name], "properties": {name: filled}} for name in SOURCES]
     needs_sum = {"if": {"required": ["url"], "properties": {"url": filled}}, "then": {"required": ["sha256"]}}
     return closed(properties, anyOf=has_source, **needs_sum)
-
