@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from glmtuner.cli.main import main
+from glmtuner.config import plugins
 from glmtuner.config.compose import compose
 from glmtuner.config.groups import SCHEMA_CLASSES
 from glmtuner.config.key_meanings import ENTRY, LANGUAGES, MEANINGS, key_meanings, language_of_locale
@@ -197,6 +198,7 @@ def test_keys_of_a_plugin_are_listed(tmp_path, monkeypatch, capsys):
         )
     finally:
         SCHEMA_CLASSES["metric"].pop("keyed", None)
+        plugins._loaded.pop("my_keyed_metric", None)
 
 
 def test_presets_are_typed_by_the_class_that_hydra_gives_them():
