@@ -6,6 +6,8 @@ Editors know draft 7 best: the same schemas are asked as ones of that draft, too
 import json
 import random
 import string
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -368,3 +370,10 @@ def test_mistakes_of_the_verb_are_one_paragraph(tmp_path, monkeypatch, capsys):
         told = capsys.readouterr().err
         assert said in told and told.count("\n") == 1
     assert [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+def test_nothing_heavy_is_loaded(tmp_path):
+    code = "import sys; from glmtuner.cli.main import main; main(['schema']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    loaded = {*done.stdout.splitlines()[-1].split()}
+    assert "glmtuner.cli.schema" in loaded and not {"torch", "transformers", "datasets", "peft", "rich"} & loaded
