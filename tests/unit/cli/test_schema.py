@@ -75,6 +75,16 @@ def test_every_entry_of_the_catalogue_is_valid_in_a_dataset_info(valid):
     assert not valid("dataset_info", {**entries, "mine": {"file_nme": "a.json"}})
 
 
+def test_a_real_dataset_info_is_valid(valid, shared):
+    """With entries in the form of LLaMA-Factory; each is taken by the catalogue, too."""
+    if shared is None or not (file := shared / "data" / "dataset_info.json").is_file():
+        pytest.skip("needs ../shared")
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    for name, entry in entries.items():
+        spec_of(name, entry, kind="dataset_info", origin=str(file))
+    assert len(entries) > 5 and valid("dataset_info", entries)
+
+
 def closed_objects(document, place=()):
     """The places of mappings whose keys a schema knows; those of free ones are left out."""
     if not isinstance(document, dict) or place[-1:] in (("params",), ("additional_parameters",)):
