@@ -10,23 +10,7 @@ ROWS = 3  # that --preview shows of each dataset
 
 def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the remaining arguments, which are overrides; raises ConfigError for a misspelt option."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--help", "-h", action="store_true")
-    parser.add_argument("--version", action="store_true")
-    parser.add_argument("--multirun", "-m", action="store_true")
-    parser.add_argument("--run", "-r", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--preview")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--ids", action="store_true")
-    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
-    parser.add_argument("--resolve", action="store_true")
-    parser.add_argument("--package", "-p")
-    parser.add_argument("--info", "-i", nargs="?", const="all")
-    parser.add_argument("--config-dir", "-cd")
-    parser.add_argument("--config-name", "-cn", default="config")
-    parser.add_argument("--hydra-help", action="store_true")
-    parser.add_argument("--shell-completion", "-sc", action="store_true")
+    parser = option_parser()
     flags = [flag for action in parser._actions for flag in action.option_strings]
     try:
         options, rest = parser.parse_known_args(with_preview_count(arguments))
@@ -53,6 +37,28 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
             f"{flag} without --preview: it is for the rows that --preview prints; type --preview {flag}{also}"
         )
     return options, rest
+
+
+def option_parser() -> argparse.ArgumentParser:
+    """The parser of the options."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--help", "-h", action="store_true", help="groups, presets, options")
+    parser.add_argument("--version", action="store_true", help="the version")
+    parser.add_argument("--multirun", "-m", action="store_true", help="a sweep")
+    parser.add_argument("--run", "-r", action="store_true", help="one run")
+    parser.add_argument("--check", action="store_true", help="estimate memory, time and money, and start nothing")
+    parser.add_argument("--preview", help="the first rows of each dataset")
+    parser.add_argument("--json", action="store_true", help="with --check or --preview: as objects")
+    parser.add_argument("--ids", action="store_true", help="with --preview: the token ids")
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"), help="print the composed configuration")
+    parser.add_argument("--resolve", action="store_true", help="with --cfg: without interpolations")
+    parser.add_argument("--package", "-p", help="with --cfg: one part of it")
+    parser.add_argument("--info", "-i", nargs="?", const="all", help="why each file was composed")
+    parser.add_argument("--config-dir", "-cd", help="a folder with more presets")
+    parser.add_argument("--config-name", "-cn", default="config", help="the file to compose instead of config.yaml")
+    parser.add_argument("--hydra-help", action="store_true", help="the help of Hydra")
+    parser.add_argument("--shell-completion", "-sc", action="store_true", help="Hydra's own completion")
+    return parser
 
 
 def with_preview_count(arguments: list[str]) -> list[str]:

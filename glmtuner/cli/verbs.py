@@ -13,8 +13,30 @@ from glmtuner.cli.streams import results_in_files
 from glmtuner.errors import ConfigError, did_you_mean
 from glmtuner.launch.register import register_presets
 
-VERBS = ("chat", "diff", "export", "prefetch", "report", "reproduce", "serve", "show", "status")
-WRITING = ("export", "prefetch", "report", "reproduce", "serve")  # they go on when nobody reads what they print
+VERBS = (
+    "chat",
+    "completion",
+    "diff",
+    "export",
+    "keys",
+    "prefetch",
+    "report",
+    "reproduce",
+    "schema",
+    "serve",
+    "show",
+    "status",
+)
+WRITING = (
+    "export",
+    "prefetch",
+    "report",
+    "reproduce",
+    "schema",
+    "serve",
+)  # they go on when nobody reads what they print
+NO_FOLDERS = ("completion", "keys", "prefetch", "schema")  # their words are no run folders
+OVERRIDDEN = ("chat", "export", "prefetch", "reproduce", "serve")  # they take overrides
 
 
 def run_verb(argv: list[str]) -> int:
@@ -23,7 +45,7 @@ def run_verb(argv: list[str]) -> int:
 
     verb, *rest = argv
     if verb not in VERBS:
-        rule = f"the verbs are {', '.join(VERBS)}, each before a run folder; a run is started with overrides, key=value"
+        rule = f"the verbs are {', '.join(VERBS)}, most of them before a run folder; a run is started with overrides, key=value"
         raise ConfigError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS, rule)}")
     module = import_module(f"glmtuner.cli.{verb}")
     parser = _VerbParser(prog=f"python -m glmtuner {verb}", description=module.__doc__, allow_abbrev=False)
@@ -39,6 +61,5 @@ class _VerbParser(argparse.ArgumentParser):
     """An argument parser that raises ConfigError."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(
-            f"{self.prog.rpartition(' ')[2]}: {message}; type {self.format_usage().removeprefix('usage: ').strip()}"
-        )
+        usage = " ".join(self.format_usage().removeprefix("usage: ").split())
+        raise ConfigError(f"{self.prog.rpartition(' ')[2]}: {message}; type {usage}")

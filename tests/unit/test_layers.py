@@ -188,6 +188,8 @@ def modules_loaded_by(folder: Path, *words: str) -> tuple[int, set[str]]:
         (0, ["--help"]),
         (0, ["--version"]),
         (0, ["--cfg", "job", "--resolve"]),
+        (0, ["keys", "lora_rank", "--json"]),
+        (0, ["completion", "bash"]),
         (2, ["finetuning.lora_rnk=4"]),
         (2, ["finetuning=full", "quant=int4"]),
         (2, ["data.dataset=no_such_set"]),

@@ -47,11 +47,16 @@ def default_columns(formatting: str) -> dict[str, str]:
     return dict(columns)
 
 
+def formats() -> list[str]:
+    """The names of the formats, those of plugins included."""
+    return [*(module.name for module in pkgutil.iter_modules(__path__)), *_registered]
+
+
 def format_module(formatting: str) -> ModuleType | SimpleNamespace:
     """The module of a format, or what a plugin registered for it; raises UnknownName."""
     if formatting in _registered:
         return _registered[formatting]
-    known = [*(module.name for module in pkgutil.iter_modules(__path__)), *_registered]
+    known = formats()
     name = ALIASES.get(formatting, formatting)
     if name not in known:
         raise UnknownName("formatting", formatting, known, add_one="glmtuner/data/formats/<name>.py with a `parse`")
