@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks.adopt_slurm_env()
     try:
         check_encodable(arguments)
-        adopt_offline()
+        if arguments[:1] != ["doctor"]:  # which says what is wrong with the folder
+            adopt_offline()
         return run_command(arguments)
     except GlmtunerError as error:
         if ranks.should_report(error):
