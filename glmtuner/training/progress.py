@@ -155,8 +155,7 @@ class ProgressLine(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.region is not None:
-            took = duration(time.monotonic() - self.start)
-            say(f"{self.line(state)}, {took}")
+            say(f"{self.line(state)}, took {duration(time.monotonic() - self.start)}")
         self.trains = False
 
 

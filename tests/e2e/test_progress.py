@@ -43,7 +43,7 @@ def test_a_run_in_a_terminal(tmp_path):
     last = history(tmp_path / "run")
     loss = [line["loss"] for line in last if "loss" in line][-1]
     assert re.fullmatch(
-        rf"step 16 of 16, epoch [\d.]+, loss {loss:.4g}, [\d,]+ tokens/s, peak \d+\.\d\d GiB, \d+ s", steps[-1]
+        rf"step 16 of 16, epoch [\d.]+, loss {loss:.4g}, [\d,]+ tokens/s, peak \d+\.\d\d GiB, took \d+ s", steps[-1]
     )
     assert "{'" not in shown(terminal.written) and "it/s" not in shown(terminal.written)
     terminal.close()
