@@ -59,6 +59,7 @@ def complain(text: str) -> None:
 T = TypeVar("T")
 TABLE = "GLMTUNER_LIVE_TABLE"  # set for the processes that a sweep with a table in the terminal starts
 DRAW_SECONDS = 0.1  # the least time between two drawings
+MARGIN = 3  # columns that stay free: a terminal echoes ^C behind the last line, and must not begin another
 PLAIN_SECONDS = 30.0  # between the lines of `tracked` where there is no terminal
 POSITION: ContextVar[str] = ContextVar("position", default="")  # before a run's live line: which job of a sweep it is
 _lock = threading.RLock()  # of the region below
@@ -89,7 +90,7 @@ class LiveRegion:
         with _lock:
             columns, rows = self.size()
             self.lines, self.drawn = (
-                [cut(plain(line), columns - 1) for line in lines[: max(rows - 1, 1)]],
+                [cut(plain(line), columns - MARGIN) for line in lines[: max(rows - 1, 1)]],
                 time.monotonic(),
             )
             self._write(self._up() + "\n".join(f"{line}\x1b[K" for line in self.lines) + "\x1b[J")

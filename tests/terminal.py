@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import pty
 import re
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyte
@@ -46,7 +47,8 @@ class Terminal:
 
     def lines(self) -> list[str]:
         """The lines of the screen up to the last that is not empty; a wide character's second column is left out."""
-        while self.read(0.05):
+        end = time.monotonic() + 0.5
+        while self.read(0.05) and time.monotonic() < end:
             pass
         lines = [line.rstrip() for line in self.screen.display]
         while lines and not lines[-1]:
@@ -57,6 +59,17 @@ class Terminal:
         for descriptor in (self.master, self.slave):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+
+    @contextlib.contextmanager
+    def streams(self) -> Iterator[None]:
+        """Within it, standard output and error of this process are the terminal."""
+        before = sys.stdout, sys.stderr
+        with os.fdopen(os.dup(self.slave), "w", buffering=1) as stream:
+            sys.stdout = sys.stderr = stream
+            try:
+                yield
+            finally:
+                sys.stdout, sys.stderr = before
 
     def run(
         self,
@@ -96,3 +109,14 @@ class Terminal:
 def shown(written: bytes) -> str:
     """The text of what was written, without escape codes."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+
+
+def on_screen(test: Callable[..., None]) -> Callable[..., None]:
+    """The test, which has a fixture `screen`, with its output on that terminal: pytest takes the streams back before each test."""
+
+    @functools.wraps(test)
+    def wrapped(screen: Terminal, **fixtures: object) -> None:
+        with screen.streams():
+            test(screen=screen, **fixtures)
+
+    return wrapped

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from glmtuner.console import MUTED, TABLE, LiveRegion, aligned, live_region, say
+from glmtuner.console import MARGIN, MUTED, TABLE, LiveRegion, aligned, live_region, say
 from glmtuner.errors import CheckpointError
 from glmtuner.sweep.status import ORDER, Line, lines_of, summary
 
@@ -73,4 +73,4 @@ def table_lines(root: Path, lines: Sequence[Line], columns: int, rows: int) -> l
         name, state, step, speed, left, _ = line.cells()
         cells.append([name, state, step, "" if line.loss is None else f"{line.loss:.4g}", speed, left])
     more = [f"and {len(ordered) - len(shown)} more"] if len(shown) < len(ordered) else []
-    return [*aligned(cells, columns - 1), *more, f"{root}: {summary(lines)}"]
+    return [*aligned(cells, columns - MARGIN), *more, f"{summary(lines)}: {root}"]

@@ -64,12 +64,12 @@ class MeasuredTrainer(Protocol):
 class ProgressLine(TrainerCallback):
     """One live line about the run in a terminal, in place of transformers' bar and dictionaries; else a line for each logging step.
 
-    With trainer.disable_tqdm the terminal gets these lines, too. Only numbers are shown that are on the host already: no step
+    With `plain` the terminal gets these lines, too. Only numbers are shown that are on the host already: no step
     waits for the device.
     """
 
-    def __init__(self, trainer: MeasuredTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: MeasuredTrainer, plain: bool = False) -> None:
+        self.trainer, self.plain = trainer, plain
         self.region: LiveRegion | None = None
         self.start_step, self.start, self.trains = 0, 0.0, False
         self.loss: float | None = None  # as it was logged last
@@ -79,7 +79,7 @@ class ProgressLine(TrainerCallback):
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Let the line be seen while this lasts; it leaves nothing behind."""
-        if self.region is not None or self.trainer.args.disable_tqdm:
+        if self.region is not None or self.plain:
             yield
             return
         with live_region() as self.region:
@@ -139,12 +139,14 @@ class ProgressLine(TrainerCallback):
         self.draw(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        values = logged(logs or {})
+        logs = logs if logs is not None else {}
+        logs.pop("total_flos", None)  # from the metrics of the training as well
+        values = logged(logs)
         if not self.trains or not values:
             return
         self.loss = values.get("loss", self.loss)
         is_evaluation = any(name.startswith("eval_") for name in values)
-        if is_evaluation or self.trainer.args.disable_tqdm or not replaces_lines():
+        if is_evaluation or self.plain or not replaces_lines():
             texts = [
                 f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                 for name, value in values.items()

@@ -59,7 +59,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
 
     `score` is called with the step after the losses of an evaluation and returns more metrics, such as the scores of
     generated answers; `derived` computes metrics from the means of other metrics. `sharded` says that every rank holds only
-    its shard of the model's weights.
+    its shard of the model's weights. `plain_lines`: no live line in a terminal.
 
     tests/unit/training/test_trainer_private.py lists the private members of transformers' Trainer that are used here.
     """
@@ -87,6 +87,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         evaluated_parts: Mapping[str, slice] = MappingProxyType({}),
         optimizers_of_run: Optimizers | None = None,
         early_stopping: EarlyStopping | None = None,
+        plain_lines: bool = False,
         **kwargs: Any,
     ) -> None:
         self.sharded = sharded
@@ -140,7 +141,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
             self.remove_callback(kind)
         self.add_callback(History(self))
         self.add_callback(ShowProgress(self.folder))
-        self.progress = ProgressLine(self)  # after the history, which measures the speed
+        self.progress = ProgressLine(self, plain_lines)  # after the history, which measures the speed
         self.add_callback(self.progress)
         self.add_callback(self.optimizer_steps)
         self.add_callback(MethodSteps(self.model, finetuning))

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from terminal import Terminal
+from terminal import Terminal, on_screen
 
 from glmtuner import console
 from glmtuner.console import aligned, complain, cut, duration, end_live_region, live_region, say, table, tracked
@@ -21,14 +21,11 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     terminal = Terminal(40, 12)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("RANK", raising=False)
-    with os.fdopen(os.dup(terminal.slave), "w", buffering=1) as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        monkeypatch.setattr(sys, "stderr", stream)
-        yield terminal
-        monkeypatch.undo()
+    yield terminal
     terminal.close()
 
 
+@on_screen
 def test_lines_are_printed_above(screen):
     say("before")
     with live_region() as region:
@@ -49,20 +46,22 @@ def test_lines_are_printed_above(screen):
     assert screen.lines()[-1] == "after" and not any("step" in line for line in screen.lines())
 
 
+@on_screen
 def test_no_line_is_wider_than_the_terminal(screen):
     with live_region() as region:
         region.draw([WIDE * 4, "x" * 200])
         first, second = screen.lines()
-        assert second == "x" * 39 and first.replace(" ", "").startswith("训练第三步，损失1.5")
+        assert second == "x" * 37 and first.replace(" ", "").startswith("训练第三步，损失1.5")
         screen.resize(20, 12)
         region.draw([WIDE * 4, "y" * 200])
-        assert "y" * 19 in screen.lines() and "y" * 20 not in screen.lines()
+        assert "y" * 17 in screen.lines() and "y" * 18 not in screen.lines()
         screen.resize(90, 12)
         region.draw(["z" * 200, "step"])
-        assert screen.lines()[-2:] == ["z" * 89, "step"]
-    assert not any("z" in line or "y" * 19 in line for line in screen.lines())
+        assert screen.lines()[-2:] == ["z" * 87, "step"]
+    assert not any("z" in line or "y" * 17 in line for line in screen.lines())
 
 
+@on_screen
 def test_no_more_lines_than_the_terminal_has(screen):
     with live_region() as region:
         for number in range(30):
@@ -71,12 +70,14 @@ def test_no_more_lines_than_the_terminal_has(screen):
     assert screen.lines() == []
 
 
+@on_screen
 def test_what_a_terminal_obeys_is_not_sent(screen):
     with live_region() as region:
         region.draw(["a\x1b[2Jb\rc\nd"])
         assert screen.lines() == ["a\\x1b[2Jb\\x0dc d"]
 
 
+@on_screen
 def test_one_region_at_a_time_and_none_is_left_by_an_error(screen):
     with pytest.raises(KeyboardInterrupt), live_region() as region:
         with live_region() as other:
@@ -93,6 +94,7 @@ def test_one_region_at_a_time_and_none_is_left_by_an_error(screen):
     items.close()
 
 
+@on_screen
 def test_many_threads(screen):
     with live_region() as region:
 
@@ -112,6 +114,7 @@ def test_many_threads(screen):
 
 
 @pytest.mark.parametrize("variables", [{"TERM": "dumb"}, {"RANK": "1"}])
+@on_screen
 def test_no_region_without_need(screen, monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -133,6 +136,7 @@ def test_where_there_is_no_terminal_lines_come_now_and_then(monkeypatch):
     assert "\x1b" not in out.getvalue() and "\r" not in out.getvalue()
 
 
+@on_screen
 def test_tracked_items_are_counted_in_a_terminal(screen, monkeypatch):
     monkeypatch.setattr(console, "DRAW_SECONDS", 0.0)
     items = tracked("abc", 3, "预测")
@@ -141,6 +145,7 @@ def test_tracked_items_are_counted_in_a_terminal(screen, monkeypatch):
     assert [*items] == ["c"] and screen.lines() == []
 
 
+@on_screen
 def test_a_terminal_that_has_gone_is_no_error(screen):
     with live_region() as region:
         region.stream = open(os.devnull)  # noqa: SIM115

@@ -49,8 +49,10 @@ def of_extra(requirement: "Requirement") -> str:
 
 def version_problem(requirement: "Requirement") -> tuple[str, str]:
     """The installed version, and what is wrong with it; both empty where it is not installed."""
+    from packaging.version import Version
+
     try:
-        version = str(metadata.version(requirement.name))  # None where METADATA is damaged
+        version = str(Version(metadata.version(requirement.name)))
         fits = requirement.specifier.contains(version, prereleases=True)
     except metadata.PackageNotFoundError:
         return "", ""
