@@ -89,12 +89,10 @@ class LiveRegion:
         """Show these lines in place of those before."""
         with _lock:
             columns, rows = self.size()
-            self.lines, self.drawn = (
-                [cut(plain(line), columns - MARGIN) for line in lines[: max(rows - 1, 1)]],
-                time.monotonic(),
-            )
-            self._write(self._up() + "\n".join(f"{line}\x1b[K" for line in self.lines) + "\x1b[J")
-            self.rows = len(self.lines)
+            self.lines = [cut(plain(line), columns - MARGIN) for line in lines[: max(rows - 1, 1)]]
+            self.drawn, up = time.monotonic(), self._up()
+            self.rows = len(self.lines)  # before they are written: Ctrl-C may end this in between
+            self._write(up + "\n".join(f"{line}\x1b[K" for line in self.lines) + "\x1b[J")
 
     def clear(self) -> None:
         """Remove the lines from the terminal."""

@@ -13,7 +13,6 @@ from glmtuner.run_folder.files import is_number, read_object
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import PROGRESS, SWEEP
 from glmtuner.sweep.attempts import Attempts, read_attempts
-from glmtuner.sweep.closing import report_if_last
 from glmtuner.sweep.folders import recorded
 from glmtuner.sweep.queue import RUNNING, Queued, in_queue
 from glmtuner.sweep.submissions import Submission, read_submissions
@@ -224,9 +223,3 @@ def summary(lines: Sequence[Line]) -> str:
 def is_over(lines: Iterable[Line]) -> bool:
     """Whether no job is running or queued."""
     return not any(line.state in (RUNS, QUEUED, UNKNOWN) for line in lines)
-
-
-def report_at_the_end(path: Path, lines: Sequence[Line]) -> None:
-    """Write the report of a detached sweep whose last job could not: it was cancelled, or killed with its batch script."""
-    if is_over(lines) and any(each.detached for each in read_submissions(path).values()):
-        report_if_last(path)
