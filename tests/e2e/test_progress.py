@@ -98,7 +98,7 @@ def test_a_table_of_a_sweep(tmp_path, launcher):
     terminal = Terminal(140, 60)
     screens: list[list[str]] = []
     more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
-    steps = 900 if launcher == "joblib" else 300  # progress.json is written again after five seconds
+    steps = 600 if launcher == "joblib" else 300  # progress.json is written again after five seconds
     words = [*SWEEP, f"hydra/launcher={launcher}", f"trainer.max_steps={steps}", *more]
     assert terminal.run(words, tmp_path, watch=screens.append) == 0, terminal.lines()
     tables = [screen for screen in screens if any(line.startswith("job ") and " state " in line for line in screen)]
