@@ -25,6 +25,17 @@ NOT_RUN = {
     "make test": "it is this suite",
     "source .venv/bin/activate": "the environment that the tests run in",
     "pip install -e .": "network",
+    "pip install --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu torch": "network",
+    "pip install dist/glmtuner-0.1.0-py3-none-any.whl": "network; tests/e2e/test_install.py installs it without its dependencies",
+    "uv venv .venv": "uv is not among the packages of the tests",
+    "uv pip install -e .": "network, uv",
+    "conda env create --file environment.yml": "network, conda",
+    "conda activate glmtuner": "network, conda",
+    "docker build --tag glmtuner:cpu .": "network, Docker",
+    "docker build --build-arg DEVICE=cuda --tag glmtuner:cuda .": "network, Docker",
+    "docker run --rm glmtuner:cpu": "Docker",
+    "docker run --rm --gpus all --ipc host --user $(id -u):$(id -g) --volume $PWD:/runs --volume $HOME/.cache/glmtuner:/cache "
+    "glmtuner:cuda experiment=quickstart": "Docker, GPU",
     "pip install -e .[liger]": "network",
     "pip install -e .[deepspeed]": "network",
     "pip install -e .[vllm]": "network",
@@ -61,6 +72,9 @@ NOT_RUN = {
 }
 # Commands that other tests run, in the same words or shortened.
 RUN_BY = {
+    "make wheel": "tests/e2e/test_install.py",
+    "python -m glmtuner doctor": "tests/unit/launch/test_doctor.py",
+    "python -m glmtuner doctor --json": "tests/unit/launch/test_doctor.py",
     "python -m glmtuner model=tiny_glm trainer=benchmark finetuning=none tracker=none benchmark=capitals benchmark.include_path=my_exams "
     "trainer.output_dir=outputs/capitals": "tests/benchmarks/test_page.py",
     "make quickstart": "tests/e2e/test_quickstart.py",

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from glmtuner.benchmarks.likelihood import Continuation, Likelihood, Scorer
 from glmtuner.benchmarks.prompts import ChatPrompts
-from glmtuner.console import say
+from glmtuner.console import say, tracked
 from glmtuner.distributed import ranks
 from glmtuner.errors import ConfigError, DataError
 from glmtuner.families.stop_tokens import stop_ids
@@ -140,9 +139,7 @@ class LoadedModel(TemplateLM):
             self.scorer.choose(continuations[:50])
             self._chosen = True
         scored = self.scorer.scores(continuations)
-        found: dict[int, Likelihood] = dict(
-            tqdm(scored, total=len(continuations), desc="benchmark", disable=not self.shows_progress)
-        )
+        found: dict[int, Likelihood] = dict(tracked(scored, len(continuations), "benchmark", shown=self.shows_progress))
         return [(found[index].logprob, found[index].is_greedy) for index in range(len(continuations))]
 
     def loglikelihood_rolling(self, requests: "Sequence[Instance]", disable_tqdm: bool = False) -> list[float]:
@@ -201,7 +198,7 @@ class LoadedModel(TemplateLM):
         rows = self.context.run.generation.max_batch_size or rows_that_fit(self.model, longest)
         order = by_length(prompts)  # so that those which are read together need little padding
         produced = answers(self.model, [prompts[index] for index in order], decoding, rows, ends=texts.reached)
-        found = dict(tqdm(produced, total=len(prompts), desc="benchmark", disable=not self.shows_progress))
+        found = dict(tracked(produced, len(prompts), "benchmark", shown=self.shows_progress))
         text_at = {index: self._text(found[place], stops) for place, index in enumerate(order)}
         return [text_at[index] for index in range(len(prompts))]
 

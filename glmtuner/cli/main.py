@@ -17,7 +17,7 @@ from glmtuner import __version__
 from glmtuner.cli.options import hydra_flags, parse_options
 from glmtuner.cli.streams import ReaderGone, results_in_files
 from glmtuner.config.offline import adopt_offline
-from glmtuner.console import complain, plain
+from glmtuner.console import complain, end_live_region, plain
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import Preempted
 from glmtuner.errors import ConfigError, GlmtunerError
@@ -31,8 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks.adopt_slurm_env()
     try:
         check_encodable(arguments)
-        adopt_offline()
-        return run_command(arguments)
+        if arguments[:1] != ["doctor"]:  # which says what is wrong with the folder
+            adopt_offline()
+        try:
+            return run_command(arguments)
+        finally:
+            end_live_region()
     except GlmtunerError as error:
         if ranks.should_report(error):
             complain(f"glmtuner: {error}")

@@ -19,7 +19,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from glmtuner.sweep.status import is_over, lines_of, report_at_the_end, show
+    from glmtuner.sweep.closing import report_at_the_end
+    from glmtuner.sweep.status import is_over, lines_of, show
 
     folder, watch = arguments.folder, arguments.watch
     if overrides:

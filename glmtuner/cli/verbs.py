@@ -1,7 +1,8 @@
 """Verbs, which work on a finished run: `python -m glmtuner <verb> RUN …`, one file each.
 
 A verb's module has `HELP`, its help line; `arguments(parser)`, which adds its options; and `run(arguments, overrides)`, which
-executes it and returns the exit code. The overrides follow the run, such as generation.temperature=0.2.
+executes it and returns the exit code. The overrides follow the run, such as generation.temperature=0.2. `NEEDS_PRESETS`, if it is
+there, says that it works without the presets.
 """
 
 import argparse
@@ -11,12 +12,12 @@ from typing import NoReturn
 
 from glmtuner.cli.streams import results_in_files
 from glmtuner.errors import ConfigError, did_you_mean
-from glmtuner.launch.register import register_presets
 
 VERBS = (
     "chat",
     "completion",
     "diff",
+    "doctor",
     "export",
     "keys",
     "prefetch",
@@ -35,7 +36,7 @@ WRITING = (
     "schema",
     "serve",
 )  # they go on when nobody reads what they print
-NO_FOLDERS = ("completion", "keys", "prefetch", "schema")  # their words are no run folders
+NO_FOLDERS = ("completion", "doctor", "keys", "prefetch", "schema")  # their words are no run folders
 OVERRIDDEN = ("chat", "export", "prefetch", "reproduce", "serve")  # they take overrides
 
 
@@ -52,7 +53,10 @@ def run_verb(argv: list[str]) -> int:
     module.arguments(parser)
     overrides = [item for item in rest if not item.startswith("-") and "=" in item and not os.path.exists(item)]
     arguments = parser.parse_args([item for item in rest if item not in overrides])
-    register_presets()
+    if getattr(module, "NEEDS_PRESETS", True):
+        from glmtuner.launch.register import register_presets
+
+        register_presets()
     with results_in_files() if verb in WRITING else nullcontext():
         return module.run(arguments, overrides)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from glmtuner.config.groups import Engine, Metric
 from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import TrainerArguments
-from glmtuner.console import say
+from glmtuner.console import say, tracked
 from glmtuner.distributed import ranks
 from glmtuner.errors import CheckpointError
 from glmtuner.families.stop_tokens import stop_ids
@@ -36,7 +36,6 @@ def answer_all(context: RunContext, path: Path, is_prediction: bool = False) -> 
     file, which are merged into `path` at the end; ranks with sharded weights generate every answer together. A prediction, in
     contrast to an evaluation during training, shows its progress and may use another engine.
     """
-    from tqdm import tqdm
 
     from glmtuner.inference.generate import Decoding, answers
 
@@ -85,7 +84,7 @@ def answer_all(context: RunContext, path: Path, is_prediction: bool = False) -> 
     )
     with output as file:
         shows_progress = is_prediction and ranks.is_main() and not run.trainer.disable_tqdm
-        answered = tqdm(produced, total=len(indices), desc="predict", disable=not shows_progress)
+        answered = tracked(produced, len(indices), "predict", shown=shows_progress)
         lines = (line(indices[place], answer_text(tokenizer, tokens, syntax)) for place, tokens in answered)
         for each in chain(done.values() if ranks.is_main() else (), lines):
             file.put(each)

@@ -38,7 +38,7 @@ def evaluate_pause(context: RunContext, trainer: "GlmTrainer", pause: Pause) -> 
     share for their losses to be compared. The history, the tracker and the results of the run get nothing. The random numbers
     are those of trainer.seed, so that an evaluation that is cut off and made again comes out the same.
     """
-    from transformers import ProgressCallback, set_seed
+    from transformers import set_seed
 
     evaluation = context.data.evaluation
     assert evaluation is not None
@@ -48,8 +48,6 @@ def evaluate_pause(context: RunContext, trainer: "GlmTrainer", pause: Pause) -> 
         place.mkdir(parents=True)
     ranks.barrier()
     set_seed(context.run.trainer.seed)
-    # its bar of an evaluation is closed by an event that the history would write down
-    trainer.remove_callback(ProgressCallback)
     generates, trainer.score = is_generated(context.run), None
     trainer.losses_file = place / LOSSES
     output = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation", prediction_loss_only=True)

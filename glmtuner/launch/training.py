@@ -74,6 +74,7 @@ def make_trainer(
             run.trainer, context.finetuning, lambda: context.family.blocks(unwrapped(context.model))
         ),
         early_stopping=EarlyStopping(patience, threshold) if patience is not None else None,
+        plain_lines=bool(run.trainer.disable_tqdm),
     )
 
 

@@ -7,6 +7,7 @@ import errno
 import math
 import os
 import shutil
+import time
 import traceback
 from dataclasses import dataclass
 from datetime import datetime
@@ -117,6 +118,11 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = try_lock(self / LOCK)
+            for _ in range(LOCK_ATTEMPTS):
+                if lock is not None:
+                    break
+                time.sleep(LOCK_SECONDS)
+                lock = try_lock(self / LOCK)
         except LocksUnsupported:
             _HELD_LOCKS[self.path] = None
             return
@@ -272,6 +278,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+LOCK_ATTEMPTS, LOCK_SECONDS = 5, 0.02  # whoever looks whether a folder is locked holds its lock for an instant
 _HELD_LOCKS: dict[Path, IO[bytes] | None] = {}  # locked by this process; None on a disk that does not support locks
 
 

@@ -7,9 +7,10 @@ the services that issue tokens give them (`hf_…`, `sk-…`, `https://user:pass
 import os
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 HIDDEN = "<hidden>"  # in place of a secret's value
 
@@ -196,8 +197,10 @@ def redact_value(value: Any, *, assignments: bool = True) -> Any:
     return redact_text(value, assignments=assignments) if isinstance(value, str) else value
 
 
-def redact_config(config: DictConfig) -> DictConfig:
+def redact_config(config: "DictConfig") -> "DictConfig":
     """A resolved copy of the config without secrets: null in place of a value that is one, HIDDEN where a text holds one."""
+    from omegaconf import DictConfig, OmegaConf
+
     copy = OmegaConf.create(_redacted(OmegaConf.to_container(config, resolve=True, enum_to_str=True)))
     assert isinstance(copy, DictConfig)
     return copy

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,12 +24,19 @@ from glmtuner.sweep.attempts import INTERRUPTED, read_attempts, record_death
 from glmtuner.sweep.multirun import write_and_publish
 from glmtuner.sweep.placeholders import reveal
 from glmtuner.sweep.queue import RUNNING, in_queue, own_job_id
+from glmtuner.sweep.status import Line, is_over
 from glmtuner.sweep.submissions import FOLDER, Submission, read_submissions
 
 if TYPE_CHECKING:
     from glmtuner.config.schema import Tracker
 
 RECORDED_SECONDS = 60.0  # that the command may take from sbatch's answer until the job's id is in the sweep's folder
+
+
+def report_at_the_end(path: Path, lines: Sequence[Line]) -> None:
+    """Write the report of a detached sweep whose last job could not: it was cancelled, or killed with its batch script."""
+    if is_over(lines) and any(each.detached for each in read_submissions(path).values()):
+        report_if_last(path)
 
 
 def main(arguments: list[str]) -> int:

@@ -19,10 +19,10 @@ from omegaconf import DictConfig
 from glmtuner.config.compose import Composed, compose
 from glmtuner.config.objective import PREFIXES, measured_as, objectives_of
 from glmtuner.config.offline import adopt_offline
-from glmtuner.console import say
+from glmtuner.console import POSITION, say
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import SIGNALS, Preempted
-from glmtuner.errors import ConfigError, FolderBusy, did_you_mean
+from glmtuner.errors import CheckpointError, ConfigError, FolderBusy, did_you_mean
 from glmtuner.launch.between_jobs import keep_base_models
 from glmtuner.launch.register import register_presets
 from glmtuner.launch.run import launch
@@ -30,6 +30,7 @@ from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import FAILED, OUTPUT
 from glmtuner.sweep import workers
 from glmtuner.sweep.budget import hours_in, reached
+from glmtuner.sweep.folders import recorded
 from glmtuner.sweep.placeholders import reveal
 
 REQUEUE_SECONDS = 120.0  # that SLURM may take to end a job that is requeued
@@ -148,7 +149,8 @@ def run_or_skip(job: Job, start: Callable[..., dict[str, float]] | None = None) 
             else:
                 if job.launcher == "basic":  # the others run one job in a process
                     keep_base_models()
-                metrics = (start or launch)(composed, output_dir=folder.path)
+                with shown_as(job):
+                    metrics = (start or launch)(composed, output_dir=folder.path)
         if not metrics:  # paused at a rung of a race
             free_memory()
             return None
@@ -176,6 +178,20 @@ def run_or_skip(job: Job, start: Callable[..., dict[str, float]] | None = None) 
             raise SystemExit(1) from None  # the other ranks wait for this one in a collective
         free_memory()
         return None
+
+
+@contextmanager
+def shown_as(job: Job) -> Iterator[None]:
+    """Within it, the live line of the run says which of the sweep's jobs it is."""
+    try:
+        total = len(recorded(job.sweep, "jobs"))
+    except CheckpointError:
+        total = 0
+    token = POSITION.set(f"job {job.number}{f' ({job.number + 1} of {total})' if job.number < total else ''}: ")
+    try:
+        yield
+    finally:
+        POSITION.reset(token)
 
 
 class JobFailed(Exception):

@@ -43,6 +43,7 @@ def run_sweep(
     from glmtuner.sweep.forecast import check_not_swept, check_sweep, refuse_over_budget
     from glmtuner.sweep.job import run_job
     from glmtuner.sweep.launchers import SLURM_TARGET, register
+    from glmtuner.sweep.live_table import live_table
     from glmtuner.sweep.placeholders import placeholders
     from glmtuner.sweep.race_options import RACE_TARGET, check_race
     from glmtuner.sweep.search import check_sweeper, is_failure
@@ -77,7 +78,8 @@ def run_sweep(
     try:
         with placeholders(hydra_overrides(bracketed)) as public:
             record_command(root, overrides, [] if searches else job_folders_of(root, public, config_dir))
-            hydra_main(["--multirun", *flags, *public], run_job)
+            with live_table(root, composed_jobs[0].hydra.launcher._target_):
+                hydra_main(["--multirun", *flags, *public], run_job)
     except GlmtunerError:
         raise
     except Exception as error:

@@ -2,26 +2,25 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from glmtuner.console import say, table
+from glmtuner.console import duration, say, table
 from glmtuner.errors import CheckpointError
 from glmtuner.report.jobs import Job, State, read_job, read_jobs
 from glmtuner.run_folder.files import is_number, read_object
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import PROGRESS, SWEEP
 from glmtuner.sweep.attempts import Attempts, read_attempts
-from glmtuner.sweep.closing import report_if_last
 from glmtuner.sweep.folders import recorded
 from glmtuner.sweep.queue import RUNNING, Queued, in_queue
 from glmtuner.sweep.submissions import Submission, read_submissions
 
-QUEUED, RUNS, DONE, FAILED, DROPPED, INTERRUPTED, NOT_STARTED, UNKNOWN = (
-    "queued", "running", "done", "failed", "dropped", "interrupted", "not started", "unknown",
+QUEUED, RUNS, PAUSED, DONE, FAILED, DROPPED, INTERRUPTED, NOT_STARTED, UNKNOWN = (
+    "queued", "running", "paused", "done", "failed", "dropped", "interrupted", "not started", "unknown",
 )  # fmt: skip
-ORDER = (RUNS, QUEUED, DONE, FAILED, DROPPED, INTERRUPTED, NOT_STARTED, UNKNOWN)
+ORDER = (RUNS, QUEUED, PAUSED, DONE, FAILED, DROPPED, INTERRUPTED, NOT_STARTED, UNKNOWN)
 MOST_NOTE = 160  # characters
 
 
@@ -40,13 +39,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Line:
-    """What is shown of one job; `seconds` is how long its training took, of a finished one."""
+    """What is shown of one job; `seconds` is how long its training took, of a finished one, and `loss` the last that it logged."""
 
     name: str
     state: str
     progress: Progress | None = None
     note: str = ""
     seconds: float | None = None
+    loss: float | None = None
 
     def cells(self) -> list[str]:
         progress = self.progress
@@ -100,6 +100,18 @@ def line_of(
     queue: dict[str, Queued] | None,
 ) -> Line:
     """What a job does, by its folder and by the queue, which is None if SLURM did not answer."""
+    line = _line_of(name, job, submission, attempts, queue)
+    losses = [each["loss"] for each in job.history if is_number(each.get("loss"))] if job is not None else []
+    return replace(line, loss=losses[-1] if losses else None)
+
+
+def _line_of(
+    name: str,
+    job: Job | None,
+    submission: Submission | None,
+    attempts: Attempts | None,
+    queue: dict[str, Queued] | None,
+) -> Line:
     queued = queue.get(submission.id) if queue is not None and submission is not None else None
     is_submitted = submission is not None and not (
         attempts is not None and attempts.id == submission.id and attempts.has_ended
@@ -121,13 +133,13 @@ def line_of(
         return Line(name, UNKNOWN, progress, _joined(_slurm(submission), "squeue does not answer"))
     if job is None:
         return Line(name, DROPPED, None, _joined(_slurm(submission), "left the queue without having started"))
+    if job.state is State.paused:
+        return Line(name, PAUSED, progress, job.reason)
+    if job.state is State.dropped:
+        return Line(name, DROPPED, progress, job.reason)
     if job.state in (State.failed, State.infeasible):
         kind = _kind_of(job)
         return Line(name, DROPPED if kind == DROPPED else FAILED, progress, job.reason)
-    if job.state is State.dropped:
-        return Line(name, DROPPED, progress, job.reason)
-    if job.state is State.paused:
-        return Line(name, INTERRUPTED, progress, f"{job.reason}; the same command goes on")
     if is_submitted:
         return Line(
             name,
@@ -190,33 +202,24 @@ def seconds_left(lines: Sequence[Line]) -> float | None:
     return max(max(known, default=0.0), (sum(known) + mean * len(waiting)) / max(len(running), 1))
 
 
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def show(path: Path, lines: Iterable[Line]) -> None:
     """Print the table of the jobs, and one line for all of them."""
     lines = sorted(lines, key=lambda line: ORDER.index(line.state))
     table("", ("job", "state", "step", "speed", "left", ""), [line.cells() for line in lines], lines=False)
+    say(f"{path} at {datetime.now():%H:%M:%S}: {summary(lines)}")
+
+
+def summary(lines: Sequence[Line]) -> str:
+    """How many jobs are in which state, and how long the sweep will take."""
     count = Counter(line.state for line in lines)
     parts = ", ".join(f"{count[state]} {state}" for state in ORDER if count[state])
     left = seconds_left(lines)
     rest = (
         f"; about {duration(left)} left, {max(count[RUNS], 1)} at a time" if left is not None and len(lines) > 1 else ""
     )
-    say(f"{path} at {datetime.now():%H:%M:%S}: {parts or 'no job has started'}{rest}")
+    return f"{parts or 'no job has started'}{rest}"
 
 
 def is_over(lines: Iterable[Line]) -> bool:
     """Whether no job is running or queued."""
     return not any(line.state in (RUNS, QUEUED, UNKNOWN) for line in lines)
-
-
-def report_at_the_end(path: Path, lines: Sequence[Line]) -> None:
-    """Write the report of a detached sweep whose last job could not: it was cancelled, or killed with its batch script."""
-    if is_over(lines) and any(each.detached for each in read_submissions(path).values()):
-        report_if_last(path)

@@ -21,8 +21,7 @@ from glmtuner.run_folder.files import strict_json, write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import HISTORY
 from glmtuner.run_folder.spent import current_attempt
-
-TIMINGS = ("_runtime", "_per_second", "_time", "total_flos")
+from glmtuner.training.progress import TIMINGS
 
 
 class TrainerInProgress(Protocol):
@@ -35,6 +34,7 @@ class TrainerInProgress(Protocol):
     resumed_from: Path | None
     history_lines: int | None
     epoch_ended: bool
+    tokens_per_second: float | None
 
     def restore_progress(self) -> None: ...
 
@@ -103,7 +103,9 @@ class History(TrainerCallback):
             file.write(strict_json(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.trainer.tracker.log(line | self._speed() if "loss" in values else line)
+        speed = self._speed() if "loss" in values else {}
+        self.trainer.tokens_per_second = speed.get("tokens_per_second", self.trainer.tokens_per_second)
+        self.trainer.tracker.log(line | speed)
 
 
 class CountOptimizerSteps(TrainerCallback):

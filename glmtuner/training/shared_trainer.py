@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from glmtuner.console import say
 from glmtuner.memory.checkpointing import enable_checkpointing
@@ -24,9 +23,6 @@ class SharedTrainer(GlmTrainer):
         super().__init__(model, args, **kwargs)
         self.runner, self.joint = runner, joint
         self.place: Place | None = None
-        for kind in (ProgressCallback, PrinterCallback):  # neither says which of the runs it is about
-            self.remove_callback(kind)
-        self.add_callback(ProgressLines)
 
     def measure_peak(self) -> None:
         """Nothing: the peak is that of all runs together, since the first began."""
@@ -69,18 +65,3 @@ class SharedTrainer(GlmTrainer):
             self.place.problem = self.place.problem or "its batches are padded"
         step = super().training_step
         return self.place.step(lambda: step(model, inputs, num_items_in_batch))
-
-
-SHOWN = ("loss", "grad_norm", "learning_rate", "eval_loss")
-
-
-class ProgressLines(TrainerCallback):
-    """Prints what a run logs in one line, in place of transformers' progress bar and dictionaries."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if args.disable_tqdm and logs is not None:
-            logs.pop("total_flos", None)  # as the callback that prints dictionaries does, also from the metrics
-        shown = {name: value for name, value in (logs or {}).items() if name in SHOWN}
-        if shown:
-            values = ", ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
-            say(f"step {state.global_step} of {state.max_steps}: {values}")

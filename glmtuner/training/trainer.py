@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback
 
 from glmtuner.config.groups import Finetuning
 from glmtuner.config.schema import Tracker
@@ -38,7 +39,7 @@ from glmtuner.training.measurements import (
 )
 from glmtuner.training.neftune import noisy_embeddings
 from glmtuner.training.optimizers import Optimizers, warm_up
-from glmtuner.training.progress import ShowProgress
+from glmtuner.training.progress import ProgressLine, ShowProgress
 from glmtuner.training.quantized import quantization_check_skipped
 from glmtuner.training.samplers import draw_base_seed
 from glmtuner.training.throughput import ModelFlops, model_flops, utilization
@@ -58,7 +59,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
 
     `score` is called with the step after the losses of an evaluation and returns more metrics, such as the scores of
     generated answers; `derived` computes metrics from the means of other metrics. `sharded` says that every rank holds only
-    its shard of the model's weights.
+    its shard of the model's weights. `plain_lines`: no live line in a terminal.
 
     tests/unit/training/test_trainer_private.py lists the private members of transformers' Trainer that are used here.
     """
@@ -86,6 +87,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         evaluated_parts: Mapping[str, slice] = MappingProxyType({}),
         optimizers_of_run: Optimizers | None = None,
         early_stopping: EarlyStopping | None = None,
+        plain_lines: bool = False,
         **kwargs: Any,
     ) -> None:
         self.sharded = sharded
@@ -134,8 +136,13 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         self.resumed_from: Path | None = None
         self.history_lines: int | None = None  # at the checkpoint that is resumed from
         self.optimizer_steps = CountOptimizerSteps(lambda: self.accelerator.optimizer_step_was_skipped)
+        self.tokens_per_second: float | None = None  # since the last logging step
+        for kind in (ProgressCallback, PrinterCallback):  # a bar and dictionaries
+            self.remove_callback(kind)
         self.add_callback(History(self))
         self.add_callback(ShowProgress(self.folder))
+        self.progress = ProgressLine(self, plain_lines)  # after the history, which measures the speed
+        self.add_callback(self.progress)
         self.add_callback(self.optimizer_steps)
         self.add_callback(MethodSteps(self.model, finetuning))
         self.optimizers_of_run, self.early_stopping = optimizers_of_run, early_stopping
@@ -187,7 +194,8 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         _ = (
             self.flops
         )  # counted on the model as it is before it is wrapped, and before the clock runs: it takes a second
-        return super().train(*args, **kwargs)
+        with self.progress.shown():
+            return super().train(*args, **kwargs)
 
     # -- history -----------------------------------------------------------------------------------------------------
 
@@ -217,7 +225,10 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         """
         self.finite.settle()
         self.evaluated_batches = []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with self.progress.evaluating():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         columns = {
             name: torch.cat([rows[name] for rows in self.evaluated_batches]) for name in self.evaluated_batches[0]
         }

@@ -125,7 +125,7 @@ def test_dropped_and_paused_jobs_are_told_apart_from_interrupted_ones(sweep, squ
     job(sweep, "cut", history=[{"step": 3, "loss": 1.0}])
     lines = {line.name: (line.state, line.note) for line in lines_of(sweep)}
     assert lines["pruned"] == ("dropped", "pruned after 0.1 of the training: loss 7.4")
-    assert lines["waits"] == ("interrupted", "paused after step 20 of 40; the same command goes on")
+    assert lines["waits"] == ("paused", "paused after step 20 of 40")
     assert lines["cut"] == ("interrupted", "the same command resumes it")
 
 
