@@ -444,13 +444,13 @@ class Bench:
     def startup(self) -> None:
         architecture = json.loads((self.model / "config.json").read_text())["architectures"][0]
         code = f"import torch; from transformers import Trainer, {architecture}"
-        first = "'loss':"  # both print the loss of a step like transformers
+        our_first, their_first = "step 1 of 1: loss", "'loss':"  # theirs is printed by transformers
 
         def ours() -> dict[str, float]:
             folder = self.fresh("startup ours")
             seconds = {name: self.glmtuner(folder, [f"--{name}"]).seconds for name in ("help", "version")}
             overrides = self.overrides(folder, "epoch", "trainer.max_steps=1", "trainer.logging_steps=1")
-            seconds["first_step"] = awaited_seconds_of(self.glmtuner(folder, overrides, awaited=first), folder)
+            seconds["first_step"] = awaited_seconds_of(self.glmtuner(folder, overrides, awaited=our_first), folder)
             return seconds
 
         def theirs() -> dict[str, float]:
@@ -458,7 +458,7 @@ class Bench:
             seconds = {name: self.llamafactory_cli(folder, name).seconds for name in ("help", "version")}
             arguments = self.arguments(folder, "epoch", max_steps=1, logging_steps=1)
             seconds["first_step"] = awaited_seconds_of(
-                self.llamafactory_train(folder, arguments, awaited=first), folder
+                self.llamafactory_train(folder, arguments, awaited=their_first), folder
             )
             return seconds
 
