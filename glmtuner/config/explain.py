@@ -72,6 +72,8 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
         if str(error.full_key).startswith("hydra.sweeper.params."):
             return f"{error.full_key}: on the command line a key has its search space itself; type '{key}=interval(…)', say"
         names = [str(name) for name in parent]
+        if not names:  # a dictionary of free keys, such as additional_parameters of SLURM's launcher
+            return f"{error.full_key}: a key that is new in a dictionary takes a plus; type +{error.full_key}=…"
         return f"unknown key {error.full_key!r}" + did_you_mean(key, names, f"legal: {', '.join(names)}")
     if not is_dataclass(owner):
         return f"{error.full_key}: {_first_paragraph(str(error))}"

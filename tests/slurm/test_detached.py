@@ -4,10 +4,11 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import WORDS, folders, glmtuner, hurry, lines, processes_of, state_of, submit, wait
+from slurm_cluster import ENV, WORDS, folders, glmtuner, hurry, lines, processes_of, state_of, submit, wait
 
 ONE = [word for word in WORDS if not word.startswith(("data.dataset=", "trainer.seed="))]
 ONE += ["data.dataset=belle_sample", "trainer.seed=1"]
@@ -127,10 +128,16 @@ def test_the_last_job_writes_the_report_also_if_it_fails(tmp_path: Path) -> None
 
 
 def test_a_command_that_waits_waits_for_what_is_queued_already(tmp_path: Path) -> None:
-    _, (job,) = submit(tmp_path, *ONE, "name=both")
-    done = glmtuner(tmp_path, "-m", *ONE, "name=both", "hydra/launcher=slurm")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"job 0 is SLURM job {job} already: " in done.stdout and "(1 finished" in done.stdout
+    _, (job,) = submit(tmp_path, *ONE, "name=both", "+hydra.launcher.additional_parameters.hold=true")
+    assert state_of(job) == "PENDING"  # however slowly the next command starts
+    words = ["-m", "glmtuner", "-m", *ONE, "name=both", "hydra/launcher=slurm"]
+    output = tmp_path / "output.log"
+    with output.open("w") as file:
+        waiting = subprocess.Popen([sys.executable, *words], cwd=tmp_path, env=ENV, stdout=file, stderr=file)
+    wait(lambda: f"job 0 is SLURM job {job} already: " in output.read_text(encoding="utf-8"))
+    assert waiting.poll() is None
+    subprocess.run(["scontrol", "release", job], check=True)
+    assert waiting.wait(300) == 0 and "(1 finished" in output.read_text(encoding="utf-8")
     assert len(list((tmp_path / "outputs/sweeps/both/.submitit").glob("[0-9]*"))) == 1
 
 

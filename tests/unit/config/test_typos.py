@@ -90,3 +90,20 @@ def test_a_typo_is_answered_with_the_word(typed, word, tmp_path, monkeypatch, ca
     assert first and first.group(1) == wrong_part(typed, word)
     assert f"type {word}=…" in told.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_key_of_a_free_dictionary_takes_a_plus(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "-m",
+        "model=tiny_glm",
+        "tracker=none",
+        "data.dataset=belle_sample",
+        "trainer.seed=1,2",
+        "hydra/launcher=slurm",
+    ]
+    key = "hydra.launcher.additional_parameters.hold"
+    assert main([*words, f"{key}=true"]) == 2
+    assert (
+        capsys.readouterr().err == f"glmtuner: {key}: a key that is new in a dictionary takes a plus; type +{key}=…\n"
+    )
