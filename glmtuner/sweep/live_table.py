@@ -16,7 +16,7 @@ LAUNCHERS = (
     "SharedLauncher",
 )  # of the others each job shows a line of its own, or SLURM has its output
 DRAW_SECONDS = 1.0  # between two drawings
-SHARE = 0.01  # of the time that may be spent on reading the folders
+SHARE = 0.05  # of the time that may be spent on reading the folders
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from glmtuner.errors import ConfigError
 from glmtuner.finetuning.lora import Bias
 from glmtuner.launch.register import register_presets
 from glmtuner.sweep import launchers
+from glmtuner.sweep.search_pruners import pruner_of
 from glmtuner.sweep.search_samplers import sampler_class
 
 register_presets()
@@ -99,14 +100,17 @@ def test_preset_of_hydra_composes(path):
     launchers.register()
     group = path.parent.relative_to(CONF).as_posix()
     words = [f"{group}={path.stem}", "objective=eval_loss", "name=test"]
-    if group == "hydra/sweeper/sampler":
+    if group in ("hydra/sweeper/sampler", "hydra/sweeper/pruner"):
         words.append("hydra/sweeper=optuna")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = hydra_compose("config", words, return_hydra_config=True)
     resolved = OmegaConf.to_container(OmegaConf.select(composed, group.replace("/", ".")), resolve=False)
     name = resolved["_target_"].rsplit(".", 1)[1]
     ours = ("SlurmLauncher", "JoblibLauncher", "SharedLauncher", "OptunaSweeper", "RaceSweeper")
-    assert name in ours or sampler_class(resolved).__name__ == name
+    if group == "hydra/sweeper/pruner":
+        assert type(pruner_of(resolved)).__name__ == name
+    else:
+        assert name in ours or sampler_class(resolved).__name__ == name
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert {*written} - {"defaults", "_self_"} <= {*resolved}
 
