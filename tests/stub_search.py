@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,14 @@ def bowl(drawn: dict[str, str]) -> dict[str, float]:
     return {"eval_loss": (math.log10(rate) + 3) ** 2 + (norm - 0.3) ** 2, "train_runtime": 1 + norm}
 
 
+def whole(path: Path, content: dict[str, Any]) -> None:
+    """Written whole or not at all, as a run does it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content))
+    beside.replace(path)
+
+
 class StubLauncher:
     def __init__(self, sweep: Path, job: Job, seconds: float) -> None:
         self.sweep, self.job, self.seconds = sweep, job, seconds
@@ -56,7 +65,7 @@ class StubLauncher:
             time.sleep(self.seconds)
             metrics = self.job(values)
             (folder / "config.yaml").write_text("{}\n")
-            (folder / "metrics.json").write_text(json.dumps(metrics))
+            whole(folder / "metrics.json", metrics)
         except Exception as error:
             folder.record_failure(error, words)
         finally:
@@ -98,6 +107,26 @@ def in_child(run: Callable[[], None]) -> Any:
     child = get_context("fork").Process(target=run)
     child.start()
     return child
+
+
+def killed_at_random(sweeper: StubSweeper, seed: int) -> int:
+    """How often the search was killed, a moment after one more of its trials was begun, before it ended by itself."""
+    moments, kills, log = random.Random(seed), 0, sweeper.sweep_dir / "search.journal"
+    size = lambda: log.stat().st_size if log.exists() else 0  # noqa: E731
+    while True:
+        # a machine that is busy may see to it late: the first two searches are slow enough to be caught
+        sweeper.jobs.seconds = 0.01 if kills >= 2 else 0.3
+        before, child = size(), in_child(sweeper.run)
+        while child.exitcode is None and size() == before:
+            time.sleep(0.002)
+        child.join(moments.uniform(0, 0.3))
+        if child.exitcode is None:
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            kills += child.exitcode == -signal.SIGKILL
+        if child.exitcode == 0:
+            return kills
+        assert child.exitcode == -signal.SIGKILL and kills < 200
 
 
 def trials_of(sweep: Path, storage: str | None = None) -> list[Any]:

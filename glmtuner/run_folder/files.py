@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 from glmtuner.console import UNPRINTABLE, say
 from glmtuner.errors import CheckpointError
@@ -22,19 +22,42 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: to a temporary name, flushed to the disk, then renamed. Parent folders are created."""
+    """Write a file atomically: to a temporary name, flushed to the disk, then renamed. Parent folders are created.
+
+    Several processes may write the same file at once, as searches that share a folder do: one after another, each of them whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
-        with partial.open("wb") as file:
+        with _opened_alone(partial) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+            if os.name == "posix":
+                partial.replace(path)  # while the lock is held: afterwards the name may be another process's
+        if os.name != "posix":
+            partial.replace(path)  # Windows renames no open file
     except OSError:
         with suppress(OSError):
             partial.unlink()  # a full disk needs the space
         raise
+
+
+def _opened_alone(partial: Path) -> BinaryIO:
+    """The empty file, locked against other processes and threads that open it here (not on Windows)."""
+    try:
+        import fcntl
+    except ImportError:
+        return partial.open("wb")
+    while True:
+        file = partial.open("ab")
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+                file.truncate(0)  # of a process that was killed
+                return file
+        file.close()  # it was renamed by who had the lock
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:

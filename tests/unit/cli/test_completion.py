@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -175,10 +174,9 @@ def test_presets_of_a_config_dir_are_offered_and_new_ones_seen(workspace):
 
 
 def test_a_damaged_index_is_made_again_and_none_is_no_crash(workspace, monkeypatch):
+    monkeypatch.setenv("GLMTUNER_CACHE", str(workspace / "cache"))
     assert texts("glmtuner quant=int4")
-    (index,) = [
-        path for path in (Path(os.environ["GLMTUNER_CACHE"]) / "completion").iterdir() if "int4" in path.read_text()
-    ][:1]
+    (index,) = [path for path in (workspace / "cache/completion").iterdir() if "int4" in path.read_text()]
     index.write_text("{", encoding="utf-8")
     assert texts("glmtuner quant=int4") == ["quant=int4"] and json.loads(index.read_text(encoding="utf-8"))["state"]
     monkeypatch.setenv("GLMTUNER_CACHE", "/proc/nowhere")

@@ -2,6 +2,8 @@
 
 import json
 import math
+from contextlib import suppress
+from multiprocessing import get_context
 
 import pytest
 
@@ -35,3 +37,19 @@ def test_a_line_that_cannot_be_read_is_named_unless_it_is_a_cut_last_one(tmp_pat
     assert list(read_lines(tmp_path / "rows.jsonl")) == [{"a": 1}, {"a": 2}]
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "line 2" in said[0] and "line 3" in said[1] and "rows.jsonl" in said[0]
+
+
+def test_processes_that_write_one_file_at_once_write_it_whole(tmp_path):
+    def write(letter):
+        for _ in range(150):
+            write_text(tmp_path / "results.yaml", letter * 50_000)
+
+    children = [get_context("fork").Process(target=write, args=(letter,)) for letter in "abcd"]
+    for child in children:
+        child.start()
+    while any(child.is_alive() for child in children):
+        with suppress(FileNotFoundError):
+            text = (tmp_path / "results.yaml").read_text()
+            assert text == text[0] * 50_000
+    assert [child.exitcode for child in children] == [0] * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["results.yaml"]

@@ -1,7 +1,6 @@
 """Searches with stubbed jobs: killed and typed again, shared by processes, failed, diverged, continued with other values."""
 
 import os
-import random
 import signal
 import time
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from stub_search import SPACE, StubSweeper, bowl, in_child, kill_at_append, started, trials_of
+from stub_search import SPACE, StubSweeper, bowl, in_child, kill_at_append, killed_at_random, started, trials_of
 
 from glmtuner.errors import ConfigError, Diverged
 from glmtuner.run_folder.folder import RunFolder
@@ -40,17 +39,7 @@ def undisturbed(request, tmp_path_factory) -> tuple[int, list[dict[str, float]]]
 
 def test_a_search_that_is_killed_at_random_draws_what_the_undisturbed_one_draws(undisturbed, tmp_path):
     n_jobs, values = undisturbed
-    moments, kills = random.Random(n_jobs), 0
-    while True:
-        child = in_child(StubSweeper(tmp_path, n_jobs=n_jobs, seconds=0.01).run)
-        child.join(moments.uniform(0.02, 0.35))
-        if child.exitcode is None:
-            os.kill(child.pid, signal.SIGKILL)
-            child.join()
-            kills += child.exitcode == -signal.SIGKILL
-        if child.exitcode == 0:
-            break
-        assert child.exitcode == -signal.SIGKILL and kills < 200
+    kills = killed_at_random(StubSweeper(tmp_path, n_jobs=n_jobs), n_jobs)
     assert kills >= 2
     assert states(tmp_path) == ["COMPLETE"] * 20
     assert drawn(tmp_path) == values

@@ -1,15 +1,11 @@
 """Searches that prune at rungs, with stubbed jobs, against plain Optuna with the same pruner, values and order."""
 
-import json
 import math
-import os
-import random
-import signal
 from pathlib import Path
 
 import optuna
 import pytest
-from stub_search import StubLauncher, StubSweeper, bowl, in_child, started, trials_of
+from stub_search import StubLauncher, StubSweeper, bowl, killed_at_random, started, trials_of, whole
 
 from glmtuner.distributed.pause import VARIABLE
 from glmtuner.errors import CheckpointError, ConfigError
@@ -43,10 +39,10 @@ class PausingLauncher(StubLauncher):
             super().run(folder, values, words)
             return
         place = folder / "pauses" / pause
-        place.mkdir(parents=True)
+        folder.path.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text("{}\n")
         metrics = {"loss": loss_at(values, float(pause))}
-        (place / "pause.json").write_text(json.dumps({"step": 1, "max_steps": 10, "records": "", "metrics": metrics}))
+        whole(place / "pause.json", {"step": 1, "max_steps": 10, "records": "", "metrics": metrics})
 
 
 class PausingSweeper(StubSweeper):
@@ -107,17 +103,7 @@ def test_a_search_that_is_killed_prunes_what_the_undisturbed_one_prunes(tmp_path
     PausingSweeper(tmp_path / "whole", n_trials=14).run()
     expected = [(trial.params, trial.state.name) for trial in trials_of(tmp_path / "whole")]
     (tmp_path / "cut").mkdir()
-    moments, kills = random.Random(3), 0
-    while True:
-        child = in_child(PausingSweeper(tmp_path / "cut", n_trials=14, seconds=0.01).run)
-        child.join(moments.uniform(0.02, 0.3))
-        if child.exitcode is None:
-            os.kill(child.pid, signal.SIGKILL)
-            child.join()
-            kills += 1
-        if child.exitcode == 0:
-            break
-        assert kills < 200
+    kills = killed_at_random(PausingSweeper(tmp_path / "cut", n_trials=14), 3)
     assert kills >= 2
     assert [(trial.params, trial.state.name) for trial in trials_of(tmp_path / "cut")] == expected
     assert len({*started(tmp_path / "cut")}) == sum(state == "COMPLETE" for _, state in expected)
