@@ -14,6 +14,7 @@ from glmtuner.cli.streams import results_in_files
 from glmtuner.errors import ConfigError, did_you_mean
 
 VERBS = (
+    "board",
     "chat",
     "completion",
     "diff",
@@ -29,6 +30,7 @@ VERBS = (
     "status",
 )
 WRITING = (
+    "board",
     "export",
     "prefetch",
     "report",

@@ -24,6 +24,7 @@ FLOORS = (  # a room imports from the floors below its own, never from its own o
     ("stages",),
     ("launch",),
     ("compare", "sweep"),
+    ("board",),
     ("cli",),
     ("__main__",),
 )

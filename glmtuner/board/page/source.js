@@ -1,0 +1,49 @@
+"use strict";
+// Where the page's data come from: the board that serves it, or, in the static version, scripts that were written beside it.
+
+// The answer to GET api/<name>?<parameters>; throws an Error with the board's own paragraph.
+board.get = async (name, parameters = {}) => {
+  if (window.glmtunerStatic) return board.fromScript(name, parameters);
+  const query = new URLSearchParams(Object.entries(parameters).filter(([, value]) => value !== undefined && value !== null));
+  return board.asked(`api/${name}${query.size ? `?${query}` : ""}`, {});
+};
+
+// The answer to a request that changes something.
+board.post = (name, body = {}) =>
+  board.asked(`api/${name}`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json", "X-Glmtuner-Board": "1" },
+    body: JSON.stringify(body),
+  });
+
+board.asked = async (path, options) => {
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch {
+    throw new Error(board.word("lost"));
+  }
+  const type = response.headers.get("content-type") || "";
+  const content = type.startsWith("application/json") ? await response.json() : { error: await response.text() };
+  if (!response.ok) throw new Error(content.error || response.statusText);
+  return content;
+};
+
+// The static version: data/<name>[-<id>].js calls glmtunerData(key, content); a script works where a page from a file may fetch nothing.
+const received = {};
+const awaited = {};
+window.glmtunerData = (key, content) => {
+  received[key] = content;
+  if (awaited[key]) awaited[key](content);
+};
+board.fromScript = (name, parameters) => {
+  const key = window.glmtunerStatic.files[JSON.stringify([name, parameters.id || ""])];
+  if (key === undefined) return Promise.reject(new Error(board.word("notStatic")));
+  if (key in received) return Promise.resolve(received[key]);
+  return new Promise((resolve, reject) => {
+    awaited[key] = resolve;
+    const script = board.h("script", { src: `data/${key}.js` });
+    script.onerror = () => reject(new Error(board.word("lost")));
+    document.head.append(script);
+  });
+};

@@ -1,0 +1,23 @@
+"""The process's side of `board`: it listens until Ctrl-C or SIGTERM. What was started from it goes on."""
+
+import socket
+from pathlib import Path
+
+import uvicorn
+
+from glmtuner.board.app import application
+from glmtuner.board.root import Root
+from glmtuner.board.views import Views
+from glmtuner.console import say
+
+
+def serve(
+    folder: Path, listener: socket.socket, url: str, token: str | None, hosts: tuple[str, ...] | None, read_only: bool
+) -> None:
+    """Serve the folder's board on the listening socket."""
+    root = Root(folder)
+    views = Views(root, read_only)
+    app = application([views.router], token, hosts, listener.getsockname()[1])
+    say(f"{folder} at {url}{f'?token={token}' if token else ''} ; Ctrl-C stops the board, not the runs")
+    config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=2)
+    uvicorn.Server(config).run(sockets=[listener])
