@@ -1,5 +1,6 @@
 """Fixtures of all tests: the reference values beside the checkout, a cache of their own, the command line in a child."""
 
+import gc
 import io
 import json
 import os
@@ -7,13 +8,15 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from default_cells import mark_heavy
 from stand_ins import texts_in, write_upstream
+from warm_server import WarmServer
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -32,6 +35,7 @@ RECORDS = {name: "https://github.com/hiyouga/LLaMA-Factory, data/" for name in (
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the default suite never asks for the network
 os.environ["WANDB_MODE"] = "offline"
+ENVIRONMENT = dict(os.environ)  # before any test changes it
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +57,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "::" in argument for argument in config.args
     ):  # with one cell asked for, the others are not there
         raise pytest.UsageError(f"tests/default_cells.py names cells that no test has: {', '.join(missing)}")
+    # files go to the workers in this order (`--no-loadscope-reorder`): the long ones first, and at the end no worker waits for another
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: ("/e2e/" not in item.path.as_posix(), -sizes[item.path], item.path))
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported out of the way of the garbage collections, of which every training does some."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +126,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["GLMTUNER_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def warm_server(cache: Path) -> Iterator[WarmServer]:
+    """Runs command lines in processes of their own, each a fork of one that has imported torch, and kills them where told to."""
+    server = WarmServer({**ENVIRONMENT, "GLMTUNER_CACHE": str(cache), "COLUMNS": "160"})
+    yield server
+    server.close()
 
 
 @pytest.fixture
