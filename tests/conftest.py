@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -152,6 +153,19 @@ def glmtuner_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProces
             text=True,
             timeout=timeout,
         )
+
+    return run
+
+
+@pytest.fixture
+def glmtuner_fork(warm_server: WarmServer, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The same in a fork of a process that has imported torch: where the command must leave nothing behind in this one, and no
+    variable of `env` is read by an import."""
+
+    def run(*words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        ended = warm_server.run(*words, cwd=tmp_path, env=env, apart=True)
+        code = -signal.SIGKILL if ended.code is None else ended.code
+        return subprocess.CompletedProcess([*words], code, ended.output, ended.errors)
 
     return run
 

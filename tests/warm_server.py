@@ -24,12 +24,14 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Ended(NamedTuple):
-    """How a command ended: its exit code (-9 when killed, None when stopped at its time limit), its output, its duration."""
+    """How a command ended: its exit code (-9 when killed, None when stopped at its time limit), its output, its duration, the changes
+    of files that were counted; standard error `apart` if that was asked for, or else in the output."""
 
     code: int | None
     output: str
     seconds: float
     operations: list[str]
+    errors: str
 
 
 class WarmServer:
@@ -81,6 +83,7 @@ def run(
     kill_at: int | None = None,
     opened: bool = False,
     matching: str = "",
+    apart: bool = False,
     kill_at_call: tuple[str, int] | None = None,
     kill_after: float | None = None,
     kill_when: str | None = None,
@@ -90,12 +93,15 @@ def run(
     something `matching` this regular expression are counted. Or it is killed at the n-th call of a function,
     `kill_at_call=("module:name", n)`; or `kill_after` seconds after its start, or after the file `kill_when` appears, which a
     busy machine sees late."""
-    output, listing = Path(cwd) / ".output", Path(cwd) / ".operations"
+    output, errors, listing = (Path(cwd) / name for name in (".output", ".errors", ".operations"))
+    errors = errors if apart else output
     output.touch()
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        os._exit(in_child(words, cwd, env, stdin, output, listing, below, kill_at, opened, matching, kill_at_call))
+        os._exit(
+            in_child(words, cwd, env, stdin, output, errors, listing, below, kill_at, opened, matching, kill_at_call)
+        )
     code, deadline = None, started + timeout
     counted_from = started if kill_when is None else None
     while True:
@@ -113,14 +119,17 @@ def run(
             break
         time.sleep(0.0005)
     operations = listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else []
-    text = output.read_text(encoding="utf-8", errors="replace")
-    for path in (output, listing):
+    told = {path: path.read_text(encoding="utf-8", errors="replace") for path in {output, errors}}
+    for path in (output, errors, listing):
         path.unlink(missing_ok=True)
-    return {"code": code, "output": text, "seconds": time.monotonic() - started, "operations": operations}
+    return {
+        "code": code, "output": told[output], "errors": told[errors] if apart else "", "seconds": time.monotonic() - started,
+        "operations": operations,
+    }  # fmt: skip
 
 
 def in_child(
-    words: list[str], cwd: str, env: dict[str, str] | None, stdin: str | None, output: Path, listing: Path,
+    words: list[str], cwd: str, env: dict[str, str] | None, stdin: str | None, output: Path, errors: Path, listing: Path,
     below: str | None, kill_at: int | None, opened: bool, matching: str, kill_at_call: tuple[str, int] | None,
 ) -> int:  # fmt: skip
     """The exit code of the command."""
@@ -128,7 +137,7 @@ def in_child(
         os.setsid()
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
-        os.dup2(file, 2)
+        os.dup2(file if errors == output else os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         reading, writing = os.pipe()
         os.write(writing, (stdin or "").encode("utf-8", "surrogateescape"))
         os.close(writing)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from listening import official_client
 from default_cells import TEMPLATES
+from listening import official_client
 from official_templates import MODELS, Official, official
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -188,7 +188,7 @@ def test_in_a_terminal(run: Path, tmp_path: Path) -> None:
     until("TinyGLM")
     until("> ")
     os.write(master, b"\x04")
-    assert child.wait(30) == 0
+    assert child.wait(120) == 0
     os.close(master)
     assert "你是谁？" in (tmp_path / "chat_history").read_text(encoding="utf-8")
 

@@ -67,7 +67,7 @@ class Served:
 
     def stop(self, how: int = signal.SIGINT) -> int:
         self.process.send_signal(how)
-        return self.process.wait(20)
+        return self.process.wait(120)
 
 
 def started(run: Path, folder: Path, *words: str, **env: str) -> Served:

@@ -92,7 +92,7 @@ def stop_after_step_three(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.GlmTrainer, "__init__", init)
 
 
-def test_a_run_is_in_its_file_and_no_secret_is(glmtuner_process: Callable, tmp_path: Path) -> None:
+def test_a_run_is_in_its_file_and_no_secret_is(glmtuner_fork: Callable, tmp_path: Path) -> None:
     subprocess.run(
         "git init -q . && git -c user.name=n -c user.email=e commit -q --allow-empty -m m && "
         f"git remote add origin https://ghp_{KEY}:x-oauth-basic@example.org/me/repo.git",
@@ -101,7 +101,7 @@ def test_a_run_is_in_its_file_and_no_secret_is(glmtuner_process: Callable, tmp_p
     secrets = {"WANDB_API_KEY": KEY, "HF_TOKEN": f"hf_{KEY}", "WANDB_MODE": "offline"}
     words = [*TINY, *SCORED, "model.plot_loss=true", f"trainer.hub_token=hf_{KEY}", "tracker.log_artifact=true"]
     words += ["tracker.project=proj", "tracker.entity=team", "tracker.group=mine", "tracker.tags=a,b", "name=first"]
-    done = glmtuner_process(*words, "trainer.output_dir=run", env={**secrets, "WANDB_NOTES": "a note"})
+    done = glmtuner_fork(*words, "trainer.output_dir=run", env={**secrets, "WANDB_NOTES": "a note"})
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     (session,) = wandb_file.sessions(run)

@@ -100,7 +100,7 @@ def served(run: Path) -> Iterator[OpenAI]:
         yield OpenAI(base_url=f"{found.group(1)}/v1", api_key="none", max_retries=0, timeout=60)
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0, log.read_text()
+        assert process.wait(120) == 0, log.read_text()
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_exported", "full", "full_exported"])
