@@ -142,7 +142,7 @@ def glmtuner_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProces
     """`python -m glmtuner <words>` in a child process, in a folder of its own; in `env` None removes a variable."""
 
     def run(
-        *words: str, env: dict[str, str | None] | None = None, timeout: float = 300
+        *words: str, env: dict[str, str | None] | None = None, timeout: float = 1500
     ) -> subprocess.CompletedProcess[str]:
         merged = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **(env or {})}
         return subprocess.run(

@@ -37,7 +37,7 @@ def run(tmp_path: Path, cuts: dict[str, list[int]]) -> subprocess.CompletedProce
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,
         )
     finally:
         server.shutdown()

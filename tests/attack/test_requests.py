@@ -68,7 +68,7 @@ def port(run: Path, tmp_path: Path) -> Iterator[int]:
 def post(port: int, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, bytes, float]:
     """Status, body, and seconds until the response had ended."""
     started = time.monotonic()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request("POST", PATH, body, {"Content-Type": "application/json", **(headers or {})})
     response = connection.getresponse()
     found = response.status, response.read(), time.monotonic() - started
@@ -79,7 +79,7 @@ def post(port: int, body: bytes, headers: dict[str, str] | None = None) -> tuple
 def health(port: int) -> float:
     """Seconds that /health takes."""
     started = time.monotonic()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request("GET", "/health")
     assert connection.getresponse().status == 200
     connection.close()

@@ -50,7 +50,7 @@ class Served:
         return int(self.url.rsplit(":", 1)[1])
 
     def client(self, key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=600)
 
     def post(self, body: bytes | str, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, Any]:
         """Status and JSON of a raw request."""
@@ -58,7 +58,7 @@ class Served:
             "Content-Type": "application/json",
             **{name.replace("_", "-"): value for name, value in headers.items()},
         }
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         connection.request("POST", path, body.encode() if isinstance(body, str) else body, sent)
         answer = connection.getresponse()
         found = answer.status, json.loads(answer.read())
@@ -261,7 +261,7 @@ def test_other_requests_that_are_turned_away(served: Served) -> None:
     assert served.post(good, "/v1/completions")[0] == 404
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         served.client().models.retrieve("other")
-    chunked = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+    chunked = http.client.HTTPConnection("127.0.0.1", served.port, timeout=600)
     chunked.request(
         "POST",
         "/v1/chat/completions",
@@ -303,7 +303,7 @@ def test_a_key_many_requests_a_long_answer_and_a_stop(run: Path, tmp_path: Path)
         assert 429 in statuses and statuses <= {200, 429, 504}
         told = {answer["error"]["code"] for status, answer in found if status != 200}
         assert told <= {"rate_limit_exceeded", "timeout"}
-        page = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        page = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
         page.request("GET", "/")
         assert b'"key": true' in page.getresponse().read()
     finally:
@@ -348,7 +348,7 @@ def rest_of(connection: socket.socket) -> str:
 def get(port: int, path: str = "/health") -> tuple[int, float]:
     """Status, and seconds that it took."""
     started = time.perf_counter()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request("GET", path)
     status = connection.getresponse().status
     connection.close()
@@ -484,7 +484,7 @@ def test_health_answers_at_once_while_the_largest_requests_are_read(endless: Any
 
 
 def post_to(port: int, body: str) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request("POST", "/v1/chat/completions", body.encode(), {"Content-Type": "application/json"})
     status = connection.getresponse().status
     connection.close()

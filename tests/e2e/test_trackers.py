@@ -194,7 +194,7 @@ def on_a_terminal(words: list[str], folder: Path, env: dict[str, str]) -> tuple[
         while part := os.read(ours, 4096):
             shown += part
     os.close(ours)
-    return child.wait(timeout=60), shown.decode(errors="replace")
+    return child.wait(timeout=600), shown.decode(errors="replace")
 
 
 def test_without_a_login_nothing_is_asked(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_what_was_synced_is_not_sent_again(
         paths = [path for path in sorted(run.glob("wandb/offline-run-*")) if not list(path.glob("*.synced"))]
         command = ["wandb", "sync", *map(str, paths)]
         env = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
-        subprocess.run([sys.executable, "-m", *command], env=env, check=True, capture_output=True, timeout=60)
+        subprocess.run([sys.executable, "-m", *command], env=env, check=True, capture_output=True, timeout=600)
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     words, run = [*TINY, "trainer.output_dir=run"], tmp_path / "run"

@@ -97,7 +97,7 @@ def served(run: Path) -> Iterator[OpenAI]:
         while not (found := re.search(r"at (http://\S+:\d+)/v1", log.read_text())):
             assert process.poll() is None and time.monotonic() < until, log.read_text()
             time.sleep(0.1)
-        yield OpenAI(base_url=f"{found.group(1)}/v1", api_key="none", max_retries=0, timeout=60)
+        yield OpenAI(base_url=f"{found.group(1)}/v1", api_key="none", max_retries=0, timeout=600)
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 0, log.read_text()

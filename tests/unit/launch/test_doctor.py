@@ -468,7 +468,7 @@ def run_doctor(folder: Path, *words: str, **variables: str) -> subprocess.Comple
     spy = "import sys; from glmtuner.cli.main import main; c = main(sys.argv[1:]); print('LOADED', *sys.modules); sys.exit(c)"
     return subprocess.run(
         [sys.executable, "-c", spy, "doctor", *words], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
