@@ -62,7 +62,7 @@ HEAVY = {
 }  # fmt: skip
 # cells that are heavy, of matrices that run but for these
 LEFT_OUT = {
-    "test_the_offline_commands_of_a_page_work_as_written": ("forecast", "memory", "searches", "shared", "stages")
+    "test_the_offline_commands_of_a_page_work_as_written": ("forecast", "memory", "shared", "stages")
 }
 
 
