@@ -33,7 +33,7 @@ test-attack: $(READY)
 test-heavy: $(READY) test-stages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -m 'heavy and not matrix' --numprocesses 2 --dist loadscope
 
-# every stage, and every method and quantization: trained, cut short and resumed, reported, exported; sweeps that are killed; weights; new tokens
+# every stage with every quantization, by each method in turn: trained, cut short and resumed, reported, exported; sweeps that are killed; weights; new tokens
 test-stages: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stages -m 'not matrix' --numprocesses 2 --dist loadgroup
 

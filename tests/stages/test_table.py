@@ -99,12 +99,13 @@ def trained_on(quant: str) -> list[str]:
 def cells() -> Iterator[Any]:
     """(stage, method, quantization, further words); those of a method and a quantization follow each other, and share a process.
 
-    `make test-stages` runs every stage and every method and quantization, on diagonals of their table; `make test-matrix` the rest.
+    `make test-stages` runs every stage once with each quantization, by methods in turn; `make test-matrix` the rest.
     """
-    pairs = [(method, quant) for quant in QUANTS for method in trained_on(quant)]
-    for column, (method, quant) in enumerate(pairs):
-        for row, stage in enumerate(STAGES):
-            yield cell(stage, method, quant, matrix=(row + column) % 4 != 0)
+    for turn, quant in enumerate(QUANTS):
+        methods = trained_on(quant)
+        for column, method in enumerate(methods):
+            for row, stage in enumerate(STAGES):
+                yield cell(stage, method, quant, matrix=(row + column + turn) % len(methods) != 0)
     for column, preset in enumerate(VARIANTS):
         for row, stage in enumerate(("sft", "dpo", "rm")):
             yield cell(stage, preset, "int4" if preset == "qlora" else "none", matrix=(row + column) % 3 != 0)
