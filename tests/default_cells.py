@@ -61,9 +61,7 @@ HEAVY = {
     "test_two_ranks_learn_what_one_process_learns": ("dapo",),
 }  # fmt: skip
 # cells that are heavy, of matrices that run but for these
-LEFT_OUT = {
-    "test_the_offline_commands_of_a_page_work_as_written": ("forecast", "memory", "shared", "stages")
-}
+LEFT_OUT = {"test_the_offline_commands_of_a_page_work_as_written": ("forecast", "memory", "shared", "stages")}
 
 
 def mark_heavy(items: Sequence[pytest.Item]) -> list[str]:
