@@ -8,7 +8,7 @@ TRL := .trl
 LM_EVAL := .lm_eval
 LATEST := .latest
 
-.PHONY: setup quickstart test test-attack test-heavy test-stages test-architectures test-latest test-slurm test-liger test-trl test-benchmarks test-forecast check format schema wheel clean
+.PHONY: setup quickstart test test-attack test-heavy test-stages test-matrix test-architectures test-latest test-slurm test-liger test-trl test-benchmarks test-forecast check format schema wheel clean
 
 setup: $(READY)
 
@@ -22,20 +22,25 @@ quickstart: $(READY)
 	$(BIN)/python -m glmtuner experiment=quickstart
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # fuzzed records and requests, damaged folders, SIGKILL at random moments
 test-attack: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attack --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attack -m 'not matrix' --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# conversations learned by heart behind 18 of the 21 official chat templates in ../shared (make test has the others), more syntaxes of
+# conversations learned by heart behind five more of the official chat templates in ../shared (make test has three), more syntaxes of
 # tool calls, the GPU check rehearsed on the CPU, killed ranks
 test-heavy: $(READY) test-stages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -m heavy --numprocesses 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -m 'heavy and not matrix' --numprocesses 2 --dist loadscope
 
-# every stage with every method and quantization: trained, cut short and resumed, reported, exported; sweeps that are killed; weights; new tokens
+# every stage with every quantization, by each method in turn: trained, cut short and resumed, reported, exported; sweeps that are killed; weights; new tokens
 test-stages: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stages --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stages -m 'not matrix' --numprocesses 2 --dist loadgroup
+
+# the rest of the matrices: every stage with every method and quantization, every loss, method, optimizer and template, every lost connection
+test-matrix: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stages -m matrix --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e tests/attack -m matrix --numprocesses 2 --dist loadscope
 
 # what works on which architecture of transformers; `--accept` behind matrix.py writes what is expected, and docs/architectures.md
 # (`make test-architectures MATRIX=--kinds`: one of each kind)

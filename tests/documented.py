@@ -92,6 +92,11 @@ RUN_BY = {
     "python -m glmtuner -m hydra/sweeper=optuna model=tiny_glm tracker=none data.dataset=identity_sample data.dev_ratio=0.2 "
     "trainer.do_eval=true trainer.max_steps=10 objective=eval_loss trainer.learning_rate=tag(log, interval(1e-4, 1e-1)) "
     "hydra.sweeper.n_trials=8 name=rates": "tests/e2e/test_searches.py",
+    "python -m glmtuner -m hydra/sweeper=optuna model=tiny_glm tracker=none data.dataset=belle_sample data.dev_ratio=0.2 "
+    "trainer.do_eval=true trainer.max_steps=40 objective=eval_loss trainer.learning_rate=tag(log, interval(1e-5, 3e-2)) "
+    "hydra.sweeper.n_trials=12 hydra.sweeper.rungs=[0.1,0.25,0.5] hydra.sweeper.pruner.n_startup_trials=3 name=pruned": (
+        "tests/e2e/test_searches.py"
+    ),
     "python -m glmtuner -m hydra/sweeper=optuna model=tiny_glm tracker=none data.dataset=identity_sample data.dev_ratio=0.2 "
     "trainer.do_eval=true objective=[eval_loss,train_runtime] trainer.learning_rate=tag(log, interval(1e-3, 1e-1)) "
     "trainer.max_steps=range(1, 9) hydra.sweeper.n_trials=10 name=cost": "tests/e2e/test_searches.py",

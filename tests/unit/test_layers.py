@@ -176,7 +176,7 @@ def modules_loaded_by(folder: Path, *words: str) -> tuple[int, set[str]]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     last = done.stdout.splitlines()[-1].split()
     assert last[0] == "LOADED", done.stderr

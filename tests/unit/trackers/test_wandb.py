@@ -132,7 +132,7 @@ def test_a_run_survives_the_end_of_wandbs_own_process(tmp_path: Path, capsys: py
     for child in psutil.Process().children(recursive=True):
         if "wandb-core" in child.name():
             child.terminate()  # as SLURM does, to every process of a job
-            child.wait(10)
+            child.wait(60)
     first.log({"step": 2, "loss": 1.0})
     first.abandon(preempted=True)
     assert first.finish(tmp_path / "run", {"train_loss": 1.5}) is None
