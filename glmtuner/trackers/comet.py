@@ -2,9 +2,11 @@
 
 import secrets
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
+from zipfile import ZipFile
 
 from glmtuner.config.groups import preset
 from glmtuner.run_folder.files import write_text
@@ -42,12 +44,17 @@ class Session(ClientSession):
         super().__init__(about, note)
         import comet_ml
 
+        self._earlier = sorted(self.logs.glob("session-*"))
+        number = max((int(folder.name.rpartition("-")[2]) for folder in self._earlier), default=0) + 1
+        session = self.logs / f"session-{number}"
         key_file = self.logs / "run_id.txt"
         if not key_file.is_file():
             write_text(key_file, secrets.token_hex(16))
+        key = key_file.read_text(encoding="utf-8").strip()
+        self._archive = session / f"{key}.zip"
         self.experiment = comet_ml.OfflineExperiment(
-            project_name=about.project, workspace=about.options["workspace"], offline_directory=str(self.logs),
-            experiment_key=key_file.read_text(encoding="utf-8").strip(), display_summary_level=0, **OFF,
+            project_name=about.project, workspace=about.options["workspace"], offline_directory=str(session),
+            experiment_key=key, display_summary_level=0, **OFF,
         )  # fmt: skip
         self.experiment.set_name(about.name)
         self.experiment.add_tags(about.tags)
@@ -71,20 +78,17 @@ class Session(ClientSession):
         trained = RunFolder(self.folder).trained()
         if self.about.log_artifact and trained is not None:
             experiment.log_model(trained.name, str(trained))
-        archive = self._close("finished")
-        return f"offline; upload it with `comet upload {shlex.quote(archive)}`"
+        return f"offline; upload it with `comet upload {shlex.quote(self._close('finished'))}`"
 
     def abandon(self, preempted: bool) -> None:
         self._close("preempted" if preempted else "failed")
 
     def _close(self, state: str) -> str:
         """Write the archive, and remove those of earlier sessions; returns its path."""
-        before = {*self.logs.glob("*.zip")}
         self.experiment.log_other("state", state)
         self.experiment.end()
-        written = {*self.logs.glob("*.zip")} - before
-        if not written:
-            raise RuntimeError(f"no archive was written to {self.logs}")
-        for archive in before:
-            archive.unlink(missing_ok=True)
-        return str(written.pop())
+        with ZipFile(self._archive) as archive:  # Comet creates an empty one first, and only logs what goes wrong later
+            archive.getinfo("messages.json")
+        for folder in self._earlier:
+            shutil.rmtree(folder, ignore_errors=True)
+        return str(self._archive)

@@ -51,10 +51,11 @@ class Session(ClientSession):
         mode = self._mode()
         # the command line and git's remote may hold secrets; the packages and the commit are in the config
         probe = options.Probe(runtime=False, git=False, requirements=False, conda=False)
+        config = {name: value for name, value in about.config.items() if value is not None}  # SwanLab shows null as {}
         settings = options(interactive=False, terminal=options.Terminal(proxy_type="none"), probe=probe)
         self.run = swanlab.init(
             mode=mode, project=about.project, workspace=about.options["workspace"], name=about.name, group=about.group,
-            job_type=about.job_type, tags=about.tags, id=id_file.read_text(encoding="utf-8").strip(), config=about.config,
+            job_type=about.job_type, tags=about.tags, id=id_file.read_text(encoding="utf-8").strip(), config=config,
             resume="allow" if mode == "online" else None, log_dir=str(self.logs), settings=settings,
         )  # fmt: skip
         if mode == "online":
@@ -88,11 +89,10 @@ class Session(ClientSession):
 
     def finish(self, metrics: dict[str, float]) -> str | None:
         import swanlab
-        from pyecharts.components import Table
 
         shown: dict[str, Any] = {name: swanlab.Image(str(path)) for name, path in pictures(self.folder).items()}
         for name, (columns, rows) in tables(self.folder).items():
-            shown[name] = swanlab.ECharts(Table().add(columns, rows))
+            shown[name] = swanlab.echarts.Table().add(columns, rows)
         if self.about.is_report and (page := report_page(self.folder)):
             shown["report"] = swanlab.Html(page.read_text(encoding="utf-8"))
         self.run.log({**metrics, **shown}, step=self.last_step)
