@@ -65,7 +65,9 @@ def mlflow(folder: Path, uri: str | None = None) -> Stored:
         found.tables[Path(listed["path"]).stem] = table["data"]
     for item in client.list_artifacts(run.info.run_id):
         if item.path == "pictures":
-            found.pictures = {f"pictures/{Path(each.path).stem}" for each in client.list_artifacts(run.info.run_id, item.path)}
+            found.pictures = {
+                f"pictures/{Path(each.path).stem}" for each in client.list_artifacts(run.info.run_id, item.path)
+            }
         elif item.path in ("adapter", "model"):
             local = Path(client.download_artifacts(run.info.run_id, item.path))
             found.weights = {path.name: path.read_bytes() for path in local.iterdir()}
@@ -90,14 +92,21 @@ def swanlab(folder: Path) -> Stored:
         match record.WhichOneof("record_type"):
             case "start":
                 start = record.start
-                found.name, found.group, found.job_type, found.id = start.name, start.group or None, start.job_type, start.id
+                found.name, found.group, found.job_type, found.id = (
+                    start.name,
+                    start.group or None,
+                    start.job_type,
+                    start.id,
+                )
                 found.tags = {*start.tags}
             case "scalar" if not record.scalar.key.startswith("__swanlab__"):
                 found.add(record.scalar.key, record.scalar.step, record.scalar.value.number)
             case "media":
                 kind = {"image", "echarts", "html"} & {path.name for path in (session / "media").iterdir()}
                 for item in record.media.value.items:
-                    (path,) = [path for path in (session / "media").glob(f"*/{item.filename}") if path.parent.name in kind]
+                    (path,) = [
+                        path for path in (session / "media").glob(f"*/{item.filename}") if path.parent.name in kind
+                    ]
                     if path.parent.name == "image":
                         found.pictures.add(record.media.key)
                     elif path.parent.name == "html":
@@ -105,7 +114,9 @@ def swanlab(folder: Path) -> Stored:
                     else:
                         table = json.loads(path.read_text(encoding="utf-8"))
                         columns = [column["field"] for column in table["colDefs"]]
-                        found.tables[record.media.key] = [[row[column] for column in columns] for row in table["rowData"]]
+                        found.tables[record.media.key] = [
+                            [row[column] for column in columns] for row in table["rowData"]
+                        ]
             case "finish":
                 found.state = {
                     RunState.RUN_STATE_FINISHED: "finished", RunState.RUN_STATE_ABORTED: "preempted",
@@ -201,7 +212,12 @@ def add_upload(found: Stored, payload: dict[str, Any], files: zipfile.ZipFile) -
         found.weights[Path(name).name] = content
 
 
-READERS: dict[str, Callable[[Path], Stored]] = {"mlflow": mlflow, "swanlab": swanlab, "trackio": trackio, "comet": comet}
+READERS: dict[str, Callable[[Path], Stored]] = {
+    "mlflow": mlflow,
+    "swanlab": swanlab,
+    "trackio": trackio,
+    "comet": comet,
+}
 
 
 def history_of(folder: Path, tracker: str) -> Series:

@@ -63,7 +63,12 @@ def test_a_run_and_one_that_is_killed_and_resumed_are_on_the_server(
     server: WarmServer, mlflow_server: MlflowServer, tmp_path: Path
 ) -> None:
     words = [word for word in TINY if "max_steps" not in word]
-    words += ["trainer.max_steps=40", "tracker=mlflow", f"tracker.tracking_uri={mlflow_server.uri}", "trainer.output_dir=run"]
+    words += [
+        "trainer.max_steps=40",
+        "tracker=mlflow",
+        f"tracker.tracking_uri={mlflow_server.uri}",
+        "trainer.output_dir=run",
+    ]
     words += ["tracker.log_artifact=true", "model.plot_loss=true"]
     run = tmp_path / "run"
     killed = server.run(
@@ -89,7 +94,9 @@ def test_without_a_server_the_run_is_in_its_folder_and_a_resumed_one_is_whole_on
     words = [*TINY, "tracker=mlflow", "trainer.output_dir=run"]
     env = env_of(tmp_path) | {"MLFLOW_TRACKING_URI": "http://user:hunter2-pass@127.0.0.1:9"}
     started = time.monotonic()
-    killed = server.run(*words, cwd=tmp_path, env=env, kill_when=str(tmp_path / "run/checkpoints/checkpoint-2/complete.json"))
+    killed = server.run(
+        *words, cwd=tmp_path, env=env, kill_when=str(tmp_path / "run/checkpoints/checkpoint-2/complete.json")
+    )
     if killed.code == 0:
         pytest.fail("the run was too fast to be killed")
     done = server.run(*words, cwd=tmp_path, env=env)

@@ -19,7 +19,13 @@ TINY = [
 ]  # fmt: skip
 PREDICTS = ["trainer.do_predict=true", "trainer.predict_with_generate=true", "model.plot_loss=true"]
 KEY = "0123456789abcdef" * 3
-ENV = {"COLUMNS": "160", "COMET_API_KEY": KEY, "SWANLAB_MODE": "offline", "SWANLAB_API_KEY": KEY, "HF_TOKEN": f"hf_{KEY}"}
+ENV = {
+    "COLUMNS": "160",
+    "COMET_API_KEY": KEY,
+    "SWANLAB_MODE": "offline",
+    "SWANLAB_API_KEY": KEY,
+    "HF_TOKEN": f"hf_{KEY}",
+}
 TIMING = "train/tokens_per_second"  # trackers have it, the history holds no timings
 
 
@@ -139,9 +145,7 @@ def test_a_killed_run_goes_on_as_the_same_run_with_each_line_once(
     assert len(written) == 1 and str(stored.id) in written[0].read_text()
 
 
-def test_a_preempted_run_is_shown_as_such_until_it_goes_on(
-    server: WarmServer, tracker: str, tmp_path: Path
-) -> None:
+def test_a_preempted_run_is_shown_as_such_until_it_goes_on(server: WarmServer, tracker: str, tmp_path: Path) -> None:
     if tracker == "trackio":
         pytest.skip("trackio has no states")
     (tmp_path / "stop.py").write_text(
@@ -176,7 +180,14 @@ def test_the_jobs_of_a_sweep_share_a_group_and_its_report_is_a_run(
     server: WarmServer, tracker: str, tmp_path: Path, launcher: str
 ) -> None:
     """With `shared`, both jobs train in one process at the same time, and each has its own run."""
-    words = ["-m", *TINY, *options(tracker, tmp_path), "trainer.learning_rate=1e-3,2e-3", "name=rates", f"hydra/launcher={launcher}"]
+    words = [
+        "-m",
+        *TINY,
+        *options(tracker, tmp_path),
+        "trainer.learning_rate=1e-3,2e-3",
+        "name=rates",
+        f"hydra/launcher={launcher}",
+    ]
     done = server.run(*words, cwd=tmp_path, env=env_of(tmp_path))
     assert done.code == 0, done.output
     sweep = tmp_path / "outputs/sweeps/rates"
