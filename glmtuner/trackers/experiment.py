@@ -48,6 +48,7 @@ class ExperimentTracker(Tracker):
 
     def __post_init__(self) -> None:
         self._client: ClientProcess | None = None
+        self._without_it = "the run continues without it"
 
     def check_machine(self) -> None:
         if find_spec(self.package) is None:
@@ -87,6 +88,7 @@ class ExperimentTracker(Tracker):
         """Log the sweep's plots, leaderboard and report as a run of its group, the same one each time."""
         if not (pictures(sweep) or tables(sweep) or (sweep / REPORT_PAGE).is_file()):
             return None
+        self._without_it = f"the report of the sweep is in {sweep} alone"
         self._open(
             self._described(
                 sweep, name=f"{sweep.resolve().name} report", group=self._group(sweep), job_type="report", config={}, is_report=True
@@ -139,7 +141,7 @@ class ExperimentTracker(Tracker):
         try:
             yield
         except (ClientFailed, TimeoutError, OSError) as error:
-            say(f"{self.title} failed ({redact_text(str(error))}): the run continues without it")
+            say(f"{self.title} failed ({redact_text(str(error))}): {self._without_it}")
             if self._client is not None:
                 self._client.kill()
             self._client = None

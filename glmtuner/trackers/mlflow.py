@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import posixpath
 import re
 import shlex
 import time
@@ -135,7 +136,8 @@ class Session(ClientSession):
         self.client.log_batch(
             self.run_id, tags=[RunTag(self._legal(name), str(value)) for name, value in tags.items() if value]
         )
-        params = {self._legal(name): str(value)[:6000] for name, value in flatten(about.config).items()}
+        config = flatten(about.config) if about.config else {}
+        params = {self._legal(name): str(value)[:6000] for name, value in config.items()}
         changed = sorted(name for name in params.keys() & self._params.keys() if params[name] != self._params[name])
         if changed:
             self.note(
@@ -150,6 +152,8 @@ class Session(ClientSession):
     def _legal(self, name: str) -> str:
         """The name with underscores in place of characters that MLflow refuses; the first time, that is printed."""
         legal = ILLEGAL.sub("_", name)
+        if posixpath.normpath(legal) != legal:  # MLflow takes names for paths
+            legal = legal.replace("/", "_").replace(".", "_")
         if legal != name and name not in self._renamed:
             self._renamed[name] = legal
             self.note(f"MLflow: {name} is called {legal}, since names have letters, digits and _-. :/ alone")

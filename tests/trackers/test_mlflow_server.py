@@ -13,15 +13,8 @@ from pathlib import Path
 
 import pytest
 import stored
-from test_trackers import TINY, check_numbers, env_of
+from test_clients import TINY, check_numbers, env_of
 from warm_server import WarmServer
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[WarmServer]:
-    started = WarmServer()
-    yield started
-    started.close()
 
 
 class MlflowServer:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,13 +28,6 @@ ENV = {
 TIMING = "train/tokens_per_second"  # trackers have it, the history holds no timings
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[WarmServer]:
-    started = WarmServer()
-    yield started
-    started.close()
-
-
 @pytest.fixture(params=READERS)
 def tracker(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -54,9 +46,9 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def local_database(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Where MLflow's own default is, there is a database already, except in the first test."""
-    if "tracker" in request.fixturenames and request.getfixturevalue("tracker") == "mlflow":
-        if "there_with" not in request.node.name:
-            shutil.copy(request.getfixturevalue("empty_database"), tmp_path / "mlflow.db")
+    is_mlflow = "tracker" in request.fixturenames and request.getfixturevalue("tracker") == "mlflow"
+    if is_mlflow and "there_with" not in request.node.name:
+        shutil.copy(request.getfixturevalue("empty_database"), tmp_path / "mlflow.db")
 
 
 def env_of(folder: Path) -> dict[str, str]:
