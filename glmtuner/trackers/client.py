@@ -27,6 +27,7 @@ from glmtuner.run_folder.locks import LocksUnsupported, try_lock
 from glmtuner.run_folder.redaction import redact_text
 
 LOCK_SECONDS = 60.0  # that the client of a killed training may take to store the rest
+LONGEST_ERROR = 800  # characters: libraries say in their last sentence what to do
 LAST_OUTPUT = 4096  # bytes of what a client printed in which the reason of its end is looked for
 IGNORED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # a scheduler sends them to every process of a job
 
@@ -220,7 +221,7 @@ def serve(module: str, calls: IO[str], replies: IO[str]) -> int:
                 reply(value=None)
                 return 0
     except Exception as error:
-        reply(error=redact_text(f"{type(error).__name__}: {one_line(error)}"))
+        reply(error=redact_text(f"{type(error).__name__}: {one_line(error, LONGEST_ERROR)}"))
         import traceback
 
         traceback.print_exc()
@@ -233,9 +234,9 @@ def serve(module: str, calls: IO[str], replies: IO[str]) -> int:
     return 1
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, longest: int = 300) -> str:
     """The error's message on one line, truncated."""
-    return " ".join(str(error).split())[:300].rstrip(".")
+    return " ".join(str(error).split())[:longest].rstrip(".")
 
 
 def ignore_signals() -> None:

@@ -52,7 +52,7 @@ class Session(ClientSession):
         self._connect()
         self._resume_or_create()
         self._describe()
-        self.address = self._where()
+        self.address = self._where() if is_remote(self.uri) and not about.is_report else None
 
     def _connect(self) -> None:
         """Choose the store: the user's if it answers, else a database in the run folder."""

@@ -31,7 +31,7 @@ class MlflowServer:
              "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")],
             cwd=folder, stdout=self.log, stderr=self.log, start_new_session=True,
         )  # fmt: skip
-        end = time.monotonic() + 90
+        end = time.monotonic() + 300
         while time.monotonic() < end:
             with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2):
                 return
@@ -86,20 +86,24 @@ def test_without_a_server_the_run_is_in_its_folder_and_a_resumed_one_is_whole_on
 ) -> None:
     words = [*TINY, "tracker=mlflow", "trainer.output_dir=run"]
     env = env_of(tmp_path) | {"MLFLOW_TRACKING_URI": "http://user:hunter2-pass@127.0.0.1:9"}
-    started = time.monotonic()
     killed = server.run(
-        *words, cwd=tmp_path, env=env, kill_when=str(tmp_path / "run/checkpoints/checkpoint-2/complete.json")
+        *words,
+        cwd=tmp_path,
+        env=env,
+        kill_when=str(tmp_path / "run/checkpoints/checkpoint-2/complete.json"),
+        kill_after=0.0,
     )
-    if killed.code == 0:
-        pytest.fail("the run was too fast to be killed")
+    assert killed.code == -signal.SIGKILL, killed.output
     done = server.run(*words, cwd=tmp_path, env=env)
-    assert done.code == 0 and "does not answer (" in done.output and time.monotonic() - started < 120, done.output
+    assert done.code == 0 and "does not answer (" in done.output, done.output
     assert "hunter2" not in done.output and "run/mlflow/mlflow.db" in done.output
     check_numbers(stored.mlflow(tmp_path / "run"), tmp_path / "run", "mlflow")
     assert not any(b"hunter2" in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
     words[-1] = "trainer.output_dir=other"
     other = tmp_path / "other"
-    killed = server.run(*words, cwd=tmp_path, env=env, kill_when=str(other / "checkpoints/checkpoint-2/complete.json"))
+    killed = server.run(
+        *words, cwd=tmp_path, env=env, kill_when=str(other / "checkpoints/checkpoint-2/complete.json"), kill_after=0.0
+    )
     done = server.run(*words, cwd=tmp_path, env=env | {"MLFLOW_TRACKING_URI": mlflow_server.uri})
     assert done.code == 0, done.output
     check_numbers(stored.mlflow(other, mlflow_server.uri), other, "mlflow")
