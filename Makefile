@@ -6,9 +6,10 @@ READY := $(VENV)/.ready
 LIGER := .liger
 TRL := .trl
 LM_EVAL := .lm_eval
+TRACKERS := .trackers
 LATEST := .latest
 
-.PHONY: setup quickstart test test-attack test-heavy test-stages test-matrix test-architectures test-latest test-slurm test-liger test-trl test-benchmarks test-forecast check format schema wheel clean
+.PHONY: setup quickstart test test-attack test-heavy test-stages test-matrix test-architectures test-latest test-slurm test-liger test-trl test-benchmarks test-trackers test-forecast check format schema wheel clean
 
 setup: $(READY)
 
@@ -73,6 +74,16 @@ test-benchmarks: $(READY)
 	  portalocker tabulate scikit-learn scipy joblib threadpoolctl sqlitedict word2number more_itertools
 	PYTHONPATH=$(LM_EVAL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks --numprocesses 2 --dist worksteal
 
+# the trackers' own clients, in an environment of their own above this one; SwanLab asks for protobuf 6, which the sentencepiece here
+# does not work with, and works with protobuf 7 itself
+test-trackers: $(READY)
+	$(BIN)/python -m venv $(TRACKERS)
+	$(TRACKERS)/bin/python -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "glmtuner_environment.pth").write_text("$(CURDIR)/" + str(next(pathlib.Path("$(VENV)").glob("lib/python*/site-packages"))) + "\n")'
+	$(TRACKERS)/bin/python -m pip install --quiet --disable-pip-version-check 'mlflow==3.17.2' 'swanlab==0.10.3' 'trackio==0.43.0' \
+	  'comet-ml==3.58.8'
+	$(TRACKERS)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes protobuf
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(TRACKERS)/bin/python -m pytest tests/trackers --numprocesses 2 --dist worksteal
+
 # forecasts of `--check` against twelve runs, measured: for a machine that does nothing else
 test-forecast: $(READY)
 	$(BIN)/python -m pytest tests/forecast -s
@@ -95,4 +106,4 @@ wheel: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(LIGER) $(TRL) $(LM_EVAL) $(LATEST) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGER) $(TRL) $(LM_EVAL) $(TRACKERS) $(LATEST) build dist *.egg-info .pytest_cache .ruff_cache

@@ -378,6 +378,11 @@ def test_trackers(tmp_path, monkeypatch, package):
     monkeypatch.setenv("WANDB_API_KEY", key)
     found = services.check_trackers(services.ask_wandb())
     assert found.state == OK and "has a key for https://" in found.text and key not in str(found)
+    package("mlflow", "raise OSError('not imported')")
+    package("comet_ml", "raise OSError('not imported')")
+    found = services.check_trackers(services.ask_wandb())
+    assert "; tensorboard is installed, with the clients of MLflow, Comet" in found.text
+    assert found.facts["clients"] == ["MLflow", "Comet"]
     package("wandb", "raise OSError('half a file')")
     found = services.check_trackers(services.ask_wandb())
     assert found.state == PROBLEM and "wandb does not load (exit code 1: OSError: half a file)" in found.text
