@@ -6,12 +6,12 @@ docs/README.md names, and whatever a browser would load from elsewhere. The site
 """
 
 import argparse
-import json
-import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
 
 from docs_parts import links, reference, tables  # noqa: E402
-from docs_parts.pages import CONTENTS, HOME, LANGUAGES, LINK, DocsError, Page, Pages, headings, parts, plain  # noqa: E402
+from docs_parts.pages import CONTENTS, HOME, LANGUAGES, LINK, DocsError, Page, Pages, parts, plain  # noqa: E402
 
 from glmtuner.launch.register import register_presets  # noqa: E402
 from glmtuner.sweep.launchers import register as register_launchers  # noqa: E402
@@ -37,6 +37,7 @@ WORDS = {
         "light": "浅色", "dark": "深色", "project": "项目", "contents": "全部页面",
     },
 }  # fmt: skip
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
 START = """<!doctype html>
 <meta charset="utf-8">
 <title>glmtuner</title>
@@ -46,17 +47,34 @@ START = """<!doctype html>
 
 
 def staged(root: Path, folder: Path, language: str) -> list[Page]:
-    """Write the Markdown of a language and its configuration into a folder; returns the pages."""
+    """Write the Markdown of a language and its configuration into a folder; returns the pages, raises DocsError with all that is wrong."""
+    wrong: list[str] = []
+
+    def found(make: Callable[[], list[Page]]) -> list[Page]:
+        try:
+            return make()
+        except DocsError as error:
+            wrong.extend(str(error).splitlines())
+            return []
+
     keys = reference.keys_of(language)
-    places = reference.places(keys)
     groups = frozenset(group for group in reference.GROUPS if "." not in group) | {"hydra"}
-    pages = Pages(root, language, places, groups)
-    own = pages.all()
+    pages = Pages(root, language, reference.places(keys), groups)
+    own = found(pages.all)
     made = [
-        *reference.reference(language, root / "conf", keys),
-        tables.models_page(language, root),
+        *found(lambda: reference.reference(language, root / "conf", keys)),
+        *found(lambda: [tables.models_page(language, root)]),
         tables.commands_page(language),
     ]
+    contents = next((page for page in own if page.name == CONTENTS), None)
+    nav: list[dict[str, Any]] = []
+    if contents is not None:
+        try:
+            nav = navigation(language, contents, own, made)
+        except DocsError as error:
+            wrong.extend(str(error).splitlines())
+    if wrong:
+        raise DocsError("\n".join(wrong))
     docs = folder / "docs"
     for page in (*own, *made):
         path = docs / page.name
@@ -66,16 +84,15 @@ def staged(root: Path, folder: Path, language: str) -> list[Page]:
         (docs / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, docs / name)
     shutil.copytree(THEME / "assets", docs / "assets")
-    config = configuration(root, language, navigation(root, language, own, made))
-    (folder / "mkdocs.yml").write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    config = yaml.safe_dump(configuration(language, nav), allow_unicode=True, sort_keys=False)
+    (folder / "mkdocs.yml").write_text(config, encoding="utf-8")
     return [*own, *made]
 
 
-def navigation(root: Path, language: str, own: list[Page], made: list[Page]) -> list[dict[str, Any]]:
+def navigation(language: str, contents: Page, own: list[Page], made: list[Page]) -> list[dict[str, Any]]:
     """The sections and pages of docs/README.md, in its order, and behind them what is generated; raises DocsError for a page that is left."""
     words = WORDS[language]
     titles = {page.name: page.title for page in (*own, *made)}
-    contents = next(page for page in own if page.name == CONTENTS)
     sections: list[tuple[str, list[str]]] = []
     prose = "".join(text for is_code, text in parts(contents.text) if not is_code)
     for line in prose.splitlines():
@@ -87,7 +104,9 @@ def navigation(root: Path, language: str, own: list[Page], made: list[Page]) -> 
     last = [CONTENTS, *(name for name in ("contributing.md", "changelog.md") if name in titles)]
     listed = {name for _, names in sections for name in names}
     if missing := sorted({page.name for page in own} - listed - {HOME, *last}):
-        raise DocsError("\n".join(f"docs/{name} is in no table below a heading of docs/README.md: add a row" for name in missing))
+        raise DocsError(
+            "\n".join(f"docs/{name} is in no table below a heading of docs/README.md: add a row" for name in missing)
+        )
     found: list[dict[str, Any]] = [{words["home"]: HOME}]
     found += [{title: [{titles[name]: name} for name in dict.fromkeys(names)]} for title, names in sections]
     found.append({words["reference"]: [{page.title: page.name} for page in made]})
@@ -95,7 +114,7 @@ def navigation(root: Path, language: str, own: list[Page], made: list[Page]) -> 
     return found
 
 
-def configuration(root: Path, language: str, nav: list[dict[str, Any]]) -> dict[str, Any]:
+def configuration(language: str, nav: list[dict[str, Any]]) -> dict[str, Any]:
     """zensical's configuration of a language."""
     words = WORDS[language]
     (other,) = LANGUAGES.keys() - {language}
@@ -137,13 +156,17 @@ def build(root: Path, site: Path, work: Path) -> list[str]:
             wrong += str(error).splitlines()
             continue
         english = [page.name for page in pages if not page.is_translated]
-        told.append(f"{language}: {len(pages)} pages" + (f", {len(english)} of them in English: {', '.join(english)}" if english else ""))
+        told.append(
+            f"{language}: {len(pages)} pages"
+            + (f", {len(english)} of them in English: {', '.join(english)}" if english else "")
+        )
     if wrong:
         raise DocsError("\n".join(dict.fromkeys(wrong)))
     made = work / "site"
     made.mkdir()
+    if wrong := [line for language in LANGUAGES for line in run_zensical(work / language)]:
+        raise DocsError("\n".join(wrong))
     for language in LANGUAGES:
-        run_zensical(work / language)
         shutil.move(work / language / "site", made / language)
         (made / language / "404.html").unlink()  # of servers, with addresses from the root
     (made / "index.html").write_text(START, encoding="utf-8")
@@ -154,12 +177,23 @@ def build(root: Path, site: Path, work: Path) -> list[str]:
     return told
 
 
-def run_zensical(folder: Path) -> None:
-    """HTML of a folder's Markdown; raises DocsError with zensical's own words where it warns."""
-    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(folder / "mkdocs.yml")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, "NO_COLOR": "1"})
-    if done.returncode:
-        raise DocsError(re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr).partition("Traceback")[0].strip() or done.stderr)
+def run_zensical(folder: Path) -> list[str]:
+    """Make HTML of a folder's Markdown; returns zensical's own words where it warns."""
+    command = [
+        sys.executable,
+        "-m",
+        "zensical",
+        "build",
+        "--strict",
+        "--clean",
+        "--config-file",
+        str(folder / "mkdocs.yml"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    if not done.returncode:
+        return []
+    told = COLOUR.sub("", done.stdout + done.stderr)
+    return [f"{folder.name}:", *(told.partition("Traceback")[0] or told).strip().splitlines()]
 
 
 def main() -> int:
@@ -167,6 +201,9 @@ def main() -> int:
     parser.add_argument("--to", type=Path, default=ROOT / "site", help="where the site is written; site/ by default")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout whose pages are built")
     asked = parser.parse_args()
+    if find_spec("zensical") is None:
+        print("zensical, which makes the HTML, is not installed here: type make docs", file=sys.stderr)
+        return 2
     site = asked.to.resolve()
     if site.exists() and not (site / "en/index.html").is_file() and any(site.iterdir()):
         print(f"--to {asked.to}: the folder has files that no site has; name an empty or a new one", file=sys.stderr)

@@ -12,7 +12,9 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
-CHINESE = sorted((ROOT / "docs").glob("*.zh.md"))  # tests/unit/test_translations.py: their commands are those of the English pages
+CHINESE = sorted(
+    (ROOT / "docs").glob("*.zh.md")
+)  # tests/unit/test_translations.py: their commands are those of the English pages
 DOCS = sorted({*(ROOT / "docs").glob("*.md")} - {*CHINESE})
 PAGES = [*READMES, *DOCS]
 

@@ -17,7 +17,9 @@ ANCHOR = re.compile(r' *<a id="([^"]+)"></a>')
 OTHER_LANGUAGE = re.compile(r"^\[(?:中文|English)\]\(README[\w.]*\.md\).*\n\n", re.MULTILINE)  # the site has a switch
 WIDE = "\u3000-\u303f\u3400-\u9fff\uff00-\uffef“”‘’…"  # Chinese characters, and punctuation that brings its own space
 BREAK = re.compile(rf"(?<=[{WIDE}])\n *(?=[{WIDE}])|(?<=[，。；：、！？）])\n *(?=[A-Za-z`\[])")
-NESTED = re.compile(r"^ {2,3}(?=(?:[-*]|\d+\.) )", re.MULTILINE)  # GitHub nests lists by two spaces, Python-Markdown by four
+NESTED = re.compile(
+    r"^ {2,3}(?=(?:[-*]|\d+\.) )", re.MULTILINE
+)  # GitHub nests lists by two spaces, Python-Markdown by four
 KEY = re.compile(r"([a-z_]+(?:\.[a-z_]+)?)\.(\w+)(?:\+?=.*)?")
 UNTRANSLATED = '!!! note "本页暂无中文版"\n\n    下面是英文原文；命令、参数和数字与中文版无异。\n'
 
@@ -133,7 +135,11 @@ class Pages:
         """Prose whose `group.key` and `group.key=value` are links to the key's reference."""
 
         def linked(match: re.Match[str]) -> str:
-            if not (found := KEY.fullmatch(match[2])) or len(match[1]) != 1 or found[1].split(".")[0] not in self.groups:
+            if (
+                not (found := KEY.fullmatch(match[2]))
+                or len(match[1]) != 1
+                or found[1].split(".")[0] not in self.groups
+            ):
                 return match[0]
             key = f"{found[1]}.{found[2]}"
             while key not in self.keys and "." in key:  # below a key that is a mapping
@@ -159,7 +165,11 @@ SUFFIXES = ("py", "md", "yaml", "json", "jsonl", "txt", "html", "safetensors", "
 
 def translation(english: Path) -> Path:
     """The Chinese file of an English one."""
-    return english.with_name("README_zh.md" if english.name == "README.md" and (english.parent / "docs").is_dir() else f"{english.stem}{CHINESE}")
+    return english.with_name(
+        "README_zh.md"
+        if english.name == "README.md" and (english.parent / "docs").is_dir()
+        else f"{english.stem}{CHINESE}"
+    )
 
 
 def parts(text: str) -> Iterator[tuple[bool, str]]:

@@ -1,17 +1,19 @@
 """The key reference: a page for each group of the configuration, with every key, what it can be, and which presets set it."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from docs_parts.pages import DocsError, Page
 from omegaconf._utils import get_yaml_loader
 
+from docs_parts.pages import DocsError, Page
 from glmtuner.config.compose import searched_dirs
 from glmtuner.config.keys import Key, all_keys
-from glmtuner.config.preset_files import default_presets
+from glmtuner.config.preset_files import default_presets, preset_files
 from glmtuner.config.trainer_fields import shown
 from glmtuner.data.entry_keys import entry_keys
 
@@ -112,8 +114,9 @@ def presets(conf: Path) -> list[Preset]:
         text = path.read_text(encoding="utf-8")
         content = yaml.load(text, Loader=get_yaml_loader()) or {}
         group = "/".join(folders)
-        is_whole = group == "experiment"
-        prefix = "" if is_whole else ("dataset_info" if group == "dataset" else group.replace("/", "."))
+        package = re.search(r"^# @package (\S+)$", text, re.MULTILINE)
+        prefix = package[1] if package else "dataset_info" if group == "dataset" else group.replace("/", ".")
+        prefix = "" if prefix == "_global_" else prefix
         values = flattened({key: value for key, value in content.items() if key != "defaults"}, prefix)
         found.append(Preset(group, name, comment_of(text), values))
     return found
@@ -149,19 +152,17 @@ def reference(language: str, conf: Path, keys: Sequence[Key]) -> list[Page]:
     by_page: dict[str, list[Key]] = {group: [] for group in GROUPS}
     for key in keys:
         by_page[page_of(key.name)].append(key)
-    rows = [
-        f"| [`{group}`]({group}.md) | {GROUPS[group][column]} | {len(found)} |" for group, found in by_page.items()
-    ]
+    rows = [f"| [`{group}`]({group}.md) | {GROUPS[group][column]} | {len(found)} |" for group, found in by_page.items()]
     listed = [f"| [`{key.name}`]({page_of(key.name)}.md#{key.name}) | {cell(key.meaning)} |" for key in keys]
     index = [
-        f"# {words['title']}", words["intro"], "\n".join([f"| {words['group']} | | {words['keys']} |", "|---|---|---|", *rows]),
+        f"# {words['title']} {{#keys}}", words["intro"], "\n".join([f"| {words['group']} | | {words['keys']} |", "|---|---|---|", *rows]),
         f"## {words['all'].format(count=len(keys))} {{#all}}", "\n".join(["| | |", "|---|---|", *listed]),
     ]  # fmt: skip
     made = [Page(f"{FOLDER}/index.md", words["title"], joined(index))]
     for group, found in by_page.items():
         title = f"{group}: {GROUPS[group][column]}"
         own = [file for file in files if file.group == group.replace(".", "/")]
-        blocks = [f"# `{group}` – {GROUPS[group][column]}", words["kinds"]]
+        blocks = [f"# `{group}` – {GROUPS[group][column]} {{#{group}}}", words["kinds"]]
         if own:
             rows = [
                 f"| `{file.choice}`{' ★' if chosen.get(file.group) == file.name else ''} | {cell(file.comment)} |"
@@ -186,11 +187,21 @@ def entry(key: Key, files: Sequence[Preset], language: str) -> str:
     facts = [f"- {words['type']}: {kind}", f"- {words['default']}: {default}"]
     if key.choices:
         facts.append(f"- {words['choices']}: {', '.join(map(code, key.choices))}")
-    if key.presets:
-        facts.append(f"- {words['having']}: {', '.join(map(code, key.presets))}")
+    if having := [name for preset in key.presets for name in typed_like(preset)]:
+        facts.append(f"- {words['having']}: {', '.join(map(code, having))}")
     if setting:
         facts.append(f"- {words['setting']}: {', '.join(setting)}")
     return "\n".join([f"### `{key.name}` {{#{key.name}}}", "", escaped(key.meaning), "", *facts])
+
+
+@cache
+def typed_like(choice: str) -> list[str]:
+    """The presets that have the class of this one, as group=preset."""
+    group, _, preset = choice.partition("=")
+    files = preset_files(searched_dirs(None))
+    return list(
+        dict.fromkeys([choice, *(f"{group}={it.name}" for it in files if (it.group, it.typed_as) == (group, preset))])
+    )
 
 
 def type_in_chinese(kind: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 from docs_parts.pages import DocsError, Page
 from docs_parts.reference import FOLDER, cell, joined, presets
-
 from glmtuner.cli.help import help_text
 from glmtuner.cli.verbs import OVERRIDDEN, VERBS
 from glmtuner.families import FAMILIES
@@ -68,11 +67,15 @@ def models_page(language: str, root: Path) -> Page:
             raise DocsError(f"model={preset.name}: {PRESET_TESTS} does not know it (HUB)")
         repo, kind = hub.get(preset.name, (preset.values["model.model_name_or_path"], family.name if family else ""))
         if repo != preset.values["model.model_name_or_path"]:
-            raise DocsError(f"model={preset.name}: its file names {preset.values['model.model_name_or_path']}, {PRESET_TESTS} {repo}")
+            raise DocsError(
+                f"model={preset.name}: its file names {preset.values['model.model_name_or_path']}, {PRESET_TESTS} {repo}"
+            )
         cells = matrix.get(kind, {})
         works = f"[{sum(told == 'ok' for told in cells.values())} / {len(cells)}](../architectures.md)" if cells else ""
         targets = ", ".join(f"`{name}`" for name in family.attention) if family else ""
-        known = f"[{repo}](https://huggingface.co/{repo})" if preset.name in hub else "" if repo == "???" else f"`{repo}`"
+        known = (
+            f"[{repo}](https://huggingface.co/{repo})" if preset.name in hub else "" if repo == "???" else f"`{repo}`"
+        )
         rows.append(
             " | ".join(
                 [
@@ -84,7 +87,11 @@ def models_page(language: str, root: Path) -> Page:
             + " |"
         )  # fmt: skip
     table = "\n".join([f"| {words['head']} |", f"|{'---|' * 9}", *rows])
-    return Page(f"{FOLDER}/models.md", words["models"], joined([f"# {words['models']}", words["intro"], table, words["legend"]]))
+    return Page(
+        f"{FOLDER}/models.md",
+        words["models"],
+        joined([f"# {words['models']} {{#presets}}", words["intro"], table, words["legend"]]),
+    )
 
 
 def commands_page(language: str) -> Page:
@@ -93,10 +100,17 @@ def commands_page(language: str) -> Page:
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "110"  # argparse breaks lines by it
     try:
-        blocks = [f"# {words['commands']}", words["commands_intro"], "## `python -m glmtuner` {#glmtuner}", fenced(help_text())]
+        blocks = [
+            f"# {words['commands']} {{#commands}}",
+            words["commands_intro"],
+            "## `python -m glmtuner` {#glmtuner}",
+            fenced(help_text()),
+        ]
         for verb in VERBS:
             module = import_module(f"glmtuner.cli.{verb}")
-            parser = argparse.ArgumentParser(prog=f"python -m glmtuner {verb}", description=module.__doc__, allow_abbrev=False)
+            parser = argparse.ArgumentParser(
+                prog=f"python -m glmtuner {verb}", description=module.__doc__, allow_abbrev=False
+            )
             module.arguments(parser)
             blocks += [f"## `{verb}` {{#{verb}}}", fenced(parser.format_help())]
             blocks += [words["overrides"]] if verb in OVERRIDDEN else []

@@ -31,7 +31,15 @@ COLUMNS = {
     "checkpointing": "gradient checkpointing",
     "check": "`--check`",
 }
-IN_CHINESE = {"architecture": "架构", "packed": "拼接", "padded": "填充", "gradient checkpointing": "梯度检查点", "predict": "预测", "resume": "续训", "export": "导出"}
+IN_CHINESE = {
+    "architecture": "架构",
+    "packed": "拼接",
+    "padded": "填充",
+    "gradient checkpointing": "梯度检查点",
+    "predict": "预测",
+    "resume": "续训",
+    "export": "导出",
+}
 REASONS = {"en": "## What is refused, and why", "zh": '## 拒绝了什么，为什么 <a id="what-is-refused-and-why"></a>'}
 INTRODUCTIONS = {}
 INTRODUCTIONS["en"] = """\

@@ -157,7 +157,9 @@ def test_both_readmes_have_the_same_sections_and_links() -> None:
         return re.findall(r"^(#+ (?:\d\.)?)", page.read_text(encoding="utf-8"), re.MULTILINE)
 
     assert outline(READMES[0]) == outline(READMES[1])
-    targets = [{link.replace(".zh.md", ".md") for link in LINK.findall(page.read_text(encoding="utf-8"))} for page in READMES]
+    targets = [
+        {link.replace(".zh.md", ".md") for link in LINK.findall(page.read_text(encoding="utf-8"))} for page in READMES
+    ]
     assert targets[0] - {"README_zh.md"} == targets[1] - {"README.md"}
 
 
@@ -166,7 +168,9 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", [*PAGES, *CHINESE, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *CHINESE, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name
+)
 def test_links_resolve(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         if target.startswith("http"):

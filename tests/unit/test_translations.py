@@ -9,7 +9,7 @@ from documented import CHINESE, DOCS, ROOT, blocks, without_comments
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from docs_parts.pages import ANCHOR, HEADING, LINK, anchors, headings, parts, translation  # noqa: E402
+from docs_parts.pages import ANCHOR, HEADING, LINK, anchors, headings, parts, translation
 
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 CODE = re.compile(r"`[^`]+`")
@@ -35,11 +35,25 @@ def cells(page: Path) -> list[list[str]]:
 def targets(page: Path) -> list[str]:
     """What a page links to, in the names of English pages."""
     links = [target for _, _, target in LINK.findall(prose(page)) if "README" not in target or "/" in target]
-    return sorted(re.sub(r"\.zh\.md|README_zh\.md", lambda it: it[0].replace(".zh", "").replace("_zh", ""), it) for it in links)
+    return sorted(
+        re.sub(r"\.zh\.md|README_zh\.md", lambda it: it[0].replace(".zh", "").replace("_zh", ""), it) for it in links
+    )
 
 
 def test_the_pages_that_a_user_meets_first_are_translated() -> None:
-    first = ("README", "start", "install", "data", "models", "methods", "stages", "sweeps", "prediction", "serving", "troubleshooting")
+    first = (
+        "README",
+        "start",
+        "install",
+        "data",
+        "models",
+        "methods",
+        "stages",
+        "sweeps",
+        "prediction",
+        "serving",
+        "troubleshooting",
+    )
     assert sorted({f"{name}.zh.md" for name in first} - {page.name for page in CHINESE}) == []
     assert [page.name for page in CHINESE if english(page) not in DOCS] == []
 
@@ -50,7 +64,9 @@ def test_headings_have_the_anchors_of_the_english_page(page: Path) -> None:
     assert [level for level, _ in ours] == [level for level, _ in theirs]
     named = ["".join(ANCHOR.findall(text)) for level, text in ours if level > 1]
     assert named == [
-        name for (level, _), name in zip(theirs, anchors(english(page).read_text(encoding="utf-8")), strict=True) if level > 1
+        name
+        for (level, _), name in zip(theirs, anchors(english(page).read_text(encoding="utf-8")), strict=True)
+        if level > 1
     ]
 
 
@@ -77,7 +93,9 @@ def test_tables_have_the_numbers_and_the_code_of_the_english_page(page: Path) ->
 @pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.name)
 def test_prose_names_the_code_of_the_english_page(page: Path) -> None:
     """Each `key` and `command` of one is in the other."""
-    ours, theirs = ({" ".join(it.split()) for it in CODE.findall(without_anchors(each))} for each in (page, english(page)))
+    ours, theirs = (
+        {" ".join(it.split()) for it in CODE.findall(without_anchors(each))} for each in (page, english(page))
+    )
     assert (sorted(ours - theirs), sorted(theirs - ours)) == ([], [])
 
 
