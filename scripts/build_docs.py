@@ -37,6 +37,7 @@ WORDS = {
         "light": "浅色", "dark": "深色", "project": "项目", "contents": "全部页面",
     },
 }  # fmt: skip
+SEPARATOR = r"""[\s\-,:!=\[\]()\\"`/、。，：；？！（）“”]+|\.(?!\d)"""  # zensical's own without `_`, so that lora_rank is one word
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 START = """<!doctype html>
 <meta charset="utf-8">
@@ -130,7 +131,7 @@ def configuration(language: str, nav: list[dict[str, Any]]) -> dict[str, Any]:
             "icon": {"logo": "lucide/book-open"},
             "features": ["navigation.footer", "navigation.top", "navigation.sections", "content.code.copy", "search.highlight", "toc.follow"],
         },
-        "plugins": ["search", "offline"],
+        "plugins": [{"search": {"separator": SEPARATOR}}, "offline"],
         "extra": {
             "alternate": True,  # shows our switch; a list would have each page look for a sitemap, which a file may not
             "languages": [{"name": LANGUAGES[other], "lang": other}],

@@ -92,6 +92,8 @@ class Pages:
         if not is_translated:
             first, _, rest = body.partition("\n")
             body = f"{first}\n\n{UNTRANSLATED}{rest}"
+        if name == "changelog.md":
+            body = f"---\nsearch:\n  exclude: true\n---\n{body}"
         return Page(name, plain(title), body, file, is_translated)
 
     def staged(self, prose: str, file: Path) -> str:

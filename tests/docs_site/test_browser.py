@@ -67,11 +67,10 @@ def search(browser: Any, words: str, wanted: Callable[[str, str], bool]) -> list
 
     until(browser, lambda: browser.find_elements("css selector", ".md-search__button"))[0].click()
     until(browser, lambda: browser.execute_script(f"return {INPUT}?.tagName") == "INPUT")
-    while browser.execute_script(f"return {INPUT}.value") != words:  # the first letters may come before it listens
-        browser.execute_script(f"{INPUT}.select()")
-        ActionChains(browser).send_keys(words).perform()
+    ActionChains(browser).send_keys(words).perform()
     with suppress(TimeoutException):
-        until(browser, lambda: any(wanted(*it) for it in browser.execute_script(RESULTS)), 60)
+        until(browser, lambda: any(wanted(*it) for it in browser.execute_script(RESULTS)), 30)
+    assert browser.execute_script(f"return {INPUT}.value") == words  # what was typed stays while results come
     return browser.execute_script(RESULTS)
 
 

@@ -1,5 +1,5 @@
 // A page that was opened as a file may not start a Worker of another file, and the search runs in one. There, the script of a Worker is
-// run in a hidden frame, which takes and sends messages like a Worker.
+// run in a hidden frame, which takes and sends messages like a Worker: copies, so that neither side changes what the other holds.
 if (location.protocol === "file:") {
   window.Worker = class extends EventTarget {
     constructor(url) {
@@ -10,7 +10,10 @@ if (location.protocol === "file:") {
       this.frame.hidden = true;
       document.documentElement.append(this.frame);
       const inner = this.frame.contentWindow;
-      inner.postMessage = (data) => setTimeout(() => this.dispatchEvent(new MessageEvent("message", { data })));
+      inner.postMessage = (message) => {
+        const data = structuredClone(message);
+        setTimeout(() => this.dispatchEvent(new MessageEvent("message", { data })));
+      };
       const script = inner.document.createElement("script");
       this.ready = new Promise((resolve, reject) => {
         script.onload = resolve;
@@ -21,8 +24,10 @@ if (location.protocol === "file:") {
       inner.document.head.append(script);
     }
 
-    postMessage(data) {
-      this.ready.then(() => this.frame.contentWindow?.dispatchEvent(new MessageEvent("message", { data })), () => {});
+    postMessage(message) {
+      const data = structuredClone(message);
+      const deliver = () => this.frame.contentWindow?.dispatchEvent(new MessageEvent("message", { data }));
+      this.ready.then(() => setTimeout(deliver), () => {});
     }
 
     terminate() {
