@@ -95,7 +95,8 @@ def run(
     busy machine sees late."""
     output, errors, listing = (Path(cwd) / name for name in (".output", ".errors", ".operations"))
     errors = errors if apart else output
-    output.touch()
+    for path in (output, errors):
+        path.touch()
     started = time.monotonic()
     child = os.fork()
     if child == 0:
