@@ -50,8 +50,8 @@ WORDS = {
         "setting": "set by", "keys": "keys", "group": "group", "presets": "Presets", "preset": "preset", "says": "what its file says",
         "intro": "Every key of the configuration, made from its schema and from the files of `conf/` when these pages are built. "
         "`python -m glmtuner keys` prints the same; a page on [keys, editors and completion](../keys.md) says more.",
-        "kinds": "A default is that of the group's default preset; where presets differ, each is named. `only with` names the presets "
-        "that have the key, and `set by` the files of `conf/` that give it a value.",
+        "kinds": "A default is that of the group's default preset; where presets differ, each is named. “Only with” names the presets "
+        "that have the key, and “set by” the files of `conf/` that give it a value; ★ marks the default preset.",
         "all": "All {count} keys",
     },
     "zh": {
@@ -59,7 +59,7 @@ WORDS = {
         "keys": "参数个数", "group": "配置组", "presets": "预设", "preset": "预设", "says": "文件中的说明（英文）",
         "intro": "配置中的每一个参数，由配置的 schema 和 `conf/` 中的文件在构建文档时生成。`python -m glmtuner keys` 打印同样的内容；"
         "更多说明见[参数、编辑器与补全](../keys.md)。",
-        "kinds": "默认值取自该组的默认预设；各预设不同时逐一列出。“仅适用于”列出拥有该参数的预设，“由预设设定”列出 `conf/` 中给它赋值的文件。",
+        "kinds": "默认值取自该组的默认预设；各预设不同时逐一列出。“仅适用于”列出拥有该参数的预设，“由预设设定”列出 `conf/` 中给它赋值的文件；★ 标出默认预设。",
         "all": "全部 {count} 个参数",
     },
 }  # fmt: skip

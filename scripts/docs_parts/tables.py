@@ -16,6 +16,7 @@ from glmtuner.families import FAMILIES
 
 PRESET_TESTS, MATRIX = "tests/unit/families/test_presets.py", "tests/architectures/expected.json"
 OUTSIDE = ("tiny_glm", "causal_lm")  # presets of no published model
+WITHOUT_CONTENTS = "---\nhide:\n  - toc\n---\n\n"  # leaves the place to a wide table
 WORDS = {
     "en": {
         "models": "Model presets and what is tested of them", "commands": "Commands",
@@ -90,7 +91,7 @@ def models_page(language: str, root: Path) -> Page:
     return Page(
         f"{FOLDER}/models.md",
         words["models"],
-        joined([f"# {words['models']} {{#presets}}", words["intro"], table, words["legend"]]),
+        WITHOUT_CONTENTS + joined([f"# {words['models']} {{#presets}}", words["intro"], table, words["legend"]]),
     )
 
 
