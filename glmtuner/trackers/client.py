@@ -56,11 +56,9 @@ class ClientFailed(Exception):
 class ClientSession:
     """One run at a tracker, in the client's process; subclasses import the library when they are constructed.
 
-    A resumed run is a new session of the same run. The history is logged from its first line then, as the training does it, and
-    the first `num_stored` lines are left out because the tracker has them.
+    A resumed run is a new session of the same run, in which the history is logged again from its first line.
     """
 
-    num_stored = 0
     address: str | None = None  # printed once the session is open
     last_step = 0  # of the lines that were logged
 
@@ -194,7 +192,6 @@ def serve(module: str, calls: IO[str], replies: IO[str]) -> int:
             replies.flush()
 
     session: ClientSession | None = None
-    number = 0  # of the next line of the history
     try:
         for text in calls:
             call, arguments = json.loads(text)
@@ -209,9 +206,7 @@ def serve(module: str, calls: IO[str], replies: IO[str]) -> int:
             assert session is not None
             if call == "log":
                 session.last_step = arguments["step"]
-                if number >= session.num_stored:
-                    session.log(**arguments)
-                number += 1
+                session.log(**arguments)
             elif call == "finish":
                 line = session.finish(**arguments)
                 reply(value=line and redact_text(line))

@@ -126,12 +126,18 @@ class ExperimentTracker(Tracker):
     def _close(self, call: str, timeout_s: float | None, **arguments: Any) -> str | None:
         if self._client is None:
             return None
-        closing = None
+        closing, timeout_to_end = None, ABANDON_SECONDS
         with self._surviving_failures():
             self._client.send(call, **arguments)
-            closing = self._client.receive(timeout_s)
+            try:
+                closing = self._client.receive(timeout_s)
+            except TimeoutError:
+                if call == "finish":
+                    raise
+                say(f"{self.title} is still storing the run after {timeout_s:g} s: its process ends by itself")
+                timeout_to_end = 0.0
         if self._client is not None:
-            self._client.close(ABANDON_SECONDS)
+            self._client.close(timeout_to_end)
         self._client = None
         return f"{self.title}: {closing}" if closing else None
 

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,7 +28,7 @@ class Trackio(ExperimentTracker):
 class Session(ClientSession):
     """A run of trackio, whose name is in trackio/run.json.
 
-    trackio's functions warn where they fail and return: warnings are errors here.
+    trackio's functions only print where they fail: what is stored is compared with what was logged at the end.
     """
 
     def __init__(self, about: Description, note: Callable[[str], None]) -> None:
@@ -41,7 +40,6 @@ class Session(ClientSession):
                 )
         import trackio
 
-        warnings.simplefilter("error", UserWarning)
         file = self.logs / "run.json"
         earlier = read_object(file) if file.is_file() else {}
         name, taken = about.name, set[str]()
@@ -60,11 +58,12 @@ class Session(ClientSession):
             auto_log_cpu=False,
         )  # fmt: skip
         write_json(file, {"project": about.project, "name": name, "run_id": self.run.id})
-        self._rows = 0
+        self._rows, self._names = 0, set[str]()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         self.run.log(values, step=step)
         self._rows += 1
+        self._names |= values.keys()
 
     def finish(self, metrics: dict[str, float]) -> str | None:
         import trackio
@@ -92,9 +91,11 @@ class Session(ClientSession):
         from trackio.sqlite_storage import SQLiteStorage
 
         self.run.finish()
-        stored = len(SQLiteStorage.get_logs(self.about.project, self.run.name, run_id=self.run.id))
-        if stored < self._rows:
-            raise RuntimeError(f"{self._rows - stored} of {self._rows} rows were not stored")
+        stored = SQLiteStorage.get_logs(self.about.project, self.run.name, run_id=self.run.id)
+        if len(stored) < self._rows:
+            raise RuntimeError(f"{self._rows - len(stored)} of {self._rows} rows were not stored")
+        if lost := self._names.difference(*stored):
+            raise RuntimeError(f"{', '.join(sorted(lost))} were not stored")
 
 
 def runs_of(project: str) -> list[Any]:

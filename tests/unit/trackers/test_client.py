@@ -35,7 +35,6 @@ class Session(ClientSession):
     def __init__(self, about, note):
         super().__init__(about, note)
         print("a library that prints")
-        self.num_stored = int(os.environ.get("FAKE_STORED", "0"))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.address = f"https://me:secret-word@{about.name}"
         self.write("open", about.name, about.group, about.job_type, about.tags, about.config)
@@ -51,6 +50,10 @@ class Session(ClientSession):
             time.sleep(600)
         if step == 15:
             self.note("a note with hf_QwErTyUiOp1234567890AsDfGhJkZxCvBn")
+        if step == 16:
+            self.write("environment", os.environ["FAKE_ONE"], os.environ["FAKE_TWO"])
+        if step == 17:
+            time.sleep(4)
         self.write("log", step, values)
 
     def finish(self, metrics):
@@ -113,15 +116,6 @@ def test_every_line_arrives_in_its_order_by_the_names_of_transformers(
     used.log({"step": 2, "loss": 1.0})
     used.abandon()
     assert len(calls(run)) == 4
-
-
-def test_lines_that_the_tracker_has_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_STORED", "2")
-    used = started(tmp_path / "run")
-    for step in (1, 2, 3):
-        used.log({"step": step, "loss": 1.0})
-    used.abandon(preempted=True)
-    assert [call[:2] for call in calls(tmp_path / "run")[1:]] == [["log", 3], ["abandon", True]]
 
 
 def test_an_error_of_the_library_ends_the_tracking_and_is_printed_once_without_secrets(
@@ -272,10 +266,25 @@ def test_a_missing_client_is_refused_before_anything_is_written(
 def test_the_environment_of_the_user_wins_over_a_clients_own_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAKE_STORED", "1")
-    monkeypatch.setattr(Fake, "variables", {"FAKE_STORED": "2"})
+    monkeypatch.setattr(Fake, "variables", {"FAKE_ONE": "ours", "FAKE_TWO": "ours"})
+    monkeypatch.setenv("FAKE_ONE", "theirs")
     used = started(tmp_path / "run")
-    for step in (1, 2):
-        used.log({"step": step, "loss": 1.0})
-    used.abandon()
-    assert [call[1] for call in calls(tmp_path / "run")[1:]] == [2, False]
+    used.log({"step": 16, "loss": 1.0})
+    used.abandon(preempted=True)
+    assert calls(tmp_path / "run")[1:] == [
+        ["environment", "theirs", "ours"], ["log", 16, {"train/loss": 1.0}], ["abandon", True],
+    ]  # fmt: skip
+
+
+def test_a_run_that_ends_early_leaves_a_slow_library_to_store_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(experiment, "ABANDON_SECONDS", 0.5)
+    used = started(tmp_path / "run")
+    used.log({"step": 17, "loss": 1.0})
+    used.abandon(preempted=True)
+    assert "Fake is still storing the run after 0.5 s" in capsys.readouterr().out
+    end = time.monotonic() + 30
+    while calls(tmp_path / "run")[-1][0] != "abandon" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert [call[:2] for call in calls(tmp_path / "run")[1:]] == [["log", 17], ["abandon", True]]
