@@ -16,6 +16,7 @@ from glmtuner.board.records import OFTEN, Record
 from glmtuner.board.root import HIDDEN, Root
 from glmtuner.board.rows import lone_row, sweep_rows
 from glmtuner.board.sweeps import Sweep
+from glmtuner.board.workers import Worker
 from glmtuner.console import MUTED, plain
 from glmtuner.errors import CheckpointError
 from glmtuner.run_folder.files import strict_json
@@ -41,11 +42,11 @@ class Place:
 class Index:
     """All runs and sweeps of the root. Several threads may ask; one of them looks at the disk, at most every EVERY seconds.
 
-    `version` grows with every change, also from one start of the program to the next, so that a page which asks for what changed
+    With `ranks` intervals are computed in the background. `version` grows with every change, also from one start of the program to the next, so that a page which asks for what changed
     since then gets everything from a board that was started again.
     """
 
-    def __init__(self, root: Root, read_only: bool = False) -> None:
+    def __init__(self, root: Root, read_only: bool = False, ranks: bool = True) -> None:
         self.root, self.read_only = root, read_only
         self.lock = threading.RLock()
         self.first = self.version = int(time.time() * 1000)
@@ -55,7 +56,8 @@ class Index:
         self.texts: dict[str, tuple[int, str]] = {}  # of each row: the version in which it changed, and its JSON
         self.removed: dict[str, int] = {}
         self.problems: dict[str, str] = {}
-        self.queues, self.marks, self.rankings = Queues(), Marks(), Rankings()
+        self.queues, self.marks = Queues(), Marks()
+        self.rankings = Rankings(self, Worker(root.path, in_background=True)) if ranks else None
         self.intervals: dict[str, dict[str, list[float]]] = {}  # of runs, as far as they were computed
         self._places: dict[str, Place] = {}
         self._looked = 0.0
@@ -167,6 +169,8 @@ class Index:
             self.removed[id] = version
         for id in rows:
             self.removed.pop(id, None)
+        if self.rankings is not None:
+            self.rankings.update()
 
     def _set_row(self, row: dict[str, Any], version: int) -> None:
         id = row["id"]

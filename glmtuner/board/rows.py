@@ -1,10 +1,7 @@
 """The rows of the board's table: a dictionary for each run, as the page gets it."""
 
 import math
-import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from glmtuner.board.marks import WAITS, Marks
 from glmtuner.board.records import Record

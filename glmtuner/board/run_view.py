@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from glmtuner.board.records import Record
 from glmtuner.errors import CheckpointError, GlmtunerError
 from glmtuner.run_folder.files import read_object
 from glmtuner.run_folder.names import (
-    CHECKPOINTS,
     CONFIG,
     LOSS_PLOT,
     OUTPUT,
@@ -21,7 +19,6 @@ from glmtuner.run_folder.names import (
     REPORT_PAGE,
     SAMPLED,
 )
-from glmtuner.run_folder.redaction import is_secret_name
 
 MOST_FILES = 500
 

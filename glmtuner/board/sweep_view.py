@@ -22,12 +22,15 @@ def sweep_view(index: Index, sweep: Sweep) -> dict[str, Any]:
     with index.lock:
         jobs = [*sweep.jobs.values()]
         rows = [row for row in index.rows.values() if row["sweep"] == sweep.id]
-        ranked = index.rankings.get(sweep)
+        rankings = index.rankings
+        ranked = rankings.get(sweep) if rankings is not None else None
+        is_pending = rankings is not None and rankings.is_pending(sweep)
+        failure = rankings.failure(sweep) if rankings is not None else None
         summary = sweep.summary
         commands = list(sweep.commands)
     if ranked is None:
         ranking = rank_jobs(sweep.path, jobs, scored=lambda *_: {})
-        ranked = {**ranking_view(ranking), "notes": []}
+        ranked = {**ranking_view(ranking), "notes": [f"there are no intervals: {failure}"] if failure else []}
     rungs = readable_race(sweep.path)
     return {
         "id": sweep.id,
@@ -38,7 +41,7 @@ def sweep_view(index: Index, sweep: Sweep) -> dict[str, Any]:
         "knobs": [{"key": key, "title": sweep.names.get(key, key)} for key in sweep.knobs],
         "summary": summary,
         **ranked,
-        "pending": index.rankings.is_pending(sweep),
+        "pending": is_pending,
         "race": [race_view(rung) for rung in rungs] or None,
         "jobs": rows,
         "has": {"report": (sweep.path / REPORT_PAGE).is_file()},
