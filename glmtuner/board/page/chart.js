@@ -292,7 +292,7 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
     event.preventDefault();
   };
 
-  const tick = (_, values) => values.map((value) => (value === null ? "" : Math.abs(value) >= 10000 ? board.compact(value) : board.number(value, 3)));
+  const tick = (_, values) => values.map((value) => (value === null ? "" : board.tick(value)));
   const make = () => {
     if (u) {
       board.charts.splice(board.charts.indexOf(u), 1);
@@ -413,5 +413,4 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
     },
   };
 };
-board.compact = (value) => new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 2 }).format(value);
 }

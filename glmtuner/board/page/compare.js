@@ -24,7 +24,7 @@ const table = (infos, isAll) => {
   const text = (value) => (value === undefined ? "–" : board.visible(board.value(value)));
   const rows = (name, shown) => lines(name).map(([key, values]) => board.h("tr", { class: same(values) ? null : "differs" }, board.h("th", { scope: "row" }, board.line(key)), values.map((value, place) => board.h("td", { class: name === "metrics" ? "number" : null }, shown(value, infos[place], key)))));
   const heading = (title) => board.h("tr", { class: "group" }, board.h("th", { scope: "colgroup", colspan: String(infos.length + 1) }, title));
-  const results = rows("metrics", (value, info, key) => (typeof value === "number" ? board.score(value, info.row.intervals?.[key]) : "–"));
+  const results = rows("metrics", (value, info, key) => (typeof value === "number" ? board.measured(key, value, info.row.intervals?.[key]) : "–"));
   const configuration = rows("config", (value) => text(value));
   return board.h("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": board.word("compare") },
     board.h("table", {}, board.h("caption", { class: "hidden" }, board.word("compare")),

@@ -21,7 +21,7 @@ board.number = (value, digits = 4) => {
   const size = Math.abs(value);
   if (size >= 1e-4 && size < 1e7) {
     const decimals = Math.max(0, digits - 1 - Math.floor(Math.log10(size)));
-    return size >= 1e4 ? Math.round(value).toLocaleString("en-US") : value.toFixed(Math.min(decimals, 8));
+    return size >= 1e3 ? Math.round(value).toLocaleString("en-US") : value.toFixed(Math.min(decimals, 8));
   }
   return value.toExponential(digits - 1).replace(/\.?0+e/, "e");
 };
@@ -29,9 +29,18 @@ board.number = (value, digits = 4) => {
 board.score = (value, interval) => {
   if (!interval || typeof value !== "number" || !interval.every(Number.isFinite)) return board.number(value);
   const decimals = (board.number(value).split(".")[1] || "").length;
-  const isPlain = Math.abs(value) < 1e4 && !board.number(value).includes("e");
+  const isPlain = Math.abs(value) < 1e3 && !board.number(value).includes("e");
   const [low, high] = interval.map((bound) => (isPlain ? bound.toFixed(decimals) : board.number(bound)));
   return `${board.number(value)} [${low}, ${high}]`;
+};
+// a number without the zeros at its end, for the ticks of axes
+board.tick = (value) => (Math.abs(value) >= 10000 ? board.compact(value) : board.number(value, 3).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, ""));
+board.compact = (value) => new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 2 }).format(value);
+// the value of a metric with its unit, and its interval where there is one
+board.measured = (name, value, interval) => {
+  if (typeof value === "number" && /runtime/.test(name)) return board.duration(value);
+  if (typeof value === "number" && /memory_gib/.test(name)) return `${board.number(value, 3)} GiB`;
+  return board.score(value, interval);
 };
 // what a configuration holds, as one would type it
 board.value = (value) => (value === null || value === undefined ? "null" : typeof value === "object" ? JSON.stringify(value) : String(value));

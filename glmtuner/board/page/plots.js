@@ -19,17 +19,18 @@ board.scaleOf = (values, isLog = null) => {
   const [from, to] = [of(low) - margin, of(high) + margin];
   const at = (value) => (of(value) - from) / (to - from);
   const ticks = [];
-  if (takesLog && to - from >= 1) {
-    for (let power = Math.ceil(from); power <= Math.floor(to); power += Math.max(1, Math.ceil((to - from) / 6))) ticks.push(10 ** power);
+  if (takesLog) {
+    const factors = to - from > 4 ? [1] : to - from > 1.5 ? [1, 3] : [1, 2, 5];
+    const stride = Math.max(1, Math.ceil((to - from) / 6));
+    for (let power = Math.floor(from); power <= to; power += stride) for (const factor of factors) ticks.push(Number((factor * 10 ** power).toPrecision(3)));
   } else {
-    const [a, b] = takesLog ? [10 ** from, 10 ** to] : [from, to];
-    const rough = (b - a) / 5;
+    const rough = (to - from) / 5;
     const unit = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].map((factor) => factor * unit).find((each) => each >= rough);
-    for (let value = Math.ceil(a / step) * step; value <= b; value += step) ticks.push(Number(value.toPrecision(12)));
+    for (let value = Math.ceil(from / step) * step; value <= to; value += step) ticks.push(Number(value.toPrecision(12)));
   }
-  const text = (value) => (Math.abs(value) >= 10000 ? board.compact(value) : board.number(value, 3));
-  return { place: at, ticks: ticks.map((value) => ({ at: at(value), text: text(value) })), isLog: takesLog, names: null, value: (share) => (takesLog ? 10 ** (from + share * (to - from)) : from + share * (to - from)) };
+  const inside = ticks.map((value) => ({ at: at(value), text: board.tick(value) })).filter((tick) => tick.at >= 0 && tick.at <= 1);
+  return { place: at, ticks: inside, isLog: takesLog, names: null, value: (share) => (takesLog ? 10 ** (from + share * (to - from)) : from + share * (to - from)) };
 };
 const label = (x, y, text, more = {}) => board.svg("text", { x, y, fill: "currentColor", class: "tick", ...more }, text);
 
@@ -126,13 +127,13 @@ const objectiveOf = (rows, results) => {
 };
 
 board.scatterPanel = ({ runs, parameters = {}, onchange = () => {} }) => {
-  const state = { across: parameters.across || null, up: parameters.up || null, front: parameters.front === "true" };
+  const state = { across: parameters.across || null, up: parameters.up || null, front: parameters.front === "true", log: parameters.log === "true" };
   const controls = board.h("div", { class: "bar" });
   const place = board.h("div");
   let last = "";
   const set = (more) => {
     Object.assign(state, more);
-    onchange({ across: state.across, up: state.up, front: state.front || undefined });
+    onchange({ across: state.across, up: state.up, front: state.front || undefined, log: state.log || undefined });
     last = "";
     update();
   };
@@ -146,13 +147,14 @@ board.scatterPanel = ({ runs, parameters = {}, onchange = () => {} }) => {
       if (!up || !across) return board.fill(place, board.h("p", { class: "faint" }, board.word("noResults")));
       const groups = [[board.word("variedKeys"), found.varied], [board.word("metrics"), [...found.results, ...found.measured]], [board.word("allKeys"), found.others]];
       const [xs, ys] = [await axisValues(across, rows), await axisValues(up, rows)];
-      const now = JSON.stringify([across, up, state.front, xs, ys, rows.length]);
+      const now = JSON.stringify([across, up, state.front, state.log, xs, ys, rows.length]);
       if (now === last) return;
       last = now;
       if (!controls.contains(document.activeElement)) {
         board.fill(controls,
           board.h("label", {}, board.word("up"), " ", select("scatter-y", up, groups.slice(1, 2), (name) => set({ up: name }))),
           board.h("label", {}, board.word("across"), " ", select("scatter-x", across, groups, (name) => set({ across: name }))),
+          board.h("label", {}, board.h("input", { type: "checkbox", id: "scatter-log", checked: state.log, onchange: (event) => set({ log: event.target.checked }) }), " ", board.word("logScale")),
           board.h("label", {}, board.h("input", { type: "checkbox", id: "front", checked: state.front, onchange: (event) => set({ front: event.target.checked }) }), " ", board.word("paretoFront")));
       }
       const colours = board.colours(rows.map((row) => row.id));
@@ -165,7 +167,7 @@ board.scatterPanel = ({ runs, parameters = {}, onchange = () => {} }) => {
       const isNumeric = points.every((point) => typeof point.x === "number");
       const [isLessX, isLessY] = [board.isLessBetter(axisName(across)), board.isLessBetter(axisName(up))];
       const front = state.front && isNumeric ? board.front(points, isLessX, isLessY) : null;
-      const svg = scatter({ points, xTitle: axisName(across), yTitle: axisName(up), isXLog: null, isYLog: null, front, isLessX });
+      const svg = scatter({ points, xTitle: axisName(across), yTitle: axisName(up), isXLog: null, isYLog: state.log, front, isLessX });
       const direction = (isLess) => board.word(isLess ? "lessIsBetter" : "moreIsBetter");
       board.fill(place,
         picture(`${axisName(up)} · ${axisName(across)}`, svg, [board.word("run"), axisName(across), axisName(up), ...(front ? [board.word("paretoFront")] : [])],
@@ -185,7 +187,7 @@ board.frontPicture = ({ objectives: [first, second], titles: [yTitle, xTitle], b
     const intervals = board.store.rows.get(point.id)?.intervals || {};
     return { id: point.id, name: point.label, x: point.values[second], y: point.values[first], xInterval: intervals[second] || null, yInterval: intervals[first] || null, colour: board.colour(best.includes(point.id) ? "--accent" : "--faint") };
   });
-  const svg = scatter({ points, xTitle, yTitle, isXLog: null, isYLog: null, front: best, isLessX: better[1] === "low" });
+  const svg = scatter({ points, xTitle, yTitle, isXLog: null, isYLog: false, front: best, isLessX: better[1] === "low" });
   return picture(board.word("paretoFront"), svg, [board.word("run"), xTitle, yTitle, board.word("paretoFront")], points.map((point) => [point.id, board.value(point.x), board.score(point.y, point.yInterval), best.includes(point.id) ? "✓" : ""]), linkTo);
 };
 
@@ -261,7 +263,7 @@ board.parallelPanel = ({ runs, parameters = {}, onchange = () => {} }) => {
       const left = (index) => (names.length < 2 ? width / 2 : 70 + (index * (width - 140)) / (names.length - 1));
       known = { rows: rows.filter((row) => columns.every((axis) => row.id in axis.values)), axes: [] };
       const missing = rows.length - known.rows.length;
-      known.axes = columns.map((axis) => ({ ...axis, scale: board.scaleOf(known.rows.map((row) => axis.values[row.id])), top: (at) => top + (1 - at) * (height - top - bottom) }));
+      known.axes = columns.map((axis) => ({ ...axis, scale: board.scaleOf(known.rows.map((row) => axis.values[row.id]), axis.name.startsWith("metric:") ? false : null), top: (at) => top + (1 - at) * (height - top - bottom) }));
       const final = known.axes[known.axes.length - 1];
       lines = known.rows.map((row) => {
         const path = known.axes.map((axis, index) => `${index ? "L" : "M"}${left(index)} ${axis.top(axis.scale.place(axis.values[row.id]))}`).join("");

@@ -8,19 +8,19 @@ const copied = (title, text) => board.h("section", {}, board.h("div", { class: "
 board.facts = facts;
 
 const overview = (info, row) => (panel) => {
-  const metrics = Object.entries(info.metrics || {});
+  const metrics = Object.entries(info.metrics || {}).sort(([a], [b]) => board.isCost(a) - board.isCost(b)); // results before costs
   const intervals = row.intervals || {};
   const curves = board.curvePanel({ runs: () => [board.store.rows.get(info.row.id)].filter(Boolean) });
   const live = board.h("div");
   const drawLive = (now) => board.fill(live, facts([
     [board.word("column.state"), board.h("span", {}, board.chip(now))], [board.word("column.note"), now.note], [board.word("sweep"), board.place(now)],
-    [board.word("column.stage"), now.stage], [board.word("column.model"), now.model], [board.word("column.method"), [now.method, now.quant].filter(Boolean).join(", ")], [board.word("column.data"), now.data],
+    [board.word("column.stage"), now.stage], [board.word("column.model"), now.model], [board.word("column.method"), [now.method, now.quant === "none" ? null : now.quant].filter(Boolean).join(", ")], [board.word("column.data"), now.data],
     [board.word("column.step"), now.step === null || now.step === undefined ? null : `${now.step}${now.steps ? ` / ${now.steps}` : ""}`], [board.word("column.epoch"), board.number(now.epoch)], [board.word("column.loss"), board.number(now.loss)],
     [board.word("column.speed"), board.number(now.tokens_per_second)], [board.word("column.memory"), board.number(now.memory_gib)], [board.word("column.eta"), now.state === "running" ? board.duration(now.eta_s) : null],
     [board.word("column.started"), board.date(now.started)], [board.word("column.updated"), board.date(now.updated)],
   ]));
   drawLive(row);
-  const results = board.plainTable(board.word("results"), [board.word("metric"), board.word("value")], metrics.map(([name, value]) => [name, value === null ? board.word("notFinite") : board.score(value, intervals[name])]));
+  const results = board.plainTable(board.word("results"), [board.word("metric"), board.word("value")], metrics.map(([name, value]) => [name, value === null ? board.word("notFinite") : board.measured(name, value, intervals[name])]));
   const failure = info.failure;
   panel.append(
     ...[failure ? board.h("section", { class: "card failure" }, board.h("h3", {}, board.word("failure")), board.h("p", { class: "bad" }, board.visible(failure.message || failure.error || JSON.stringify(failure)))) : null,

@@ -38,7 +38,7 @@ board.runColumns = ({ rows, pins, onpin, oncheck, extra = {} }) => {
     text("data", (row) => row.data, { className: "wide" }), text("varied", varied, { className: "wide" }),
     { ...number("step", (row) => row.step), text: (row) => `${row.step ?? ""}/${row.steps ?? ""}`, make: progress },
     number("epoch", (row) => row.epoch), number("loss", (row) => row.loss),
-    ...board.metricsOf(rows).map((name) => ({ key: `metric:${name}`, title: name, className: "metric", isNumber: true, isCost: board.isCost(name), value: (row) => row.metrics?.[name], sort: (row) => row.metrics?.[name], text: (row) => board.score(row.metrics?.[name], row.intervals?.[name]) })),
+    ...board.metricsOf(rows).map((name) => ({ key: `metric:${name}`, title: name, className: "metric", isNumber: true, isCost: board.isCost(name), value: (row) => row.metrics?.[name], sort: (row) => row.metrics?.[name], text: (row) => board.measured(name, row.metrics?.[name], row.intervals?.[name]) })),
     number("speed", (row) => row.tokens_per_second), number("memory", (row) => row.memory_gib),
     { key: "eta", title: board.word("column.eta"), text: (row) => (row.state === "running" ? board.duration(row.eta_s) : ""), sort: (row) => row.eta_s, isNumber: true },
     { key: "age", title: board.word("column.age"), help: board.word("ageHelp"), text: (row) => (row.started ? board.duration(board.now() - row.started) : ""), sort: (row) => (row.started ? -row.started : null), isNumber: true },

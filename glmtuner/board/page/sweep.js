@@ -6,7 +6,7 @@ const bracket = (row, key) => {
   const value = row.values[key];
   if (value === null || value === undefined) return "–";
   const deviation = row.deviations?.[key];
-  const [text, rest = ""] = board.score(value, row.intervals?.[key]).split(/ (?=\[)/);
+  const [text, rest = ""] = board.measured(key, value, row.intervals?.[key]).split(/ (?=\[)/);
   return [text, deviation === undefined || deviation === null ? "" : ` ± ${board.number(deviation, 3)}`, rest ? board.h("small", { class: "faint block" }, rest) : null];
 };
 const leaderboard = (info) => {
@@ -86,8 +86,9 @@ board.views.sweep = {
     const draw = () => {
       title.textContent = board.line(info.name);
       const live = board.store.sweeps.find((sweep) => sweep.id === id);
-      board.fill(head, live ? board.counts(live.count) : null,
-        board.facts([[board.word("objective"), [info.objective || []].flat().join(", ")], [board.word("variedKeys"), (info.knobs || []).map((knob) => knob.title || knob).join(", ")], [board.word("column.eta"), board.duration(live?.eta)]]),
+      const fact = (name, text) => (text ? board.h("span", {}, board.h("span", { class: "faint" }, `${name} `), board.line(text)) : null);
+      board.fill(head, board.h("div", { class: "bar small" }, live ? board.h("span", {}, board.counts(live.count)) : null, fact(board.word("objective"), [info.objective || []].flat().join(", ")),
+        fact(board.word("variedKeys"), (info.knobs || []).map((knob) => knob.title || knob).join(", ")), fact(board.word("column.eta"), board.duration(live?.eta))),
         info.command ? board.h("details", { class: "small" }, board.h("summary", {}, board.word("command")), board.copyButton(() => info.command), board.h("pre", { tabindex: "0" }, board.visible(info.command))) : null);
       board.fill(results, info.pending ? board.h("p", { class: "faint small", role: "status" }, board.word("pending")) : null, leaderboard(info), info.leaderboard.rows.length ? board.h("p", { class: "faint small" }, board.word("intervalHelp")) : null,
         (info.notes || []).map((note) => board.h("p", { class: "small" }, board.visible(note))), info.export ? board.h("div", {}, board.h("div", { class: "bar" }, board.h("h3", {}, board.word("exportBest")), board.copyButton(() => info.export)), board.h("pre", { tabindex: "0" }, board.visible(info.export))) : null,
