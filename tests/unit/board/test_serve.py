@@ -182,7 +182,8 @@ def test_ctrl_c_ends_it_soon_while_clients_are_connected(board: Board) -> None:
     time.sleep(0.3)
     code, seconds, text = board.stop()
     printed, _, loaded_line = text.partition("LOADED ")
-    assert code == 0 and seconds < 5 and len(printed.splitlines()) == 1, printed
+    said = [line for line in printed.splitlines() if line != "WARNING:  Invalid HTTP request received."]  # the tests above
+    assert code == 0 and seconds < 5 and len(said) == 1, printed
     loaded = set(loaded_line.split())
     assert "glmtuner.board.serve" in loaded
     assert not loaded & {"torch", "transformers", "datasets", "peft", "matplotlib", "pandas", "wandb", "optuna", "tensorboard"}
