@@ -26,8 +26,8 @@ class BoardServer(uvicorn.Server):
     """uvicorn's server, which ends soon after a signal, however many pages are open or stream something."""
 
     def __init__(self, root: Root, token: str | None, hosts: tuple[str, ...] | None, read_only: bool) -> None:
-        routers = [Views(root, read_only).router]
-        app = application(routers, token, hosts, self.abort)
+        self.parts = [Views(root, read_only)]
+        app = application([part.router for part in self.parts], token, hosts, self.abort)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -75,7 +75,11 @@ def serve(
     """Serve the folder's board on the listening socket."""
     server = BoardServer(Root(folder), token, hosts, read_only)
     say(f"{folder} at {url}{f'?token={token}' if token else ''} ; Ctrl-C stops the board, not the runs")
-    server.run(sockets=[listener])
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for part in server.parts:
+            part.close()
     workers = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
     deadline = time.monotonic() + GRACE_S
     for thread in workers:
