@@ -4,17 +4,27 @@
 // The answer to GET api/<name>?<parameters>; throws an Error with the board's own paragraph.
 board.get = async (name, parameters = {}) => {
   if (window.glmtunerStatic) return board.fromScript(name, parameters);
-  const query = new URLSearchParams(Object.entries(parameters).filter(([, value]) => value !== undefined && value !== null));
+  const pairs = Object.entries(parameters).flatMap(([key, value]) => [value].flat().map((each) => [key, each])); // a list is asked for as id=a&id=b
+  const query = new URLSearchParams(pairs.filter(([, value]) => value !== undefined && value !== null));
   return board.asked(`api/${name}${query.size ? `?${query}` : ""}`, {});
+};
+
+// The address that the program prints carries the token. It is kept where only this origin, port included, can read it, and is
+// taken out of the address; the cookie that came with the page lets it read, and nothing more.
+const token = new URLSearchParams(location.search).get("token");
+if (token && !window.glmtunerStatic) {
+  board.remember("token", token);
+  history.replaceState(null, "", location.pathname + location.hash);
+}
+// The headers of a request that changes something.
+board.headers = () => {
+  const known = token || board.setting("token", null);
+  return { "Content-Type": "application/json", "X-Glmtuner-Board": "1", ...(known ? { Authorization: `Bearer ${known}` } : {}) };
 };
 
 // The answer to a request that changes something.
 board.post = (name, body = {}) =>
-  board.asked(`api/${name}`, {
-    method: "POST",
-    headers: { "Content-Type": "application/json", "X-Glmtuner-Board": "1" },
-    body: JSON.stringify(body),
-  });
+  board.asked(`api/${name}`, { method: "POST", headers: board.headers(), body: JSON.stringify(body) });
 
 board.asked = async (path, options) => {
   let response;
