@@ -1,9 +1,14 @@
 """The process's side of `board`: it listens until Ctrl-C or SIGTERM. What was started from it goes on."""
 
+import asyncio
 import socket
+import time
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import uvicorn
+from starlette.types import Scope
 
 from glmtuner.board.actions import Actions
 from glmtuner.board.app import application
@@ -11,20 +16,64 @@ from glmtuner.board.root import Root
 from glmtuner.board.views import Views
 from glmtuner.console import say
 
+GRACE_S = 1.0  # for answers in progress after the first signal; pages ask every two seconds, and again when they are refused
+
+
+class BoardServer(uvicorn.Server):
+    """uvicorn's server, which ends soon after a signal, however many pages are open or stream something."""
+
+    def __init__(self, root: Root, token: str | None, hosts: tuple[str, ...] | None, read_only: bool) -> None:
+        self.actions = None if read_only else Actions(root)
+        routers = [Views(root, read_only).router, *([self.actions.router] if self.actions else [])]
+        app = application(routers, token, hosts, self.abort)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                lifespan="off",
+                ws="none",
+                proxy_headers=False,  # `abort` finds a connection by its client's address
+                timeout_graceful_shutdown=round(GRACE_S),
+            )
+        )
+        self.signals, self.deadline = 0, 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Count the signal; `on_tick` acts on it, outside of the signal handler."""
+        self.signals += 1
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; True ends the server."""
+        if self.signals:
+            self.deadline = self.deadline or time.monotonic() + GRACE_S
+            unfinished = self._unfinished()
+            if not unfinished or time.monotonic() >= self.deadline or self.signals > 1:
+                for connection in unfinished:
+                    connection.transport.abort()
+                await asyncio.sleep(0.01)  # the tasks of aborted connections end
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+    def abort(self, scope: Scope) -> None:
+        """Close the connection of a request at once, whatever it has not read."""
+        for connection in list(self.server_state.connections):
+            if getattr(connection, "client", None) == scope["client"]:
+                connection.transport.abort()
+
+    def _unfinished(self) -> list[Any]:
+        """Connections whose answer is not complete."""
+        cycles = ((connection, getattr(connection, "cycle", None)) for connection in self.server_state.connections)
+        return [connection for connection, cycle in cycles if cycle is not None and not cycle.response_complete]
+
 
 def serve(
     folder: Path, listener: socket.socket, url: str, token: str | None, hosts: tuple[str, ...] | None, read_only: bool
 ) -> None:
     """Serve the folder's board on the listening socket."""
-    root = Root(folder)
-    views = Views(root, read_only)
-    actions = None if read_only else Actions(root)
-    routers = [views.router, *([] if actions is None else [actions.router])]
-    app = application(routers, token, hosts, listener.getsockname()[1])
+    server = BoardServer(Root(folder), token, hosts, read_only)
     say(f"{folder} at {url}{f'?token={token}' if token else ''} ; Ctrl-C stops the board, not the runs")
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=2)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
     finally:
-        if actions is not None:
-            actions.close()
+        if server.actions is not None:
+            server.actions.close()

@@ -163,7 +163,7 @@ class Starts:
 
     def _of_run(self, run: RunFolder) -> Words:
         try:
-            lines = (run / OVERRIDES).read_text(encoding="utf-8").split("\n")
+            lines = self.root.file(run.path, OVERRIDES).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError):
             raise CheckpointError(
                 f"{run.path} has no readable {OVERRIDES}, so that its command is not known; restore the file"
@@ -180,7 +180,7 @@ class Starts:
         return Words(words, False, options.get("config_dir"), options.get("config_name", "config"), cwd)
 
     def _of_sweep(self, folder: Path) -> Words:
-        about = read_object(folder / SWEEP)
+        about = read_object(self.root.file(folder, SWEEP))
         typed = about.get("typed")
         if not isinstance(typed, list) or not typed or not isinstance(typed[-1], str):
             raise CheckpointError(f"{folder / SWEEP} is damaged (it has no list of command lines)")

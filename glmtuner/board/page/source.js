@@ -8,13 +8,22 @@ board.get = async (name, parameters = {}) => {
   return board.asked(`api/${name}${query.size ? `?${query}` : ""}`, {});
 };
 
+// The address that the program prints carries the token. It is kept where only this origin, port included, can read it, and is
+// taken out of the address; the cookie that came with the page lets it read, and nothing more.
+const token = new URLSearchParams(location.search).get("token");
+if (token && !window.glmtunerStatic) {
+  board.remember("token", token);
+  history.replaceState(null, "", location.pathname + location.hash);
+}
+// The headers of a request that changes something.
+board.headers = () => {
+  const known = token || board.setting("token", null);
+  return { "Content-Type": "application/json", "X-Glmtuner-Board": "1", ...(known ? { Authorization: `Bearer ${known}` } : {}) };
+};
+
 // The answer to a request that changes something.
 board.post = (name, body = {}) =>
-  board.asked(`api/${name}`, {
-    method: "POST",
-    headers: { "Content-Type": "application/json", "X-Glmtuner-Board": "1" },
-    body: JSON.stringify(body),
-  });
+  board.asked(`api/${name}`, { method: "POST", headers: board.headers(), body: JSON.stringify(body) });
 
 board.asked = async (path, options) => {
   let response;
