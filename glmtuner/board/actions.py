@@ -16,7 +16,7 @@ from glmtuner.board.root import Root
 from glmtuner.board.starts import Starts, Words, sweep_of
 from glmtuner.board.stops import Stops
 from glmtuner.board.talk import Talks
-from glmtuner.board.tasks import Tasks
+from glmtuner.board.begun import Tasks
 from glmtuner.board.trash import Trash
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.run_folder.folder import RunFolder, job_folders

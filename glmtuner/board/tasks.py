@@ -1,167 +1,153 @@
-"""What a board has begun: children with their output, and work in threads with what it says. It is forgotten with the board."""
+"""What the board's child processes compute: `python -m glmtuner.board.tasks ROOT now|nice`, a request and an answer a line of JSON."""
 
-import secrets
-import subprocess
+import json
+import os
 import sys
-import tempfile
-import threading
-import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from glmtuner.board.processes import child_environment
-from glmtuner.console import plain
-from glmtuner.errors import CheckpointError, GlmtunerError
+from glmtuner.board.index import Index
+from glmtuner.board.predictions import Asked, Predictions
+from glmtuner.board.root import Root
+from glmtuner.board.sweep_view import bounds_of, ranking_view
+from glmtuner.errors import CheckpointError, ConfigError, GlmtunerError
+from glmtuner.report.ranking import Ranking, build_row, rank_jobs
+from glmtuner.report.record_scores import RecordScores, record_scores
+from glmtuner.run_folder.files import strict_json
+from glmtuner.run_folder.folder import RunFolder
+from glmtuner.run_folder.names import BENCHMARKS, LOSSES, METRICS, PREDICTIONS
+from glmtuner.run_folder.redaction import HIDDEN, flatten
 
-MOST_TASKS, MOST_LINES, MOST_BYTES = 200, 500, 2**18
-Say = Callable[[str], None]
-
-
-@dataclass
-class Task:
-    """One thing that was begun, `what`, about the run or sweep `about`; `code` is None until it has ended."""
-
-    id: str
-    what: str
-    about: str | None
-    began: float
-    process: subprocess.Popen[bytes] | None = None
-    log: Path | None = None
-    start: int = 0  # of its output in the log
-    said: list[str] = field(default_factory=list)
-    code: int | None = None
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def lines(self) -> list[str]:
-        """The last lines of its output, as a terminal would show them."""
-        return [*read_tail(self.log, self.start), *self.said][-MOST_LINES:]
-
-    def record(self) -> dict[str, Any]:
-        """What the page knows of it, without its lines."""
-        state = "running" if self.code is None else "ended"
-        return {
-            "task": self.id,
-            "what": self.what,
-            "id": self.about,
-            "began": self.began,
-            "state": state,
-            "code": self.code,
-        }
-
-
-def read_tail(log: Path | None, start: int) -> list[str]:
-    """The last lines of the file from that byte on; of what a progress bar wrote over itself, the last state."""
-    if log is None:
-        return []
-    try:
-        with log.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(start, size - MOST_BYTES))
-            text = file.read(MOST_BYTES).decode("utf-8", "replace")
-    except OSError:
-        return []
-    lines = text.removesuffix("\n").split("\n") if text else []
-    return [plain(line.rstrip("\r").rpartition("\r")[2]) for line in lines[-MOST_LINES:]]
+MOST_SCORES = 300  # runs whose records' scores are kept
 
 
 class Tasks:
-    """All of them, by their ids; the oldest that have ended are forgotten first."""
+    """The functions that can be asked for, and what they keep between two questions."""
 
-    def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="glmtuner-board-")
-        self.known: dict[str, Task] = {}
-        self.lock = threading.Lock()
+    def __init__(self, root: Root) -> None:
+        self.root, self.index = root, Index(root, ranks=False)
+        self.predictions = Predictions()
+        self._scores: OrderedDict[Path, tuple[Any, dict[str, RecordScores]]] = OrderedDict()
 
-    def child(
-        self,
-        what: str,
-        command: Sequence[str],
-        cwd: Path,
-        *,
-        about: str | None = None,
-        log: Path | None = None,
-        at_end: Callable[[Task], None] = lambda task: None,
-    ) -> Task:
-        """Start a command in a session of its own, so that it outlives the board; `at_end` is called once it has ended.
+    def ranking(self, id: str) -> dict[str, Any]:
+        """The ranking of a sweep with intervals, and the intervals of each of its jobs by their names."""
+        sweep = self.index.sweep(id)
+        ranking = rank_jobs(sweep.path, [*sweep.jobs.values()], self._record_scores)
+        return {"ranking": ranking_view(ranking), "intervals": intervals_by_job(ranking)}
 
-        Its output is added to `log`, which is no link, else to a file that lasts as long as the board.
-        """
-        task = self._added(what, about)
-        task.log = log or Path(self.folder.name) / task.id
-        with task.log.open("ab") as file:
-            task.start = file.tell()
-            task.process = subprocess.Popen(
-                [*command], cwd=cwd, env=child_environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
+    def intervals(self, id: str) -> dict[str, list[float]]:
+        """The intervals of the metrics of a run that is no job of a sweep."""
+        job = self.index.record(id).job
+        return bounds_of(build_row([job], [], [], self._record_scores).intervals) if job is not None else {}
 
-        def wait() -> None:
-            assert task.process is not None
-            code = task.process.wait()
-            try:
-                at_end(task)
-            finally:
-                task.code = code
-                task.ended.set()
+    def predicted(self, id: str, other: str | None, asked: dict[str, Any]) -> dict[str, Any]:
+        """A page of a run's answers with their scores, beside those of another run to the same questions."""
+        record = self.index.record(id)
+        beside = self.index.record(other) if other else None
+        return self.predictions.page(record, beside, Asked(**asked))
 
-        threading.Thread(target=wait, name=f"board-{what}", daemon=True).start()
-        return task
+    def compared(self, one: str, other: str) -> dict[str, Any]:
+        """The comparison of two runs, or of two sweeps, as `diff` prints it."""
+        from glmtuner.compare.diff import diff_runs
+        from glmtuner.compare.loaded import kind_of
+        from glmtuner.compare.sweeps import diff_sweeps
 
-    def thread(self, what: str, work: Callable[[Say], int], *, about: str | None = None) -> Task:
-        """Do `work`, whose result is the task's code, in a thread; it is given a function that adds a line."""
-        task = self._added(what, about)
+        paths = [self._folder(one), self._folder(other)]
+        kinds = [kind_of(path, "diff") for path in paths]
+        if len({*kinds}) > 1:
+            raise ConfigError(f"{one} is a {kinds[0]} and {other} a {kinds[1]}: runs are compared with runs, and sweeps with sweeps")
+        document = (diff_runs if kinds[0] == "run" else diff_sweeps)(paths)
+        return {
+            "kind": kinds[0],
+            "title": document.title,
+            "verdict": document.verdict,
+            "differs": document.differs,
+            "sections": [
+                {
+                    "title": section.title,
+                    "sentences": list(section.sentences),
+                    "header": list(section.header),
+                    "rows": [list(row) for row in section.rows],
+                    "has_texts": section.has_texts,
+                    "is_difference": section.is_difference,
+                }
+                for section in document.sections
+            ],
+        }
 
-        def run() -> None:
-            code = 1
-            try:
-                code = work(lambda line: task.said.append(plain(line)))
-            except GlmtunerError as error:
-                task.said.append(plain(str(error)))
-                code = 2
-            except Exception:
-                traceback.print_exc(file=sys.stderr)
-                task.said.append("the board failed at this; its output says why")
-            finally:
-                task.code = code
-                task.ended.set()
+    def defaults(self, words: list[str]) -> dict[str, Any]:
+        """The configuration of these choices of presets by dotted key."""
+        from omegaconf import OmegaConf
 
-        threading.Thread(target=run, name=f"board-{what}", daemon=True).start()
-        return task
+        from glmtuner.config.compose import compose
 
-    def get(self, task_id: str) -> Task:
-        """The task with this id; raises CheckpointError for one that is not known, or not any more."""
-        with self.lock:
-            if task_id in self.known:
-                return self.known[task_id]
-        raise CheckpointError(
-            f"this board has not begun {plain(task_id[:40])!r}; what an earlier board began is in its run's log"
-        )
+        return flatten(OmegaConf.to_container(compose(words).config, resolve=True, enum_to_str=True))
 
-    def running(self, about: str) -> list[Task]:
-        """What has been begun about this run or sweep, and has not ended."""
-        with self.lock:
-            return [task for task in self.known.values() if task.about == about and task.code is None]
+    def samples(self, id: str, dataset: str | None, count: int) -> dict[str, Any]:
+        """The first rows of a data set of the run, as they are learned."""
+        from glmtuner.board.samples import samples
 
-    def listed(self) -> list[dict[str, Any]]:
-        """All of them, the latest first."""
-        with self.lock:
-            return [task.record() for task in reversed(self.known.values())]
+        return samples(self.index.record(id), dataset, count)
 
-    def close(self) -> None:
-        """Forget everything; forecasts are ended, since nobody would read them, and runs and exports go on."""
-        for task in self.known.values():
-            if task.what == "check" and task.process is not None and task.code is None:
-                task.process.terminate()
-        self.folder.cleanup()
+    def _folder(self, id: str) -> Path:
+        try:
+            return self.index.record(id).path
+        except CheckpointError:
+            return self.index.sweep(id).path
 
-    def _added(self, what: str, about: str | None) -> Task:
-        task = Task(secrets.token_urlsafe(12), what, about, time.time())
-        with self.lock:
-            over = max(len(self.known) - MOST_TASKS, 0)
-            for old in [each for each in self.known.values() if each.code is not None][:over]:
-                del self.known[old.id]
-            self.known[task.id] = task
-        return task
+    def _record_scores(self, folder: RunFolder, values: Mapping[str, Any], measured: Iterable[str]) -> dict[str, RecordScores]:
+        """`record_scores`, kept until one of the files that it reads changes."""
+        signature = tuple(_signature(folder / name) for name in (METRICS, PREDICTIONS, LOSSES, BENCHMARKS))
+        known = self._scores.get(folder.path)
+        if known is None or known[0] != signature:
+            known = (signature, record_scores(folder, values, measured))
+        self._scores[folder.path] = known
+        self._scores.move_to_end(folder.path)
+        while len(self._scores) > MOST_SCORES:
+            self._scores.popitem(last=False)
+        return known[1]
+
+
+def intervals_by_job(ranking: Ranking) -> dict[str, dict[str, list[float]]]:
+    """The intervals of each job's metrics by the name of its folder."""
+    alone = [row for each in ranking.rows for row in (each.seeds or [each])]
+    return {row.jobs[0].name: bounds_of(row.intervals) for row in alone if row.intervals}
+
+
+def _signature(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    except OSError:
+        return None
+
+
+def answer_to(tasks: Tasks, request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request, or its error as a paragraph."""
+    try:
+        task: Callable[..., Any] = getattr(tasks, request["task"])
+        return {"answer": task(**request["arguments"])}
+    except GlmtunerError as error:
+        return {"error": str(error)}
+    except Exception as error:  # whatever a damaged folder can do
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+
+
+def main(arguments: list[str]) -> None:
+    """Answer until standard input ends, as it does when the board does."""
+    if arguments[1] == "nice":
+        with suppress(OSError, AttributeError):
+            os.nice(10)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what else is printed is no answer
+    tasks = Tasks(Root(Path(arguments[0])))
+    for line in sys.stdin:
+        answers.write(strict_json(answer_to(tasks, json.loads(line))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

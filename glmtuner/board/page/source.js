@@ -4,7 +4,8 @@
 // The answer to GET api/<name>?<parameters>; throws an Error with the board's own paragraph.
 board.get = async (name, parameters = {}) => {
   if (window.glmtunerStatic) return board.fromScript(name, parameters);
-  const query = new URLSearchParams(Object.entries(parameters).filter(([, value]) => value !== undefined && value !== null));
+  const pairs = Object.entries(parameters).flatMap(([key, value]) => [value].flat().map((each) => [key, each])); // a list is asked for as id=a&id=b
+  const query = new URLSearchParams(pairs.filter(([, value]) => value !== undefined && value !== null));
   return board.asked(`api/${name}${query.size ? `?${query}` : ""}`, {});
 };
 

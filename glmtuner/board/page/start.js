@@ -119,18 +119,18 @@ const show = (element, _, parameters) => {
   const command = board.h("textarea", { id: "command", rows: "5", spellcheck: "false", autocomplete: "off", "aria-describedby": "command-help", oninput: () => {
     const whole = readCommand(command.value);
     command.setAttribute("aria-invalid", String(!whole));
-    if (!whole) return board.fill(errors, board.h("p", { class: "bad" }, board.word("openQuote")));
+    if (!whole) return board.fill(errors, board.h("p", { class: "bad" }, board.word("start.openQuote")));
     render();
     compose();
   } });
   const errors = board.h("div", { id: "errors", "aria-live": "polite" });
   const facts = board.h("div", { id: "facts", "aria-live": "polite" });
-  const yaml = board.h("pre", { id: "yaml", tabindex: "0", "aria-label": board.word("resolved") });
+  const yaml = board.h("pre", { id: "yaml", tabindex: "0", "aria-label": board.word("start.resolved") });
   const output = board.h("div", { id: "begun" });
-  const start = board.h("button", { type: "button", id: "start", class: "main", onclick: () => begin(null) }, board.word("startHere"));
-  const slurm = board.h("button", { type: "button", id: "submit-slurm", hidden: true, onclick: () => begin("slurm") }, board.word("submitSlurm"));
-  const check = board.h("button", { type: "button", id: "check", onclick: () => forecast() }, board.word("checkMemory"));
-  const copy = board.h("button", { type: "button", id: "copy", onclick: () => board.copy(command.value) }, board.word("copyCommand"));
+  const start = board.h("button", { type: "button", id: "start", class: "main", onclick: () => begin(null) }, board.word("start.startHere"));
+  const slurm = board.h("button", { type: "button", id: "submit-slurm", hidden: true, onclick: () => begin("slurm") }, board.word("start.submitSlurm"));
+  const check = board.h("button", { type: "button", id: "check", onclick: () => forecast() }, board.word("start.checkMemory"));
+  const copy = board.h("button", { type: "button", id: "copy", onclick: () => board.copy(command.value) }, board.word("start.copyCommand"));
 
   const body = () => ({ words: state.words, multirun: state.multirun, config_dir: state.configDir || null });
   const setBusy = (isBusy) => { for (const button of [start, slurm, check]) button.disabled = isBusy; };
@@ -149,7 +149,7 @@ const show = (element, _, parameters) => {
         better && board.h("button", { type: "button", class: "small", "data-proposal": better, onclick: () => {
           state.words = state.words.map((word) => (word === error.word ? better : word));
           changed(true);
-        } }, board.word("typeInstead", { word: better })));
+        } }, board.word("start.typeInstead", { word: better })));
     }));
   };
 
@@ -162,9 +162,9 @@ const show = (element, _, parameters) => {
       start.disabled = slurm.disabled = check.disabled = !answer.ok;
       yaml.textContent = answer.ok ? board.visible(answer.yaml) : "";
       board.fill(facts, answer.ok && [
-        state.multirun && board.h("p", { id: "jobs" }, board.word(answer.complete ? "jobs" : "jobsSome", { n: answer.jobs, m: answer.composed })),
-        board.h("p", { class: "faint" }, board.word("goesTo", { place: board.line(answer.place) })),
-        ...answer.add.map((word) => board.h("p", { class: "faint" }, board.word("isAdded", { word: board.line(word) }))),
+        state.multirun && board.h("p", { id: "jobs" }, board.word(answer.complete ? "start.jobs" : "start.jobsSome", { n: answer.jobs, m: answer.composed })),
+        board.h("p", { class: "faint" }, board.word("start.goesTo", { place: board.line(answer.place) })),
+        ...answer.add.map((word) => board.h("p", { class: "faint" }, board.word("start.isAdded", { word: board.line(word) }))),
         ...answer.notes.map((note) => board.h("p", { class: "warn" }, board.visible(note))),
       ]);
     } catch (error) {
@@ -197,7 +197,7 @@ const show = (element, _, parameters) => {
       const isSweep = state.multirun || launcher;
       const target = board.address(isSweep ? "sweep" : "run", begun.id);
       const place = board.h("div", {});
-      board.fill(output, board.h("p", { class: "good", id: "started", "data-id": begun.id }, `${board.word("started")} `, board.h("a", { href: target }, board.line(begun.id))), place);
+      board.fill(output, board.h("p", { class: "good", id: "started", "data-id": begun.id }, `${board.word("start.started")} `, board.h("a", { href: target }, board.line(begun.id))), place);
       let arrived = false;
       stopTask = board.followTask(place, begun.task, () => { arrived = true; setBusy(false); });
       const wait = async () => {
@@ -228,8 +228,8 @@ const show = (element, _, parameters) => {
     const onchange = (event) => { setValue(key.key, event.target.value === "" ? null : event.target.value); changed(false); mark(); };
     const isSelect = key.choices.length > 0 && !state.multirun && (value === null || key.choices.includes(value));
     const input = isSelect
-      ? board.h("select", { id, name: key.key, onchange, "aria-describedby": `${id}-about ${id}-error` }, board.h("option", { value: "" }, board.word("defaultIs", { value: initial ?? "" })), key.choices.map((choice) => board.h("option", { value: choice, selected: choice === value }, choice)))
-      : board.h("input", { id, name: key.key, value: value ?? "", placeholder: initial ?? board.word("required"), list: choices.length ? `${id}-list` : null, oninput: onchange, autocomplete: "off", spellcheck: "false", "aria-describedby": `${id}-about ${id}-error` });
+      ? board.h("select", { id, name: key.key, onchange, "aria-describedby": `${id}-about ${id}-error` }, board.h("option", { value: "" }, board.word("start.defaultIs", { value: initial ?? "" })), key.choices.map((choice) => board.h("option", { value: choice, selected: choice === value }, choice)))
+      : board.h("input", { id, name: key.key, value: value ?? "", placeholder: initial ?? board.word("start.required"), list: choices.length ? `${id}-list` : null, oninput: onchange, autocomplete: "off", spellcheck: "false", "aria-describedby": `${id}-about ${id}-error` });
     const element = board.h("div", { class: "field", "data-key": key.key },
       board.h("label", { for: id }, key.key), input,
       !isSelect && choices.length > 0 && board.h("datalist", { id: `${id}-list` }, choices.map((choice) => board.h("option", { value: choice }))),
@@ -252,7 +252,7 @@ const show = (element, _, parameters) => {
     const typed = valueOf(group.name) !== null;
     const isChosen = chosenIn(group).includes(preset.name);
     return board.h("button", { type: "button", class: "chip", id: `chip-${group.name}-${preset.name}`, "data-preset": `${group.name}=${preset.name}`, "aria-pressed": String(isChosen && typed), title: preset.about || null,
-      onclick: () => { choose(group, preset.name); changed(true); } }, preset.name, isChosen && !typed ? ` (${board.word("default")})` : "");
+      onclick: () => { choose(group, preset.name); changed(true); } }, preset.name, isChosen && !typed ? ` (${board.word("start.default")})` : "");
   }));
   const section = (name, title, about, more) => {
     const keys = keysOf(name);
@@ -276,14 +276,14 @@ const show = (element, _, parameters) => {
     configDir.value = state.configDir;
     const recipe = { name: "experiment", default: null, presets: form.experiments, meaning: { en: "", zh: "" } };
     board.fill(left,
-      !state.search && !state.onlySet && form.experiments.length > 0 && board.h("div", { class: "experiments" }, board.h("strong", {}, board.word("experiments")), chips(recipe)),
-      section("", board.word("wholeRun"), "", null),
+      !state.search && !state.onlySet && form.experiments.length > 0 && board.h("div", { class: "experiments" }, board.h("strong", {}, board.word("start.experiments")), chips(recipe)),
+      section("", board.word("start.wholeRun"), "", null),
       form.groups.filter((group) => state.multirun || !group.name.startsWith("hydra/")).map((group) => section(group.name, group.name, meaning(group.meaning), chips(group))));
     const again = focused && document.getElementById(focused);
     if (again) again.focus();
   };
 
-  const search = board.h("input", { type: "search", id: "key-search", value: state.search, placeholder: board.word("searchKeys"), "aria-label": board.word("searchKeys"), oninput: () => { state.search = search.value; render(); } });
+  const search = board.h("input", { type: "search", id: "key-search", value: state.search, placeholder: board.word("start.searchKeys"), "aria-label": board.word("start.searchKeys"), oninput: () => { state.search = search.value; render(); } });
   const onlySet = board.h("input", { type: "checkbox", id: "only-set", checked: state.onlySet, onchange: () => { state.onlySet = onlySet.checked; render(); } });
   const multirun = board.h("input", { type: "checkbox", id: "multirun", checked: state.multirun, onchange: () => { state.multirun = multirun.checked; if (state.multirun) state.open.add("hydra/launcher"); changed(true); } });
   const configDir = board.h("input", { id: "config-dir", value: state.configDir, placeholder: "my_conf", onchange: () => { state.configDir = configDir.value.trim(); command.value = commandOf(); reload(); } });
@@ -292,7 +292,7 @@ const show = (element, _, parameters) => {
       await load();
       if (stopped) return;
       slurm.hidden = !form.slurm;
-      board.fill(where, board.word("typedIn", { folder: board.line(form.cwd) }));
+      board.fill(where, board.word("start.typedIn", { folder: board.line(form.cwd) }));
       render();
       changed(false);
     } catch (error) {
@@ -301,18 +301,18 @@ const show = (element, _, parameters) => {
   };
   const where = board.h("p", { class: "faint", id: "command-help" });
   const begunWith = async () => {
-    if (!(await board.mayChange())) return board.fill(element, board.h("p", {}, board.word("readOnly")));
+    if (!(await board.mayChange())) return board.fill(element, board.h("p", {}, board.word("start.readOnly")));
     board.fill(element,
-      board.h("h1", {}, board.word("startTitle")),
+      board.h("h1", {}, board.word("start.startTitle")),
       board.h("div", { class: "starting" },
         board.h("div", { class: "left" },
-          board.h("div", { class: "row" }, search, board.h("label", {}, onlySet, ` ${board.word("onlySet")}`), board.h("label", {}, multirun, ` ${board.word("aSweep")}`), board.h("label", {}, `${board.word("ownPresets")} `, configDir)),
+          board.h("div", { class: "row" }, search, board.h("label", {}, onlySet, ` ${board.word("start.onlySet")}`), board.h("label", {}, multirun, ` ${board.word("start.aSweep")}`), board.h("label", {}, `${board.word("start.ownPresets")} `, configDir)),
           left),
         board.h("div", { class: "right card" },
-          board.h("label", { for: "command" }, board.word("command")), command, where, errors, facts,
+          board.h("label", { for: "command" }, board.word("start.command")), command, where, errors, facts,
           board.h("div", { class: "row" }, start, slurm, check, copy),
           output,
-          board.h("details", {}, board.h("summary", {}, board.word("resolved")), yaml))));
+          board.h("details", {}, board.h("summary", {}, board.word("start.resolved")), yaml))));
     if (parameters.clone) {
       try {
         const cloned = await board.get("clone", { id: parameters.clone });
@@ -333,18 +333,18 @@ board.views.start = { isLive: true, show };
 
 board.say(
   {
-    startTitle: "Start a run or a sweep", searchKeys: "Search keys and meanings", onlySet: "only what is set", aSweep: "sweep: several values, several runs", ownPresets: "presets of your own in",
-    command: "Command line", resolved: "Resolved configuration", startHere: "Start here", submitSlurm: "Submit to SLURM", checkMemory: "Check memory and time", copyCommand: "Copy the command",
-    openQuote: "A quote is not closed.", typeInstead: "Use {word}", jobs: "{n} jobs, all of them composed", jobsSome: "{n} jobs; {m} of them composed while you type, all before the start",
-    goesTo: "Folder: {place}", isAdded: "Started here, it also gets {word}", started: "Started:", defaultIs: "default: {value}", required: "must be chosen", default: "default", experiments: "Recipes",
-    wholeRun: "run", typedIn: "Typed in {folder}", readOnly: "This board only shows: it was started with --read-only.",
+    "start.startTitle": "Start a run or a sweep", "start.searchKeys": "Search keys and meanings", "start.onlySet": "only what is set", "start.aSweep": "sweep: several values, several runs", "start.ownPresets": "presets of your own in",
+    "start.command": "Command line", "start.resolved": "Resolved configuration", "start.startHere": "Start here", "start.submitSlurm": "Submit to SLURM", "start.checkMemory": "Check memory and time", "start.copyCommand": "Copy the command",
+    "start.openQuote": "A quote is not closed.", "start.typeInstead": "Use {word}", "start.jobs": "{n} jobs, all of them composed", "start.jobsSome": "{n} jobs; {m} of them composed while you type, all before the start",
+    "start.goesTo": "Folder: {place}", "start.isAdded": "Started here, it also gets {word}", "start.started": "Started:", "start.defaultIs": "default: {value}", "start.required": "must be chosen", "start.default": "default", "start.experiments": "Recipes",
+    "start.wholeRun": "run", "start.typedIn": "Typed in {folder}", "start.readOnly": "This board only shows: it was started with --read-only.",
   },
   {
-    startTitle: "新建运行或扫描", searchKeys: "搜索键和含义", onlySet: "只看已设置的", aSweep: "扫描：多个值，多次运行", ownPresets: "自己的预设在",
-    command: "命令行", resolved: "解析后的配置", startHere: "在此启动", submitSlurm: "提交到 SLURM", checkMemory: "检查显存和时间", copyCommand: "复制命令",
-    openQuote: "引号没有闭合。", typeInstead: "改用 {word}", jobs: "{n} 个作业，均已组合检查", jobsSome: "{n} 个作业；输入时已检查 {m} 个，启动前检查全部",
-    goesTo: "文件夹：{place}", isAdded: "在此启动时还会加上 {word}", started: "已启动：", defaultIs: "默认：{value}", required: "必须选择", default: "默认", experiments: "配方",
-    wholeRun: "运行", typedIn: "在 {folder} 中执行", readOnly: "此看板只供查看：启动时用了 --read-only。",
+    "start.startTitle": "新建运行或扫描", "start.searchKeys": "搜索键和含义", "start.onlySet": "只看已设置的", "start.aSweep": "扫描：多个值，多次运行", "start.ownPresets": "自己的预设在",
+    "start.command": "命令行", "start.resolved": "解析后的配置", "start.startHere": "在此启动", "start.submitSlurm": "提交到 SLURM", "start.checkMemory": "检查显存和时间", "start.copyCommand": "复制命令",
+    "start.openQuote": "引号没有闭合。", "start.typeInstead": "改用 {word}", "start.jobs": "{n} 个作业，均已组合检查", "start.jobsSome": "{n} 个作业；输入时已检查 {m} 个，启动前检查全部",
+    "start.goesTo": "文件夹：{place}", "start.isAdded": "在此启动时还会加上 {word}", "start.started": "已启动：", "start.defaultIs": "默认：{value}", "start.required": "必须选择", "start.default": "默认", "start.experiments": "配方",
+    "start.wholeRun": "运行", "start.typedIn": "在 {folder} 中执行", "start.readOnly": "此看板只供查看：启动时用了 --read-only。",
   },
 );
 }

@@ -21,8 +21,8 @@ async function* events(response) {
 const makeSide = (number, onready) => {
   const side = { id: "", talk: null, about: null, turns: [], asking: null, stopped: false };
   const state = board.h("p", { class: "faint", "aria-live": "polite" });
-  const history = board.h("div", { class: "turns", role: "log", "aria-label": board.word("conversation") });
-  const log = board.h("pre", { hidden: true, tabindex: "0", "aria-label": board.word("output") });
+  const history = board.h("div", { class: "turns", role: "log", "aria-label": board.word("talk.conversation") });
+  const log = board.h("pre", { hidden: true, tabindex: "0", "aria-label": board.word("act.output") });
   const buttons = board.h("div", { class: "row" });
   side.element = board.h("section", { class: "side-by-side", "data-side": String(number) }, state, buttons, log, history);
 
@@ -32,7 +32,7 @@ const makeSide = (number, onready) => {
     board.fill(history);
     if (!id) return board.fill(state), board.fill(buttons);
     state.className = "faint";
-    board.fill(state, board.word("loading", { name: board.line(id) }));
+    board.fill(state, board.word("talk.loading", { name: board.line(id) }));
     try {
       const opened = await board.post("talk/open", { id });
       side.talk = opened.talk;
@@ -56,14 +56,14 @@ const makeSide = (number, onready) => {
     if (about.state !== "ready") {
       state.className = "bad";
       side.talk = null;
-      return board.fill(state, board.word("notLoaded", { name: board.line(side.id) }));
+      return board.fill(state, board.word("talk.notLoaded", { name: board.line(side.id) }));
     }
     side.about = about;
-    board.fill(state, board.word("ready", { name: board.line(side.id) }));
+    board.fill(state, board.word("talk.ready", { name: board.line(side.id) }));
     board.fill(buttons,
-      board.h("a", { href: board.address("run", side.id) }, board.word("theRun")),
-      board.h("button", { type: "button", "data-action": "export", onclick: () => board.act.export(side.id) }, board.word("export")),
-      board.h("button", { type: "button", "data-action": "unload", onclick: () => { side.close(true); side.id = ""; board.fill(buttons); board.fill(state, board.word("unloaded")); onready(); } }, board.word("unload")));
+      board.h("a", { href: board.address("run", side.id) }, board.word("talk.theRun")),
+      board.h("button", { type: "button", "data-action": "export", onclick: () => board.act.export(side.id) }, board.word("act.export")),
+      board.h("button", { type: "button", "data-action": "unload", onclick: () => { side.close(true); side.id = ""; board.fill(buttons); board.fill(state, board.word("talk.unloaded")); onready(); } }, board.word("talk.unload")));
     onready();
   };
   side.close = (ends = false) => {
@@ -92,7 +92,7 @@ const makeSide = (number, onready) => {
     const calls = [];
     const said = board.h("div", { class: "answer waits" });
     const thought = board.h("div", { class: "thought-text" });
-    const thoughts = board.h("details", { class: "thought", open: true, hidden: true }, board.h("summary", {}, board.word("thought")), thought);
+    const thoughts = board.h("details", { class: "thought", open: true, hidden: true }, board.h("summary", {}, board.word("talk.thought")), thought);
     const called = board.h("div", {});
     const about = board.h("div", { class: "faint about" });
     follow(() => history.append(board.h("div", { class: message.role === "tool" ? "question tool" : "question" }, board.visible(message.content)), board.h("div", { class: "turn" }, thoughts, said, called, about)));
@@ -141,8 +141,8 @@ const makeSide = (number, onready) => {
     said.classList.remove("waits");
     if (!answer.content) said.hidden = true;
     const seconds = first === null ? 0 : (performance.now() - first) / 1000;
-    const parts = [reason && reason !== "stop" && reason !== "tool_calls" ? board.word("ended", { reason }) : null,
-      usage && board.word("speed", { n: usage.completion_tokens, speed: seconds > 0 && usage.completion_tokens > 1 ? ((usage.completion_tokens - 1) / seconds).toFixed(1) : "–", wait: first === null ? "–" : ((first - began) / 1000).toFixed(2) })].filter(Boolean);
+    const parts = [reason && reason !== "stop" && reason !== "tool_calls" ? board.word("talk.ended", { reason }) : null,
+      usage && board.word("talk.speed", { n: usage.completion_tokens, speed: seconds > 0 && usage.completion_tokens > 1 ? ((usage.completion_tokens - 1) / seconds).toFixed(1) : "–", wait: first === null ? "–" : ((first - began) / 1000).toFixed(2) })].filter(Boolean);
     follow(() => {
       about.prepend(parts.join(" · "));
       if (calls.length) board.fill(called, calls.map((call) => callOf(call)));
@@ -150,9 +150,9 @@ const makeSide = (number, onready) => {
   };
   // a call of a tool, and a field for what the tool answers
   const callOf = (call) => {
-    const result = board.h("input", { "aria-label": board.word("toolResult"), placeholder: board.word("toolResult") });
+    const result = board.h("input", { "aria-label": board.word("talk.toolResult"), placeholder: board.word("talk.toolResult") });
     return board.h("div", { class: "call" }, board.h("strong", {}, board.visible(call.function.name)), board.h("pre", {}, board.visible(call.function.arguments)),
-      board.h("form", { class: "row", onsubmit: (event) => { event.preventDefault(); if (!side.asking && side.about) side.ask({ role: "tool", tool_call_id: call.id, content: result.value }); } }, result, board.h("button", {}, board.word("sendResult"))));
+      board.h("form", { class: "row", onsubmit: (event) => { event.preventDefault(); if (!side.asking && side.about) side.ask({ role: "tool", tool_call_id: call.id, content: result.value }); } }, result, board.h("button", {}, board.word("talk.sendResult"))));
   };
   return side;
 };
@@ -165,12 +165,12 @@ const show = (element, id, parameters) => {
   const state = () => {
     const able = ready();
     question.disabled = send.disabled = !able.length;
-    send.textContent = board.word(sides.some((side) => side.asking) ? "stop" : "send");
+    send.textContent = board.word(sides.some((side) => side.asking) ? "act.stop" : "talk.send");
     thinking.parentElement.hidden = !able.some((side) => side.about.thinking);
     tools.parentElement.hidden = !able.some((side) => side.about.tools);
   };
-  const send = board.h("button", { type: "submit", id: "send", class: "main" }, board.word("send"));
-  const question = board.h("textarea", { id: "question", rows: "2", disabled: true, "aria-label": board.word("question"), placeholder: board.word("question"), onkeydown: (event) => {
+  const send = board.h("button", { type: "submit", id: "send", class: "main" }, board.word("talk.send"));
+  const question = board.h("textarea", { id: "question", rows: "2", disabled: true, "aria-label": board.word("talk.question"), placeholder: board.word("talk.question"), onkeydown: (event) => {
     // Enter that picks a word of an input method must not send
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) {
       event.preventDefault();
@@ -187,7 +187,7 @@ const show = (element, id, parameters) => {
       try {
         JSON.parse(settings.tools);
       } catch (error) {
-        return board.notice(board.word("badTools", { reason: error.message }), true);
+        return board.notice(board.word("talk.badTools", { reason: error.message }), true);
       }
     }
     question.value = "";
@@ -196,19 +196,19 @@ const show = (element, id, parameters) => {
     await Promise.all(answers);
     state();
     if (document.body.contains(question)) question.focus();
-  } }, question, send, board.h("button", { type: "button", id: "new-talk", onclick: () => sides.forEach((side) => side.clear()) }, board.word("newTalk")));
+  } }, question, send, board.h("button", { type: "button", id: "new-talk", onclick: () => sides.forEach((side) => side.clear()) }, board.word("talk.newTalk")));
   const setting = (name, control) => {
     control.id = `talk-${name}`;
     control.value = settings[name];
     control.addEventListener("input", () => { settings[name] = control.value; });
     return board.h("label", { for: control.id }, board.word(`talk.${name}`), control);
   };
-  const number = (name, step) => setting(name, board.h("input", { type: "number", step, placeholder: board.word("ofRun") }));
-  const thinking = board.h("select", {}, ["", "on", "off"].map((value) => board.h("option", { value }, value || board.word("ofRun"))));
+  const number = (name, step) => setting(name, board.h("input", { type: "number", step, placeholder: board.word("talk.ofRun") }));
+  const thinking = board.h("select", {}, ["", "on", "off"].map((value) => board.h("option", { value }, value || board.word("talk.ofRun"))));
   const tools = board.h("textarea", { rows: "3", spellcheck: "false", placeholder: '[{"type": "function", "function": {"name": "…"}}]' });
-  const panel = board.h("details", { class: "card settings" }, board.h("summary", {}, board.word("settings")),
+  const panel = board.h("details", { class: "card settings" }, board.h("summary", {}, board.word("talk.settings")),
     board.h("div", { class: "grid" }, setting("system", board.h("textarea", { rows: "2" })), number("temperature", "any"), number("top_p", "any"), number("max_tokens", "1"), number("seed", "1"), number("repetition_penalty", "any"), setting("thinking", thinking), setting("tools", tools)));
-  const selects = [0, 1].map((place) => board.h("select", { id: `talk-run-${place}`, "aria-label": board.word(place ? "secondRun" : "firstRun"), onchange: (event) => {
+  const selects = [0, 1].map((place) => board.h("select", { id: `talk-run-${place}`, "aria-label": board.word(place ? "talk.secondRun" : "talk.firstRun"), onchange: (event) => {
     wanted[place] = event.target.value;
     const chosen = { with: wanted[1] };
     history.replaceState(null, "", board.address("talk", wanted[0], chosen));
@@ -221,12 +221,12 @@ const show = (element, id, parameters) => {
     const text = names.join("\n");
     if (select.dataset.names === text || select === document.activeElement) return;
     select.dataset.names = text;
-    board.fill(select, board.h("option", { value: "" }, board.word(place ? "noSecond" : "chooseRun")), names.map((name) => board.h("option", { value: name, selected: name === wanted[place] }, board.line(name))));
+    board.fill(select, board.h("option", { value: "" }, board.word(place ? "talk.noSecond" : "talk.chooseRun")), names.map((name) => board.h("option", { value: name, selected: name === wanted[place] }, board.line(name))));
   });
   const begin = async () => {
-    if (!(await board.mayChange())) return board.fill(element, board.h("p", {}, board.word("readOnly")));
+    if (!(await board.mayChange())) return board.fill(element, board.h("p", {}, board.word("start.readOnly")));
     sides = [makeSide(0, state), makeSide(1, state)];
-    board.fill(element, board.h("h1", {}, board.word("talkTitle")), board.h("div", { class: "row" }, selects), panel, board.h("div", { class: "sides" }, sides.map((side) => side.element)), form);
+    board.fill(element, board.h("h1", {}, board.word("talk.talkTitle")), board.h("div", { class: "row" }, selects), panel, board.h("div", { class: "sides" }, sides.map((side) => side.element)), form);
     fill([]);
     stopWatching = board.watchRuns(() => fill([...board.store.rows.values()]));
     state();
@@ -239,18 +239,18 @@ board.views.talk = { isLive: true, show };
 
 board.say(
   {
-    talkTitle: "Talk with runs", question: "Ask a question. Enter sends, Shift+Enter begins a new line.", send: "Send", newTalk: "New conversation", conversation: "Conversation", thought: "Thoughts",
-    loading: "{name} is being loaded …", ready: "{name} answers.", notLoaded: "{name} could not be loaded; its output says why.", unloaded: "It is not loaded any more.", unload: "Unload", theRun: "The run",
-    firstRun: "Run", secondRun: "Second run", chooseRun: "choose a finished run", noSecond: "and no second one", settings: "Settings", ofRun: "of the run",
+    "talk.talkTitle": "Talk with runs", "talk.question": "Ask a question. Enter sends, Shift+Enter begins a new line.", "talk.send": "Send", "talk.newTalk": "New conversation", "talk.conversation": "Conversation", "talk.thought": "Thoughts",
+    "talk.loading": "{name} is being loaded …", "talk.ready": "{name} answers.", "talk.notLoaded": "{name} could not be loaded; its output says why.", "talk.unloaded": "It is not loaded any more.", "talk.unload": "Unload", "talk.theRun": "The run",
+    "talk.firstRun": "Run", "talk.secondRun": "Second run", "talk.chooseRun": "choose a finished run", "talk.noSecond": "and no second one", "talk.settings": "Settings", "talk.ofRun": "of the run",
     "talk.system": "System prompt", "talk.temperature": "temperature (0: greedy)", "talk.top_p": "top_p", "talk.max_tokens": "max_tokens", "talk.seed": "seed", "talk.repetition_penalty": "repetition_penalty", "talk.thinking": "thinking", "talk.tools": "tools (JSON)",
-    ended: "ended: {reason}", speed: "{n} tokens, {speed} a second, the first after {wait} s", toolResult: "What the tool answers", sendResult: "Send", badTools: "The tools are not JSON: {reason}",
+    "talk.ended": "ended: {reason}", "talk.speed": "{n} tokens, {speed} a second, the first after {wait} s", "talk.toolResult": "What the tool answers", "talk.sendResult": "Send", "talk.badTools": "The tools are not JSON: {reason}",
   },
   {
-    talkTitle: "与运行对话", question: "输入问题。回车发送，Shift+回车换行。", send: "发送", newTalk: "新对话", conversation: "对话", thought: "思考",
-    loading: "正在加载 {name}…", ready: "{name} 可以回答。", notLoaded: "{name} 无法加载；原因见其输出。", unloaded: "已卸载。", unload: "卸载", theRun: "该运行",
-    firstRun: "运行", secondRun: "第二个运行", chooseRun: "选择一个已完成的运行", noSecond: "没有第二个", settings: "设置", ofRun: "用运行的值",
+    "talk.talkTitle": "与运行对话", "talk.question": "输入问题。回车发送，Shift+回车换行。", "talk.send": "发送", "talk.newTalk": "新对话", "talk.conversation": "对话", "talk.thought": "思考",
+    "talk.loading": "正在加载 {name}…", "talk.ready": "{name} 可以回答。", "talk.notLoaded": "{name} 无法加载；原因见其输出。", "talk.unloaded": "已卸载。", "talk.unload": "卸载", "talk.theRun": "该运行",
+    "talk.firstRun": "运行", "talk.secondRun": "第二个运行", "talk.chooseRun": "选择一个已完成的运行", "talk.noSecond": "没有第二个", "talk.settings": "设置", "talk.ofRun": "用运行的值",
     "talk.system": "系统提示词", "talk.temperature": "temperature（0：贪心）", "talk.top_p": "top_p（核采样）", "talk.max_tokens": "max_tokens（最大长度）", "talk.seed": "seed（随机种子）", "talk.repetition_penalty": "repetition_penalty（重复惩罚）", "talk.thinking": "思考模式", "talk.tools": "工具（JSON）",
-    ended: "结束原因：{reason}", speed: "{n} 个词元，每秒 {speed} 个，首个在 {wait} 秒后", toolResult: "工具的返回", sendResult: "发送", badTools: "工具不是合法的 JSON：{reason}",
+    "talk.ended": "结束原因：{reason}", "talk.speed": "{n} 个词元，每秒 {speed} 个，首个在 {wait} 秒后", "talk.toolResult": "工具的返回", "talk.sendResult": "发送", "talk.badTools": "工具不是合法的 JSON：{reason}",
   },
 );
 }
