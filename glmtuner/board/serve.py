@@ -1,7 +1,11 @@
 """The process's side of `board`: it listens until Ctrl-C or SIGTERM. What was started from it goes on."""
 
 import asyncio
+import logging
+import os
 import socket
+import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -23,9 +27,8 @@ class BoardServer(uvicorn.Server):
     """uvicorn's server, which ends soon after a signal, however many pages are open or stream something."""
 
     def __init__(self, root: Root, token: str | None, hosts: tuple[str, ...] | None, read_only: bool) -> None:
-        self.actions = None if read_only else Actions(root)
-        routers = [Views(root, read_only).router, *([self.actions.router] if self.actions else [])]
-        app = application(routers, token, hosts, self.abort)
+        self.parts: list[Views | Actions] = [Views(root, read_only), *([] if read_only else [Actions(root)])]
+        app = application([part.router for part in self.parts], token, hosts, self.abort)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -48,10 +51,11 @@ class BoardServer(uvicorn.Server):
             self.deadline = self.deadline or time.monotonic() + GRACE_S
             unfinished = self._unfinished()
             if not unfinished or time.monotonic() >= self.deadline or self.signals > 1:
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off from here on is no fault
                 for connection in unfinished:
                     connection.transport.abort()
                 await asyncio.sleep(0.01)  # the tasks of aborted connections end
-                self.should_exit = True
+                self.should_exit = self.force_exit = True
         return await super().on_tick(counter)
 
     def abort(self, scope: Scope) -> None:
@@ -75,5 +79,13 @@ def serve(
     try:
         server.run(sockets=[listener])
     finally:
-        if server.actions is not None:
-            server.actions.close()
+        for part in server.parts:
+            part.close()
+    workers = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    deadline = time.monotonic() + GRACE_S
+    for thread in workers:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in workers):
+        # Python would wait for a thread that still computes an answer, which nobody waits for
+        sys.stdout.flush()
+        os._exit(0)
