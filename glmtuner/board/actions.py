@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from glmtuner.board.begun import Tasks
 from glmtuner.board.compose import MOST_WORDS, Composer
 from glmtuner.board.places import inside, working_folder
 from glmtuner.board.processes import child_command
@@ -16,7 +17,6 @@ from glmtuner.board.root import Root
 from glmtuner.board.starts import Starts, Words, sweep_of
 from glmtuner.board.stops import Stops
 from glmtuner.board.talk import Talks
-from glmtuner.board.begun import Tasks
 from glmtuner.board.trash import Trash
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.run_folder.folder import RunFolder, job_folders

@@ -20,7 +20,9 @@ from glmtuner.board.root import Root
 from glmtuner.board.views import Views
 from glmtuner.console import say
 
-GRACE_S = 1.0  # for answers in progress after the first signal; pages ask every two seconds, and again when they are refused
+GRACE_S = (
+    1.0  # for answers in progress after the first signal; pages ask every two seconds, and again when they are refused
+)
 
 
 class BoardServer(uvicorn.Server):
@@ -51,7 +53,9 @@ class BoardServer(uvicorn.Server):
             self.deadline = self.deadline or time.monotonic() + GRACE_S
             unfinished = self._unfinished()
             if not unfinished or time.monotonic() >= self.deadline or self.signals > 1:
-                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off from here on is no fault
+                logging.getLogger("uvicorn.error").setLevel(
+                    logging.CRITICAL
+                )  # what is cut off from here on is no fault
                 for connection in unfinished:
                     connection.transport.abort()
                 await asyncio.sleep(0.01)  # the tasks of aborted connections end
@@ -81,7 +85,9 @@ def serve(
     finally:
         for part in server.parts:
             part.close()
-    workers = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    workers = [
+        thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon
+    ]
     deadline = time.monotonic() + GRACE_S
     for thread in workers:
         thread.join(max(0.0, deadline - time.monotonic()))

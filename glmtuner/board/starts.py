@@ -9,11 +9,11 @@ from typing import Any
 
 import psutil
 
+from glmtuner.board.begun import Task, Tasks
 from glmtuner.board.compose import Composer
 from glmtuner.board.places import inside, reserve, run_base, shown
 from glmtuner.board.processes import child_command, holder, sweep_command, sweep_command_above
 from glmtuner.board.root import Root
-from glmtuner.board.begun import Task, Tasks
 from glmtuner.config.overrides import quoted_value
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.report.race import readable_race

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psutil
 
+from glmtuner.board.begun import Say, Task, Tasks
 from glmtuner.board.processes import holder, is_glmtuner, is_in_worker, is_own, sweep_command_above, verified
 from glmtuner.board.root import Root
 from glmtuner.board.starts import Starts, sweep_of
-from glmtuner.board.begun import Say, Task, Tasks
 from glmtuner.errors import CheckpointError
 from glmtuner.run_folder.checkpoints import latest_complete_checkpoint
 from glmtuner.run_folder.folder import RunFolder, job_folders

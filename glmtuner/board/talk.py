@@ -16,9 +16,9 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
+from glmtuner.board.begun import read_tail
 from glmtuner.board.processes import child_environment
 from glmtuner.board.root import Root
-from glmtuner.board.begun import read_tail
 from glmtuner.errors import CheckpointError, ConfigError
 
 MOST, IDLE_SECONDS, LOOK_SECONDS = 2, 600.0, 5.0
