@@ -47,7 +47,9 @@ class Line:
 
     def holds(self, text: str) -> bool:
         """Whether one of its texts contains the text, which is in small letters."""
-        return any(text in (each or "").lower() for each in (self.prompt, self.label, self.predict, *self.texts.values()))
+        return any(
+            text in (each or "").lower() for each in (self.prompt, self.label, self.predict, *self.texts.values())
+        )
 
     def as_json(self) -> dict[str, Any]:
         finite = {name: value if math.isfinite(value) else None for name, value in self.scores.items()}
@@ -97,7 +99,9 @@ def selected(lines: Sequence[Line], scores: Sequence[str], asked: Asked) -> list
     name = asked.sort.removeprefix("-")
     for knob, value in (("metric", asked.metric), ("sort", name)):
         if value and value not in scores:
-            raise ConfigError(f"{knob}={value[:100]}: the answers have no such score; legal are {', '.join(scores) or 'none'}")
+            raise ConfigError(
+                f"{knob}={value[:100]}: the answers have no such score; legal are {', '.join(scores) or 'none'}"
+            )
     low, high = -math.inf if asked.low is None else asked.low, math.inf if asked.high is None else asked.high
     text = asked.search.strip().lower()
     found = [line for line in lines if not text or line.holds(text)]

@@ -112,7 +112,9 @@ class Rankings:
 def has_records(record: Record) -> bool:
     """Whether there are files with scores of each record of a finished run."""
     is_finished = record.job is not None and record.job.state is State.finished
-    return is_finished and (PREDICTIONS in record.files or LOSSES in record.files or (record.path / "benchmarks").is_dir())
+    return is_finished and (
+        PREDICTIONS in record.files or LOSSES in record.files or (record.path / "benchmarks").is_dir()
+    )
 
 
 def state_of_run(record: Record) -> Any:

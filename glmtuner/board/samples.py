@@ -18,7 +18,9 @@ def samples(record: Record, dataset: str | None, count: int) -> dict[str, Any]:
     from glmtuner.config.compose import compose
     from glmtuner.config.plugins import load_plugins
     from glmtuner.launch.preview import open_preview
+    from glmtuner.launch.register import register_presets
 
+    register_presets()
     names = record.values.get("plugins") or []
     load_plugins([str(name) for name in names], named_by_run=True)  # from here, and never from the run's own folder
     words, cwd = words_of(record), os.getcwd()
@@ -36,7 +38,13 @@ def samples(record: Record, dataset: str | None, count: int) -> dict[str, Any]:
     for row in rows:
         for ids in ("input_ids", "labels", "rejected_ids", "rejected_labels"):
             row.pop(ids, None)
-    return {"datasets": datasets, "dataset": name, "template": opened.template, "notes": list(opened.notes), "rows": rows}
+    return {
+        "datasets": datasets,
+        "dataset": name,
+        "template": opened.template,
+        "notes": list(opened.notes),
+        "rows": rows,
+    }
 
 
 def segments(shown: Any) -> list[dict[str, str]]:

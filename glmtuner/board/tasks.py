@@ -19,7 +19,7 @@ from glmtuner.report.record_scores import RecordScores, record_scores
 from glmtuner.run_folder.files import strict_json
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import BENCHMARKS, LOSSES, METRICS, PREDICTIONS
-from glmtuner.run_folder.redaction import HIDDEN, flatten
+from glmtuner.run_folder.redaction import flatten
 
 MOST_SCORES = 300  # runs whose records' scores are kept
 
@@ -58,7 +58,9 @@ class Tasks:
         paths = [self._folder(one), self._folder(other)]
         kinds = [kind_of(path, "diff") for path in paths]
         if len({*kinds}) > 1:
-            raise ConfigError(f"{one} is a {kinds[0]} and {other} a {kinds[1]}: runs are compared with runs, and sweeps with sweeps")
+            raise ConfigError(
+                f"{one} is a {kinds[0]} and {other} a {kinds[1]}: runs are compared with runs, and sweeps with sweeps"
+            )
         document = (diff_runs if kinds[0] == "run" else diff_sweeps)(paths)
         return {
             "kind": kinds[0],
@@ -83,7 +85,9 @@ class Tasks:
         from omegaconf import OmegaConf
 
         from glmtuner.config.compose import compose
+        from glmtuner.launch.register import register_presets
 
+        register_presets()
         return flatten(OmegaConf.to_container(compose(words).config, resolve=True, enum_to_str=True))
 
     def samples(self, id: str, dataset: str | None, count: int) -> dict[str, Any]:
@@ -98,7 +102,9 @@ class Tasks:
         except CheckpointError:
             return self.index.sweep(id).path
 
-    def _record_scores(self, folder: RunFolder, values: Mapping[str, Any], measured: Iterable[str]) -> dict[str, RecordScores]:
+    def _record_scores(
+        self, folder: RunFolder, values: Mapping[str, Any], measured: Iterable[str]
+    ) -> dict[str, RecordScores]:
         """`record_scores`, kept until one of the files that it reads changes."""
         signature = tuple(_signature(folder / name) for name in (METRICS, PREDICTIONS, LOSSES, BENCHMARKS))
         known = self._scores.get(folder.path)

@@ -1,20 +1,27 @@
 """What a board shows: the routes that only read."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from fastapi.responses import Response
+from fastapi.responses import FileResponse, Response
 
 from glmtuner import __version__
 from glmtuner.board.curves import AXES, MOST_POINTS, POINTS, curves, metrics_of
 from glmtuner.board.index import Index
 from glmtuner.board.root import Root
+from glmtuner.board.run_files import REPORT_POLICY, file_in, log_of, picture_of
 from glmtuner.board.run_view import run_view
+from glmtuner.board.samples import MOST_ROWS
 from glmtuner.board.sweep_view import sweep_view
+from glmtuner.board.workers import Worker
 from glmtuner.errors import ConfigError
 from glmtuner.run_folder.files import strict_json
+from glmtuner.run_folder.names import CONFIG, OVERRIDES, REPORT_PAGE
 
 MOST_RUNS = 200  # in one picture
+MOST_LINES = 500  # answers on one page
+MOST_SAMPLES = 20  # answers to api/samples that are kept
 
 Ids = Annotated[list[str], Query(alias="id")]
 
@@ -25,9 +32,23 @@ class Views:
     def __init__(self, root: Root, read_only: bool) -> None:
         self.root, self.read_only = root, read_only
         self.index = Index(root, read_only)
+        self.worker = Worker(root.path)
+        self._samples: dict[tuple[Any, ...], dict[str, Any]] = {}  # that were asked for last
         self.router = APIRouter()
-        for route in (self.about, self.runs, self.values, self.keys, self.metrics, self.curves, self.run, self.sweep):
+        routes = (
+            self.about, self.runs, self.values, self.keys, self.metrics, self.curves, self.run, self.predictions, self.samples,
+            self.log, self.sweep, self.compare,
+        )  # fmt: skip
+        for route in routes:
             self.router.get(f"/api/{route.__name__}")(route)
+        for file in (self.report, self.picture):
+            self.router.get(f"/files/{file.__name__}")(file)
+
+    def close(self) -> None:
+        """End the child processes."""
+        self.worker.close()
+        if self.index.rankings is not None:
+            self.index.rankings.worker.close()
 
     def about(self) -> Response:
         """What the page needs to know once: the folder, and whether anything can be changed."""
@@ -82,7 +103,71 @@ class Views:
 
     def run(self, id: str) -> Response:
         """Everything about one run but its curves, predictions, samples and log."""
-        return answer(run_view(self.index, self.index.record(id)))
+        return answer(run_view(self.index, self.index.record(id), self.worker))
+
+    def predictions(
+        self,
+        id: str,
+        search: str = "",
+        metric: str = "",
+        low: float | None = None,
+        high: float | None = None,
+        sort: str = "",
+        offset: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MOST_LINES)] = 50,
+        beside: Annotated[str, Query(alias="with")] = "",
+    ) -> Response:
+        """A page of a run's answers with their scores, beside those of another run."""
+        self.index.record(id)
+        asked = {
+            "search": search,
+            "metric": metric,
+            "low": low,
+            "high": high,
+            "sort": sort,
+            "offset": offset,
+            "limit": limit,
+        }
+        return answer(self.worker.ask("predicted", id=id, other=beside or None, asked=asked))
+
+    def samples(self, id: str, dataset: str = "", count: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 20) -> Response:
+        """The first rows of a run's training data, as they are learned."""
+        record = self.index.record(id)
+        key = (id, dataset, count, *(record.files.get(name) for name in (CONFIG, OVERRIDES)))
+        if key not in self._samples:
+            worker = Worker(self.root.path)  # of its own: it imports transformers, which takes seconds and memory
+            try:
+                found = worker.ask("samples", id=id, dataset=dataset or None, count=count)
+            finally:
+                worker.close()
+            self._samples = {key: found} | dict([*self._samples.items()][: MOST_SAMPLES - 1])
+        return answer(self._samples[key])
+
+    def log(self, id: str, offset: Annotated[int | None, Query(ge=0)] = None) -> Response:
+        """What a run has printed, from the offset on; the end of it without one."""
+        return answer(log_of(self.root.path, self._folder(id), offset))
+
+    def compare(self, a: str, b: str) -> Response:
+        """What differs between two runs, or two sweeps."""
+        return answer(self.worker.ask("compared", one=a, other=b))
+
+    def report(self, id: str) -> Response:
+        """The report of a run or a sweep, a page of its own."""
+        path = file_in(self.root.path, self._folder(id), REPORT_PAGE)
+        return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": REPORT_POLICY})
+
+    def picture(self, id: str, name: str) -> Response:
+        """A picture in the folder of a run or a sweep."""
+        path, media_type = picture_of(self.root.path, self._folder(id), name)
+        return FileResponse(path, media_type=media_type)
+
+    def _folder(self, id: str) -> Path:
+        """The folder of the run or of the sweep with this id."""
+        self.index.refresh()
+        with self.index.lock:
+            if id in self.index.sweeps:
+                return self.index.sweeps[id].path
+        return self.index.record(id).path
 
     def sweep(self, id: str) -> Response:
         """A sweep: its leaderboard, its Pareto front, the decisions of its race, and the rows of its jobs."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import glmtuner
-from glmtuner.errors import CheckpointError, ConfigError
+from glmtuner.errors import CheckpointError
 from glmtuner.run_folder.files import strict_json
 
 IDLE_SECONDS = 120.0

@@ -96,7 +96,9 @@ class History(TrainerCallback):
     def _keep_timings(self, history: list[dict[str, float]]) -> None:
         """Keep the timings of the lines of the history that are kept; seconds of training go on from the last of them."""
         path, last = self.trainer.folder / TIMINGS_FILE, max((line["step"] for line in history), default=-1)
-        kept = [line for line in read_lines(path) if is_number(line.get("step")) and line["step"] <= last][: len(history)]
+        kept = [line for line in read_lines(path) if is_number(line.get("step")) and line["step"] <= last][
+            : len(history)
+        ]
         seconds = kept[-1].get("seconds") if kept else 0.0
         self._begin, self._seconds_before = time.monotonic(), seconds if is_number(seconds) else 0.0
         write_text(path, "".join(f"{strict_json(line)}\n" for line in kept))
