@@ -1,7 +1,11 @@
 """The process's side of `board`: it listens until Ctrl-C or SIGTERM. What was started from it goes on."""
 
 import asyncio
+import logging
+import os
 import socket
+import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -46,10 +50,11 @@ class BoardServer(uvicorn.Server):
             self.deadline = self.deadline or time.monotonic() + GRACE_S
             unfinished = self._unfinished()
             if not unfinished or time.monotonic() >= self.deadline or self.signals > 1:
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off from here on is no fault
                 for connection in unfinished:
                     connection.transport.abort()
                 await asyncio.sleep(0.01)  # the tasks of aborted connections end
-                self.should_exit = True
+                self.should_exit = self.force_exit = True
         return await super().on_tick(counter)
 
     def abort(self, scope: Scope) -> None:
@@ -71,3 +76,11 @@ def serve(
     server = BoardServer(Root(folder), token, hosts, read_only)
     say(f"{folder} at {url}{f'?token={token}' if token else ''} ; Ctrl-C stops the board, not the runs")
     server.run(sockets=[listener])
+    workers = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    deadline = time.monotonic() + GRACE_S
+    for thread in workers:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in workers):
+        # Python would wait for a thread that still computes an answer, which nobody waits for
+        sys.stdout.flush()
+        os._exit(0)
