@@ -34,7 +34,9 @@ SAFE = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-NEEDS_TOKEN = "This board needs its token: open the address that the program printed.\n请打开程序输出的地址，其中带有令牌。"
+NEEDS_TOKEN = (
+    "This board needs its token: open the address that the program printed.\n请打开程序输出的地址，其中带有令牌。"
+)
 WRONG_TOKEN = (
     "This is not the board's token: open the address that the program printed.\n令牌不对：请打开程序输出的地址。"
 )

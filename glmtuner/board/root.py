@@ -60,7 +60,11 @@ class Root:
             return None
         try:
             path = (folder / name).resolve(strict=True)
-        except (OSError, RuntimeError, ValueError):  # missing, too long, no permission, a loop of links, a NUL, half a character
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ):  # missing, too long, no permission, a loop of links, a NUL, half a character
             return None
         shown = path.relative_to(self.path).parts if path.is_relative_to(self.path) else (HIDDEN,)
         return None if any(part.startswith(HIDDEN) for part in shown) else path

@@ -14,20 +14,23 @@ from typing import Any
 import uvicorn
 from starlette.types import Scope
 
+from glmtuner.board.actions import Actions
 from glmtuner.board.app import application
 from glmtuner.board.root import Root
 from glmtuner.board.views import Views
 from glmtuner.console import say
 
-GRACE_S = 1.0  # for answers in progress after the first signal; pages ask every two seconds, and again when they are refused
+GRACE_S = (
+    1.0  # for answers in progress after the first signal; pages ask every two seconds, and again when they are refused
+)
 
 
 class BoardServer(uvicorn.Server):
     """uvicorn's server, which ends soon after a signal, however many pages are open or stream something."""
 
     def __init__(self, root: Root, token: str | None, hosts: tuple[str, ...] | None, read_only: bool) -> None:
-        routers = [Views(root, read_only).router]
-        app = application(routers, token, hosts, self.abort)
+        self.parts: list[Views | Actions] = [Views(root, read_only), *([] if read_only else [Actions(root)])]
+        app = application([part.router for part in self.parts], token, hosts, self.abort)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -50,7 +53,9 @@ class BoardServer(uvicorn.Server):
             self.deadline = self.deadline or time.monotonic() + GRACE_S
             unfinished = self._unfinished()
             if not unfinished or time.monotonic() >= self.deadline or self.signals > 1:
-                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off from here on is no fault
+                logging.getLogger("uvicorn.error").setLevel(
+                    logging.CRITICAL
+                )  # what is cut off from here on is no fault
                 for connection in unfinished:
                     connection.transport.abort()
                 await asyncio.sleep(0.01)  # the tasks of aborted connections end
@@ -75,8 +80,14 @@ def serve(
     """Serve the folder's board on the listening socket."""
     server = BoardServer(Root(folder), token, hosts, read_only)
     say(f"{folder} at {url}{f'?token={token}' if token else ''} ; Ctrl-C stops the board, not the runs")
-    server.run(sockets=[listener])
-    workers = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for part in server.parts:
+            part.close()
+    workers = [
+        thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon
+    ]
     deadline = time.monotonic() + GRACE_S
     for thread in workers:
         thread.join(max(0.0, deadline - time.monotonic()))
