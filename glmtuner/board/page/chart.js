@@ -25,6 +25,7 @@ board.smooth = (values, weight) => {
   });
   return smoothed;
 };
+const wholes = Array.from({ length: 16 }, (_, power) => [1, 2, 5].map((factor) => factor * 10 ** power)).flat(); // no half steps on the axis
 // the first place whose value is at least `value`
 const place = (values, value) => {
   let low = 0;
@@ -341,7 +342,7 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
       width: Math.max(200, box.clientWidth), height,
       scales: { x: { time: false }, y: { distr: settings.isLog ? 3 : 1, auto: false } },
       series: [{}, { points: { show: false }, paths: () => null }],
-      axes: [{ ...axis, label: null, size: 34 }, { ...axis, size: 62 }],
+      axes: [{ ...axis, size: 34, incrs: wholes }, { ...axis, size: 62 }],
       legend: { show: false },
       cursor: { drag: { x: true, y: true, uni: 30, setScale: false }, points: { show: false }, y: false, bind: { dblclick: () => () => rezoom(null) } },
       hooks: {

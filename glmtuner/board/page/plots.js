@@ -159,8 +159,9 @@ board.scatterPanel = ({ runs, parameters = {}, onchange = () => {} }) => {
       }
       const colours = board.colours(rows.map((row) => row.id));
       const interval = (row, name) => (name.startsWith("metric:") ? row.intervals?.[name.slice(7)] : null) || null;
+      const labels = board.labels(rows);
       const points = rows.filter((row) => row.id in xs && typeof ys[row.id] === "number" && Number.isFinite(ys[row.id])).map((row) => ({
-        id: row.id, name: row.name, x: xs[row.id], y: ys[row.id], xInterval: interval(row, across), yInterval: interval(row, up), colour: colours.get(row.id).colour,
+        id: row.id, name: labels.get(row.id), x: xs[row.id], y: ys[row.id], xInterval: interval(row, across), yInterval: interval(row, up), colour: colours.get(row.id).colour,
       }));
       if (!points.length) return board.fill(place, board.h("p", { class: "faint" }, board.word("noResults")));
       const left = rows.length - points.length;

@@ -106,6 +106,7 @@ board.views.runs = {
     const chooser = board.h("details", { class: "chooser", ontoggle: () => drawPicker() }, board.h("summary", {}, board.word("columns")), picker);
     const empty = board.h("p", { class: "faint", hidden: true });
     const failure = board.h("p", { class: "bad", role: "alert", hidden: true });
+    const problems = board.h("ul", { class: "small faint" });
     const sweeps = sweepTable();
     const sweepBox = board.h("section", { hidden: true, "aria-labelledby": "sweeps-title" }, board.h("h2", { id: "sweeps-title" }, board.word("sweeps")), sweeps.element);
 
@@ -172,7 +173,7 @@ board.views.runs = {
         runIds.length ? go("curves", { ids: runIds.join("\n") }) : null,
         isSweeps || (ids.length > 1 && runIds.length === ids.length) ? go("compare", { ids: ids.join("\n") }) : null,
         runIds.length && board.actionsFor ? board.actionsFor(runIds.map((id) => board.store.rows.get(id))) : null,
-        ids.length ? board.h("button", { type: "button", onclick: () => { board.checked.clear(); draw(); sweeps.update(board.store.sweeps.map((sweep) => sweep)); drawButtons(); } }, board.word("uncheck")) : null);
+        ids.length ? board.h("button", { type: "button", onclick: () => { board.checked.clear(); draw(); sweeps.update(board.store.sweeps); drawButtons(); } }, board.word("uncheck")) : null);
     };
     const address = () => history.replaceState(null, "", board.address("runs", "", { filter: filter.value, group }));
     const apply = async () => {
@@ -244,6 +245,8 @@ board.views.runs = {
       if (board.store.version === null) return;
       sweepBox.hidden = !board.store.sweeps.length;
       sweeps.update(board.store.sweeps);
+      const messages = board.store.problems.map(({ id, message }) => board.word("cannotShow", { id: board.line(id), message: board.visible(message) }));
+      if (messages.join() !== [...problems.children].map((line) => line.textContent).join()) board.fill(problems, messages.map((text) => board.h("li", {}, text)));
       setColumns();
       draw();
     };
@@ -265,7 +268,8 @@ board.views.runs = {
           board.h("label", {}, board.word("groupBy"), " ", groups), options, chooser,
           board.h("button", { type: "button", onclick: exportCsv }, "CSV"), buttons),
         board.h("details", { class: "help small" }, board.h("summary", {}, board.word("filterHow")), board.h("p", { id: "filter-help" }, board.word("filterHelp"))),
-        problem, table.element, empty));
+        problem, table.element, empty, problems,
+        window.glmtunerStatic || !board.views.trash ? null : board.h("p", { class: "small" }, board.h("a", { href: "#/trash" }, board.word("act.trash")))));
     drawButtons();
     let isFirst = true;
     const stop = board.watchRuns(async () => {

@@ -49,6 +49,8 @@ board.views.sweep = {
     let asked = 0;
     const title = board.h("h1", {}, board.line(id.split("/").pop()));
     const head = board.h("div");
+    const actions = board.h("span", { class: "buttons" });
+    let counted = "";
     const place = board.h("div", {}, board.h("p", { class: "faint", role: "status" }, board.word("loading")));
     const results = board.h("div");
     const decisions = board.h("div");
@@ -86,6 +88,10 @@ board.views.sweep = {
     const draw = () => {
       title.textContent = board.line(info.name);
       const live = board.store.sweeps.find((sweep) => sweep.id === id);
+      if (board.sweepActions && live && JSON.stringify(live.count) !== counted && !actions.contains(document.activeElement)) {
+        counted = JSON.stringify(live.count);
+        board.fill(actions, board.sweepActions(live));
+      }
       const fact = (name, text) => (text ? board.h("span", {}, board.h("span", { class: "faint" }, `${name} `), board.line(text)) : null);
       board.fill(head, board.h("div", { class: "bar small" }, live ? board.h("span", {}, board.counts(live.count)) : null, fact(board.word("objective"), [info.objective || []].flat().join(", ")),
         fact(board.word("variedKeys"), (info.knobs || []).map((knob) => knob.title || knob).join(", ")), fact(board.word("column.eta"), board.duration(live?.eta))),
@@ -119,7 +125,7 @@ board.views.sweep = {
         if (!isClosed && own === asked) board.failed(info ? head : place, error);
       }
     };
-    board.fill(element, board.h("p", { class: "small crumbs" }, board.h("a", { href: "#/runs" }, board.word("runs")), " / ", id.split("/").slice(0, -1).map((part) => `${board.line(part)} / `)), board.h("div", { class: "bar" }, title), head, place);
+    board.fill(element, board.h("p", { class: "small crumbs" }, board.h("a", { href: "#/runs" }, board.word("runs")), " / ", id.split("/").slice(0, -1).map((part) => `${board.line(part)} / `)), board.h("div", { class: "bar" }, title, actions), head, place);
     load();
     let last = null;
     const stop = board.watchRuns((changed) => {
