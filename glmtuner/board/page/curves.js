@@ -203,12 +203,12 @@ board.views.curves = {
     };
     let passing = [];
     const drawList = async () => {
-      const labels = board.labels(rows());
       const passes = await board.filter(filter.value).catch((error) => ({ test: () => true, error: error.message }));
       problem.textContent = passes.error || "";
       const on = new Set(chosen().map((row) => row.id));
       const colours = board.colours([...on]);
       passing = newest(rows()).filter((row) => passes.test(row) && (!parameters.sweep || row.sweep === parameters.sweep));
+      const labels = board.labels(passing);
       const focused = document.activeElement?.dataset?.pick;
       count.textContent = board.word("chosenOf", { n: on.size, all: rows().length }) + (on.size > MOST ? ` ${board.word("tooMany", { n: MOST })}` : "");
       board.fill(list, passing.slice(0, 200).map((row) => board.h("li", {}, board.h("label", { title: board.line(row.id) },

@@ -7,7 +7,7 @@ board.chip = (row) => [
   board.h("span", { class: `chip ${states.includes(row.state) ? row.state.replaceAll(" ", "-") : ""}` }, board.h("span", { "aria-hidden": "true" }, `${symbols[row.state] || "•"} `), board.maybe("state", row.state)),
   row.mark ? board.h("span", { class: `mark ${row.mark.split(" ")[0]}` }, board.h("span", { "aria-hidden": "true" }, "⚠ "), board.maybe("mark", row.mark)) : null,
 ];
-board.runLink = (row) => board.h("a", { href: board.address("run", row.id) }, board.line(row.name));
+board.runLink = (row, text = board.line(row.name)) => board.h("a", { href: board.address("run", row.id), title: board.line(row.id) }, text);
 const progress = (row) => {
   if (row.step === null || row.step === undefined) return "";
   const bar = row.steps ? board.h("progress", { max: String(row.steps), value: row.step, "aria-label": board.word("column.step") }) : null;
@@ -32,13 +32,14 @@ board.runColumns = ({ rows, pins, onpin, oncheck, extra = {} }) => {
   }, pins.has(row.id) ? "★" : "☆");
   const columns = [
     { key: "check", title: "", text: (row) => String(board.checked.has(row.id)), plain: () => "", make: (row) => [box(row), pins && onpin ? pin(row) : null], className: "narrow", isFixed: true, head: () => board.h("span", { class: "hidden" }, board.word("selection")) },
-    { key: "name", title: board.word("column.name"), text: (row) => `${row.name}|${row.sweep || ""}|${pins?.has(row.id)}`, plain: (row) => row.name, make: (row) => [board.runLink(row), row.sweep ? board.h("a", { class: "faint small block", href: board.address("sweep", row.sweep) }, board.line(row.sweep)) : null], sort: (row) => row.name, first: true, isRowHeader: true, isFixed: true },
+    { key: "name", title: board.word("column.name"), text: (row) => [row.name, row.sweep, row.sweep ? varied(row) : ""].join("|"), plain: (row) => row.name, make: (row) => [board.runLink(row, board.labels([row]).get(row.id)), row.sweep ? board.h("a", { class: "faint small block", href: board.address("sweep", row.sweep) }, board.line(row.sweep)) : null], sort: (row) => row.name, first: true, isRowHeader: true, isFixed: true },
     { key: "state", title: board.word("column.state"), text: (row) => [row.state, row.mark, row.note].join("|"), plain: (row) => [row.state, row.mark, row.note].filter(Boolean).join("; "), make: (row) => [board.chip(row), row.note ? board.h("span", { class: "note", title: board.line(row.note) }, board.short(row.note, 60)) : null], sort: (row) => states.indexOf(row.state) },
-    text("stage", (row) => row.stage), text("model", (row) => row.model), text("method", (row) => row.method), text("quant", (row) => row.quant),
-    text("data", (row) => row.data, { className: "wide" }), text("varied", varied, { className: "wide" }),
     { ...number("step", (row) => row.step), text: (row) => `${row.step ?? ""}/${row.steps ?? ""}`, make: progress },
     number("epoch", (row) => row.epoch), number("loss", (row) => row.loss),
     ...board.metricsOf(rows).map((name) => ({ key: `metric:${name}`, title: name, className: "metric", isNumber: true, isCost: board.isCost(name), value: (row) => row.metrics?.[name], sort: (row) => row.metrics?.[name], text: (row) => board.measured(name, row.metrics?.[name], row.intervals?.[name]) })),
+    text("varied", varied, { className: "wide" }),
+    text("stage", (row) => row.stage), text("model", (row) => row.model), text("method", (row) => row.method), text("quant", (row) => row.quant),
+    text("data", (row) => row.data, { className: "wide" }),
     number("speed", (row) => row.tokens_per_second), number("memory", (row) => row.memory_gib),
     { key: "eta", title: board.word("column.eta"), text: (row) => (row.state === "running" ? board.duration(row.eta_s) : ""), sort: (row) => row.eta_s, isNumber: true },
     { key: "age", title: board.word("column.age"), help: board.word("ageHelp"), text: (row) => (row.started ? board.duration(board.now() - row.started) : ""), sort: (row) => (row.started ? -row.started : null), isNumber: true },

@@ -97,10 +97,10 @@ board.views.sweep = {
         fact(board.word("variedKeys"), (info.knobs || []).map((knob) => knob.title || knob).join(", ")), fact(board.word("column.eta"), board.duration(live?.eta))),
         info.command ? board.h("details", { class: "small" }, board.h("summary", {}, board.word("command")), board.copyButton(() => info.command), board.h("pre", { tabindex: "0" }, board.visible(info.command))) : null);
       board.fill(results, info.pending ? board.h("p", { class: "faint small", role: "status" }, board.word("pending")) : null, leaderboard(info), info.leaderboard.rows.length ? board.h("p", { class: "faint small" }, board.word("intervalHelp")) : null,
-        (info.notes || []).map((note) => board.h("p", { class: "small" }, board.visible(note))), info.export ? board.h("div", {}, board.h("div", { class: "bar" }, board.h("h3", {}, board.word("exportBest")), board.copyButton(() => info.export)), board.h("pre", { tabindex: "0" }, board.visible(info.export))) : null,
+        (info.notes || []).map((note) => board.h("p", { class: "small" }, board.visible(note))), info.export ? board.h("div", {}, board.h("div", { class: "bar" }, board.h("h2", { class: "minor" }, board.word("exportBest")), board.copyButton(() => info.export)), board.h("pre", { tabindex: "0" }, board.visible(info.export))) : null,
         info.pareto ? pareto(info) : null);
       const evidence = [info.race || []].flat();
-      board.fill(decisions, evidence.length || info.search ? null : board.h("p", { class: "faint" }, board.word("noDecisions")), [...evidence, ...[info.search || []].flat()].map((rung) => board.h("section", {}, board.h("h3", {}, board.visible(rung.title)), (rung.sentences || []).map((text) => board.h("p", {}, board.visible(text))), rung.rows?.length ? board.plainTable(board.line(rung.title), rung.header, rung.rows) : null)));
+      board.fill(decisions, evidence.length || info.search ? null : board.h("p", { class: "faint" }, board.word("noDecisions")), [...evidence, ...[info.search || []].flat()].map((rung) => board.h("section", {}, board.h("h2", { class: "minor" }, board.visible(rung.title)), (rung.sentences || []).map((text) => board.h("p", {}, board.visible(text))), rung.rows?.length ? board.plainTable(board.line(rung.title), rung.header, rung.rows) : null)));
     };
     const load = async () => {
       clearTimeout(timer);
