@@ -126,9 +126,16 @@ class Actions:
         return self.starts.check(typed.as_words()).record()
 
     def get_task(self, task: Asked) -> dict[str, Any]:
-        """What a task has said, and whether and how it has ended."""
+        """What a task has said, whether and how it has ended, and whether the run or sweep that it is about is `written` yet."""
         found = self.tasks.get(task)
-        return {**found.record(), "lines": found.lines()}
+        return {**found.record(), "lines": found.lines(), "written": found.about is not None and self.is_written(found.about)}
+
+    def is_written(self, name: str) -> bool:
+        """Whether this is the id of a run or a sweep by now."""
+        try:
+            return sweep_of(self.root, name) is not None or bool(self.root.run(name))
+        except CheckpointError:
+            return False
 
     def get_tasks(self) -> list[dict[str, Any]]:
         """What this board has begun, the latest first."""

@@ -31,8 +31,9 @@ board.confirm = (text, yes, fill = null) => new Promise((resolve) => {
   dialog.showModal();
 });
 
-// Shows the lines of a task until it has ended, then calls ended(answer). Returns the function that stops looking.
-board.followTask = (element, task, ended = () => {}) => {
+// Shows the lines of a task until it has ended, then calls ended(answer); written() is called once its run or sweep can be shown.
+// Returns the function that stops looking.
+board.followTask = (element, task, ended = () => {}, written = null) => {
   let stopped = false;
   const pre = board.h("pre", { class: "task", tabindex: "0", role: "log", "aria-label": board.word("act.output") });
   const state = board.h("p", { class: "faint" }, board.word("act.isRunning"));
@@ -45,6 +46,11 @@ board.followTask = (element, task, ended = () => {}) => {
       const text = board.visible(answer.lines.join("\n"));
       if (pre.textContent !== text) pre.textContent = text;
       if (follows) pre.scrollTop = pre.scrollHeight;
+      if (answer.written && written) {
+        written();
+        written = null;
+        if (stopped) return;
+      }
       if (answer.state === "ended") {
         state.textContent = board.word(answer.code === 0 ? "act.hasEnded" : "act.hasFailed", { code: answer.code });
         state.className = answer.code === 0 ? "faint" : "bad";

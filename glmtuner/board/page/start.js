@@ -198,18 +198,8 @@ const show = (element, _, parameters) => {
       const target = board.address(isSweep ? "sweep" : "run", begun.id);
       const place = board.h("div", {});
       board.fill(output, board.h("p", { class: "good", id: "started", "data-id": begun.id }, `${board.word("start.started")} `, board.h("a", { href: target }, board.line(begun.id))), place);
-      let arrived = false;
-      stopTask = board.followTask(place, begun.task, () => { arrived = true; setBusy(false); });
-      const wait = async () => {
-        if (stopped || arrived) return;
-        try {
-          await board.get(isSweep ? "sweep" : "run", { id: begun.id });
-          if (!stopped && !launcher) location.hash = target;
-        } catch {
-          setTimeout(wait, 1000); // its folder is written once its model is loaded
-        }
-      };
-      wait();
+      const arrive = () => { if (!launcher) location.hash = target; }; // its folder is written once its model is loaded
+      stopTask = board.followTask(place, begun.task, () => setBusy(false), arrive);
     } catch (error) {
       board.failed(output, error);
       setBusy(false);
@@ -283,7 +273,12 @@ const show = (element, _, parameters) => {
     if (again) again.focus();
   };
 
-  const search = board.h("input", { type: "search", id: "key-search", value: state.search, placeholder: board.word("start.searchKeys"), "aria-label": board.word("start.searchKeys"), oninput: () => { state.search = search.value; render(); } });
+  const search = board.h("input", { type: "search", id: "key-search", value: state.search, placeholder: board.word("start.searchKeys"), "aria-label": board.word("start.searchKeys"), oninput: () => find(), onchange: () => find() });
+  const find = () => {
+    if (state.search === search.value) return;
+    state.search = search.value;
+    render();
+  };
   const onlySet = board.h("input", { type: "checkbox", id: "only-set", checked: state.onlySet, onchange: () => { state.onlySet = onlySet.checked; render(); } });
   const multirun = board.h("input", { type: "checkbox", id: "multirun", checked: state.multirun, onchange: () => { state.multirun = multirun.checked; if (state.multirun) state.open.add("hydra/launcher"); changed(true); } });
   const configDir = board.h("input", { id: "config-dir", value: state.configDir, placeholder: "my_conf", onchange: () => { state.configDir = configDir.value.trim(); command.value = commandOf(); reload(); } });
