@@ -96,7 +96,7 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
     }
     isBusy = true;
     try {
-      const rows = runs().slice(0, MOST);
+      const rows = runs().filter((row) => row.updated).slice(0, MOST); // those that have begun
       const ids = rows.map((row) => row.id);
       const version = rows.map((row) => `${row.id} ${row.updated}`).join("\n");
       if (version !== namesOf && ids.length) {

@@ -59,9 +59,16 @@ board.table = ({ caption, columns, sort, onsort, rowAttributes = () => ({}), cla
       if (entry.texts[place] === text) return;
       entry.texts[place] = text;
       const content = isHeading ? (column.isRowHeader ? toggle(item) : text) : column.make ? column.make(item) : text;
-      board.fill(entry.cells[place], content);
+      refill(entry.cells[place], content);
     });
     return entry.element;
+  };
+  // what has the focus in a cell has it in the new content, too
+  const refill = (cell, content) => {
+    const focusable = () => [...cell.querySelectorAll("a, button, input")];
+    const index = focusable().indexOf(document.activeElement);
+    board.fill(cell, content);
+    if (index >= 0) focusable()[index]?.focus({ preventScroll: true });
   };
   const toggle = (item) =>
     board.h("button", { type: "button", class: "sort", "aria-expanded": String(item.isOpen), onclick: item.toggle }, item.isOpen ? "▾ " : "▸ ", item.heading);

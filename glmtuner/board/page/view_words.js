@@ -60,7 +60,7 @@ board.say(
     chartHelp: "拖动放大，双击还原。", dashes: "虚线：评估；浅色：平滑前的值。", wholePicture: "显示全图", asTable: "以表格显示", save: "将 {title} 保存为 {kind}",
     noPoints: "还没有可绘制的点。", smoothed: "平滑后", smoothing: "平滑", logScale: "对数刻度", logShort: "对数", xAxis: "横轴", "x.step": "步数", "x.tokens": "词元数", "x.time": "时间（秒）",
     metric: "指标", metrics: "指标", points: "点数", firstValue: "首值", lastValue: "末值", smallest: "最小", largest: "最大", thinned: "+：点数过多，每段只取最低点和最高点。",
-    legend: "图例", only: "只显示 {name}", onlyShort: "仅此", chosenOf: "已选 {n} / {all}", tooMany: "只绘制前 {n} 个。", all: "全选", none: "全不选", notDrawn: "{name} 不在此图中：{why}",
+    legend: "图例", only: "仅此：{name}", onlyShort: "仅此", chosenOf: "已选 {n} / {all}", tooMany: "只绘制前 {n} 个。", all: "全选", none: "全不选", notDrawn: "{name} 不在此图中：{why}",
     "kind.lines": "曲线", "kind.scatter": "指标与参数", "kind.parallel": "平行坐标", across: "横轴", up: "纵轴", variedKeys: "变化的参数", allKeys: "所有配置键", paretoFront: "帕累托前沿",
     lessIsBetter: "越小越好", moreIsBetter: "越大越好", frontSays: "{all} 个运行中有 {n} 个位于 {x}（{xWay}）与 {y}（{yWay}）的前沿：没有其他运行能在一项上更好而另一项不更差。",
     leftOut: "{n} 个缺少这些值的运行未显示。", noResults: "还没有结果。", plotOf: "{n} 个运行的 {y} 与 {x}。数值见下方表格。", parallelOf: "{n} 个运行的平行坐标：{axes}。数值见下方表格。",
