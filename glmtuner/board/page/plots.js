@@ -97,7 +97,7 @@ const picture = (title, svg, header, rows, link) => board.h("figure", { class: "
   board.h("figcaption", {}, board.h("strong", {}, title), board.h("span", { class: "buttons" },
     board.h("button", { type: "button", class: "small", "aria-label": board.word("save", { kind: "PNG", title }), onclick: () => savePicture(svg, title) }, "PNG"),
     board.h("button", { type: "button", class: "small", "aria-label": board.word("save", { kind: "CSV", title }), onclick: () => board.download(`${title}.csv`, "text/csv", board.csv([header, ...rows])) }, "CSV"))),
-  svg,
+  board.h("div", { class: "plotbox", tabindex: "0", role: "group", "aria-label": title }, svg),
   board.h("details", { class: "small" }, board.h("summary", {}, board.word("asTable")), board.plainTable(title, header, rows.map(([id, ...row]) => [link(id), ...row]))));
 const linkTo = (id) => (board.store.rows.has(id) ? board.runLink(board.store.rows.get(id)) : board.line(id));
 
