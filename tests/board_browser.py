@@ -129,7 +129,7 @@ class Page:
         return until(
             lambda: next(iter(self.all(selector, text)), None),
             seconds,
-            f"no {selector} {text or ''}: {self.text()[:3000]}",
+            f"no {selector} {text or ''}: {self.text()[:600]}",
         )
 
     def all(self, selector: str, text: str | None = None) -> list[Any]:
@@ -165,7 +165,7 @@ class Page:
         element.send_keys(text if text else Keys.DELETE)
 
     def wait(self, condition: Callable[[], Value], seconds: float = 30) -> Value:
-        return until(condition, seconds, self.text()[:4000])
+        return until(condition, seconds, self.text()[:900])
 
     def text(self) -> str:
         """All that the page shows."""
