@@ -16,9 +16,9 @@ board.series = async (ids, metrics, x) => {
   const take = (id, series, asked, why = null) => kept.set(key(id), { updated: fresh(id), metrics: new Set(asked), series, why });
   if (window.glmtunerStatic) {
     await Promise.all(missing.map(async (id) => {
-      const answer = await board.get("curves", { id });
+      const answer = await board.get("curves", { id }).catch((error) => ({ series: [], missing: [{ id, why: error.message }] }));
       const series = x === "step" ? answer.series : (answer.by || {})[x] || [];
-      take(id, series, [...metrics, ...series.map((line) => line.metric)]);
+      take(id, series, [...metrics, ...series.map((line) => line.metric)], (answer.missing || []).find((each) => each.id === id)?.why);
     }));
   } else if (missing.length && metrics.length) {
     const asked = [...new Set([...metrics, ...missing.flatMap((id) => [...(kept.get(key(id))?.metrics || [])])])];
@@ -101,7 +101,7 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
       const version = rows.map((row) => `${row.id} ${row.updated}`).join("\n");
       if (version !== namesOf && ids.length) {
         namesOf = version;
-        const found = window.glmtunerStatic ? (await Promise.all(ids.map((id) => board.get("metrics", { id })))).flat() : await board.get("metrics", { id: ids });
+        const found = window.glmtunerStatic ? (await Promise.all(ids.map((id) => board.get("metrics", { id }).catch(() => [])))).flat() : await board.get("metrics", { id: ids });
         const next = [...new Set(found)];
         if (next.join("\n") !== names.join("\n")) {
           names = next;

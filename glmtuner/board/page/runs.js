@@ -107,6 +107,10 @@ board.views.runs = {
     const chooser = board.h("details", { class: "chooser", ontoggle: () => drawPicker() }, board.h("summary", {}, board.word("columns")), picker);
     const empty = board.h("p", { class: "faint", hidden: true });
     const failure = board.h("p", { class: "bad", role: "alert", hidden: true });
+    const written = board.h("div", { class: "small faint" });
+    if (window.glmtunerStatic) {
+      board.get("about").then((about) => board.fill(written, board.h("p", {}, board.word("writtenAt", { time: board.date(about.time) })), (about.left_out || []).length ? board.h("ul", {}, about.left_out.map((text) => board.h("li", {}, board.visible(text)))) : null)).catch(() => {});
+    }
     const problems = board.h("ul", { class: "small faint" });
     const sweeps = sweepTable();
     const sweepBox = board.h("section", { hidden: true, "aria-labelledby": "sweeps-title" }, board.h("h2", { id: "sweeps-title" }, board.word("sweeps")), sweeps.element);
@@ -269,7 +273,7 @@ board.views.runs = {
           board.h("label", {}, board.word("groupBy"), " ", groups), options, chooser,
           board.h("button", { type: "button", onclick: exportCsv }, "CSV"), buttons),
         board.h("details", { class: "help small" }, board.h("summary", {}, board.word("filterHow")), board.h("p", { id: "filter-help" }, board.word("filterHelp"))),
-        problem, table.element, empty, problems,
+        problem, table.element, empty, problems, written,
         window.glmtunerStatic || !board.views.trash ? null : board.h("p", { class: "small" }, board.h("a", { href: "#/trash" }, board.word("act.trash")))));
     drawButtons();
     let isFirst = true;

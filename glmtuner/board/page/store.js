@@ -16,6 +16,7 @@ const ask = async () => {
   const store = board.store;
   let changed = [];
   const before = store.error;
+  const sweeps = JSON.stringify(store.sweeps);
   try {
     const answer = await board.get("runs", store.version === null ? {} : { since: store.version });
     const kept = new Set(answer.rows.map((row) => row.id));
@@ -33,7 +34,7 @@ const ask = async () => {
   isAsking = false;
   const isFirst = store.first !== false;
   store.first = false;
-  if (changed.length || isFirst || before !== store.error || board.store.sweeps.length) {
+  if (changed.length || isFirst || before !== store.error || sweeps !== JSON.stringify(store.sweeps)) {
     for (const listener of [...listeners]) listener(changed);
   }
   if (listeners.size && !window.glmtunerStatic && !document.hidden) timer = setTimeout(ask, period);

@@ -38,7 +38,7 @@ board.say(
     leaderboard: "Leaderboard", decisions: "Decisions", seed: "seed {n}", seedRuns: "{n} runs", toTheBest: "Difference to the best", notTold: "not told apart", pending: "Intervals are being computed …", exportBest: "Export the best", noDecisions: "No decisions yet.",
     sideBySide: "Side by side", alsoEqual: "also what is equal", information: "for information", comparing: "Comparing …", compared: "What is compared", leaveOut: "Leave out {name}", add: "Add", pickTwo: "Pick at least two runs or two sweeps: add them here, or tick them in the table of runs.",
     notMixed: "Runs and sweeps are not compared with each other; leave one kind out.", firstOnly: "The first {n} of {all} are in the table.", differenceOf: "{b} against {a}", differencesOnly: "In detail, the first one is compared with {n} others.", cannotShow: "Not shown: {id}: {message}",
-    pictures: "Pictures", tableOf: "{caption}, table", noDefaults: "The defaults of this run cannot be composed by this installation.",
+    pictures: "Pictures", tableOf: "{caption}, table", writtenAt: "Written {time}. This page does not have:", noDefaults: "The defaults of this run cannot be composed by this installation.",
   },
   {
     run: "运行", sweep: "扫描", sweeps: "扫描", jobs: "任务", compare: "比较", summary: "概要", objective: "目标指标", loading: "正在加载……",
@@ -77,6 +77,6 @@ board.say(
     leaderboard: "排行榜", decisions: "决策过程", seed: "种子 {n}", seedRuns: "{n} 次运行", toTheBest: "与最佳的差", notTold: "差异不显著", pending: "正在计算区间……", exportBest: "导出最佳结果", noDecisions: "还没有决策。",
     sideBySide: "并排比较", alsoEqual: "也显示相同的键", information: "仅供参考", comparing: "正在比较……", compared: "比较对象", leaveOut: "移除 {name}", add: "添加", pickTwo: "请至少选择两个运行或两个扫描：在此添加，或在运行表中勾选。",
     notMixed: "运行与扫描不能互相比较，请移除其中一类。", firstOnly: "表中为 {all} 个中的前 {n} 个。", differenceOf: "{b} 与 {a} 的差异", differencesOnly: "详细比较只在第一个与其后 {n} 个之间进行。", cannotShow: "未显示：{id}：{message}",
-    pictures: "图片", tableOf: "{caption}（表格）", noDefaults: "当前安装无法组合出该运行的默认值。",
+    pictures: "图片", tableOf: "{caption}（表格）", writtenAt: "生成于 {time}。此页面不包含：", noDefaults: "当前安装无法组合出该运行的默认值。",
   },
 );
