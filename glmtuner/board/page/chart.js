@@ -249,7 +249,8 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
   const describe = ({ line, index }) => {
     const step = line.step && line.step[index] !== undefined && settings.xTitle !== board.word("x.step") ? `, ${board.word("x.step")} ${line.step[index].toLocaleString("en-US")}` : "";
     const at = settings.isTime ? `${line.x[index].toFixed(1)} s` : line.x[index].toLocaleString("en-US");
-    return [board.line(line.name), `${settings.xTitle} ${at}${step}`, `${line.metric} ${line.raw[index]}`, settings.smoothing ? `${board.word("smoothed")} ${board.number(line.y[index], 6)}` : null].filter(Boolean);
+    const run = line.run && line.run !== line.name ? board.line(line.run) : null; // the folder's name, where the picture says what was varied
+    return [line.name, run, `${settings.xTitle} ${at}${step}`, `${line.metric} ${line.raw[index]}`, settings.smoothing ? `${board.word("smoothed")} ${board.number(line.y[index], 6)}` : null].filter(Boolean);
   };
   const point = (next, isSpoken = false) => {
     near = next;
@@ -386,10 +387,10 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
         last = index;
       }
       const at = (index) => (index < 0 ? "" : `${board.number(line.raw[index], 6)} (${line.x[index].toLocaleString("en-US")})`);
-      return [line.name, line.metric, line.isWhole === false ? `${line.x.length}+` : line.x.length, at(line.raw.findIndex(Number.isFinite)), at(last), at(low), at(high)];
+      return [line.run || line.name, line.metric, line.isWhole === false ? `${line.x.length}+` : line.x.length, at(line.raw.findIndex(Number.isFinite)), at(last), at(low), at(high), line.name];
     });
     const at = ` (${settings.xTitle})`;
-    board.fill(data, board.plainTable(title, [board.word("run"), board.word("metric"), board.word("points"), board.word("firstValue") + at, board.word("lastValue") + at, board.word("smallest") + at, board.word("largest") + at], rows),
+    board.fill(data, board.plainTable(title, [board.word("run"), board.word("metric"), board.word("points"), board.word("firstValue") + at, board.word("lastValue") + at, board.word("smallest") + at, board.word("largest") + at, board.word("legend")], rows),
       lines.some((line) => line.isWhole === false) ? board.h("p", { class: "faint" }, board.word("thinned")) : null);
   };
   const saveTable = () => {

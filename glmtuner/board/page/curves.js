@@ -115,6 +115,7 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
       absent.hidden = !missing.length;
       const colours = board.colours(ids);
       const labels = board.labels(rows);
+      const folders = new Map(rows.map((row) => [row.id, row.name]));
       board.fill(absent, missing.map(({ id, why }) => board.h("li", {}, board.word("notDrawn", { name: labels.get(id), why: board.visible(why) }))));
       const pictures = [...new Set(metrics.map(pictureOf))];
       for (const [name, chart] of charts) {
@@ -130,7 +131,7 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
           grid.append(chart.element);
         }
         const own = series.filter((line) => pictureOf(line.metric) === picture).map((line) => ({
-          ...line, ...colours.get(line.id), name: labels.get(line.id), isDashed: line.metric.startsWith("eval_"), isWhole: line.whole,
+          ...line, ...colours.get(line.id), name: labels.get(line.id), run: folders.get(line.id), isDashed: line.metric.startsWith("eval_"), isWhole: line.whole,
         }));
         charts.get(picture).set(own, { smoothing: state.smoothing, isLog: state.isLog, isTime: state.x === "time", xTitle: board.word(`x.${state.x}`), xName: state.x });
       }
