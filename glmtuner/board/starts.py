@@ -1,5 +1,6 @@
 """Starting runs and sweeps, continuing them, and their words for the form."""
 
+import os
 import shlex
 import threading
 from collections.abc import Sequence
@@ -162,8 +163,12 @@ class Starts:
         return run.path, self._of_run(run)
 
     def _of_run(self, run: RunFolder) -> Words:
+        failure = run.failure() or {}
         try:
-            lines = self.root.file(run.path, OVERRIDES).read_text(encoding="utf-8").split("\n")
+            if not os.path.lexists(run / OVERRIDES) and isinstance(failure.get("words"), list):  # it failed before it began
+                lines = [str(word) for word in failure["words"]]
+            else:
+                lines = self.root.file(run.path, OVERRIDES).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError):
             raise CheckpointError(
                 f"{run.path} has no readable {OVERRIDES}, so that its command is not known; restore the file"

@@ -38,7 +38,7 @@ board.tick = (value) => (Math.abs(value) >= 10000 ? board.compact(value) : board
 board.compact = (value) => new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 2 }).format(value);
 // the value of a metric with its unit, and its interval where there is one
 board.measured = (name, value, interval) => {
-  if (typeof value === "number" && /runtime/.test(name)) return board.duration(value);
+  if (typeof value === "number" && /runtime/.test(name)) return value < 60 ? `${board.number(value, 3)} s` : board.duration(value);
   if (typeof value === "number" && /memory_gib/.test(name)) return `${board.number(value, 3)} GiB`;
   return board.score(value, interval);
 };
