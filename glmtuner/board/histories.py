@@ -4,7 +4,6 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 CHUNK = 2**22  # bytes that are read at a time
 LONGEST_LINE = 2**20  # bytes; a longer one is no line of numbers
-TAIL = 2**14  # bytes at the end of a file in which its last lines are looked for
+TAILS = (2**11, 2**16)  # bytes at the end of a file in which its last lines are looked for
 
 
 class Columns:
@@ -125,19 +124,30 @@ def _parsed(line: bytes) -> Any:
         return None
 
 
-def last_values(path: Path) -> dict[str, float]:
-    """The last value of each name in the last lines of a file, without reading the rest of it."""
+def last_values(path: Path, wanted: str) -> dict[str, float]:
+    """The last value of each name in the last lines of a file, in as many of them as it takes to find the wanted name."""
+    for size in TAILS:
+        values, is_whole = _last_values(path, size)
+        if wanted in values or is_whole:
+            break
+    return values
+
+
+def _last_values(path: Path, tail: int) -> tuple[dict[str, float], bool]:
+    """The last values in so many bytes at the end, and whether that is the whole file."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - TAIL, 0))
-            tail = file.read(TAIL)
+            file.seek(max(size - tail, 0))
+            content = file.read(tail)
     except OSError:
-        return {}
-    start = 0 if size <= TAIL else tail.find(b"\n") + 1
+        return {}, True
+    start = 0 if size <= tail else content.find(b"\n") + 1
     values: dict[str, float] = {}
-    for line in parsed(tail[start : tail.rfind(b"\n") + 1]):
-        if isinstance(line, Mapping) and is_number(line.get("step")):
-            known = ((str(name), math.nan if value is None else value) for name, value in line.items())
-            values |= {name: value for name, value in known if is_number(value)}
-    return values
+    for line in reversed(parsed(content[start : content.rfind(b"\n") + 1])):
+        if not isinstance(line, dict) or not is_number(line.get("step")):
+            continue
+        for name, value in line.items():
+            if name not in values and (value is None or is_number(value)):
+                values[name] = math.nan if value is None else value
+    return values, size <= tail

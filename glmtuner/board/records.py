@@ -190,11 +190,11 @@ def _provenance(record: Record) -> None:
 
 
 def _history(record: Record) -> None:
-    record.last = last_values(record.path / HISTORY)
+    record.last = last_values(record.path / HISTORY, "loss")
 
 
 def _timings(record: Record) -> None:
-    record.last_timing = last_values(record.path / TIMINGS)
+    record.last_timing = last_values(record.path / TIMINGS, "tokens_per_second")
 
 
 READERS: dict[str, Callable[[Record], None]] = {

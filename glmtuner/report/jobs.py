@@ -267,7 +267,10 @@ def _may_be_knob(key: str) -> bool:
 
 def _differs(jobs: Sequence[Job], knob: str) -> bool:
     known = [job for job in jobs if job.values or knob in job.overrides]  # a job may fail before it writes its config
-    return len({comparable(value_of(job, knob)) for job in known}) > 1
+    values = [value_of(job, knob) for job in known]
+    if all(value is values[0] for value in values):  # hundreds of jobs share most of their values
+        return False
+    return len({*map(comparable, values)}) > 1
 
 
 def _determines(jobs: Sequence[Job], choice: str, key: str) -> bool:
