@@ -11,58 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from acting_board import HEADERS, TINY, TOKEN, tree
+from acting_board import ActingBoard as Board
 from starlette.testclient import TestClient
 
-from glmtuner.board.actions import Actions
-from glmtuner.board.app import application
 from glmtuner.board.root import Root
 from glmtuner.run_folder.locks import try_lock
-
-TOKEN = "a-token-of-24-characters"
-HEADERS = {"Authorization": f"Bearer {TOKEN}", "X-Glmtuner-Board": "1"}
-TINY = ["model=tiny_glm", "tracker=none", "metric=none", "data.dataset=identity_sample", "trainer.max_steps=2"]
-
-
-class Board:
-    """The routes over a folder `outputs`, and what stands in it."""
-
-    def __init__(self, here: Path) -> None:
-        self.outputs = here / "outputs"
-        self.outputs.mkdir()
-        self.actions = Actions(Root(self.outputs))
-        app = application([self.actions.router], TOKEN, ("testserver",))
-        self.client = TestClient(app, headers=HEADERS, raise_server_exceptions=False)
-
-    def post(self, name: str, **body: Any) -> tuple[int, Any]:
-        answer = self.client.post(f"/api/{name}", json=body)
-        return answer.status_code, answer.json()
-
-    def get(self, name: str, **asked: Any) -> tuple[int, Any]:
-        answer = self.client.get(f"/api/{name}", params=asked)
-        return answer.status_code, answer.json()
-
-    def refused(self, name: str, **body: Any) -> str:
-        """The paragraph with which a change is refused, after which nothing is other than before."""
-        before = tree(self.outputs)
-        status, answer = self.post(name, **body)
-        assert status in (400, 422), answer
-        assert tree(self.outputs) == before
-        assert "Traceback" not in answer["error"]
-        return str(answer["error"])
-
-    def ended(self, task: str, seconds: float = 200) -> dict[str, Any]:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            status, answer = self.get("task", task=task)
-            assert status == 200
-            if answer["state"] == "ended":
-                return dict(answer)
-            time.sleep(0.1)
-        raise AssertionError(answer)
-
-
-def tree(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 @pytest.fixture
@@ -134,19 +88,27 @@ def test_a_link_in_the_folder_leads_nowhere_else(board: Board, tmp_path: Path) -
     (tmp_path / "elsewhere").mkdir()
     (board.outputs / "link").symlink_to(tmp_path / "elsewhere")
     assert "writes into" in board.refused("start", words=[*TINY, "trainer.output_dir=outputs/link/run"])
-    assert "writes into" in board.refused("start", words=[*TINY, "trainer.seed=1,2", "hydra.sweep.dir=outputs/link/s"], multirun=True)
+    assert "writes into" in board.refused(
+        "start", words=[*TINY, "trainer.seed=1,2", "hydra.sweep.dir=outputs/link/s"], multirun=True
+    )
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_all_errors_are_told_at_once_each_with_its_word_as_one_types(shared: Board) -> None:
-    status, found = shared.post("compose", words=["model=tiny_glm", "data.datset=x", "finetuning=lorra", "trainer.lerning_rate=1"])
+    status, found = shared.post(
+        "compose", words=["model=tiny_glm", "data.datset=x", "finetuning=lorra", "trainer.lerning_rate=1"]
+    )
     assert status == 200 and not found["ok"]
     messages = {each["word"]: each["message"] for each in found["errors"]}
-    assert messages["data.datset=x"].startswith("unknown key 'data.datset'; did you mean 'dataset'? type data.dataset=…")
+    assert messages["data.datset=x"].startswith(
+        "unknown key 'data.datset'; did you mean 'dataset'? type data.dataset=…"
+    )
     assert "no finetuning preset of that name; did you mean 'lora'?" in messages["finetuning=lorra"]
     assert "did you mean 'learning_rate'?" in messages["trainer.lerning_rate=1"]
     command = [sys.executable, "-m", "glmtuner", "model=tiny_glm", "data.datset=x"]
-    typed = subprocess.run(command, cwd=shared.outputs.parent, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    typed = subprocess.run(
+        command, cwd=shared.outputs.parent, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
     assert typed.stderr.strip() == f"glmtuner: {messages['data.datset=x']}"
 
 
@@ -166,7 +128,13 @@ def test_an_error_of_the_composed_run_stands_beside_its_word(shared: Board, word
 
 
 def test_the_resolved_configuration_is_that_of_the_command_line(shared: Board) -> None:
-    words = ["model=tiny_glm", "finetuning=freeze", "trainer.learning_rate=1e-3", "name=我的 run", "trainer.hub_token=hf_abcdefghijklmnop"]
+    words = [
+        "model=tiny_glm",
+        "finetuning=freeze",
+        "trainer.learning_rate=1e-3",
+        "name=我的 run",
+        "trainer.hub_token=hf_abcdefghijklmnop",
+    ]
     _, found = shared.post("compose", words=words)
     assert found["ok"] and found["place"].startswith("outputs/<date>/") and found["jobs"] == 1
     assert shlex.split(found["command"]) == ["python", "-m", "glmtuner", *words]
@@ -182,7 +150,13 @@ def test_a_sweep_says_its_jobs_and_its_folder(shared: Board) -> None:
     _, found = shared.post("compose", words=words, multirun=True)
     assert (found["ok"], found["jobs"], found["place"]) == (True, 6, "outputs/sweeps/six")
     assert found["swept"] == ["finetuning", "trainer.seed"] and "-m" in shlex.split(found["command"])
-    search = [*TINY, "trainer.learning_rate=tag(log,interval(1e-5,1e-3))", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=7", "objective=train_loss"]
+    search = [
+        *TINY,
+        "trainer.learning_rate=tag(log,interval(1e-5,1e-3))",
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=7",
+        "objective=train_loss",
+    ]
     _, found = shared.post("compose", words=search, multirun=True)
     assert found["ok"] and found["jobs"] == 7
     race = [*TINY, "trainer.seed=1,2", "hydra/sweeper=race"]
@@ -221,7 +195,9 @@ def test_a_folder_of_presets_cannot_lead_the_jobs_elsewhere(board: Board) -> Non
     own.mkdir(parents=True)
     (own / "away.yaml").write_text("# @package _global_\nhydra: {sweep: {dir: /tmp/away, subdir: ../x}}\n")
     (own / "out.yaml").write_text("# @package _global_\ntrainer: {output_dir: /tmp/away}\n")
-    said = board.refused("start", words=[*TINY, "experiment=away", "trainer.seed=1,2"], multirun=True, config_dir="evil")
+    said = board.refused(
+        "start", words=[*TINY, "experiment=away", "trainer.seed=1,2"], multirun=True, config_dir="evil"
+    )
     assert "hydra.sweep.subdir" in said
     assert "trainer.output_dir=/tmp/away" in board.refused("start", words=[*TINY, "experiment=out"], config_dir="evil")
 
@@ -250,7 +226,9 @@ def test_the_form_has_every_key_with_its_type_and_its_meaning_in_both_languages(
 # -- starting --------------------------------------------------------------------------------------------------------------------
 
 
-def test_where_a_board_shows_another_folder_runs_begin_in_it_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_board_shows_another_folder_runs_begin_in_it_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from glmtuner.board.compose import Composer
     from glmtuner.board.places import run_base, sweep_base, working_folder
 
@@ -259,7 +237,11 @@ def test_where_a_board_shows_another_folder_runs_begin_in_it_all_the_same(tmp_pa
     for folder in (mine, part):
         folder.mkdir(parents=True)
     assert (working_folder(part), run_base(part, tmp_path)) == (tmp_path, part)
-    assert (working_folder(mine), run_base(mine, tmp_path), sweep_base(mine, tmp_path)) == (tmp_path, mine, mine / "sweeps")
+    assert (working_folder(mine), run_base(mine, tmp_path), sweep_base(mine, tmp_path)) == (
+        tmp_path,
+        mine,
+        mine / "sweeps",
+    )
     composer = Composer(mine, tmp_path)
     try:
         found = composer.compose([*TINY, "trainer.seed=1,2", "name=two"], multirun=True)
@@ -291,7 +273,9 @@ def test_a_start_that_is_stopped_at_once_leaves_its_output_and_no_folder(board: 
     ended = board.ended(begun["task"])
     assert ended["code"] == -15
     assert not (board.outputs / begun["id"]).exists() and not ended["written"]
-    assert "is no run" in board.refused("stop", id=begun["id"]) or "is no folder" in board.refused("stop", id=begun["id"])
+    assert "is no run" in board.refused("stop", id=begun["id"]) or "is no folder" in board.refused(
+        "stop", id=begun["id"]
+    )
 
 
 def test_a_folder_is_not_used_twice(board: Board) -> None:
@@ -309,18 +293,32 @@ def test_a_folder_is_not_used_twice(board: Board) -> None:
 
 
 def test_a_clone_has_the_words_without_folder_and_secrets_and_the_next_name(board: Board) -> None:
-    words = [*TINY, "name=mine", "trainer.output_dir=outputs/mine", "trainer.hub_token=<hidden>", "data.source_prefix='a, b'"]
+    words = [
+        *TINY,
+        "name=mine",
+        "trainer.output_dir=outputs/mine",
+        "trainer.hub_token=<hidden>",
+        "data.source_prefix='a, b'",
+    ]
     a_run(board.outputs / "mine", words, board.outputs.parent, flags=["--config-dir", "my_conf"])
     _, cloned = board.get("clone", id="mine")
     assert cloned["words"] == [*TINY, "data.source_prefix='a, b'", "name=mine-2"]
-    assert cloned["config_dir"] == "my_conf" and cloned["notes"] == ["trainer.hub_token was a secret, which is stored nowhere"]
+    assert cloned["config_dir"] == "my_conf" and cloned["notes"] == [
+        "trainer.hub_token was a secret, which is stored nowhere"
+    ]
     sweep = board.outputs / "sweeps" / "two"
     sweep.mkdir(parents=True)
     line = shlex.join(["python", "-m", "glmtuner", "--config-dir", "c", "-m", *TINY, "trainer.seed=1,2", "name='two'"])
-    (sweep / "sweep.json").write_text(json.dumps({"typed": ["python -m glmtuner -m x=1", line], "cwd": str(board.outputs.parent)}))
+    (sweep / "sweep.json").write_text(
+        json.dumps({"typed": ["python -m glmtuner -m x=1", line], "cwd": str(board.outputs.parent)})
+    )
     sweep.with_name("two-2").mkdir()
     _, cloned = board.get("clone", id="sweeps/two")
-    assert cloned["multirun"] and cloned["words"] == [*TINY, "trainer.seed=1,2", "name=two-3"] and cloned["config_dir"] == "c"
+    assert (
+        cloned["multirun"]
+        and cloned["words"] == [*TINY, "trainer.seed=1,2", "name=two-3"]
+        and cloned["config_dir"] == "c"
+    )
 
 
 @pytest.mark.parametrize(
@@ -335,7 +333,9 @@ def test_a_clone_has_the_words_without_folder_and_secrets_and_the_next_name(boar
         (["model=tiny_glm", "data.dataset=no_such"], {}, "no dataset named"),
     ],
 )
-def test_what_a_run_folder_says_is_not_obeyed_blindly(board: Board, words: list[str], about: dict[str, Any], message: str) -> None:
+def test_what_a_run_folder_says_is_not_obeyed_blindly(
+    board: Board, words: list[str], about: dict[str, Any], message: str
+) -> None:
     a_run(board.outputs / "mine", words, board.outputs.parent)
     provenance = {"command": "x", "cwd": str(board.outputs.parent), **about}
     (board.outputs / "mine" / "provenance.json").write_text(json.dumps(provenance))
@@ -384,7 +384,9 @@ def test_an_id_leads_to_a_run_in_the_folder_or_nowhere(board: Board, name: str) 
     for route, body in {
         "stop": {"id": name}, "continue": {"id": name}, "delete": {"ids": [name]}, "talk/open": {"id": name}, "export": {"id": name},
     }.items():  # fmt: skip
-        answer = board.client.post(f"/api/{route}", content=json.dumps(body), headers={"Content-Type": "application/json"})
+        answer = board.client.post(
+            f"/api/{route}", content=json.dumps(body), headers={"Content-Type": "application/json"}
+        )
         assert answer.status_code in (400, 422), (route, answer.text)
     assert board.client.get("/api/clone", params={"id": name.encode("utf-8", "replace")}).status_code in (400, 422)
     assert tree(board.outputs.parent) == before
@@ -418,7 +420,9 @@ def test_what_is_deleted_is_in_the_trash_and_comes_back(board: Board) -> None:
     assert tree(board.outputs) == [".trash", *before]
 
 
-@pytest.mark.parametrize("trash", ["..", ".", "20260101-000000-abcdef", "../outputs", "20260101-000000-abcdef/..", "\0"])
+@pytest.mark.parametrize(
+    "trash", ["..", ".", "20260101-000000-abcdef", "../outputs", "20260101-000000-abcdef/..", "\0"]
+)
 def test_nothing_but_what_was_deleted_is_restored(board: Board, trash: str) -> None:
     assert "nothing in the trash" in board.refused("restore", trash=trash)
 
@@ -463,7 +467,10 @@ def test_every_change_needs_the_token_the_header_and_json(shared: Board) -> None
         assert shared.client.post(path, content="{}", headers={"Content-Type": "text/plain"}).status_code == 403
         assert shared.client.get(path).status_code == 405
         assert shared.client.post(path, json={"id": "x", "surplus": 1}).status_code in (400, 422)
-        assert shared.client.post(path, content=b"x" * 2**21, headers={"Content-Type": "application/json"}).status_code == 413
+        assert (
+            shared.client.post(path, content=b"x" * 2**21, headers={"Content-Type": "application/json"}).status_code
+            == 413
+        )
 
 
 def test_a_board_that_only_shows_has_none_of_these_routes(tmp_path: Path) -> None:
