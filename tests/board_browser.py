@@ -171,6 +171,10 @@ class Page:
         """All that the page shows."""
         return str(self.js("return document.body.innerText"))
 
+    def content(self, selector: str) -> str:
+        """The text of an element, whether or not it is folded away."""
+        return str(self.js("return document.querySelector(arguments[0])?.textContent ?? ''", selector))
+
     def js(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
 

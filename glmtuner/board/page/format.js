@@ -122,6 +122,12 @@ board.later = (work, wait = 200) => {
     timer = setTimeout(() => work(...values), wait);
   };
 };
+// Other buttons in the place of those before: who has the focus on one of them (a dialog gives it back) keeps it there.
+board.refill = (element, buttons) => {
+  const action = element.contains(document.activeElement) ? document.activeElement.dataset.action : null;
+  board.fill(element, buttons);
+  if (action !== null) (element.querySelector(`[data-action="${action}"]`) || element.querySelector("button"))?.focus();
+};
 // an error of a request, where it belongs
 board.failed = (element, error) => board.fill(element, board.h("p", { class: "bad", role: "alert" }, board.visible(error.message)));
 board.colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();

@@ -169,7 +169,7 @@ board.views.run = {
       if (now === drawn) return;
       drawn = now;
       board.fill(chips, board.chip(row), row.note ? board.h("span", { class: "note" }, board.short(row.note, 200)) : null);
-      if (board.actions && !actions.contains(document.activeElement)) board.fill(actions, board.actions(row));
+      if (board.actions) board.refill(actions, board.actions(row));
     };
     const load = async () => {
       try {

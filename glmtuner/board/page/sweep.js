@@ -89,9 +89,9 @@ board.views.sweep = {
     const draw = () => {
       title.textContent = board.line(info.name);
       const live = board.store.sweeps.find((sweep) => sweep.id === id);
-      if (board.sweepActions && live && JSON.stringify(live.count) !== counted && !actions.contains(document.activeElement)) {
+      if (board.sweepActions && live && JSON.stringify(live.count) !== counted) {
         counted = JSON.stringify(live.count);
-        board.fill(actions, board.sweepActions(live));
+        board.refill(actions, board.sweepActions(live));
       }
       const fact = (name, text) => (text ? board.h("span", {}, board.h("span", { class: "faint" }, `${name} `), board.line(text)) : null);
       board.fill(head, board.h("div", { class: "bar small" }, live ? board.h("span", {}, board.counts(live.count)) : null, fact(board.word("objective"), [info.objective || []].flat().join(", ")),
