@@ -119,7 +119,9 @@ def test_nothing_is_read_without_the_token(path: str, headers: dict[str, str]) -
     assert ask("HEAD", path, headers).status == 401
 
 
-@pytest.mark.parametrize("query", ["token=", "token=x", f"token={TICKET}", "token=%FF%00", "token=令牌".encode().decode("latin-1")])
+@pytest.mark.parametrize(
+    "query", ["token=", "token=x", f"token={TICKET}", "token=%FF%00", "token=令牌".encode().decode("latin-1")]
+)
 def test_a_wrong_token_in_the_address_gives_nothing(query: str) -> None:
     for headers in ({}, COOKIE):
         answer = ask("GET", "/", headers, query=query)
@@ -144,7 +146,11 @@ def test_a_change_needs_the_token_itself_and_the_pages_header_and_json() -> None
     assert change(ASKED, token=None).status == 200
     assert change(COOKIE, ASKED).status == 401  # every port of a host name gets its cookies
     assert change(ASKED).status == 401
-    for wrong in ({"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}, {"Content-Type": ""}):
+    for wrong in (
+        {"Content-Type": "text/plain"},
+        {"Content-Type": "application/x-www-form-urlencoded"},
+        {"Content-Type": ""},
+    ):
         assert change(BEARER, ASKED, wrong).status == 403
         assert change(ASKED, wrong, token=None).status == 403
     assert change(BEARER, {"Content-Type": "application/json"}).status == 403
@@ -216,10 +222,14 @@ def test_a_body_is_bounded_however_it_comes(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(access, "READ_TIMEOUT_S", 0.1)
     answer = ask("POST", "/api/start", BEARER, ASKED, body=[b"{", 0.07, b'"words"', 0.07, b": []}"])
     assert answer.status == 408 and answer.header("connection") == "close"
-    assert ask("POST", "/api/start", BEARER, ASKED, body=[b'{"words"', 0.02, b': ["a", "b"]}']).json == {"started": ["a", "b"]}
+    assert ask("POST", "/api/start", BEARER, ASKED, body=[b'{"words"', 0.02, b': ["a", "b"]}']).json == {
+        "started": ["a", "b"]
+    }
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"words": "a"}', b'{"words": [1]}', b"\xff", b"[" * 100_000, b'{"words": [null]}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"words": "a"}', b'{"words": [1]}', b"\xff", b"[" * 100_000, b'{"words": [null]}']
+)
 def test_a_malformed_body_is_refused_in_one_line(body: bytes) -> None:
     answer = ask("POST", "/api/start", BEARER, ASKED, body=[body])
     assert answer.status in (400, 422) and "\n" not in answer.json["error"] and "Traceback" not in answer.text
@@ -229,7 +239,9 @@ def test_errors_are_paragraphs_and_tell_nothing_of_the_program() -> None:
     assert ask("GET", "/api/wrong", COOKIE).json == {"error": "finetuning.lora_rank=0: a LoRA rank is at least 1"}
     assert ask("GET", "/api/about", COOKIE, query="number=x").json["error"].startswith("number: ")
     broken = ask("GET", "/api/broken", COOKIE)
-    assert broken.status == 500 and broken.json == {"error": "the board failed on this request (RuntimeError); its output says why"}
+    assert broken.status == 500 and broken.json == {
+        "error": "the board failed on this request (RuntimeError); its output says why"
+    }
     assert ask("GET", "/openapi.json", COOKIE).status == ask("GET", "/docs", COOKIE).status == 404
 
 
@@ -276,7 +288,13 @@ def test_every_answer_keeps_the_browser_from_doing_more(path: str, headers: dict
 def test_the_policy_allows_no_inline_script_and_nothing_of_another_address() -> None:
     directives = dict(part.strip().partition(" ")[::2] for part in POLICY.split(";"))
     assert directives["default-src"] == "'none'" and directives["require-trusted-types-for"] == "'script'"
-    assert {source for value in directives.values() for source in value.split()} <= {"'none'", "'self'", "'script'", "data:", "blob:"}
+    assert {source for value in directives.values() for source in value.split()} <= {
+        "'none'",
+        "'self'",
+        "'script'",
+        "data:",
+        "blob:",
+    }
     assert directives["script-src"] == directives["style-src"] == directives["connect-src"] == "'self'"
 
 

@@ -8,7 +8,18 @@ import pytest
 from glmtuner.board.root import Root
 from glmtuner.errors import CheckpointError
 
-NAMES = ["one", "sweeps/a/x=1,y=[2]", "运行", "a b", "..a", "x\u202ey", "<img src=x>", "a%2fb", "a\nb", "javascript:alert(1)"]
+NAMES = [
+    "one",
+    "sweeps/a/x=1,y=[2]",
+    "运行",
+    "a b",
+    "..a",
+    "x\u202ey",
+    "<img src=x>",
+    "a%2fb",
+    "a\nb",
+    "javascript:alert(1)",
+]
 
 
 def make_run(path: Path) -> Path:
@@ -76,7 +87,18 @@ def test_a_link_that_leads_outside_is_refused_and_one_that_stays_inside_is_follo
         (folder / name).symlink_to(target)
     (folder / "inside").symlink_to(folder / "one")
     root = Root(folder)
-    for name in ("linked", "up/outside/run", "up", "chain", "loop", "dangling", "proc", "proc/etc", "trash", "relative"):
+    for name in (
+        "linked",
+        "up/outside/run",
+        "up",
+        "chain",
+        "loop",
+        "dangling",
+        "proc",
+        "proc/etc",
+        "trash",
+        "relative",
+    ):
         for look_up in (root.run, root.sweep):
             with pytest.raises(CheckpointError):
                 look_up(name)

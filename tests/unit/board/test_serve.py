@@ -52,7 +52,10 @@ class Board:
         self, path: str, method: str = "GET", body: str | None = None, **headers: str
     ) -> tuple[int, str, dict[str, str]]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        given = {"Authorization": f"Bearer {TOKEN}", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        given = {
+            "Authorization": f"Bearer {TOKEN}",
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        }
         connection.request(method, path, body, given)
         answer = connection.getresponse()
         found = answer.status, answer.read().decode(), {name.lower(): value for name, value in answer.getheaders()}
@@ -120,7 +123,9 @@ def test_raw_requests_get_an_error_and_no_more(board: Board, request_line: bytes
     answer = board.raw(request_line + b"\r\n" + headers + b"\r\n" + bearer + b"Connection: close\r\n\r\n")
     # nothing at all for a version of the protocol that is not known
     assert not answer or int(answer.split(b" ", 2)[1]) in (400, 401, 403, 404, 405, 413), answer
-    assert b"Traceback" not in answer and b"root:" not in answer and b"import " not in answer and b"outputs" not in answer
+    assert (
+        b"Traceback" not in answer and b"root:" not in answer and b"import " not in answer and b"outputs" not in answer
+    )
     assert board.ask("/api/about")[0] == 200
 
 
@@ -182,11 +187,23 @@ def test_ctrl_c_ends_it_soon_while_clients_are_connected(board: Board) -> None:
     time.sleep(0.3)
     code, seconds, text = board.stop()
     printed, _, loaded_line = text.partition("LOADED ")
-    said = [line for line in printed.splitlines() if line != "WARNING:  Invalid HTTP request received."]  # the tests above
+    said = [
+        line for line in printed.splitlines() if line != "WARNING:  Invalid HTTP request received."
+    ]  # the tests above
     assert code == 0 and seconds < 5 and len(said) == 1, printed
     loaded = set(loaded_line.split())
     assert "glmtuner.board.serve" in loaded
-    assert not loaded & {"torch", "transformers", "datasets", "peft", "matplotlib", "pandas", "wandb", "optuna", "tensorboard"}
+    assert not loaded & {
+        "torch",
+        "transformers",
+        "datasets",
+        "peft",
+        "matplotlib",
+        "pandas",
+        "wandb",
+        "optuna",
+        "tensorboard",
+    }
     for connection in connections:
         connection.close()
 
@@ -290,8 +307,13 @@ def test_a_wrong_command_line_is_refused_in_a_paragraph(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("token", ["short", "x" * 15, "a token with some spaces", "a-token-with;a-semicolon", "ein-Schlüssel-mit-ü", "x" * 20 + "\t"])
-def test_a_token_that_no_address_or_header_carries_is_refused(token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "token",
+    ["short", "x" * 15, "a token with some spaces", "a-token-with;a-semicolon", "ein-Schlüssel-mit-ü", "x" * 20 + "\t"],
+)
+def test_a_token_that_no_address_or_header_carries_is_refused(
+    token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GLMTUNER_BOARD_TOKEN", token)
     text = refusal(str(tmp_path))
     assert "GLMTUNER_BOARD_TOKEN: a token has at least 16" in text and token not in text
@@ -306,7 +328,9 @@ def test_a_taken_port_is_refused(tmp_path: Path) -> None:
 def test_a_random_token_is_new_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLMTUNER_BOARD_TOKEN", raising=False)
     tokens: list[Any] = []
-    monkeypatch.setattr(board_serve, "serve", lambda folder, listener, url, token, hosts, read_only: tokens.append((token, hosts)))
+    monkeypatch.setattr(
+        board_serve, "serve", lambda folder, listener, url, token, hosts, read_only: tokens.append((token, hosts))
+    )
     for _ in range(2):
         assert main(["board", str(tmp_path), "--port", "0"]) == 0
     (first, hosts), (second, _) = tokens
