@@ -49,7 +49,7 @@ class Index:
     def __init__(self, root: Root, read_only: bool = False, ranks: bool = True) -> None:
         self.root, self.read_only = root, read_only
         self.lock = threading.RLock()
-        self.first = self.version = int(time.time() * 1000)
+        self.first = self.version = int(time.time() * 1e6)
         self.records: dict[str, Record] = {}
         self.sweeps: dict[str, Sweep] = {}
         self.rows: dict[str, dict[str, Any]] = {}
@@ -179,7 +179,7 @@ class Index:
             self.texts[id] = (version, strict_json(row))
 
     def _next(self) -> int:
-        self.version = max(self.version + 1, int(time.time() * 1000))
+        self.version = max(self.version + 1, int(time.time() * 1e6))
         return self.version
 
     def _look_at_runs(self, runs: dict[str, str | None], now: float) -> set[str]:

@@ -125,7 +125,7 @@ def read(record: Record) -> list[Line]:
         label, predict = (values[name] if isinstance(values.get(name), str) else None for name in ("label", "predict"))
         index = values["index"] if isinstance(values.get("index"), int) else number
         texts = {name: value for name, value in values.items() if isinstance(value, str) and name not in TEXTS}
-        if texts.get("reference") == label:
+        if label is not None and texts.get("reference") == label:
             del texts["reference"]
         line = Line(index, prompt, label, predict, texts)
         line.scores = {name: float(value) for name, value in values.items() if name != "index" and is_number(value)}

@@ -74,13 +74,15 @@ class Record:
     def history(self) -> Columns:
         """Its logged lines until now."""
         self._history = self._history or Columns(self.path / HISTORY)
-        self._history.update()
+        if HISTORY in self.files:  # no pipe, and no link out of the board's folder
+            self._history.update()
         return self._history
 
     def timings(self) -> Columns:
         """Time, tokens and speed of its logged lines until now."""
         self._timings = self._timings or Columns(self.path / TIMINGS)
-        self._timings.update()
+        if TIMINGS in self.files:
+            self._timings.update()
         return self._timings
 
     @property

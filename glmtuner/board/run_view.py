@@ -84,7 +84,7 @@ def defaults_of(record: Record, values: dict[str, Any], worker: Worker) -> dict[
         except GlmtunerError:
             return None
     defaults = _defaults[words]
-    keys = [key for key in values if key in defaults and key not in NOT_COMPARED]
+    keys = [key for key in values if key in defaults and (key not in NOT_COMPARED or key in record.overrides)]
     return {key: defaults[key] for key in keys if defaults[key] != values[key]}
 
 

@@ -9,13 +9,14 @@ from fastapi.responses import FileResponse, Response
 from glmtuner import __version__
 from glmtuner.board.curves import AXES, MOST_POINTS, POINTS, curves, metrics_of
 from glmtuner.board.index import Index
+from glmtuner.board.records import Record
 from glmtuner.board.root import Root
 from glmtuner.board.run_files import REPORT_POLICY, file_in, log_of, picture_of
 from glmtuner.board.run_view import run_view
 from glmtuner.board.samples import MOST_ROWS
 from glmtuner.board.sweep_view import sweep_view
 from glmtuner.board.workers import Worker
-from glmtuner.errors import ConfigError
+from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.run_folder.files import strict_json
 from glmtuner.run_folder.names import CONFIG, OVERRIDES, REPORT_PAGE
 
@@ -75,8 +76,7 @@ class Views:
     def metrics(self, ids: Ids) -> Response:
         """The names of the curves that these runs have."""
         found: dict[str, None] = {}
-        for id in ids[:MOST_RUNS]:
-            record = self.index.record(id)
+        for record in self._known(ids[:MOST_RUNS])[0]:
             with self.index.lock:
                 found |= dict.fromkeys(metrics_of(record))
             self.index.touch_history(record)
@@ -94,9 +94,10 @@ class Views:
             raise ConfigError(f"x={x[:100]}: legal are {', '.join(AXES)}")
         if len(ids) > MOST_RUNS:
             raise ConfigError(f"{len(ids)} runs in one picture: legal are at most {MOST_RUNS}; select fewer")
-        records = [self.index.record(id) for id in ids]
+        records, gone = self._known(ids)
         with self.index.lock:
             found = curves(records, metric, x, points)
+        found["missing"] += [{"id": id, "why": "it is not there any more"} for id in gone]
         for record in records:
             self.index.touch_history(record)
         return answer(found)
@@ -160,6 +161,16 @@ class Views:
         """A picture in the folder of a run or a sweep."""
         path, media_type = picture_of(self.root.path, self._folder(id), name)
         return FileResponse(path, media_type=media_type)
+
+    def _known(self, ids: list[str]) -> tuple[list[Record], list[str]]:
+        """The runs with these ids, and the ids of which there is none: a page may ask for a run that was removed a moment ago."""
+        records, gone = [], []
+        for id in dict.fromkeys(ids):
+            try:
+                records.append(self.index.record(id))
+            except CheckpointError:
+                gone.append(id)
+        return records, gone
 
     def _folder(self, id: str) -> Path:
         """The folder of the run or of the sweep with this id."""
