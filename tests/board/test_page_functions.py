@@ -31,14 +31,29 @@ def longest_common(before: str, after: str) -> int:
     for mine in before:
         above = 0
         for place, its in enumerate(after, 1):
-            above, lengths[place] = lengths[place], above + 1 if mine == its else max(lengths[place], lengths[place - 1])
+            above, lengths[place] = (
+                lengths[place],
+                above + 1 if mine == its else max(lengths[place], lengths[place - 1]),
+            )
     return lengths[-1]
 
 
 def test_a_difference_is_both_texts_and_no_longer_than_it_must_be(page: Page) -> None:
     draw = random.Random(2)
-    pairs = [("".join(draw.choices("我你他，。", k=draw.randrange(30))), "".join(draw.choices("我你他，。", k=draw.randrange(30)))) for _ in range(60)]
-    pairs += [("", ""), ("", "我"), ("a b c", "a c"), ("<b>x</b>", "<i>x</i>"), ("learning rate 1e-3", "learning rate 1e-4")]
+    pairs = [
+        (
+            "".join(draw.choices("我你他，。", k=draw.randrange(30))),
+            "".join(draw.choices("我你他，。", k=draw.randrange(30))),
+        )
+        for _ in range(60)
+    ]
+    pairs += [
+        ("", ""),
+        ("", "我"),
+        ("a b c", "a c"),
+        ("<b>x</b>", "<i>x</i>"),
+        ("learning rate 1e-3", "learning rate 1e-4"),
+    ]
     for before, after in pairs:
         parts = page.js("return board.difference(arguments[0], arguments[1])", before, after)
         assert "".join(part["text"] for part in parts if part["kind"] != "added") == before
@@ -50,14 +65,28 @@ def test_a_difference_is_both_texts_and_no_longer_than_it_must_be(page: Page) ->
 
 
 def test_what_is_not_seen_is_shown_and_what_is_seen_stays(page: Page) -> None:
-    overrides = [chr(code) for code in range(0x110000) if unicodedata.bidirectional(chr(code)) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")]
-    controls = [chr(code) for code in range(0x100) if unicodedata.category(chr(code)) == "Cc" and chr(code) not in "\t\n"]
+    overrides = [
+        chr(code)
+        for code in range(0x110000)
+        if unicodedata.bidirectional(chr(code)) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    ]
+    controls = [
+        chr(code) for code in range(0x100) if unicodedata.category(chr(code)) == "Cc" and chr(code) not in "\t\n"
+    ]
     separators = ["\u2028", "\u2029", "\u200b", "\ufeff", "\u00ad", "\U000e0041"]
     for character in [*overrides, *controls, *separators]:
         code = ord(character)
         expected = f"a\\u{{{code:x}}}b" if code > 0xFFFF else f"a\\u{code:04x}b"
         assert page.js("return board.visible(arguments[0])", f"a{character}b") == expected
-    for text in ["你好，世界\n第二行\t列", "naïve café", "👩\u200d👩\u200d👧", "e\u0301", "می\u200cخواهم", "<script>alert(1)</script>", "\U0001f600"]:
+    for text in [
+        "你好，世界\n第二行\t列",
+        "naïve café",
+        "👩\u200d👩\u200d👧",
+        "e\u0301",
+        "می\u200cخواهم",
+        "<script>alert(1)</script>",
+        "\U0001f600",
+    ]:
         assert page.js("return board.visible(arguments[0])", text) == text
 
 
@@ -87,12 +116,18 @@ def test_the_front_is_what_no_other_run_beats(page: Page) -> None:
     for _ in range(30):
         points = [{"id": str(place), "x": draw.randrange(6), "y": draw.randrange(6)} for place in range(12)]
         for less_x, less_y in ((True, True), (True, False), (False, False)):
-            costs = {point["id"]: (point["x"] * (1 if less_x else -1), point["y"] * (1 if less_y else -1)) for point in points}
+            costs = {
+                point["id"]: (point["x"] * (1 if less_x else -1), point["y"] * (1 if less_y else -1))
+                for point in points
+            }
             expected = [
                 mine for mine, (a, b) in costs.items()
                 if not any(c <= a and d <= b and (c, d) != (a, b) for c, d in costs.values())
             ]  # fmt: skip
-            assert page.js("return board.front(arguments[0], arguments[1], arguments[2])", points, less_x, less_y) == expected
+            assert (
+                page.js("return board.front(arguments[0], arguments[1], arguments[2])", points, less_x, less_y)
+                == expected
+            )
 
 
 FILTERED = {
@@ -131,15 +166,17 @@ def test_the_filter_says_what_it_does_not_know(page: Page) -> None:
 
 
 def pixels_near(page: Page, points: list[tuple[float, float]]) -> list[list[int]]:
-    """Of each point of the picture whether the colour of its line is at most two pixels away; the canvas is asked, not the page."""
+    """Of each point of the picture whether the canvas has the colour of its line at most two pixels away."""
     script = """
     const [points, colour] = arguments;
     const u = board.charts[0];
     const wanted = colour.match(/[0-9a-f]{2}/g).map((part) => parseInt(part, 16));
+    const { width } = u.ctx.canvas;
+    const { data } = u.ctx.getImageData(0, 0, width, u.ctx.canvas.height);
+    const isThere = (x, y) => wanted.every((part, index) => Math.abs(part - data[4 * (y * width + x) + index]) < 40);
     return points.map(([x, y]) => {
       const [left, top] = [Math.round(u.valToPos(x, "x", true)), Math.round(u.valToPos(y, "y", true))];
-      const { data } = u.ctx.getImageData(left - 2, top - 2, 5, 5);
-      for (let place = 0; place < data.length; place += 4) if (wanted.every((part, index) => Math.abs(part - data[place + index]) < 40)) return 1;
+      for (let row = -2; row <= 2; row += 1) for (let column = -2; column <= 2; column += 1) if (isThere(left + column, top + row)) return 1;
       return 0;
     });
     """
@@ -179,6 +216,12 @@ def test_the_keyboard_reads_the_exact_points(board: Served, page: Page) -> None:
     page.wait(lambda: str(losses[0]["loss"]) in told(page))
     whole = page.js("return board.charts[0].scales.x.max - board.charts[0].scales.x.min")
     chart.send_keys("+")
-    assert page.wait(lambda: page.js("return board.charts[0].scales.x.max - board.charts[0].scales.x.min") == pytest.approx(whole / 2))
+    assert page.wait(
+        lambda: (
+            page.js("return board.charts[0].scales.x.max - board.charts[0].scales.x.min") == pytest.approx(whole / 2)
+        )
+    )
     chart.send_keys("0")
-    assert page.wait(lambda: page.js("return board.charts[0].scales.x.max - board.charts[0].scales.x.min") == pytest.approx(whole))
+    assert page.wait(
+        lambda: page.js("return board.charts[0].scales.x.max - board.charts[0].scales.x.min") == pytest.approx(whole)
+    )
