@@ -19,7 +19,7 @@ IMAGE = "<img src=x onerror=window.pwned=1>"
 BIDI, ESCAPES = "\u202egnp.exe\u2066", "\x1b[31mred\x1b]0;title\x07\x00\x9b"
 MARKUP = (
     f"{IMAGE}</script><script>window.pwned=1</script></textarea></title><a id=evil href='javascript:window.pwned=1'>x</a>"
-    f"\"'`><svg onload=window.pwned=1><iframe srcdoc='<script>parent.pwned=1</script>'>&lt;b&gt;{{{{7*7}}}}${{7*7}}{BIDI}"
+    f"\"'`><svg onload=window.pwned=1><iframe srcdoc='<script>parent.pwned=1</script>'>&lt;b&gt;{{{{7*7}}}}{BIDI}"
 )
 NAME = f"bad {IMAGE}\"'` &lt;b&gt;"
 REPORT = "<html><body><p id=shown>a report</p><script>parent.pwned=1;top.pwned=1</script><img src=x onerror=parent.pwned=1></body></html>"
