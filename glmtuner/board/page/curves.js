@@ -4,7 +4,7 @@
 const MOST = 100; // runs on one picture
 const POINTS = 10000; // of a series; above, the board sends the lowest and the highest of each stretch
 
-// The series of runs, kept and asked for again only where the run has gone on: { get(ids, metrics, x) -> series }.
+// The series of runs, kept and asked for again only where the run has gone on: board.series(ids, metrics, x) -> { series, missing: [{ id, why }] }.
 const kept = new Map();
 const fresh = (id) => board.store.rows.get(id)?.updated ?? 0;
 board.series = async (ids, metrics, x) => {
@@ -25,8 +25,10 @@ board.series = async (ids, metrics, x) => {
     const answer = await board.get("curves", { id: missing, metric: asked, x, points: POINTS });
     for (const id of missing) take(id, answer.series.filter((line) => line.id === id), asked, (answer.missing || []).find((each) => each.id === id)?.why);
   }
-  board.series.missing = ids.map((id) => ({ id, why: kept.get(key(id))?.why })).filter((each) => each.why);
-  return ids.flatMap((id) => (kept.get(key(id))?.series || []).filter((line) => metrics.includes(line.metric)));
+  return {
+    series: ids.flatMap((id) => (kept.get(key(id))?.series || []).filter((line) => metrics.includes(line.metric))),
+    missing: ids.map((id) => ({ id, why: kept.get(key(id))?.why })).filter((each) => each.why),
+  };
 };
 // eval_loss belongs on the picture of loss
 const pictureOf = (metric) => metric.replace(/^eval_/, "");
@@ -109,9 +111,8 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
         }
       }
       const metrics = chosen().filter((name) => names.includes(name));
-      const series = await board.series(ids, metrics, state.x);
+      const { series, missing } = await board.series(ids, metrics, state.x);
       if (isClosed) return;
-      const missing = board.series.missing;
       absent.hidden = !missing.length;
       const colours = board.colours(ids);
       const labels = board.labels(rows);
