@@ -91,12 +91,19 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
   let isBusy = false;
   let isStale = false;
   let namesOf = "";
+  let quietUntil = 0; // curves that grow take at most a quarter of the time, however many they are
+  let waiting = null;
+  const grow = () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(redraw, Math.max(0, quietUntil - Date.now()));
+  };
   const redraw = async () => {
     if (isBusy) {
       isStale = true;
       return;
     }
     isBusy = true;
+    const began = Date.now();
     try {
       const rows = runs().filter((row) => row.updated).slice(0, MOST); // those that have begun
       const ids = rows.map((row) => row.id);
@@ -144,6 +151,7 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
       }
     }
     isBusy = false;
+    quietUntil = Date.now() + 3 * (Date.now() - began);
     if (isStale && !isClosed) {
       isStale = false;
       redraw();
@@ -155,8 +163,8 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
     if (now !== seen) {
       seen = now;
       drawLegend();
-    }
-    redraw();
+      redraw();
+    } else grow();
   };
   const stop = board.watchRuns((changed) => {
     const ids = new Set(runs().map((row) => row.id));
@@ -168,6 +176,7 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
     close: () => {
       isClosed = true;
       stop();
+      clearTimeout(waiting);
       for (const chart of charts.values()) chart.close();
     },
   };
