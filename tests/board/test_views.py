@@ -226,6 +226,7 @@ def test_the_static_version_shows_the_same_numbers_from_files(
         page.wait(lambda: f"{last:.6g}"[:6] in page.content("figure details"))
         go("#/run/first?tab=predictions")
         answers = [json.loads(line) for line in (board.folder / "first/predictions.jsonl").read_text().splitlines()]
+        page.click("#prediction-against option[value=nothing]")
         page.wait(lambda: answers[0]["predict"] in page.content("main"))
         go("#/run/first?tab=config")
         page.wait(lambda: "trainer.max_steps" in page.content("main"))
