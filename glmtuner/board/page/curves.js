@@ -4,7 +4,7 @@
 const MOST = 100; // runs on one picture
 const POINTS = 10000; // of a series; above, the board sends the lowest and the highest of each stretch
 
-// The series of runs, kept and asked for again only where the run has gone on: { get(ids, metrics, x) -> series }.
+// The series of runs, kept and asked for again only where the run has gone on: board.series(ids, metrics, x) -> { series, missing: [{ id, why }] }.
 const kept = new Map();
 const fresh = (id) => board.store.rows.get(id)?.updated ?? 0;
 board.series = async (ids, metrics, x) => {
@@ -25,8 +25,10 @@ board.series = async (ids, metrics, x) => {
     const answer = await board.get("curves", { id: missing, metric: asked, x, points: POINTS });
     for (const id of missing) take(id, answer.series.filter((line) => line.id === id), asked, (answer.missing || []).find((each) => each.id === id)?.why);
   }
-  board.series.missing = ids.map((id) => ({ id, why: kept.get(key(id))?.why })).filter((each) => each.why);
-  return ids.flatMap((id) => (kept.get(key(id))?.series || []).filter((line) => metrics.includes(line.metric)));
+  return {
+    series: ids.flatMap((id) => (kept.get(key(id))?.series || []).filter((line) => metrics.includes(line.metric))),
+    missing: ids.map((id) => ({ id, why: kept.get(key(id))?.why })).filter((each) => each.why),
+  };
 };
 // eval_loss belongs on the picture of loss
 const pictureOf = (metric) => metric.replace(/^eval_/, "");
@@ -89,12 +91,19 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
   let isBusy = false;
   let isStale = false;
   let namesOf = "";
+  let quietUntil = 0; // curves that grow take at most a quarter of the time, however many they are
+  let waiting = null;
+  const grow = () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(redraw, Math.max(0, quietUntil - Date.now()));
+  };
   const redraw = async () => {
     if (isBusy) {
       isStale = true;
       return;
     }
     isBusy = true;
+    const began = Date.now();
     try {
       const rows = runs().filter((row) => row.updated).slice(0, MOST); // those that have begun
       const ids = rows.map((row) => row.id);
@@ -109,9 +118,8 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
         }
       }
       const metrics = chosen().filter((name) => names.includes(name));
-      const series = await board.series(ids, metrics, state.x);
+      const { series, missing } = await board.series(ids, metrics, state.x);
       if (isClosed) return;
-      const missing = board.series.missing;
       absent.hidden = !missing.length;
       const colours = board.colours(ids);
       const labels = board.labels(rows);
@@ -143,6 +151,7 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
       }
     }
     isBusy = false;
+    quietUntil = Date.now() + 3 * (Date.now() - began);
     if (isStale && !isClosed) {
       isStale = false;
       redraw();
@@ -154,8 +163,8 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
     if (now !== seen) {
       seen = now;
       drawLegend();
-    }
-    redraw();
+      redraw();
+    } else grow();
   };
   const stop = board.watchRuns((changed) => {
     const ids = new Set(runs().map((row) => row.id));
@@ -167,6 +176,7 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
     close: () => {
       isClosed = true;
       stop();
+      clearTimeout(waiting);
       for (const chart of charts.values()) chart.close();
     },
   };

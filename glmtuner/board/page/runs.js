@@ -106,7 +106,6 @@ board.views.runs = {
     const picker = board.h("div", { class: "menu card" });
     const chooser = board.h("details", { class: "chooser", ontoggle: () => drawPicker() }, board.h("summary", {}, board.word("columns")), picker);
     const empty = board.h("p", { class: "faint", hidden: true });
-    const failure = board.h("p", { class: "bad", role: "alert", hidden: true });
     const written = board.h("div", { class: "small faint" });
     if (window.glmtunerStatic) {
       board.get("about").then((about) => board.fill(written, board.h("p", {}, board.word("writtenAt", { time: board.date(about.time) })), (about.left_out || []).length ? board.h("ul", {}, about.left_out.map((text) => board.h("li", {}, board.visible(text)))) : null)).catch(() => {});
@@ -245,8 +244,6 @@ board.views.runs = {
       empty.textContent = all.length ? board.word("noneFound") : board.word("noRuns");
     };
     const update = async () => {
-      failure.hidden = !board.store.error;
-      failure.textContent = board.store.error ? board.visible(board.store.error.message) : "";
       if (board.store.version === null) return;
       sweepBox.hidden = !board.store.sweeps.length;
       sweeps.update(board.store.sweeps);
@@ -265,7 +262,7 @@ board.views.runs = {
     window.addEventListener("board-checked", drawButtons);
 
     board.fill(element,
-      board.h("h1", { class: "hidden" }, board.word("runs")), failure, sweepBox,
+      board.h("h1", { class: "hidden" }, board.word("runs")), sweepBox,
       board.h("section", { "aria-labelledby": "runs-title" },
         board.h("div", { class: "bar" },
           board.h("h2", { id: "runs-title" }, board.word("runs")), count,

@@ -5,6 +5,9 @@ const listeners = new Set();
 const period = 2000;
 let timer = null;
 let isAsking = false;
+let isFirst = true;
+// what is shown may be old as long as the board does not answer
+const lost = board.h("p", { class: "notice bad", role: "status", id: "lost", hidden: true });
 board.store = { rows: new Map(), sweeps: [], problems: [], version: null, time: null, received: 0, error: null };
 board.checked = new Set(); // ids of the runs and sweeps that are ticked, until the page is left
 
@@ -32,11 +35,13 @@ const ask = async () => {
     store.error = error;
   }
   isAsking = false;
-  const isFirst = store.first !== false;
-  store.first = false;
+  lost.hidden = store.error === null;
+  lost.textContent = store.error === null ? "" : board.visible(store.error.message);
+  if (!lost.isConnected) document.getElementById("notices").before(lost);
   if (changed.length || isFirst || before !== store.error || sweeps !== JSON.stringify(store.sweeps)) {
     for (const listener of [...listeners]) listener(changed);
   }
+  isFirst = false;
   if (listeners.size && !window.glmtunerStatic && !document.hidden) timer = setTimeout(ask, period);
 };
 document.addEventListener("visibilitychange", () => {
@@ -72,15 +77,21 @@ board.valuesOf = async (key) => {
   const ofRows = Object.fromEntries([...board.store.rows.values()].filter((row) => key in (row.varied || {})).map((row) => [row.id, row.varied[key]]));
   if (Object.keys(ofRows).length === board.store.rows.size) return ofRows;
   try {
-    return { ...ofRows, ...(await board.get("values", { key })) };
+    const answer = await board.get("values", { key });
+    return { ...ofRows, ...(window.glmtunerStatic ? answer[key] : answer) };
   } catch (error) {
     if (Object.keys(ofRows).length) return ofRows;
     throw error;
   }
 };
+// The keys of all runs' configurations; asked for again when there are other runs.
 let keys = null;
+let keysOf = -1;
 board.keys = () => {
-  keys = keys || board.get("keys").catch(() => board.knobsOf([...board.store.rows.values()]));
+  if (keysOf !== board.store.rows.size) {
+    keysOf = board.store.rows.size;
+    keys = board.get("keys").catch(() => board.knobsOf([...board.store.rows.values()]));
+  }
   return keys;
 };
 // What runs are called on a picture: by what their sweep has varied, and by their names where they are in none. Equal labels get the name as well.
