@@ -5,20 +5,9 @@ All three get the same numbers of the same runs in their own files. Also a child
 
 import json
 import math
-import os
 import random
-import resource
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 BOARD, TENSORBOARD, TRACKIO = "glmtuner board", "TensorBoard", "trackio"
 RUNS, LINES, TOUCHED = 500, 2000, 10

@@ -42,7 +42,7 @@ def finished(process: subprocess.Popen[str], code: int = 0) -> str:
     return text
 
 
-def until(condition: Callable[[], Value], seconds: float = 30, what: str = "") -> Value:
+def until(condition: Callable[[], Value], seconds: float = 90, what: str = "") -> Value:
     """What the condition returns once it is true."""
     deadline = time.monotonic() + seconds
     while True:
@@ -124,7 +124,7 @@ class Page:
         self.driver.switch_to.window(self.window)
         self.driver.get(self.board.url(self.language) + address)
 
-    def find(self, selector: str, text: str | None = None, seconds: float = 30) -> Any:
+    def find(self, selector: str, text: str | None = None, seconds: float = 90) -> Any:
         """The first visible element of a selector, with this text in it."""
         return until(
             lambda: next(iter(self.all(selector, text)), None),
@@ -164,12 +164,16 @@ class Page:
         element.send_keys(Keys.CONTROL, "a")
         element.send_keys(text if text else Keys.DELETE)
 
-    def wait(self, condition: Callable[[], Value], seconds: float = 30) -> Value:
+    def wait(self, condition: Callable[[], Value], seconds: float = 90) -> Value:
         return until(condition, seconds, self.text()[:900])
 
     def text(self) -> str:
         """All that the page shows."""
         return str(self.js("return document.body.innerText"))
+
+    def content(self, selector: str) -> str:
+        """The text of an element, whether or not it is folded away."""
+        return str(self.js("return document.querySelector(arguments[0])?.textContent ?? ''", selector))
 
     def js(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)

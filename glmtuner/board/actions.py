@@ -128,7 +128,11 @@ class Actions:
     def get_task(self, task: Asked) -> dict[str, Any]:
         """What a task has said, whether and how it has ended, and whether the run or sweep that it is about is `written` yet."""
         found = self.tasks.get(task)
-        return {**found.record(), "lines": found.lines(), "written": found.about is not None and self.is_written(found.about)}
+        return {
+            **found.record(),
+            "lines": found.lines(),
+            "written": found.about is not None and self.is_written(found.about),
+        }
 
     def is_written(self, name: str) -> bool:
         """Whether this is the id of a run or a sweep by now."""

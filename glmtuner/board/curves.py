@@ -39,7 +39,7 @@ def curve(record: Record, metric: str, axis: str, points: int) -> tuple[dict[str
                 None,
                 f"it has no {'times' if axis == 'time' else 'numbers of tokens'}: an earlier version trained it",
             )
-    x, y = increasing(x, y)
+    x, y, steps = increasing(x, y, steps)
     kept = thinned(y, points)
     whole = len(kept) == len(y)
     return {
@@ -47,6 +47,7 @@ def curve(record: Record, metric: str, axis: str, points: int) -> tuple[dict[str
         "metric": metric,
         "x": rounded(x[kept]),
         "y": rounded(y[kept]),
+        **({} if axis == "step" else {"step": rounded(steps[kept])}),
         "points": len(y),
         "last_line": source.lines,
         "whole": whole,
@@ -76,16 +77,16 @@ def at_steps(timings: Columns, name: str, steps: "numpy.ndarray") -> "numpy.ndar
     return numpy.where(places >= 0, values[places], numpy.nan)
 
 
-def increasing(x: "numpy.ndarray", y: "numpy.ndarray") -> "tuple[numpy.ndarray, numpy.ndarray]":
-    """The points by x, of equal ones the last, without those whose x is not known."""
+def increasing(x: "numpy.ndarray", *others: "numpy.ndarray") -> "tuple[numpy.ndarray, ...]":
+    """x in increasing order with what belongs to it, of equal ones the last, without those that are not known."""
     import numpy
 
     is_known = numpy.isfinite(x)
-    x, y = x[is_known], y[is_known]
-    order = numpy.argsort(x, kind="stable")
-    x, y = x[order], y[order]
-    is_last = numpy.append(x[1:] != x[:-1], True)
-    return x[is_last[: len(x)]], y[is_last[: len(y)]]
+    columns = [column[is_known] for column in (x, *others)]
+    order = numpy.argsort(columns[0], kind="stable")
+    columns = [column[order] for column in columns]
+    is_last = numpy.append(columns[0][1:] != columns[0][:-1], True)[: len(columns[0])]
+    return tuple(column[is_last] for column in columns)
 
 
 def thinned(y: "numpy.ndarray", points: int) -> "numpy.ndarray":

@@ -2,7 +2,7 @@
 
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from glmtuner.board.records import Record
 from glmtuner.board.sweeps import Sweep
@@ -11,22 +11,30 @@ from glmtuner.errors import GlmtunerError
 from glmtuner.report.jobs import State
 from glmtuner.run_folder.names import CONFIG, LOSSES, METRICS, PREDICTIONS
 
-if TYPE_CHECKING:
-    from glmtuner.board.index import Index
-
 DECIDING = (CONFIG, METRICS, PREDICTIONS, LOSSES)
+
+
+class Known(Protocol):
+    """What is ranked: the runs and sweeps of the index, which takes the intervals."""
+
+    lock: threading.RLock
+    records: dict[str, Record]
+    sweeps: dict[str, Sweep]
+
+    def set_intervals(self, id: str, intervals: dict[str, list[float]]) -> None: ...
 
 
 class Rankings:
     """The rankings of sweeps and the intervals of runs, as far as they were computed."""
 
-    def __init__(self, index: "Index", worker: Worker) -> None:
+    def __init__(self, index: Known, worker: Worker) -> None:
         self.index, self.worker = index, worker
         self.failures: dict[str, tuple[Any, str]] = {}  # of a sweep: the state that could not be ranked, and why
         self._known: dict[str, tuple[Any, dict[str, Any]]] = {}  # of a sweep: the state it was computed of, and it
         self._runs: dict[str, Any] = {}  # of a run that is no job: the state that its intervals were computed of
         self._wanted: dict[str, bool] = {}  # by id, in order: is it a sweep?
         self._lock = threading.Condition()
+        self._works = False
         self._thread: threading.Thread | None = None
 
     def get(self, sweep: Sweep) -> dict[str, Any] | None:
@@ -45,6 +53,12 @@ class Rankings:
         """Why the sweep as it is now could not be ranked with intervals."""
         failed = self.failures.get(sweep.id)
         return failed[1] if failed is not None and failed[0] == state_of_sweep(sweep) else None
+
+    def wait(self) -> None:
+        """Return once nothing is left to be computed."""
+        with self._lock:
+            while self._wanted or self._works:
+                self._lock.wait()
 
     def _is_old(self, sweep: Sweep) -> bool:
         """Whether its results are others than when they were ranked."""
@@ -69,15 +83,17 @@ class Rankings:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True, name="rankings")
                 self._thread.start()
-            self._lock.notify()
+            self._lock.notify_all()
 
     def _work(self) -> None:
         while True:
             with self._lock:
+                self._works = False
+                self._lock.notify_all()
                 while not self._wanted:
                     self._lock.wait()
                 id = next(iter(self._wanted))
-                is_sweep = self._wanted.pop(id)
+                is_sweep, self._works = self._wanted.pop(id), True
             if is_sweep:
                 self._rank(id)
             else:

@@ -7,13 +7,16 @@ from typing import Any
 from glmtuner.board.index import Index
 from glmtuner.board.rows import shown
 from glmtuner.board.sweeps import Sweep
-from glmtuner.config.objective import less_is_better
+from glmtuner.config.objective import less_is_better, measured_as, objectives_of
 from glmtuner.report.bootstrap import Interval
-from glmtuner.report.jobs import Job
+from glmtuner.report.jobs import Job, format_value, value_of
 from glmtuner.report.pareto import Front, pareto_front
 from glmtuner.report.race import readable_race, rung_table, rung_title
-from glmtuner.report.ranking import COSTS, Ranking, Row, metric_title, rank_jobs
+from glmtuner.report.ranking import COSTS, Ranking, Row, format_score, metric_title, rank_jobs
+from glmtuner.report.run import MISSING
 from glmtuner.run_folder.names import REPORT_PAGE
+
+SEARCH = "hydra/sweeper=optuna"
 
 
 def sweep_view(index: Index, sweep: Sweep) -> dict[str, Any]:
@@ -43,6 +46,7 @@ def sweep_view(index: Index, sweep: Sweep) -> dict[str, Any]:
         **ranked,
         "pending": is_pending,
         "race": [race_view(rung) for rung in rungs] or None,
+        "search": search_view(sweep, jobs),
         "jobs": rows,
         "has": {"report": (sweep.path / REPORT_PAGE).is_file()},
     }
@@ -125,6 +129,26 @@ def race_view(rung: dict[str, Any]) -> dict[str, Any]:
     """The decision of a rung with its evidence: a title and a table."""
     header, rows = rung_table(rung)
     return {"title": rung_title(rung), "header": header, "rows": rows}
+
+
+def search_view(sweep: Sweep, jobs: Sequence[Job]) -> list[dict[str, Any]] | None:
+    """The trials of a search, each with its values, what it measured, and why it was pruned; None for other sweeps."""
+    if not sweep.commands or SEARCH not in sweep.commands[-1]:
+        return None
+    objectives = next((names for job in jobs if (names := objectives_of(job.values.get("objective")))), [])
+    measured = {name for job in jobs for name in job.metrics}
+    keys = [key for name in objectives if (key := measured_as(name, measured)) is not None]
+    rows = [
+        [
+            *(format_value(value_of(job, knob)) for knob in sweep.knobs),
+            *(format_score(key, job.metrics[key]) if key in job.metrics else MISSING for key in keys),
+            job.state.value,
+            job.reason,
+        ]
+        for job in jobs
+    ]
+    header = [*(sweep.names[knob] for knob in sweep.knobs), *map(metric_title, keys), "state", "why"]
+    return [{"title": "trials", "header": header, "rows": rows}]
 
 
 def finite(value: float | None) -> float | None:

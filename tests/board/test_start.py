@@ -30,7 +30,7 @@ def test_a_typo_is_refused_with_the_right_word(board: Served, page: Page) -> Non
     assert page.find("#command").get_attribute("value") == (
         "python -m glmtuner model=tiny_glm data.dataset=identity_sample finetuning.lora_rank=4"
     )
-    assert "lora_rank: 4" in page.find("#yaml").text
+    page.wait(lambda: "lora_rank: 4" in page.content("#yaml"))
     # a wrong value, a wrong preset and an open quote; the field says it too
     page.fill("#command", "model=tiny_glm data.dataset=identity_sample trainer.max_steps=many")
     page.find("[data-error='trainer.max_steps=many']")
@@ -53,10 +53,13 @@ def test_fields_presets_and_the_command_line_are_in_step(page: Page) -> None:
     page.click("[data-preset='finetuning=lora']")
     page.fill("input[name='finetuning.lora_rank']", "6")
     page.wait(lambda: page.find("#command").get_attribute("value").endswith("finetuning=lora finetuning.lora_rank=6"))
-    page.wait(lambda: "lora_rank: 6" in page.find("#yaml").text)
+    page.wait(lambda: "lora_rank: 6" in page.content("#yaml"))
     page.fill("#command", "model=tiny_glm data.dataset=identity_sample finetuning.lora_rank=7")
     page.wait(lambda: page.find("input[name='finetuning.lora_rank']").get_attribute("value") == "7")
-    page.fill("#command", "-m model=tiny_glm data.dataset=identity_sample finetuning.lora_rank=2,4 trainer.learning_rate=1e-2,1e-3,1e-4")
+    page.fill(
+        "#command",
+        "-m model=tiny_glm data.dataset=identity_sample finetuning.lora_rank=2,4 trainer.learning_rate=1e-2,1e-3,1e-4",
+    )
     page.wait(lambda: "6" in page.find("#jobs").text)
 
 
@@ -82,7 +85,9 @@ def test_a_run_is_started_watched_stopped_continued_talked_with_exported_and_del
     [checkpoint] = sorted((path / "checkpoints").glob("checkpoint-*"))[-1:]
     stopped = int(checkpoint.name.removeprefix("checkpoint-"))
     assert 3 <= stopped < STEPS
-    assert page.all("[data-action=continue]") and not page.all("[data-action=stop]")
+    page.wait(
+        lambda: page.all("[data-action=continue]") and not page.all("[data-action=stop]")
+    )  # its process has ended
 
     page.click("[data-action=continue]")
     page.wait(lambda: page.word("state.finished") in page.text(), 120)
@@ -151,7 +156,7 @@ def test_a_run_is_started_and_its_curve_reached_with_the_keyboard_alone(pages: d
                 style = page.js(
                     "const style = getComputedStyle(document.activeElement); return [style.outlineStyle, style.outlineWidth, style.boxShadow]"
                 )
-                assert style[0] != "none" and style[1] != "0px" or style[2] != "none", (selector, style)
+                assert (style[0] != "none" and style[1] != "0px") or style[2] != "none", (selector, style)
                 return
         raise AssertionError(f"{selector} is not reached")
 

@@ -25,6 +25,7 @@ board.smooth = (values, weight) => {
   });
   return smoothed;
 };
+const wholes = Array.from({ length: 16 }, (_, power) => [1, 2, 5].map((factor) => factor * 10 ** power)).flat(); // no half steps on the axis
 // the first place whose value is at least `value`
 const place = (values, value) => {
   let low = 0;
@@ -248,7 +249,8 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
   const describe = ({ line, index }) => {
     const step = line.step && line.step[index] !== undefined && settings.xTitle !== board.word("x.step") ? `, ${board.word("x.step")} ${line.step[index].toLocaleString("en-US")}` : "";
     const at = settings.isTime ? `${line.x[index].toFixed(1)} s` : line.x[index].toLocaleString("en-US");
-    return [board.line(line.name), `${settings.xTitle} ${at}${step}`, `${line.metric} ${line.raw[index]}`, settings.smoothing ? `${board.word("smoothed")} ${board.number(line.y[index], 6)}` : null].filter(Boolean);
+    const run = line.run && line.run !== line.name ? board.line(line.run) : null; // the folder's name, where the picture says what was varied
+    return [line.name, run, `${settings.xTitle} ${at}${step}`, `${line.metric} ${line.raw[index]}`, settings.smoothing ? `${board.word("smoothed")} ${board.number(line.y[index], 6)}` : null].filter(Boolean);
   };
   const point = (next, isSpoken = false) => {
     near = next;
@@ -341,7 +343,7 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
       width: Math.max(200, box.clientWidth), height,
       scales: { x: { time: false }, y: { distr: settings.isLog ? 3 : 1, auto: false } },
       series: [{}, { points: { show: false }, paths: () => null }],
-      axes: [{ ...axis, label: null, size: 34 }, { ...axis, size: 62 }],
+      axes: [{ ...axis, size: 34, incrs: wholes }, { ...axis, size: 62 }],
       legend: { show: false },
       cursor: { drag: { x: true, y: true, uni: 30, setScale: false }, points: { show: false }, y: false, bind: { dblclick: () => () => rezoom(null) } },
       hooks: {
@@ -385,10 +387,10 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
         last = index;
       }
       const at = (index) => (index < 0 ? "" : `${board.number(line.raw[index], 6)} (${line.x[index].toLocaleString("en-US")})`);
-      return [line.name, line.metric, line.isWhole === false ? `${line.x.length}+` : line.x.length, at(line.raw.findIndex(Number.isFinite)), at(last), at(low), at(high)];
+      return [line.run || line.name, line.metric, line.isWhole === false ? `${line.x.length}+` : line.x.length, at(line.raw.findIndex(Number.isFinite)), at(last), at(low), at(high), line.name];
     });
     const at = ` (${settings.xTitle})`;
-    board.fill(data, board.plainTable(title, [board.word("run"), board.word("metric"), board.word("points"), board.word("firstValue") + at, board.word("lastValue") + at, board.word("smallest") + at, board.word("largest") + at], rows),
+    board.fill(data, board.plainTable(title, [board.word("run"), board.word("metric"), board.word("points"), board.word("firstValue") + at, board.word("lastValue") + at, board.word("smallest") + at, board.word("largest") + at, board.word("legend")], rows),
       lines.some((line) => line.isWhole === false) ? board.h("p", { class: "faint" }, board.word("thinned")) : null);
   };
   const saveTable = () => {

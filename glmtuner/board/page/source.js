@@ -42,6 +42,7 @@ board.asked = async (path, options) => {
 // The static version: data/<name>[-<id>].js calls glmtunerData(key, content); a script works where a page from a file may fetch nothing.
 const received = {};
 const awaited = {};
+const promised = {};
 window.glmtunerData = (key, content) => {
   received[key] = content;
   if (awaited[key]) awaited[key](content);
@@ -50,10 +51,11 @@ board.fromScript = (name, parameters) => {
   const key = window.glmtunerStatic.files[JSON.stringify([name, parameters.id || ""])];
   if (key === undefined) return Promise.reject(new Error(board.word("notStatic")));
   if (key in received) return Promise.resolve(received[key]);
-  return new Promise((resolve, reject) => {
+  promised[key] = promised[key] || new Promise((resolve, reject) => { // several views may ask for it before it is there
     awaited[key] = resolve;
     const script = board.h("script", { src: `data/${key}.js` });
     script.onerror = () => reject(new Error(board.word("lost")));
     document.head.append(script);
   });
+  return promised[key];
 };

@@ -261,6 +261,7 @@ const show = (element, _, parameters) => {
   };
   const keysBelow = (name, key) => form.keys.some((each) => each.key === key && each.group === name);
   const render = () => {
+    if (!form) return; // typed before the keys came
     const focused = document.activeElement && left.contains(document.activeElement) ? document.activeElement.id : null;
     multirun.checked = state.multirun;
     configDir.value = state.configDir;

@@ -16,6 +16,7 @@ const ask = async () => {
   const store = board.store;
   let changed = [];
   const before = store.error;
+  const sweeps = JSON.stringify(store.sweeps);
   try {
     const answer = await board.get("runs", store.version === null ? {} : { since: store.version });
     const kept = new Set(answer.rows.map((row) => row.id));
@@ -33,7 +34,7 @@ const ask = async () => {
   isAsking = false;
   const isFirst = store.first !== false;
   store.first = false;
-  if (changed.length || isFirst || before !== store.error || board.store.sweeps.length) {
+  if (changed.length || isFirst || before !== store.error || sweeps !== JSON.stringify(store.sweeps)) {
     for (const listener of [...listeners]) listener(changed);
   }
   if (listeners.size && !window.glmtunerStatic && !document.hidden) timer = setTimeout(ask, period);
@@ -81,5 +82,22 @@ let keys = null;
 board.keys = () => {
   keys = keys || board.get("keys").catch(() => board.knobsOf([...board.store.rows.values()]));
   return keys;
+};
+// What runs are called on a picture: by what their sweep has varied, and by their names where they are in none. Equal labels get the name as well.
+board.labels = (rows) => {
+  const sweeps = new Set(rows.map((row) => row.sweep));
+  const short = board.shorten(board.knobsOf(rows.filter((row) => row.sweep)));
+  const value = (each) => (typeof each === "number" && String(each).length > 8 ? board.number(each) : board.short(board.value(each), 30));
+  const label = (row) => {
+    // a preset says what it is, a number needs its key
+    const varied = row.sweep ? Object.entries(row.varied || {}).map(([key, each]) => (key.includes(".") || typeof each !== "string" ? `${short.get(key)} ${value(each)}` : value(each))).join(", ") : "";
+    if (!varied) return board.line(row.name);
+    return sweeps.size > 1 ? `${varied} · ${board.line(row.sweep.split("/").pop())}` : board.line(varied);
+  };
+  const labels = new Map(rows.map((row) => [row.id, label(row)]));
+  const counts = new Map();
+  for (const text of labels.values()) counts.set(text, (counts.get(text) || 0) + 1);
+  for (const row of rows) if (counts.get(labels.get(row.id)) > 1 && labels.get(row.id) !== board.line(row.name)) labels.set(row.id, `${labels.get(row.id)} · ${board.line(row.name)}`);
+  return labels;
 };
 }
