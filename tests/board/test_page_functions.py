@@ -12,6 +12,8 @@ import pandas
 import pytest
 from board_browser import Page, Served
 
+from glmtuner.config.objective import LESS_IS_BETTER, less_is_better
+
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 0.9, 0.99])
 def test_smoothing_is_the_debiased_moving_average(page: Page, weight: float) -> None:
@@ -128,6 +130,19 @@ def test_the_front_is_what_no_other_run_beats(page: Page) -> None:
                 page.js("return board.front(arguments[0], arguments[1], arguments[2])", points, less_x, less_y)
                 == expected
             )
+
+
+def test_the_page_and_the_reports_agree_on_what_is_better(page: Page) -> None:
+    names = [
+        *LESS_IS_BETTER,
+        *(f"eval_{name}" for name in LESS_IS_BETTER),
+        "accuracy",
+        "predict_rouge-l",
+        "loss_margin",
+        "reward",
+        "trained_parameters",
+    ]
+    assert page.js("return arguments[0].map(board.isLessBetter)", names) == [less_is_better(name) for name in names]
 
 
 FILTERED = {

@@ -69,8 +69,8 @@ board.metricsOf = (rows) => {
 };
 board.knobsOf = (rows) => [...new Set(rows.flatMap((row) => Object.keys(row.varied || {})))];
 board.isCost = (name) => /runtime|memory|parameters|per_second|steps_per|samples_per|^epoch$|total_flos|mfu|fast_path/.test(name);
-// Whether less of a metric is better, as the board's reports judge it by the name.
-board.isLessBetter = (name) => /loss|perplexity|runtime|memory|parameters|(^|_)kl$|error|wer$|cer$|ppl/.test(name);
+// Whether less of a metric is better: by how its name ends, as less_is_better of config/objective.py says.
+board.isLessBetter = (name) => /(loss|runtime|perplexity|memory_gib|bits_per_byte|brier_score)$/.test(name);
 
 // The values of any configuration key, {id: value}: of the rows themselves where they vary in a sweep, else of the board.
 board.valuesOf = async (key) => {
