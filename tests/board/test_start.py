@@ -97,7 +97,11 @@ def test_a_run_is_started_watched_stopped_continued_talked_with_exported_and_del
     page.find("pre.log")
     page.wait(lambda: str(STEPS) in page.find("pre.log").text)
     page.click("[data-tab=config]")
-    differs = page.wait(lambda: page.js("return [...document.querySelectorAll('#tabpanel tr')].map((row) => row.innerText.split(/\\s+/))"))
+    differs = page.wait(
+        lambda: page.js(
+            "return [...document.querySelectorAll('#tabpanel tr')].map((row) => row.innerText.split(/\\s+/))"
+        )
+    )
     assert ["trainer.max_steps", str(STEPS), "-1"] in differs and not any("seed" in row[0] for row in differs)
 
     # a talk: the answer is that of the chat on the command line, tested elsewhere against this API's client
@@ -122,7 +126,7 @@ def test_a_run_is_started_watched_stopped_continued_talked_with_exported_and_del
     # clone, delete, undo
     page.go(f"#/run/{run.replace('/', '%2F')}")
     page.click("[data-action=clone]")
-    page.wait(lambda: "finetuning.lora_target=all" in page.find("#command").get_attribute("value"))
+    page.wait(lambda: "finetuning.lora_target=[all]" in page.find("#command").get_attribute("value"))
     page.go(f"#/run/{run.replace('/', '%2F')}")
     page.click("[data-action=delete]")
     page.click("dialog [data-answer=no]")

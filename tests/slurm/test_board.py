@@ -10,7 +10,13 @@ from acting_board import ActingBoard
 from slurm_cluster import WORDS, folders, lines, state_of, wait
 
 ONE = [word for word in WORDS if not word.startswith(("data.dataset=", "trainer.seed=", "trainer.save_steps="))]
-ONE += ["data.dataset=belle_sample", "trainer.seed=1,2", "trainer.max_steps=150", "trainer.save_steps=1000", "name=board"]
+ONE += [
+    "data.dataset=belle_sample",
+    "trainer.seed=1,2",
+    "trainer.max_steps=150",
+    "trainer.save_steps=1000",
+    "name=board",
+]
 ONE += ["hydra.launcher.array_parallelism=1", "hydra.launcher.cpus_per_task=1"]
 
 
@@ -44,5 +50,8 @@ def test_a_sweep_is_submitted_stopped_and_continued(board: ActingBoard) -> None:
     assert board.ended(going_on["task"])["code"] == 0
     wait(lambda: len([folder for folder in folders(sweep) if (folder / "metrics.json").is_file()]) == 2)
     assert '"resumed"' in (running / "provenance.json").read_text() and os.path.isfile(running / "output.log") is False
-    ids = [line.partition("|")[0] for line in subprocess.run(["squeue", "-h", "-o", "%i|"], capture_output=True, text=True).stdout.split()]
+    ids = [
+        line.partition("|")[0]
+        for line in subprocess.run(["squeue", "-h", "-o", "%i|"], capture_output=True, text=True).stdout.split()
+    ]
     wait(lambda: not any(state_of(job) for job in ids))
