@@ -184,7 +184,6 @@ def test_a_run_is_started_and_its_curve_reached_with_the_keyboard_alone(pages: d
     tab_to("[role=tab]")
     press(Keys.ARROW_RIGHT)
     assert page.js("return document.activeElement.dataset.tab") == "config"
-    tab_to("body, nav a", 400)
     page.driver.refresh()
     page.find("[role=tab]")
     tab_to("nav a[href='#/curves']")
