@@ -165,7 +165,9 @@ class Starts:
     def _of_run(self, run: RunFolder) -> Words:
         failure = run.failure() or {}
         try:
-            if not os.path.lexists(run / OVERRIDES) and isinstance(failure.get("words"), list):  # it failed before it began
+            if not os.path.lexists(run / OVERRIDES) and isinstance(
+                failure.get("words"), list
+            ):  # it failed before it began
                 lines = [str(word) for word in failure["words"]]
             else:
                 lines = self.root.file(run.path, OVERRIDES).read_text(encoding="utf-8").split("\n")
