@@ -248,7 +248,7 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
 
   const describe = ({ line, index }) => {
     const step = line.step && line.step[index] !== undefined && settings.xTitle !== board.word("x.step") ? `, ${board.word("x.step")} ${line.step[index].toLocaleString("en-US")}` : "";
-    const at = settings.isTime ? `${line.x[index].toFixed(1)} s` : line.x[index].toLocaleString("en-US");
+    const at = settings.isTime ? line.x[index].toFixed(1) : line.x[index].toLocaleString("en-US");
     const run = line.run && line.run !== line.name ? board.line(line.run) : null; // the folder's name, where the picture says what was varied
     return [line.name, run, `${settings.xTitle} ${at}${step}`, `${line.metric} ${line.raw[index]}`, settings.smoothing ? `${board.word("smoothed")} ${board.number(line.y[index], 6)}` : null].filter(Boolean);
   };
