@@ -197,7 +197,8 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
       if (x > width) break;
       if (!Number.isFinite(y) || x - last < (line.round ? 90 * size : 0)) continue;
       last = x;
-      if (!line.round) context.rect(x - 1.5 * size, y - 1.5 * size, 3 * size, 3 * size);
+      const half = (line.x.length < 3 ? 3 : 1.5) * size; // a line of one point is its mark
+      if (!line.round) context.rect(x - half, y - half, 2 * half, 2 * half);
       else if (line.round % 2) context.rect(x - 3.5 * size, y - 3.5 * size, 7 * size, 7 * size);
       else {
         context.moveTo(x, y - 5 * size);
