@@ -323,7 +323,7 @@ def test_a_page_of_another_address_changes_and_reads_nothing(
 
 
 @pytest.mark.elsewhere
-@pytest.mark.console("403")
+@pytest.mark.console("403|Cross-Origin-Opener-Policy")
 def test_a_name_that_leads_here_is_refused(board: Served, pages: dict[str, Page]) -> None:
     """DNS rebinding: the browser takes evil.example for this address."""
     page = pages["zh"]
