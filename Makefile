@@ -7,8 +7,9 @@ LIGER := .liger
 TRL := .trl
 LM_EVAL := .lm_eval
 LATEST := .latest
+AXE := .axe
 
-.PHONY: setup quickstart test test-attack test-heavy test-stages test-architectures test-latest test-slurm test-liger test-trl test-benchmarks test-forecast check format schema wheel clean
+.PHONY: setup quickstart test test-attack test-heavy test-stages test-architectures test-latest test-slurm test-liger test-trl test-benchmarks test-board test-forecast check format schema wheel clean
 
 setup: $(READY)
 
@@ -68,6 +69,12 @@ test-benchmarks: $(READY)
 	  portalocker tabulate scikit-learn scipy joblib threadpoolctl sqlitedict word2number more_itertools
 	PYTHONPATH=$(LM_EVAL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks --numprocesses 2 --dist worksteal
 
+# the board in a real browser: runs watched, killed, started, stopped, continued, talked with, exported, in English and in Chinese;
+# markup and attacks; axe-core, of which the package has one file, finds no serious fault
+test-board: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(AXE) 'axe-playwright-python==0.1.8'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/board
+
 # forecasts of `--check` against twelve runs, measured: for a machine that does nothing else
 test-forecast: $(READY)
 	$(BIN)/python -m pytest tests/forecast -s
@@ -90,4 +97,4 @@ wheel: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(LIGER) $(TRL) $(LM_EVAL) $(LATEST) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGER) $(TRL) $(LM_EVAL) $(LATEST) $(AXE) build dist *.egg-info .pytest_cache .ruff_cache

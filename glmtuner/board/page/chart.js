@@ -25,6 +25,7 @@ board.smooth = (values, weight) => {
   });
   return smoothed;
 };
+const wholes = Array.from({ length: 16 }, (_, power) => [1, 2, 5].map((factor) => factor * 10 ** power)).flat(); // no half steps on the axis
 // the first place whose value is at least `value`
 const place = (values, value) => {
   let low = 0;
@@ -99,58 +100,105 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
     const [low, high] = [of(y.min), of(y.max)];
     return { left: (value) => ((value - x.min) / (x.max - x.min)) * width, top: (value) => height - ((of(value) - low) / (high - low)) * height };
   };
-  // The path of a line: of all points that share a column of pixels the first, the lowest, the highest and the last one.
-  const pathOf = (x, y, width, height) => {
-    const { left, top } = scaling(width, height);
-    const path = new Path2D();
+  // Draws a line: of all points that share a column of pixels the first, the lowest, the highest and the last one. Where the columns
+  // are tall, as those of thousands of noisy values are, each is a rectangle, which takes a processor a tenth of the time of a stroke.
+  const paint = (context, x, y, width, height, thickness, dash) => {
+    const { top } = scaling(width, height);
     const from = Math.max(0, place(x, u.scales.x.min) - 1);
     const to = Math.min(x.length - 1, place(x, u.scales.x.max));
-    let isBroken = true;
-    let column = NaN;
-    let [first, low, high, final] = [0, 0, 0, 0];
+    const { min, max } = u.scales.x;
+    const scale = width / (max - min);
+    const isDense = to - from > 2 * width;
+    const columns = []; // pixel, first, lowest, highest, last as heights; null where the line is broken
+    let [pixel, at, first, low, high, last, points] = [NaN, 0, 0, 0, 0, 0, 0];
     const flush = () => {
-      if (Number.isNaN(column)) return;
-      if (isBroken) path.moveTo(column, top(first));
-      else path.lineTo(column, top(first));
-      isBroken = false;
-      if (low < first && low < final) path.lineTo(column, top(low));
-      if (high > first && high > final) path.lineTo(column, top(high));
-      if (final !== first) path.lineTo(column, top(final));
-      column = NaN;
+      if (Number.isNaN(pixel)) return;
+      columns.push([isDense ? pixel : at, top(first), top(low), top(high), top(last)]);
+      pixel = NaN;
     };
-    let points = 0;
     for (let index = from; index <= to; index += 1) {
       const value = y[index];
       if (!isDrawn(value)) {
         flush();
-        isBroken = true;
+        if (columns.length && columns[columns.length - 1]) columns.push(null);
         continue;
       }
       points += 1;
-      const pixel = Math.round(left(x[index]) * 2) / 2;
-      if (pixel === column) {
+      const exact = (x[index] - min) * scale;
+      const next = Math.round(exact);
+      if (next === pixel) {
         if (value < low) low = value;
         if (value > high) high = value;
-        final = value;
+        last = value;
         continue;
       }
       flush();
-      column = pixel;
-      first = low = high = final = value;
+      pixel = next;
+      at = exact;
+      first = low = high = last = value;
     }
     flush();
-    return { path, points, from, to };
+    const tall = columns.reduce((sum, column) => sum + (column ? column[2] - column[3] : 0), 0);
+    let before = null;
+    if (columns.length > width / 4 && tall > 4 * columns.length) {
+      for (const column of columns) {
+        if (column) {
+          // as far as where the column before it has ended
+          const lowest = before ? Math.max(column[2], before[4]) : column[2];
+          const highest = before ? Math.min(column[3], before[4]) : column[3];
+          const isGap = dash.length && column[0] % (dash[0] + dash[1]) >= dash[0];
+          if (!isGap) context.fillRect(Math.round(column[0]), Math.floor(highest), Math.max(1, Math.round(thickness * 0.75)), Math.max(1, Math.ceil(lowest - highest)));
+        }
+        before = column;
+      }
+      return points;
+    }
+    if (points > 3 * columns.length && columns.length > width / 4) {
+      // many values that lie close together: the band between the lowest and the highest, as thick as the line at least
+      const band = [];
+      const fill = () => {
+        if (!band.length) return;
+        context.beginPath();
+        for (const [at, , , highest] of band) context.lineTo(at, highest - thickness / 2);
+        for (const [at, , lowest] of band.splice(0).reverse()) context.lineTo(at, lowest + thickness / 2);
+        context.fill();
+      };
+      for (const column of columns) {
+        if (column === null || (dash.length && column[0] % (dash[0] + dash[1]) >= dash[0])) fill();
+        else band.push(column);
+      }
+      fill();
+      return points;
+    }
+    context.beginPath();
+    for (const column of columns) {
+      if (column) {
+        const [at, begin, lowest, highest, end] = column;
+        if (before) context.lineTo(at, begin);
+        else context.moveTo(at, begin);
+        if (lowest > begin && lowest > end) context.lineTo(at, lowest);
+        if (highest < begin && highest < end) context.lineTo(at, highest);
+        if (end !== begin) context.lineTo(at, end);
+      }
+      before = column;
+    }
+    context.lineWidth = thickness;
+    context.setLineDash(dash);
+    context.stroke();
+    context.setLineDash([]);
+    return points;
   };
   const marks = (context, line, width, height, size) => {
     const { left, top } = scaling(width, height);
-    let last = -Infinity;
+    let last = left(line.x[0]) - ((lines.indexOf(line) * 37) % 90) * size; // the marks of lines that lie close together are at different places
     context.beginPath();
     for (let index = Math.max(0, place(line.x, u.scales.x.min)); index < line.x.length; index += 1) {
       const [x, y] = [left(line.x[index]), top(line.y[index])];
       if (x > width) break;
       if (!Number.isFinite(y) || x - last < (line.round ? 90 * size : 0)) continue;
       last = x;
-      if (!line.round) context.rect(x - 1.5 * size, y - 1.5 * size, 3 * size, 3 * size);
+      const half = (line.x.length < 3 ? 3 : 1.5) * size; // a line of one point is its mark
+      if (!line.round) context.rect(x - half, y - half, 2 * half, 2 * half);
       else if (line.round % 2) context.rect(x - 3.5 * size, y - 3.5 * size, 7 * size, 7 * size);
       else {
         context.moveTo(x, y - 5 * size);
@@ -168,21 +216,15 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
     ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
     ctx.clip();
     ctx.translate(bbox.left, bbox.top);
-    ctx.lineJoin = "round";
+    ctx.lineJoin = "bevel";
     for (const line of shown()) {
       ctx.strokeStyle = ctx.fillStyle = line.colour;
       if (settings.smoothing) {
         ctx.globalAlpha = 0.25;
-        ctx.lineWidth = size;
-        ctx.setLineDash([]);
-        ctx.stroke(pathOf(line.x, line.raw, bbox.width, bbox.height).path);
+        paint(ctx, line.x, line.raw, bbox.width, bbox.height, size, []);
         ctx.globalAlpha = 1;
       }
-      ctx.lineWidth = 1.6 * size;
-      ctx.setLineDash(line.isDashed ? [6 * size, 4 * size] : []);
-      const { path, points } = pathOf(line.x, line.y, bbox.width, bbox.height);
-      ctx.stroke(path);
-      ctx.setLineDash([]);
+      const points = paint(ctx, line.x, line.y, bbox.width, bbox.height, 1.6 * size, line.isDashed ? [6 * size, 4 * size] : []);
       if (line.round || points < 40) marks(ctx, line, bbox.width, bbox.height, size);
     }
     ctx.restore();
@@ -200,17 +242,16 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
     above.height = height * size;
     if (!line) return;
     const context = above.getContext("2d");
-    context.strokeStyle = line.colour;
-    context.lineWidth = 3.5 * size;
-    context.lineJoin = "round";
-    context.setLineDash(line.isDashed ? [6 * size, 4 * size] : []);
-    context.stroke(pathOf(line.x, line.y, above.width, above.height).path);
+    context.strokeStyle = context.fillStyle = line.colour;
+    context.lineJoin = "bevel";
+    paint(context, line.x, line.y, above.width, above.height, 3.5 * size, line.isDashed ? [6 * size, 4 * size] : []);
   };
 
   const describe = ({ line, index }) => {
     const step = line.step && line.step[index] !== undefined && settings.xTitle !== board.word("x.step") ? `, ${board.word("x.step")} ${line.step[index].toLocaleString("en-US")}` : "";
-    const at = settings.isTime ? `${line.x[index].toFixed(1)} s` : line.x[index].toLocaleString("en-US");
-    return [board.line(line.name), `${settings.xTitle} ${at}${step}`, `${line.metric} ${line.raw[index]}`, settings.smoothing ? `${board.word("smoothed")} ${board.number(line.y[index], 6)}` : null].filter(Boolean);
+    const at = settings.isTime ? line.x[index].toFixed(1) : line.x[index].toLocaleString("en-US");
+    const run = line.run && line.run !== line.name ? board.line(line.run) : null; // the folder's name, where the picture says what was varied
+    return [line.name, run, `${settings.xTitle} ${at}${step}`, `${line.metric} ${line.raw[index]}`, settings.smoothing ? `${board.word("smoothed")} ${board.number(line.y[index], 6)}` : null].filter(Boolean);
   };
   const point = (next, isSpoken = false) => {
     near = next;
@@ -303,7 +344,7 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
       width: Math.max(200, box.clientWidth), height,
       scales: { x: { time: false }, y: { distr: settings.isLog ? 3 : 1, auto: false } },
       series: [{}, { points: { show: false }, paths: () => null }],
-      axes: [{ ...axis, label: null, size: 34 }, { ...axis, size: 62 }],
+      axes: [{ ...axis, size: 34, incrs: wholes }, { ...axis, size: 62 }],
       legend: { show: false },
       cursor: { drag: { x: true, y: true, uni: 30, setScale: false }, points: { show: false }, y: false, bind: { dblclick: () => () => rezoom(null) } },
       hooks: {
@@ -347,10 +388,10 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
         last = index;
       }
       const at = (index) => (index < 0 ? "" : `${board.number(line.raw[index], 6)} (${line.x[index].toLocaleString("en-US")})`);
-      return [line.name, line.metric, line.isWhole === false ? `${line.x.length}+` : line.x.length, at(line.raw.findIndex(Number.isFinite)), at(last), at(low), at(high)];
+      return [line.run || line.name, line.metric, line.isWhole === false ? `${line.x.length}+` : line.x.length, at(line.raw.findIndex(Number.isFinite)), at(last), at(low), at(high), line.name];
     });
     const at = ` (${settings.xTitle})`;
-    board.fill(data, board.plainTable(title, [board.word("run"), board.word("metric"), board.word("points"), board.word("firstValue") + at, board.word("lastValue") + at, board.word("smallest") + at, board.word("largest") + at], rows),
+    board.fill(data, board.plainTable(title, [board.word("run"), board.word("metric"), board.word("points"), board.word("firstValue") + at, board.word("lastValue") + at, board.word("smallest") + at, board.word("largest") + at, board.word("legend")], rows),
       lines.some((line) => line.isWhole === false) ? board.h("p", { class: "faint" }, board.word("thinned")) : null);
   };
   const saveTable = () => {

@@ -16,19 +16,21 @@ const difference = (place, a, b) => {
 };
 // configuration and results of several runs, a column a run; keys on which all agree are left out unless asked for
 const table = (infos, isAll) => {
+  const labels = board.labels(infos.map((info) => info.row));
   const same = (values) => values.every((value) => JSON.stringify(value) === JSON.stringify(values[0]));
   const lines = (name) => {
     const keys = [...new Set(infos.flatMap((info) => Object.keys(info[name] || {})))];
+    if (name === "metrics") keys.sort((a, b) => board.isCost(a) - board.isCost(b));
     return keys.map((key) => [key, infos.map((info) => info[name]?.[key])]).filter(([, values]) => isAll || !same(values));
   };
   const text = (value) => (value === undefined ? "–" : board.visible(board.value(value)));
-  const rows = (name, shown) => lines(name).map(([key, values]) => board.h("tr", { class: same(values) ? null : "differs" }, board.h("th", { scope: "row" }, board.line(key)), values.map((value, place) => board.h("td", { class: name === "metrics" ? "number" : null }, shown(value, infos[place], key)))));
+  const rows = (name, shown) => lines(name).map(([key, values]) => board.h("tr", { class: isAll && !same(values) ? "differs" : null }, board.h("th", { scope: "row" }, board.line(key)), values.map((value, place) => board.h("td", { class: name === "metrics" ? "number" : null }, shown(value, infos[place], key)))));
   const heading = (title) => board.h("tr", { class: "group" }, board.h("th", { scope: "colgroup", colspan: String(infos.length + 1) }, title));
   const results = rows("metrics", (value, info, key) => (typeof value === "number" ? board.measured(key, value, info.row.intervals?.[key]) : "–"));
   const configuration = rows("config", (value) => text(value));
   return board.h("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": board.word("compare") },
     board.h("table", {}, board.h("caption", { class: "hidden" }, board.word("compare")),
-      board.h("thead", {}, board.h("tr", {}, board.h("th", { scope: "col", class: "first" }, board.word("key")), infos.map((info) => board.h("th", { scope: "col" }, board.runLink(info.row))))),
+      board.h("thead", {}, board.h("tr", {}, board.h("th", { scope: "col", class: "first" }, board.word("key")), infos.map((info) => board.h("th", { scope: "col" }, board.h("a", { href: board.address("run", info.row.id), title: board.line(info.row.id) }, labels.get(info.row.id)))))),
       board.h("tbody", {}, results.length ? heading(board.word("results")) : null, results, configuration.length ? heading(board.word("tab.config")) : null, configuration)));
 };
 
@@ -50,7 +52,8 @@ board.views.compare = {
     const draw = async () => {
       if (curves) curves.close();
       curves = null;
-      board.fill(picked, ids.map((id) => board.h("li", {}, board.h("a", { href: board.address(isSweep(id) ? "sweep" : "run", id) }, board.line(id)), " ", board.h("button", { type: "button", class: "only", "aria-label": board.word("leaveOut", { name: board.line(id) }), onclick: () => set(ids.filter((each) => each !== id)) }, "×"))));
+      const labels = board.labels(ids.map((id) => board.store.rows.get(id)).filter(Boolean));
+      board.fill(picked, ids.map((id) => board.h("li", {}, board.h("a", { href: board.address(isSweep(id) ? "sweep" : "run", id), title: board.line(id) }, labels.get(id) || board.line(id)), " ", board.h("button", { type: "button", class: "only", "aria-label": board.word("leaveOut", { name: board.line(id) }), onclick: () => set(ids.filter((each) => each !== id)) }, "×"))));
       board.fill(place);
       if (ids.length < 2) return place.append(board.h("p", { class: "faint" }, board.word("pickTwo")));
       const sweeps = ids.filter(isSweep);
@@ -70,7 +73,7 @@ board.views.compare = {
       }
       if (window.glmtunerStatic) return;
       for (const other of ids.slice(1, 4)) {
-        place.append(board.h("h2", {}, board.word("differenceOf", { a: board.line(ids[0]), b: board.line(other) })));
+        place.append(board.h("h2", {}, board.word("differenceOf", { a: labels.get(ids[0]) || board.line(ids[0]), b: labels.get(other) || board.line(other) })));
         difference(place, ids[0], other);
       }
       if (ids.length > 4) place.append(board.h("p", { class: "faint" }, board.word("differencesOnly", { n: 3 })));

@@ -4,7 +4,7 @@
 const MOST = 100; // runs on one picture
 const POINTS = 10000; // of a series; above, the board sends the lowest and the highest of each stretch
 
-// The series of runs, kept and asked for again only where the run has gone on: { get(ids, metrics, x) -> series }.
+// The series of runs, kept and asked for again only where the run has gone on: board.series(ids, metrics, x) -> { series, missing: [{ id, why }] }.
 const kept = new Map();
 const fresh = (id) => board.store.rows.get(id)?.updated ?? 0;
 board.series = async (ids, metrics, x) => {
@@ -13,19 +13,22 @@ board.series = async (ids, metrics, x) => {
     const entry = kept.get(key(id));
     return !entry || entry.updated !== fresh(id) || metrics.some((metric) => !entry.metrics.has(metric));
   });
-  const take = (id, series, asked) => kept.set(key(id), { updated: fresh(id), metrics: new Set(asked), series });
+  const take = (id, series, asked, why = null) => kept.set(key(id), { updated: fresh(id), metrics: new Set(asked), series, why });
   if (window.glmtunerStatic) {
     await Promise.all(missing.map(async (id) => {
-      const answer = await board.get("curves", { id });
+      const answer = await board.get("curves", { id }).catch((error) => ({ series: [], missing: [{ id, why: error.message }] }));
       const series = x === "step" ? answer.series : (answer.by || {})[x] || [];
-      take(id, series, [...metrics, ...series.map((line) => line.metric)]);
+      take(id, series, [...metrics, ...series.map((line) => line.metric)], (answer.missing || []).find((each) => each.id === id)?.why);
     }));
   } else if (missing.length && metrics.length) {
     const asked = [...new Set([...metrics, ...missing.flatMap((id) => [...(kept.get(key(id))?.metrics || [])])])];
     const answer = await board.get("curves", { id: missing, metric: asked, x, points: POINTS });
-    for (const id of missing) take(id, answer.series.filter((line) => line.id === id), asked);
+    for (const id of missing) take(id, answer.series.filter((line) => line.id === id), asked, (answer.missing || []).find((each) => each.id === id)?.why);
   }
-  return ids.flatMap((id) => (kept.get(key(id))?.series || []).filter((line) => metrics.includes(line.metric)));
+  return {
+    series: ids.flatMap((id) => (kept.get(key(id))?.series || []).filter((line) => metrics.includes(line.metric))),
+    missing: ids.map((id) => ({ id, why: kept.get(key(id))?.why })).filter((each) => each.why),
+  };
 };
 // eval_loss belongs on the picture of loss
 const pictureOf = (metric) => metric.replace(/^eval_/, "");
@@ -45,6 +48,7 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
   const grid = board.h("div", { class: "charts" });
   const legend = board.h("ul", { class: "legend", "aria-label": board.word("legend") });
   const failure = board.h("p", { class: "bad", role: "alert", hidden: true });
+  const absent = board.h("ul", { class: "faint small", hidden: true });
   const picker = board.h("div", { class: "menu card" });
   const remember = () => {
     board.remember("curves-x", state.x);
@@ -77,28 +81,36 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
     const focused = document.activeElement?.dataset?.legend;
     const rows = runs();
     const colours = board.colours(rows.map((row) => row.id));
+    const labels = board.labels(rows);
     board.fill(legend, rows.map((row) => board.h("li", {},
-      board.h("button", { type: "button", class: "entry", "data-legend": `show ${row.id}`, "aria-pressed": String(!hidden.has(row.id)), title: board.line(row.id), onclick: () => { hidden = new Set(hidden); if (!hidden.delete(row.id)) hidden.add(row.id); hide(); } }, board.swatch(colours.get(row.id)), " ", board.line(row.name)),
-      rows.length > 1 ? board.h("button", { type: "button", class: "only", "data-legend": `only ${row.id}`, "aria-label": board.word("only", { name: board.line(row.name) }), onclick: () => { const others = rows.filter((each) => each.id !== row.id).map((each) => each.id); hidden = others.every((id) => hidden.has(id)) && !hidden.has(row.id) ? new Set() : new Set(others); hide(); } }, board.word("onlyShort")) : null)));
+      board.h("button", { type: "button", class: "entry", "data-legend": `show ${row.id}`, "aria-pressed": String(!hidden.has(row.id)), title: board.line(row.id), onclick: () => { hidden = new Set(hidden); if (!hidden.delete(row.id)) hidden.add(row.id); hide(); } }, board.swatch(colours.get(row.id)), " ", labels.get(row.id)),
+      rows.length > 1 ? board.h("button", { type: "button", class: "only", "data-legend": `only ${row.id}`, "aria-label": board.word("only", { name: labels.get(row.id) }), onclick: () => { const others = rows.filter((each) => each.id !== row.id).map((each) => each.id); hidden = others.every((id) => hidden.has(id)) && !hidden.has(row.id) ? new Set() : new Set(others); hide(); } }, board.word("onlyShort")) : null)));
     if (focused) [...legend.querySelectorAll("button")].find((button) => button.dataset.legend === focused)?.focus();
   };
 
   let isBusy = false;
   let isStale = false;
   let namesOf = "";
+  let quietUntil = 0; // curves that grow take at most a quarter of the time, however many they are
+  let waiting = null;
+  const grow = () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(redraw, Math.max(0, quietUntil - Date.now()));
+  };
   const redraw = async () => {
     if (isBusy) {
       isStale = true;
       return;
     }
     isBusy = true;
+    const began = Date.now();
     try {
-      const rows = runs().slice(0, MOST);
+      const rows = runs().filter((row) => row.updated).slice(0, MOST); // those that have begun
       const ids = rows.map((row) => row.id);
       const version = rows.map((row) => `${row.id} ${row.updated}`).join("\n");
       if (version !== namesOf && ids.length) {
         namesOf = version;
-        const found = window.glmtunerStatic ? (await Promise.all(ids.map((id) => board.get("metrics", { id })))).flat() : await board.get("metrics", { id: ids });
+        const found = window.glmtunerStatic ? (await Promise.all(ids.map((id) => board.get("metrics", { id }).catch(() => [])))).flat() : await board.get("metrics", { id: ids });
         const next = [...new Set(found)];
         if (next.join("\n") !== names.join("\n")) {
           names = next;
@@ -106,10 +118,13 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
         }
       }
       const metrics = chosen().filter((name) => names.includes(name));
-      const series = await board.series(ids, metrics, state.x);
+      const { series, missing } = await board.series(ids, metrics, state.x);
       if (isClosed) return;
+      absent.hidden = !missing.length;
       const colours = board.colours(ids);
-      const byId = new Map(rows.map((row) => [row.id, row]));
+      const labels = board.labels(rows);
+      const folders = new Map(rows.map((row) => [row.id, row.name]));
+      board.fill(absent, missing.map(({ id, why }) => board.h("li", {}, board.word("notDrawn", { name: labels.get(id), why: board.visible(why) }))));
       const pictures = [...new Set(metrics.map(pictureOf))];
       for (const [name, chart] of charts) {
         if (pictures.includes(name)) continue;
@@ -124,8 +139,8 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
           grid.append(chart.element);
         }
         const own = series.filter((line) => pictureOf(line.metric) === picture).map((line) => ({
-          ...line, ...colours.get(line.id), name: byId.get(line.id).name, isDashed: line.metric.startsWith("eval_"), isWhole: line.whole,
-        }));
+          ...line, ...colours.get(line.id), name: labels.get(line.id), run: folders.get(line.id), isDashed: line.metric.startsWith("eval_"), isWhole: line.whole,
+        })).sort((a, b) => a.isDashed - b.isDashed); // evaluation above training, and after it for the arrow keys
         charts.get(picture).set(own, { smoothing: state.smoothing, isLog: state.isLog, isTime: state.x === "time", xTitle: board.word(`x.${state.x}`), xName: state.x });
       }
       failure.hidden = true;
@@ -136,6 +151,7 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
       }
     }
     isBusy = false;
+    quietUntil = Date.now() + 3 * (Date.now() - began);
     if (isStale && !isClosed) {
       isStale = false;
       redraw();
@@ -143,23 +159,24 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
   };
   let seen = "";
   const update = () => {
-    const now = runs().map((row) => row.id).join("\n");
+    const now = [...board.labels(runs())].join("\n"); // the jobs of a running sweep learn what was varied when they begin
     if (now !== seen) {
       seen = now;
       drawLegend();
-    }
-    redraw();
+      redraw();
+    } else grow();
   };
   const stop = board.watchRuns((changed) => {
     const ids = new Set(runs().map((row) => row.id));
-    if (ids.size && (runs().map((row) => row.id).join("\n") !== seen || changed.some((id) => ids.has(id)))) update();
+    if (ids.size && (seen === "" || changed.some((id) => ids.has(id)))) update();
   });
   return {
-    element: board.h("div", {}, controls, board.h("p", { class: "faint small" }, board.word("dashes")), legend, failure, grid),
+    element: board.h("div", {}, controls, board.h("p", { class: "faint small" }, board.word("dashes")), legend, failure, absent, grid),
     update,
     close: () => {
       isClosed = true;
       stop();
+      clearTimeout(waiting);
       for (const chart of charts.values()) chart.close();
     },
   };
@@ -202,11 +219,12 @@ board.views.curves = {
       const on = new Set(chosen().map((row) => row.id));
       const colours = board.colours([...on]);
       passing = newest(rows()).filter((row) => passes.test(row) && (!parameters.sweep || row.sweep === parameters.sweep));
+      const labels = board.labels(passing);
       const focused = document.activeElement?.dataset?.pick;
       count.textContent = board.word("chosenOf", { n: on.size, all: rows().length }) + (on.size > MOST ? ` ${board.word("tooMany", { n: MOST })}` : "");
       board.fill(list, passing.slice(0, 200).map((row) => board.h("li", {}, board.h("label", { title: board.line(row.id) },
         board.h("input", { type: "checkbox", checked: on.has(row.id), "data-pick": row.id, onchange: (event) => choose(event.target.checked ? [...on, row.id] : [...on].filter((id) => id !== row.id)) }),
-        on.has(row.id) ? board.swatch(colours.get(row.id)) : null, board.h("span", {}, board.line(row.name), row.sweep ? board.h("small", { class: "faint block" }, board.line(row.sweep)) : null)))),
+        on.has(row.id) ? board.swatch(colours.get(row.id)) : null, board.h("span", {}, labels.get(row.id))))),
         passing.length > 200 ? board.h("li", { class: "faint small" }, board.word("showMore", { n: 200, all: passing.length })) : null);
       if (focused) [...list.querySelectorAll("input")].find((box) => box.dataset.pick === focused)?.focus();
     };

@@ -38,7 +38,7 @@ board.tick = (value) => (Math.abs(value) >= 10000 ? board.compact(value) : board
 board.compact = (value) => new Intl.NumberFormat("en-US", { notation: "compact", maximumFractionDigits: 2 }).format(value);
 // the value of a metric with its unit, and its interval where there is one
 board.measured = (name, value, interval) => {
-  if (typeof value === "number" && /runtime/.test(name)) return board.duration(value);
+  if (typeof value === "number" && /runtime/.test(name)) return value < 60 ? `${board.number(value, 3)} s` : board.duration(value);
   if (typeof value === "number" && /memory_gib/.test(name)) return `${board.number(value, 3)} GiB`;
   return board.score(value, interval);
 };
@@ -121,6 +121,12 @@ board.later = (work, wait = 200) => {
     clearTimeout(timer);
     timer = setTimeout(() => work(...values), wait);
   };
+};
+// Other buttons in the place of those before: who has the focus on one of them (a dialog gives it back) keeps it there.
+board.refill = (element, buttons) => {
+  const action = element.contains(document.activeElement) ? document.activeElement.dataset.action : null;
+  board.fill(element, buttons);
+  if (action !== null) (element.querySelector(`[data-action="${action}"]`) || element.querySelector("button"))?.focus();
 };
 // an error of a request, where it belongs
 board.failed = (element, error) => board.fill(element, board.h("p", { class: "bad", role: "alert" }, board.visible(error.message)));

@@ -97,7 +97,7 @@ const picture = (title, svg, header, rows, link) => board.h("figure", { class: "
   board.h("figcaption", {}, board.h("strong", {}, title), board.h("span", { class: "buttons" },
     board.h("button", { type: "button", class: "small", "aria-label": board.word("save", { kind: "PNG", title }), onclick: () => savePicture(svg, title) }, "PNG"),
     board.h("button", { type: "button", class: "small", "aria-label": board.word("save", { kind: "CSV", title }), onclick: () => board.download(`${title}.csv`, "text/csv", board.csv([header, ...rows])) }, "CSV"))),
-  svg,
+  board.h("div", { class: "plotbox", tabindex: "0", role: "group", "aria-label": title }, svg),
   board.h("details", { class: "small" }, board.h("summary", {}, board.word("asTable")), board.plainTable(title, header, rows.map(([id, ...row]) => [link(id), ...row]))));
 const linkTo = (id) => (board.store.rows.has(id) ? board.runLink(board.store.rows.get(id)) : board.line(id));
 
@@ -159,8 +159,9 @@ board.scatterPanel = ({ runs, parameters = {}, onchange = () => {} }) => {
       }
       const colours = board.colours(rows.map((row) => row.id));
       const interval = (row, name) => (name.startsWith("metric:") ? row.intervals?.[name.slice(7)] : null) || null;
+      const labels = board.labels(rows);
       const points = rows.filter((row) => row.id in xs && typeof ys[row.id] === "number" && Number.isFinite(ys[row.id])).map((row) => ({
-        id: row.id, name: row.name, x: xs[row.id], y: ys[row.id], xInterval: interval(row, across), yInterval: interval(row, up), colour: colours.get(row.id).colour,
+        id: row.id, name: labels.get(row.id), x: xs[row.id], y: ys[row.id], xInterval: interval(row, across), yInterval: interval(row, up), colour: colours.get(row.id).colour,
       }));
       if (!points.length) return board.fill(place, board.h("p", { class: "faint" }, board.word("noResults")));
       const left = rows.length - points.length;

@@ -95,10 +95,12 @@ board.predictions = (panel, id, parameters, change) => {
       if (against.value === "other" && !isOther && line.other) return board.marked(line.other.predict, text);
       return board.visible(text);
     };
+    // records of pairs have no label and answer, but named texts
+    const texts = (line) => Object.entries(line.texts || {}).filter(([, text]) => isText(text)).map(([name, text]) => board.h("p", {}, board.h("strong", {}, `${board.line(name)}: `), board.visible(text)));
     const table = board.h("table", { class: "answers" }, board.h("caption", { class: "hidden" }, board.word("tab.predictions")),
       board.h("thead", {}, board.h("tr", {}, ["#", board.word("prompt"), board.word("label"), board.word("answer"), hasOther ? board.word("otherAnswer") : null].filter(Boolean).map((title) => board.h("th", { scope: "col" }, title)))),
       board.h("tbody", {}, answer.lines.map((line) => board.h("tr", {}, board.h("th", { scope: "row" }, String(line.index)), board.h("td", {}, board.visible(line.prompt ?? "")), board.h("td", {}, board.visible(line.label ?? "")),
-        board.h("td", {}, shown(line, line.predict, false), board.h("div", { class: "faint small" }, scores(line.scores))),
+        board.h("td", {}, isText(line.predict) || !Object.keys(line.texts || {}).length ? shown(line, line.predict, false) : texts(line), board.h("div", { class: "faint small" }, scores(line.scores))),
         hasOther ? board.h("td", {}, line.other ? [shown(line, line.other.predict, true), board.h("div", { class: "faint small" }, scores(line.other.scores))] : board.h("span", { class: "faint" }, "–")) : null))));
     board.fill(place, answer.lines.length ? board.h("div", { class: "scroll texts", tabindex: "0", role: "region", "aria-label": board.word("tab.predictions") }, table) : board.h("p", { class: "faint" }, board.word("noneFound")),
       (answer.problems || []).map((text) => board.h("p", { class: "small bad" }, board.visible(text))));
@@ -132,6 +134,7 @@ board.predictions = (panel, id, parameters, change) => {
     board.h("div", { class: "bar" }, board.h("label", {}, board.word("search"), " ", search), board.h("label", {}, board.word("score"), " ", metric), board.h("span", { class: "range" }, low, " … ", high), board.h("label", {}, board.word("order"), " ", order),
       window.glmtunerStatic ? null : board.h("label", {}, board.word("beside"), " ", other), others, board.h("label", {}, board.word("differencesTo"), " ", against), status),
     board.h("p", { class: "small faint" }, board.h("ins", {}, board.word("addedText")), " ", board.h("del", {}, board.word("removedText"))), place, pages);
+  board.fill(place, board.h("p", { class: "faint", role: "status" }, board.word("loading")));
   load();
   const stop = board.watchRuns(() => {
     if (others.childElementCount) return;

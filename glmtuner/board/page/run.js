@@ -4,7 +4,7 @@
 board.place = (row) => (row.sweep ? board.h("a", { href: board.address("sweep", row.sweep) }, board.line(row.sweep)) : null);
 const facts = (pairs) => board.h("dl", {}, pairs.filter(([, value]) => value !== null && value !== undefined && value !== "").map(([name, value]) => [board.h("dt", {}, name), board.h("dd", {}, value instanceof Node ? value : board.visible(value))]));
 const code = (text) => board.h("pre", { tabindex: "0" }, board.visible(text));
-const copied = (title, text) => board.h("section", {}, board.h("div", { class: "bar" }, board.h("h3", {}, title), board.copyButton(() => text)), code(text));
+const copied = (title, text) => board.h("section", {}, board.h("div", { class: "bar" }, board.h("h2", { class: "minor" }, title), board.copyButton(() => text)), code(text));
 board.facts = facts;
 
 const overview = (info, row) => (panel) => {
@@ -23,14 +23,15 @@ const overview = (info, row) => (panel) => {
   const results = board.plainTable(board.word("results"), [board.word("metric"), board.word("value")], metrics.map(([name, value]) => [name, value === null ? board.word("notFinite") : board.measured(name, value, intervals[name])]));
   const failure = info.failure;
   panel.append(
-    ...[failure ? board.h("section", { class: "card failure" }, board.h("h3", {}, board.word("failure")), board.h("p", { class: "bad" }, board.visible(failure.message || failure.error || JSON.stringify(failure)))) : null,
+    ...[failure ? board.h("section", { class: "card failure" }, board.h("h2", { class: "minor" }, board.word("failure")), board.h("p", { class: "bad" }, board.visible(failure.message || failure.error || JSON.stringify(failure)))) : null,
       board.h("div", { class: "columns" },
-        board.h("section", { class: "card" }, board.h("h3", {}, board.word("facts")), live),
-        metrics.length ? board.h("section", { class: "card" }, board.h("h3", {}, board.word("results")), results, Object.keys(intervals).length ? board.h("p", { class: "faint small" }, board.word("intervalHelp")) : null) : null),
-      board.h("h3", {}, board.word("curves")), curves.element,
+        board.h("section", { class: "card" }, board.h("h2", { class: "minor" }, board.word("facts")), live),
+        metrics.length ? board.h("section", { class: "card" }, board.h("h2", { class: "minor" }, board.word("results")), results, Object.keys(intervals).length ? board.h("p", { class: "faint small" }, board.word("intervalHelp")) : null) : null),
+      board.h("h2", { class: "minor" }, board.word("curves")), curves.element,
       info.command ? copied(board.word("command"), info.command) : null,
       info.cwd ? board.h("p", { class: "faint small" }, `${board.word("cwd")} ${board.visible(info.cwd)}`) : null,
-      info.plan?.length ? board.h("section", {}, board.h("h3", {}, board.word("plan")), code(info.plan.join("\n"))) : null,
+      info.plan?.length ? board.h("section", { class: "card" }, board.h("h2", { class: "minor" }, board.word("plan")), facts(info.plan.map(([name, text]) => [board.line(name), text]))) : null,
+      info.pictures?.length && !window.glmtunerStatic ? board.h("details", {}, board.h("summary", {}, board.word("pictures")), info.pictures.map((name) => board.h("img", { class: "picture", loading: "lazy", alt: board.line(name), src: `files/picture?${new URLSearchParams({ id: info.row.id, name })}` }))) : null,
       info.files?.length ? board.h("details", {}, board.h("summary", {}, board.word("files", { n: info.files.length })), board.plainTable(board.word("filesShort"), [board.word("file"), board.word("size")], info.files.map((file) => [file.name, board.bytes(file.bytes)]))) : null,
     ].filter(Boolean),
   );
@@ -46,7 +47,7 @@ const overview = (info, row) => (panel) => {
 };
 
 const config = (info) => (panel) => {
-  const defaults = info.defaults || {};
+  const defaults = info.defaults || {}; // null where the configuration can no longer be composed
   const search = board.h("input", { type: "search", id: "config-search", autocomplete: "off", spellcheck: "false", oninput: board.later(() => draw(), 150) });
   const only = board.h("input", { type: "checkbox", id: "only-different", checked: Object.keys(defaults).length > 0, onchange: () => draw() });
   const place = board.h("div");
@@ -62,7 +63,7 @@ const config = (info) => (panel) => {
       board.h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": board.word("tab.config") }, table));
   };
   draw();
-  panel.append(board.h("div", { class: "bar" }, board.h("label", {}, board.word("search"), " ", search), board.h("label", {}, only, " ", board.word("onlyDifferent"))), place,
+  panel.append(board.h("div", { class: "bar" }, board.h("label", {}, board.word("search"), " ", search), board.h("label", {}, only, " ", board.word("onlyDifferent"))), ...(info.defaults ? [] : [board.h("p", { class: "faint small" }, board.word("noDefaults"))]), place,
     ...(info.yaml ? [board.h("details", {}, board.h("summary", {}, "config.yaml"), board.copyButton(() => info.yaml), code(info.yaml))] : []));
 };
 
@@ -94,17 +95,18 @@ const samples = (info) => (panel) => {
       if (isClosed) return;
       const names = (found.datasets || []).map((each) => (typeof each === "string" ? each : each.name));
       if (dataset.options.length !== names.length) board.fill(dataset, names.map((name) => board.h("option", { value: name, selected: name === found.dataset }, board.line(name))));
-      board.fill(place, found.template ? board.h("p", { class: "small" }, `${board.word("template")} `, board.h("code", {}, board.visible(found.template))) : null,
+      board.fill(place, found.template ? board.h("p", { class: "small" }, `${board.word("template")} `, board.h("code", {}, board.visible(typeof found.template === "string" ? found.template : JSON.stringify(found.template)))) : null,
+        (found.notes || []).map((text) => board.h("p", { class: "small" }, board.visible(text))),
         found.rows.map((row) => board.h("article", { class: "card sample" },
-          facts(Object.entries(row).filter(([key, value]) => key !== "segments" && (typeof value !== "object" || value === null)).map(([key, value]) => [board.line(key), board.value(value)])),
-          board.h("div", { class: "segments" }, row.segments.map((segment) => board.h("span", { class: `segment ${kinds.includes(segment.kind) ? segment.kind : ""}`, title: board.maybe("segment", segment.kind) }, segment.kind === "stop" ? "⏹ " : segment.kind === "cut" ? "✂ " : "", board.visible(segment.text)))))));
+          facts(Object.entries(row).filter(([key, value]) => value !== null && typeof value !== "object" && !kinds.includes(key) && (key !== "served_prompt" || row.differs)).map(([key, value]) => [board.line(key), board.value(value)])),
+          board.h("div", { class: "segments" }, row.segments.map((segment) => board.h("span", { class: `segment ${kinds.includes(segment.kind) ? segment.kind : ""}`, title: board.maybe("segment", segment.kind) }, segment.kind === "stop" ? "■ " : segment.kind === "cut" ? "✂ " : "", board.visible(segment.text)))))));
     } catch (error) {
       if (!isClosed) board.failed(place, error);
     }
   };
   panel.append(
     board.h("div", { class: "bar" }, board.h("label", {}, board.word("dataset"), " ", dataset), board.h("label", {}, board.word("howMany"), " ", count)),
-    board.h("p", { class: "segments key" }, `${board.word("legend")}: `, kinds.map((kind) => [board.h("span", { class: `segment ${kind}` }, kind === "stop" ? "⏹ " : kind === "cut" ? "✂ " : "", board.word(`segment.${kind}`)), " "])), place);
+    board.h("p", { class: "segments key" }, `${board.word("legend")}: `, kinds.map((kind) => [board.h("span", { class: `segment ${kind}` }, kind === "stop" ? "■ " : kind === "cut" ? "✂ " : "", board.word(`segment.${kind}`)), " "])), place);
   load();
   return () => { isClosed = true; };
 };
@@ -167,7 +169,7 @@ board.views.run = {
       if (now === drawn) return;
       drawn = now;
       board.fill(chips, board.chip(row), row.note ? board.h("span", { class: "note" }, board.short(row.note, 200)) : null);
-      if (board.actions && !actions.contains(document.activeElement)) board.fill(actions, board.actions(row));
+      if (board.actions) board.refill(actions, board.actions(row));
     };
     const load = async () => {
       try {

@@ -7,7 +7,7 @@ board.chip = (row) => [
   board.h("span", { class: `chip ${states.includes(row.state) ? row.state.replaceAll(" ", "-") : ""}` }, board.h("span", { "aria-hidden": "true" }, `${symbols[row.state] || "•"} `), board.maybe("state", row.state)),
   row.mark ? board.h("span", { class: `mark ${row.mark.split(" ")[0]}` }, board.h("span", { "aria-hidden": "true" }, "⚠ "), board.maybe("mark", row.mark)) : null,
 ];
-board.runLink = (row) => board.h("a", { href: board.address("run", row.id) }, board.line(row.name));
+board.runLink = (row, text = board.line(row.name)) => board.h("a", { href: board.address("run", row.id), title: board.line(row.id) }, text);
 const progress = (row) => {
   if (row.step === null || row.step === undefined) return "";
   const bar = row.steps ? board.h("progress", { max: String(row.steps), value: row.step, "aria-label": board.word("column.step") }) : null;
@@ -32,13 +32,14 @@ board.runColumns = ({ rows, pins, onpin, oncheck, extra = {} }) => {
   }, pins.has(row.id) ? "★" : "☆");
   const columns = [
     { key: "check", title: "", text: (row) => String(board.checked.has(row.id)), plain: () => "", make: (row) => [box(row), pins && onpin ? pin(row) : null], className: "narrow", isFixed: true, head: () => board.h("span", { class: "hidden" }, board.word("selection")) },
-    { key: "name", title: board.word("column.name"), text: (row) => `${row.name}|${row.sweep || ""}|${pins?.has(row.id)}`, plain: (row) => row.name, make: (row) => [board.runLink(row), row.sweep ? board.h("a", { class: "faint small block", href: board.address("sweep", row.sweep) }, board.line(row.sweep)) : null], sort: (row) => row.name, first: true, isRowHeader: true, isFixed: true },
+    { key: "name", title: board.word("column.name"), text: (row) => [row.name, row.sweep, row.sweep ? varied(row) : ""].join("|"), plain: (row) => row.name, make: (row) => [board.runLink(row, board.labels([row]).get(row.id)), row.sweep ? board.h("a", { class: "faint small block", href: board.address("sweep", row.sweep) }, board.line(row.sweep)) : null], sort: (row) => row.name, first: true, isRowHeader: true, isFixed: true },
     { key: "state", title: board.word("column.state"), text: (row) => [row.state, row.mark, row.note].join("|"), plain: (row) => [row.state, row.mark, row.note].filter(Boolean).join("; "), make: (row) => [board.chip(row), row.note ? board.h("span", { class: "note", title: board.line(row.note) }, board.short(row.note, 60)) : null], sort: (row) => states.indexOf(row.state) },
-    text("stage", (row) => row.stage), text("model", (row) => row.model), text("method", (row) => row.method), text("quant", (row) => row.quant),
-    text("data", (row) => row.data, { className: "wide" }), text("varied", varied, { className: "wide" }),
     { ...number("step", (row) => row.step), text: (row) => `${row.step ?? ""}/${row.steps ?? ""}`, make: progress },
     number("epoch", (row) => row.epoch), number("loss", (row) => row.loss),
     ...board.metricsOf(rows).map((name) => ({ key: `metric:${name}`, title: name, className: "metric", isNumber: true, isCost: board.isCost(name), value: (row) => row.metrics?.[name], sort: (row) => row.metrics?.[name], text: (row) => board.measured(name, row.metrics?.[name], row.intervals?.[name]) })),
+    text("varied", varied, { className: "wide" }),
+    text("stage", (row) => row.stage), text("model", (row) => row.model), text("method", (row) => row.method), text("quant", (row) => row.quant),
+    text("data", (row) => row.data, { className: "wide" }),
     number("speed", (row) => row.tokens_per_second), number("memory", (row) => row.memory_gib),
     { key: "eta", title: board.word("column.eta"), text: (row) => (row.state === "running" ? board.duration(row.eta_s) : ""), sort: (row) => row.eta_s, isNumber: true },
     { key: "age", title: board.word("column.age"), help: board.word("ageHelp"), text: (row) => (row.started ? board.duration(board.now() - row.started) : ""), sort: (row) => (row.started ? -row.started : null), isNumber: true },
@@ -105,7 +106,11 @@ board.views.runs = {
     const picker = board.h("div", { class: "menu card" });
     const chooser = board.h("details", { class: "chooser", ontoggle: () => drawPicker() }, board.h("summary", {}, board.word("columns")), picker);
     const empty = board.h("p", { class: "faint", hidden: true });
-    const failure = board.h("p", { class: "bad", role: "alert", hidden: true });
+    const written = board.h("div", { class: "small faint" });
+    if (window.glmtunerStatic) {
+      board.get("about").then((about) => board.fill(written, board.h("p", {}, board.word("writtenAt", { time: board.date(about.time) })), (about.left_out || []).length ? board.h("ul", {}, about.left_out.map((text) => board.h("li", {}, board.visible(text)))) : null)).catch(() => {});
+    }
+    const problems = board.h("ul", { class: "small faint" });
     const sweeps = sweepTable();
     const sweepBox = board.h("section", { hidden: true, "aria-labelledby": "sweeps-title" }, board.h("h2", { id: "sweeps-title" }, board.word("sweeps")), sweeps.element);
 
@@ -172,7 +177,7 @@ board.views.runs = {
         runIds.length ? go("curves", { ids: runIds.join("\n") }) : null,
         isSweeps || (ids.length > 1 && runIds.length === ids.length) ? go("compare", { ids: ids.join("\n") }) : null,
         runIds.length && board.actionsFor ? board.actionsFor(runIds.map((id) => board.store.rows.get(id))) : null,
-        ids.length ? board.h("button", { type: "button", onclick: () => { board.checked.clear(); draw(); sweeps.update(board.store.sweeps.map((sweep) => sweep)); drawButtons(); } }, board.word("uncheck")) : null);
+        ids.length ? board.h("button", { type: "button", onclick: () => { board.checked.clear(); draw(); sweeps.update(board.store.sweeps); drawButtons(); } }, board.word("uncheck")) : null);
     };
     const address = () => history.replaceState(null, "", board.address("runs", "", { filter: filter.value, group }));
     const apply = async () => {
@@ -239,11 +244,11 @@ board.views.runs = {
       empty.textContent = all.length ? board.word("noneFound") : board.word("noRuns");
     };
     const update = async () => {
-      failure.hidden = !board.store.error;
-      failure.textContent = board.store.error ? board.visible(board.store.error.message) : "";
       if (board.store.version === null) return;
       sweepBox.hidden = !board.store.sweeps.length;
       sweeps.update(board.store.sweeps);
+      const messages = board.store.problems.map(({ id, message }) => board.word("cannotShow", { id: board.line(id), message: board.visible(message) }));
+      if (messages.join() !== [...problems.children].map((line) => line.textContent).join()) board.fill(problems, messages.map((text) => board.h("li", {}, text)));
       setColumns();
       draw();
     };
@@ -257,7 +262,7 @@ board.views.runs = {
     window.addEventListener("board-checked", drawButtons);
 
     board.fill(element,
-      board.h("h1", { class: "hidden" }, board.word("runs")), failure, sweepBox,
+      board.h("h1", { class: "hidden" }, board.word("runs")), sweepBox,
       board.h("section", { "aria-labelledby": "runs-title" },
         board.h("div", { class: "bar" },
           board.h("h2", { id: "runs-title" }, board.word("runs")), count,
@@ -265,7 +270,8 @@ board.views.runs = {
           board.h("label", {}, board.word("groupBy"), " ", groups), options, chooser,
           board.h("button", { type: "button", onclick: exportCsv }, "CSV"), buttons),
         board.h("details", { class: "help small" }, board.h("summary", {}, board.word("filterHow")), board.h("p", { id: "filter-help" }, board.word("filterHelp"))),
-        problem, table.element, empty));
+        problem, table.element, empty, problems, written,
+        window.glmtunerStatic || !board.views.trash ? null : board.h("p", { class: "small" }, board.h("a", { href: "#/trash" }, board.word("act.trash")))));
     drawButtons();
     let isFirst = true;
     const stop = board.watchRuns(async () => {

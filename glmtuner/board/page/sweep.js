@@ -46,9 +46,12 @@ board.views.sweep = {
     let tabs = null;
     let isClosed = false;
     let timer = null;
-    let asked = 0;
+    let isLoading = false;
+    let isStale = false;
     const title = board.h("h1", {}, board.line(id.split("/").pop()));
     const head = board.h("div");
+    const actions = board.h("span", { class: "buttons" });
+    let counted = "";
     const place = board.h("div", {}, board.h("p", { class: "faint", role: "status" }, board.word("loading")));
     const results = board.h("div");
     const decisions = board.h("div");
@@ -86,49 +89,58 @@ board.views.sweep = {
     const draw = () => {
       title.textContent = board.line(info.name);
       const live = board.store.sweeps.find((sweep) => sweep.id === id);
+      if (board.sweepActions && live && JSON.stringify(live.count) !== counted) {
+        counted = JSON.stringify(live.count);
+        board.refill(actions, board.sweepActions(live));
+      }
       const fact = (name, text) => (text ? board.h("span", {}, board.h("span", { class: "faint" }, `${name} `), board.line(text)) : null);
-      board.fill(head, board.h("div", { class: "bar small" }, live ? board.h("span", {}, board.counts(live.count)) : null, fact(board.word("objective"), [info.objective || []].flat().join(", ")),
+      board.fill(head, board.h("div", { class: "bar small" }, live ? board.h("span", {}, board.counts(live.count)) : null, fact(board.word("objective"), info.pareto ? info.pareto.objectives.map((each) => each.key).join(", ") : [info.objective || []].flat().join(", ")),
         fact(board.word("variedKeys"), (info.knobs || []).map((knob) => knob.title || knob).join(", ")), fact(board.word("column.eta"), board.duration(live?.eta))),
         info.command ? board.h("details", { class: "small" }, board.h("summary", {}, board.word("command")), board.copyButton(() => info.command), board.h("pre", { tabindex: "0" }, board.visible(info.command))) : null);
       board.fill(results, info.pending ? board.h("p", { class: "faint small", role: "status" }, board.word("pending")) : null, leaderboard(info), info.leaderboard.rows.length ? board.h("p", { class: "faint small" }, board.word("intervalHelp")) : null,
-        (info.notes || []).map((note) => board.h("p", { class: "small" }, board.visible(note))), info.export ? board.h("div", {}, board.h("div", { class: "bar" }, board.h("h3", {}, board.word("exportBest")), board.copyButton(() => info.export)), board.h("pre", { tabindex: "0" }, board.visible(info.export))) : null,
+        (info.notes || []).map((note) => board.h("p", { class: "small" }, board.visible(note))), info.export ? board.h("div", {}, board.h("div", { class: "bar" }, board.h("h2", { class: "minor" }, board.word("exportBest")), board.copyButton(() => info.export)), board.h("pre", { tabindex: "0" }, board.visible(info.export))) : null,
         info.pareto ? pareto(info) : null);
       const evidence = [info.race || []].flat();
-      board.fill(decisions, evidence.length || info.search ? null : board.h("p", { class: "faint" }, board.word("noDecisions")), [...evidence, ...[info.search || []].flat()].map((rung) => board.h("section", {}, board.h("h3", {}, board.visible(rung.title)), (rung.sentences || []).map((text) => board.h("p", {}, board.visible(text))), rung.rows?.length ? board.plainTable(board.line(rung.title), rung.header, rung.rows) : null)));
+      board.fill(decisions, evidence.length || info.search ? null : board.h("p", { class: "faint" }, board.word("noDecisions")), [...evidence, ...[info.search || []].flat()].map((rung) => board.h("section", {}, board.h("h2", { class: "minor" }, board.visible(rung.title)), (rung.sentences || []).map((text) => board.h("p", {}, board.visible(text))), rung.rows?.length ? board.plainTable(board.line(rung.title), rung.header, rung.rows) : null)));
     };
+    const put = (node) => (panel) => void panel.append(node);
+    const drawTabs = () => {
+      const all = [
+        { name: "leaderboard", fill: put(results) }, { name: "jobs", fill: jobs }, { name: "lines", fill: embedded(board.curvePanel) }, { name: "scatter", fill: embedded(board.scatterPanel) }, { name: "parallel", fill: embedded(board.parallelPanel) },
+        ...(info.race || info.search ? [{ name: "decisions", fill: put(decisions) }] : []), { name: "report", fill: (panel) => void panel.append(board.reportFrame(id, info)) },
+      ];
+      const titled = all.map((tab) => ({ ...tab, title: board.word(["lines", "scatter", "parallel"].includes(tab.name) ? `kind.${tab.name}` : tab.name === "report" ? "tab.report" : tab.name) }));
+      tabs = board.tabs(titled, parameters.tab || "leaderboard", board.line(info.name), (tab) => change({ tab: tab === "leaderboard" ? undefined : tab }));
+      board.fill(place, tabs.element);
+    };
+    // one question at a time; what has changed meanwhile is asked for after its answer
     const load = async () => {
       clearTimeout(timer);
+      isStale = isLoading;
+      if (isLoading) return;
+      isLoading = true;
       const began = Date.now();
-      asked += 1;
-      const own = asked;
       try {
         const found = await board.get("sweep", { id });
-        if (isClosed || own !== asked) return;
+        if (isClosed) return;
         info = found;
         draw();
-        if (!tabs) {
-          const put = (node) => (panel) => void panel.append(node);
-          tabs = board.tabs([
-            { name: "leaderboard", fill: put(results) }, { name: "jobs", fill: jobs }, { name: "lines", fill: embedded(board.curvePanel) }, { name: "scatter", fill: embedded(board.scatterPanel) }, { name: "parallel", fill: embedded(board.parallelPanel) },
-            ...(info.race || info.search ? [{ name: "decisions", fill: put(decisions) }] : []), { name: "report", fill: (panel) => void panel.append(board.reportFrame(id, info)) },
-          ].map((tab) => ({ ...tab, title: board.word(["lines", "scatter", "parallel"].includes(tab.name) ? `kind.${tab.name}` : tab.name === "report" ? "tab.report" : tab.name) })), parameters.tab || "leaderboard", board.line(info.name), (tab) => change({ tab: tab === "leaderboard" ? undefined : tab }));
-          board.fill(place, tabs.element);
-        }
-        if (info.pending && !window.glmtunerStatic) timer = setTimeout(load, Math.max(1000, 5 * (Date.now() - began)));
+        if (!tabs) drawTabs();
       } catch (error) {
-        if (!isClosed && own === asked) board.failed(info ? head : place, error);
+        if (isClosed) return;
+        board.failed(info ? head : place, error);
       }
+      isLoading = false;
+      if ((isStale || info?.pending) && !window.glmtunerStatic) timer = setTimeout(load, Math.max(1000, 3 * (Date.now() - began)));
     };
-    board.fill(element, board.h("p", { class: "small crumbs" }, board.h("a", { href: "#/runs" }, board.word("runs")), " / ", id.split("/").slice(0, -1).map((part) => `${board.line(part)} / `)), board.h("div", { class: "bar" }, title), head, place);
+    board.fill(element, board.h("p", { class: "small crumbs" }, board.h("a", { href: "#/runs" }, board.word("runs")), " / ", id.split("/").slice(0, -1).map((part) => `${board.line(part)} / `)), board.h("div", { class: "bar" }, title, actions), head, place);
     load();
     let last = null;
     const stop = board.watchRuns((changed) => {
       const own = rows();
       const now = JSON.stringify(own.map((row) => [row.id, row.state, row.metrics]));
-      if (last !== null && now !== last) {
-        clearTimeout(timer);
-        timer = setTimeout(load, 1000);
-      } else if (info && changed.length) draw();
+      if (last !== null && now !== last) load();
+      else if (info && changed.length) draw();
       last = now;
     });
     return () => {

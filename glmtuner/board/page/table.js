@@ -9,7 +9,7 @@ board.table = ({ caption, columns, sort, onsort, rowAttributes = () => ({}), cla
   const head = board.h("tr");
   const body = board.h("tbody");
   const more = board.h("button", { type: "button", hidden: true, onclick: () => { limit += 500; update(last); } });
-  const box = board.h("div", { class: `scroll ${className}`, tabindex: "0", role: "region", "aria-label": caption },
+  const box = board.h("div", { class: `scroll ${className}`, tabindex: "0", role: "region", "aria-label": board.word("tableOf", { caption }) },
     board.h("table", {}, board.h("caption", { class: "hidden" }, caption), board.h("thead", {}, head), body));
   let last = [];
 
@@ -59,9 +59,16 @@ board.table = ({ caption, columns, sort, onsort, rowAttributes = () => ({}), cla
       if (entry.texts[place] === text) return;
       entry.texts[place] = text;
       const content = isHeading ? (column.isRowHeader ? toggle(item) : text) : column.make ? column.make(item) : text;
-      board.fill(entry.cells[place], content);
+      refill(entry.cells[place], content);
     });
     return entry.element;
+  };
+  // what has the focus in a cell has it in the new content, too
+  const refill = (cell, content) => {
+    const focusable = () => [...cell.querySelectorAll("a, button, input")];
+    const index = focusable().indexOf(document.activeElement);
+    board.fill(cell, content);
+    if (index >= 0) focusable()[index]?.focus({ preventScroll: true });
   };
   const toggle = (item) =>
     board.h("button", { type: "button", class: "sort", "aria-expanded": String(item.isOpen), onclick: item.toggle }, item.isOpen ? "▾ " : "▸ ", item.heading);
@@ -123,6 +130,6 @@ board.sorted = (items, valueOf, isDown) => {
 board.plainTable = (caption, header, rows, isText = false) =>
   board.h("div", { class: isText ? "scroll texts" : "scroll", tabindex: "0", role: "region", "aria-label": caption },
     board.h("table", {}, board.h("caption", { class: "hidden" }, caption),
-      board.h("thead", {}, board.h("tr", {}, header.map((title) => board.h("th", { scope: "col" }, board.line(title))))),
+      board.h("thead", {}, board.h("tr", {}, header.map((title) => (title === "" ? board.h("td") : board.h("th", { scope: "col" }, board.line(title)))))),
       board.h("tbody", {}, rows.map((row) => board.h("tr", {}, row.map((value) => board.h("td", {}, value instanceof Node ? value : board.visible(value ?? ""))))))));
 }

@@ -38,7 +38,7 @@ board.say(
     leaderboard: "Leaderboard", decisions: "Decisions", seed: "seed {n}", seedRuns: "{n} runs", toTheBest: "Difference to the best", notTold: "not told apart", pending: "Intervals are being computed …", exportBest: "Export the best", noDecisions: "No decisions yet.",
     sideBySide: "Side by side", alsoEqual: "also what is equal", information: "for information", comparing: "Comparing …", compared: "What is compared", leaveOut: "Leave out {name}", add: "Add", pickTwo: "Pick at least two runs or two sweeps: add them here, or tick them in the table of runs.",
     notMixed: "Runs and sweeps are not compared with each other; leave one kind out.", firstOnly: "The first {n} of {all} are in the table.", differenceOf: "{b} against {a}", differencesOnly: "In detail, the first one is compared with {n} others.", cannotShow: "Not shown: {id}: {message}",
-    sampled: "Sampled answers",
+    pictures: "Pictures", tableOf: "{caption}, table", writtenAt: "Written {time}. This page does not have:", noDefaults: "The defaults of this run cannot be composed by this installation.",
   },
   {
     run: "运行", sweep: "扫描", sweeps: "扫描", jobs: "任务", compare: "比较", summary: "概要", objective: "目标指标", loading: "正在加载……",
@@ -60,7 +60,7 @@ board.say(
     chartHelp: "拖动放大，双击还原。", dashes: "虚线：评估；浅色：平滑前的值。", wholePicture: "显示全图", asTable: "以表格显示", save: "将 {title} 保存为 {kind}",
     noPoints: "还没有可绘制的点。", smoothed: "平滑后", smoothing: "平滑", logScale: "对数刻度", logShort: "对数", xAxis: "横轴", "x.step": "步数", "x.tokens": "词元数", "x.time": "时间（秒）",
     metric: "指标", metrics: "指标", points: "点数", firstValue: "首值", lastValue: "末值", smallest: "最小", largest: "最大", thinned: "+：点数过多，每段只取最低点和最高点。",
-    legend: "图例", only: "只显示 {name}", onlyShort: "仅此", chosenOf: "已选 {n} / {all}", tooMany: "只绘制前 {n} 个。", all: "全选", none: "全不选", notDrawn: "{name} 不在此图中：{why}",
+    legend: "图例", only: "仅此：{name}", onlyShort: "仅此", chosenOf: "已选 {n} / {all}", tooMany: "只绘制前 {n} 个。", all: "全选", none: "全不选", notDrawn: "{name} 不在此图中：{why}",
     "kind.lines": "曲线", "kind.scatter": "指标与参数", "kind.parallel": "平行坐标", across: "横轴", up: "纵轴", variedKeys: "变化的参数", allKeys: "所有配置键", paretoFront: "帕累托前沿",
     lessIsBetter: "越小越好", moreIsBetter: "越大越好", frontSays: "{all} 个运行中有 {n} 个位于 {x}（{xWay}）与 {y}（{yWay}）的前沿：没有其他运行能在一项上更好而另一项不更差。",
     leftOut: "{n} 个缺少这些值的运行未显示。", noResults: "还没有结果。", plotOf: "{n} 个运行的 {y} 与 {x}。数值见下方表格。", parallelOf: "{n} 个运行的平行坐标：{axes}。数值见下方表格。",
@@ -77,6 +77,6 @@ board.say(
     leaderboard: "排行榜", decisions: "决策过程", seed: "种子 {n}", seedRuns: "{n} 次运行", toTheBest: "与最佳的差", notTold: "差异不显著", pending: "正在计算区间……", exportBest: "导出最佳结果", noDecisions: "还没有决策。",
     sideBySide: "并排比较", alsoEqual: "也显示相同的键", information: "仅供参考", comparing: "正在比较……", compared: "比较对象", leaveOut: "移除 {name}", add: "添加", pickTwo: "请至少选择两个运行或两个扫描：在此添加，或在运行表中勾选。",
     notMixed: "运行与扫描不能互相比较，请移除其中一类。", firstOnly: "表中为 {all} 个中的前 {n} 个。", differenceOf: "{b} 与 {a} 的差异", differencesOnly: "详细比较只在第一个与其后 {n} 个之间进行。", cannotShow: "未显示：{id}：{message}",
-    sampled: "采样的回答",
+    pictures: "图片", tableOf: "{caption}（表格）", writtenAt: "生成于 {time}。此页面不包含：", noDefaults: "当前安装无法组合出该运行的默认值。",
   },
 );
