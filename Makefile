@@ -8,10 +8,11 @@ TRL := .trl
 LM_EVAL := .lm_eval
 TRACKERS := .trackers
 LATEST := .latest
+AXE := .axe
 DOCS := .docs
 ZENSICAL := 0.0.73
 
-.PHONY: setup quickstart test test-attack test-heavy test-stages test-matrix test-architectures test-latest test-slurm test-liger test-trl test-benchmarks test-trackers test-forecast docs test-docs check format schema wheel clean
+.PHONY: setup quickstart test test-attack test-heavy test-stages test-matrix test-architectures test-latest test-slurm test-liger test-trl test-benchmarks test-trackers test-board test-forecast docs test-docs check format schema wheel clean
 
 setup: $(READY)
 
@@ -86,6 +87,12 @@ test-trackers: $(READY)
 	$(TRACKERS)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes protobuf
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(TRACKERS)/bin/python -m pytest tests/trackers --numprocesses 2 --dist worksteal
 
+# the board in a real browser: runs watched, killed, started, stopped, continued, talked with, exported, in English and in Chinese;
+# markup and attacks; axe-core, of which the package has one file, finds no serious fault
+test-board: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(AXE) 'axe-playwright-python==0.1.8'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/board
+
 # forecasts of `--check` against twelve runs, measured: for a machine that does nothing else
 test-forecast: $(READY)
 	$(BIN)/python -m pytest tests/forecast -s
@@ -118,4 +125,4 @@ wheel: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(LIGER) $(TRL) $(LM_EVAL) $(TRACKERS) $(LATEST) $(DOCS) site build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGER) $(TRL) $(LM_EVAL) $(TRACKERS) $(LATEST) $(AXE) $(DOCS) site build dist *.egg-info .pytest_cache .ruff_cache

@@ -113,6 +113,8 @@ RUN_BY = {
     "python -m glmtuner prefetch --verify offline": "tests/e2e/test_prefetch.py",
     "python -m glmtuner status outputs/sweeps/rates": "tests/slurm/test_detached.py",
     "python -m glmtuner status outputs/sweeps/rates --watch 30": "tests/unit/sweep/test_status.py",
+    "python -m glmtuner board outputs": "tests/board/test_live.py",
+    "python -m glmtuner board outputs --static board_page --watch 60": "tests/unit/board/test_static.py",
     "python -m glmtuner serve outputs/mine": "tests/e2e/test_serve.py",
     "python -m glmtuner serve outputs/mine generation.temperature=0.7": "tests/e2e/test_serve.py",
     "python -m glmtuner report outputs/sweeps/methods": "tests/e2e/test_report.py",

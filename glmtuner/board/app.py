@@ -1,26 +1,33 @@
 """The routes of a board: its page, what is in its folder, and what can be done with it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
-from glmtuner.board.access import BoardFilter, BodyTooLarge
+from glmtuner.board.access import BoardFilter
 from glmtuner.errors import GlmtunerError
 
 PAGE = Path(__file__).with_name("page")
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 
 
-def application(routers: list[APIRouter], token: str | None, hosts: tuple[str, ...] | None, port: int) -> FastAPI:
+def application(
+    routers: list[APIRouter],
+    token: str | None,
+    hosts: tuple[str, ...] | None,
+    abort: Callable[[Scope], None] = lambda scope: None,
+) -> BoardFilter:
     """The application: the files of the page at / and /page/, and the routers, whose paths begin with /api/ or /files/.
 
-    Errors are JSON, {"error": one paragraph}: 400 for a GlmtunerError, 404, 405, 413, 422 or 500.
+    Errors are JSON, {"error": one paragraph}: 400 for a GlmtunerError, 401, 403, 404, 405, 408, 413, 422 or 500. `abort` closes the
+    connection of a client that stopped reading.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(BoardFilter, token=token, hosts=hosts, port=port)
     files = {path.relative_to(PAGE).as_posix(): path for path in PAGE.rglob("*") if path.suffix in TYPES}
 
     @app.get("/")
@@ -40,10 +47,6 @@ def application(routers: list[APIRouter], token: str | None, hosts: tuple[str, .
     async def users_error(_: Request, error: GlmtunerError) -> Response:
         return _failed(400, str(error))
 
-    @app.exception_handler(BodyTooLarge)
-    async def too_large(_: Request, error: BodyTooLarge) -> Response:
-        return _failed(413, "the request's body is too large")
-
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
@@ -59,7 +62,7 @@ def application(routers: list[APIRouter], token: str | None, hosts: tuple[str, .
     async def crash(_: Request, error: Exception) -> Response:
         return _failed(500, f"the board failed on this request ({type(error).__name__}); its output says why")
 
-    return app
+    return BoardFilter(app, token=token, hosts=hosts, abort=abort)  # around everything: errors have its headers, too
 
 
 def _failed(status: int, message: str) -> Response:

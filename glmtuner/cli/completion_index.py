@@ -4,17 +4,14 @@ import argparse
 import json
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from glmtuner.cli.help import MEANINGS
 from glmtuner.cli.options import option_parser
 from glmtuner.cli.verbs import NO_FOLDERS, OVERRIDDEN, VERBS
 from glmtuner.config.compose import presets, searched_dirs
 from glmtuner.config.keys import all_keys
-from glmtuner.config.preset_files import PresetFile, preset_files
+from glmtuner.config.preset_files import PresetFile, about_file, description_of, preset_files
 from glmtuner.console import plain
 from glmtuner.launch.register import register_presets
 
@@ -51,7 +48,7 @@ def make(language: str, config_dir: str | None) -> dict[str, Any]:
             for key in keys
         ],
         "datasets": {
-            path.stem: str(description(path))
+            path.stem: description_of(path)
             for folder in searched
             for path in sorted((folder / "dataset").glob("*.yaml"))
         },
@@ -108,16 +105,4 @@ def about_preset(file: PresetFile | None, name: str) -> dict[str, Any]:
     """A preset: the first comment of its file, and the preset whose class it has."""
     if file is None:
         return {"meaning": "", "class": name}
-    lines = file.path.read_text(encoding="utf-8", errors="replace").splitlines()
-    comment = next((line for line in lines if line.startswith("#") and not line.startswith("# @")), "")
-    return {"meaning": comment.lstrip("# "), "class": file.typed_as}
-
-
-def description(path: Path) -> str:
-    """The description of a dataset in its catalogue file."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        entry = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return ""
-    return str(entry.get("description") or "") if isinstance(entry, dict) else ""
+    return {"meaning": about_file(file.path), "class": file.typed_as}

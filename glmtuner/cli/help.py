@@ -1,5 +1,7 @@
 """What `--help` prints."""
 
+from glmtuner.config.key_meanings import GROUPS
+
 EXAMPLES = """\
   python -m glmtuner experiment=quickstart                          one minute, offline, on the model that ships
   python -m glmtuner finetuning=freeze data.dataset=alpaca_zh,belle one run on the mix of two datasets
@@ -7,22 +9,7 @@ EXAMPLES = """\
   python -m glmtuner trainer=predict model.checkpoint_dir=outputs/<date>/<run> data.dataset=identity_sample
   python -m glmtuner -m finetuning=lora,freeze,p_tuning trainer.learning_rate=1e-3,5e-4   a sweep of six runs
 """
-MEANINGS = {
-    "model": "which pretrained model",
-    "quant": "in how many bits its frozen weights are stored",
-    "data": "which records, and how they become tokens",
-    "finetuning": "which weights are trained",
-    "stage": "what is learned",
-    "reward": "how stage=grpo scores answers; several as reward=[number,format], with their weights at reward.number.weight",
-    "trainer": "train, evaluate, predict or benchmark; every field of transformers' Seq2SeqTrainingArguments",
-    "metric": "how answers are scored",
-    "generation": "how chat decodes",
-    "tracker": "where metrics are logged besides the run folder",
-    "kernels": "kernels that replace torch's own",
-    "parallel": "how many processes train one run, and what each of them stores",
-    "budget": "the hours and the money that a sweep may take, and prices for its forecast",
-    "experiment": "whole recipes",
-}
+MEANINGS = {group: words["en"] for group, words in GROUPS.items() if not group.startswith("hydra/")}
 
 
 def help_text(config_dir: str | None = None) -> str:

@@ -84,3 +84,17 @@ def default_presets(conf: Path) -> dict[str, str]:
     return {
         str(group): str(name) for group, name in pairs if isinstance(name, str) and not group.startswith("override")
     }
+
+
+def about_file(path: Path) -> str:
+    """The first comment of a preset's file, which says what it is; empty without one."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith("#") and not line.startswith("# @")), "").lstrip("# ")
+
+
+def description_of(path: Path) -> str:
+    """The description of a dataset in its catalogue file; empty where the file has none."""
+    return str((_content(path) or {}).get("description") or "")

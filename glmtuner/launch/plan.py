@@ -21,7 +21,7 @@ from glmtuner.launch.checks import SHAPE
 from glmtuner.launch.hardware import hardware, with_earlier
 from glmtuner.launch.inputs import machine, tokenizer_hash, weight_hashes
 from glmtuner.run_folder.files import write_bytes, write_json, write_text
-from glmtuner.run_folder.names import CONFIG, OVERRIDES, PROVENANCE, RECORDS, TEMPLATE
+from glmtuner.run_folder.names import CONFIG, OVERRIDES, PLAN, PROVENANCE, RECORDS, TEMPLATE
 from glmtuner.run_folder.provenance import provenance
 from glmtuner.run_folder.redaction import redact_config, redact_overrides
 
@@ -95,7 +95,7 @@ def write_description(
 
 
 def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device") -> None:
-    """Print a table of the run: model, data, method, steps, device and folder."""
+    """Print a table of the run, and write it to plan.json: model, data, method, steps, device and folder."""
     from glmtuner.data.segments import Packs
     from glmtuner.finetuning.targets import adapted_layers, adapted_ranks, ranks_summary
     from glmtuner.models.sizes import active_summary
@@ -145,6 +145,8 @@ def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device"
     )
     rows.append(("device", f"{device}, {precision}"))
     rows.append(("run folder", str(context.folder.path)))
+    if arguments.should_save:
+        write_json(context.folder / PLAN, {"plan": rows})
     table("", ("", ""), rows, show_header=False)
 
 

@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,6 +17,7 @@ from glmtuner.report.jobs import Job, State, comparable, read_jobs, short_names,
 from glmtuner.report.race import race_notes, readable_race
 from glmtuner.report.record_scores import RecordScores, common_records, pooled, read_answers, record_scores
 from glmtuner.run_folder.files import read_json
+from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import SWEEP
 
 DEFAULT_OBJECTIVES = ("predict_rouge-l", "eval_loss", "train_loss")  # the first measured one ranks a sweep without one
@@ -156,15 +157,18 @@ def rank_sweep(root: Path) -> Ranking:
     return rank_jobs(root, read_jobs(root))
 
 
-def rank_jobs(root: Path, jobs: Sequence[Job]) -> Ranking:
-    """The ranking of these jobs; `root` is the folder of their sweep, or of the only run."""
+Scored = Callable[[RunFolder, Mapping[str, Any], Iterable[str]], dict[str, RecordScores]]
+
+
+def rank_jobs(root: Path, jobs: Sequence[Job], scored: Scored = record_scores) -> Ranking:
+    """The ranking of these jobs; `root` is the folder of their sweep, or of the only run. `scored` has the scores of its records."""
     knobs = varied_knobs(jobs)
     finished = [job for job in jobs if job.state is State.finished]
     objective, notes = resolve_objective(finished)
     settings: dict[tuple[str, ...], list[Job]] = {}
     for job in finished:
         settings.setdefault(tuple(comparable(value_of(job, knob)) for knob in knobs), []).append(job)
-    rows = [build_row(members, knobs, notes) for members in settings.values()]
+    rows = [build_row(members, knobs, notes, scored) for members in settings.values()]
     rows.sort(key=lambda row: sort_key(row.metrics, objective))
     if rows and objective:
         rows = [with_difference(row, rows[0], objective) for row in rows]
@@ -188,13 +192,13 @@ def resolve_objective(finished: Sequence[Job]) -> tuple[str | None, list[str]]:
     return objective, [f"No job measured the objective {names[0]}; they are ranked by {objective}."]
 
 
-def build_row(jobs: list[Job], knobs: Sequence[str], notes: list[str]) -> Row:
+def build_row(jobs: list[Job], knobs: Sequence[str], notes: list[str], scored: Scored = record_scores) -> Row:
     """The row of one setting's jobs; a mean is over those that measured the metric. Notes are appended to `notes`."""
     settings = {knob: value_of(jobs[0], knob) for knob in knobs}
     if len(jobs) == 1:
         job = jobs[0]
         scores = {}
-        for name, records in record_scores(job.folder, job.values, job.metrics).items():
+        for name, records in scored(job.folder, job.values, job.metrics).items():
             totals, weights = zip(*records.values(), strict=True)
             recomputed = sum(totals) / max(sum(weights), 1e-9)
             if math.isclose(recomputed, job.metrics[name], rel_tol=TOLERANCE, abs_tol=1e-6):
@@ -206,7 +210,8 @@ def build_row(jobs: list[Job], knobs: Sequence[str], notes: list[str]) -> Row:
                 )
         return Row(settings, jobs, job.metrics, intervals=intervals_of(scores), record_scores=scores)
     seeds = sorted(
-        (build_row([job], knobs, notes) for job in jobs), key=lambda row: (len(row.jobs[0].seed), row.jobs[0].seed)
+        (build_row([job], knobs, notes, scored) for job in jobs),
+        key=lambda row: (len(row.jobs[0].seed), row.jobs[0].seed),
     )
     names = dict.fromkeys(name for job in jobs for name in job.metrics)
     values = {name: [job.metrics[name] for job in jobs if name in job.metrics] for name in names}

@@ -38,6 +38,7 @@ from glmtuner.run_folder.names import (
     PROVENANCE,
     RUN_ENTRIES,
     SPENT,
+    TIMINGS,
 )
 from glmtuner.run_folder.provenance import wrong_values
 from glmtuner.run_folder.redaction import redact_overrides, redact_text, secrets_in
@@ -161,7 +162,8 @@ class RunFolder:
                 )
             self.clear()
         if not trains:
-            (self / HISTORY).unlink(missing_ok=True)  # of an interrupted evaluation, which starts again
+            for name in (HISTORY, TIMINGS):
+                (self / name).unlink(missing_ok=True)  # of an interrupted evaluation, which starts again
 
     @property
     def is_running(self) -> bool:

@@ -22,6 +22,8 @@ RECORDS = "records"  # of each dataset a hash of 8 bytes per record, in their or
 PROGRESS = "progress.json"  # of a training: how far it is, and since when; removed once the run is finished
 RACE = "race"  # in the folder of a sweep: the decisions of hydra/sweeper=race, a file a rung
 PRUNED = "pruned.json"  # of a trial that hydra/sweeper=optuna has stopped at a rung, and why
+TIMINGS = "timings.jsonl"  # a line for each line of HISTORY: when it was written, and how fast the training is
+PLAN = "plan.json"  # the table of the run that is printed before its training
 SPENT = ".spent"  # the hours of each attempt, of a sweep in the sweep's folder
 LOCK = ".lock"  # locked by the process that executes the run
 RECEIPT = "export.json"  # in the folder of an exported model, written last
@@ -29,7 +31,7 @@ TRACKERS = ("wandb", "tensorboard", "mlflow", "swanlab", "trackio", "comet")
 RUN_ENTRIES = (  # everything that a run writes into its folder, except for LOCK
     CONFIG, OVERRIDES, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, REPORT_PAGE, LOSS_PLOT, TEMPLATE,
     CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL, KEPT, FAILED, OUTPUT, LOSSES, REFERENCE, RECORDS, PROGRESS,
-    PAUSES, PRUNED, BENCHMARKS, SAMPLED, *TRACKERS,
+    PAUSES, PRUNED, BENCHMARKS, SAMPLED, TIMINGS, PLAN, *TRACKERS,
 )  # fmt: skip
 PARTIAL = ".partial"  # a file or folder is written as `.<name>.partial` and renamed
 MARKER = "complete.json"  # the last file written into a checkpoint: its files and their sizes

@@ -101,13 +101,13 @@ def job_folders_of(root: Path, overrides: Sequence[str], config_dir: str | None)
     return [job_folder(root, job, swept).name for job in combinations(overrides, config_dir=config_dir)]
 
 
-def record_command(root: Path, overrides: Sequence[str], jobs: Sequence[str]) -> None:
-    """Add the sweep's command line, with secrets redacted, to those in sweep.json, and the names of its jobs' folders; each once.
+def record_command(root: Path, flags: Sequence[str], overrides: Sequence[str], jobs: Sequence[str]) -> None:
+    """Add the sweep's command line, `flags` being its options, with secrets redacted, to those in sweep.json, and the names of its jobs' folders; each once.
 
     Raises CheckpointError if sweep.json is damaged.
     """
     known, before = recorded(root, "typed"), recorded(root, "jobs")
-    command = shlex.join(["python", "-m", "glmtuner", "-m", *redact_overrides(list(overrides))])
+    command = shlex.join(["python", "-m", "glmtuner", *flags, "-m", *redact_overrides(list(overrides))])
     typed = [*(line for line in known if line != command), command]
     write_json(root / SWEEP, {"typed": typed, "cwd": os.getcwd(), "jobs": [*dict.fromkeys([*before, *jobs])]})
 

@@ -77,7 +77,7 @@ def run_sweep(
     crash = None
     try:
         with placeholders(hydra_overrides(bracketed)) as public:
-            record_command(root, overrides, [] if searches else job_folders_of(root, public, config_dir))
+            record_command(root, flags, overrides, [] if searches else job_folders_of(root, public, config_dir))
             with live_table(root, composed_jobs[0].hydra.launcher._target_):
                 hydra_main(["--multirun", *flags, *public], run_job)
     except GlmtunerError:

@@ -17,10 +17,12 @@ from glmtuner.distributed import ranks
 from glmtuner.distributed.pause import Pause
 from glmtuner.distributed.preemption import SignalCapture
 from glmtuner.run_folder.checkpoints import step_of
-from glmtuner.run_folder.files import strict_json, write_text
+from glmtuner.run_folder.files import is_number, read_lines, strict_json, write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import HISTORY
+from glmtuner.run_folder.names import TIMINGS as TIMINGS_FILE
 from glmtuner.run_folder.spent import current_attempt
+from glmtuner.training.measurements import peak_memory_gib
 from glmtuner.training.progress import TIMINGS
 
 
@@ -45,12 +47,14 @@ class History(TrainerCallback):
     """Writes history.jsonl: a line for each logging step, without timings; truncated to the checkpoint on resume.
 
     The tracker gets the same lines; those with a training loss also have the speed since the last logging step, evaluation
-    or checkpoint.
+    or checkpoint. timings.jsonl has a line for each of them with what differs between two equal runs: when it was written, after
+    how many seconds of training and how many tokens of all ranks, the speed, and the peak memory.
     """
 
     def __init__(self, trainer: TrainerInProgress) -> None:
         self.trainer = trainer
         self.path = trainer.folder / HISTORY
+        self._begin, self._seconds_before = time.monotonic(), 0.0
         self._lap_start = (time.time(), 0.0, 0.0)  # time in seconds, tokens, squared lengths
 
     def _start_lap(self, *_: Any, **__: Any) -> None:
@@ -85,8 +89,31 @@ class History(TrainerCallback):
                 say(f"{self.path} has lost {self.trainer.history_lines - len(kept)} of the lines until step {last}")
         # a kill leaves the old lines or these
         write_text(self.path, "".join(f"{strict_json(line)}\n" for line in kept))
+        self._keep_timings(kept)
         for line in kept:
             self.trainer.tracker.log(line)
+
+    def _keep_timings(self, history: list[dict[str, float]]) -> None:
+        """Keep the timings of the lines of the history that are kept; seconds of training go on from the last of them."""
+        path, last = self.trainer.folder / TIMINGS_FILE, max((line["step"] for line in history), default=-1)
+        kept = [line for line in read_lines(path) if is_number(line.get("step")) and line["step"] <= last][
+            : len(history)
+        ]
+        seconds = kept[-1].get("seconds") if kept else 0.0
+        self._begin, self._seconds_before = time.monotonic(), seconds if is_number(seconds) else 0.0
+        write_text(path, "".join(f"{strict_json(line)}\n" for line in kept))
+
+    def _log_timing(self, step: int, device: torch.device, speed: dict[str, float]) -> None:
+        timing = {
+            "step": step,
+            "time": round(time.time(), 3),
+            "seconds": round(self._seconds_before + time.monotonic() - self._begin, 3),
+            "tokens": int(self.trainer.tokens.item()) * ranks.world_size(),
+            **speed,
+            "memory_gib": round(peak_memory_gib(device), 4),
+        }
+        with (self.trainer.folder / TIMINGS_FILE).open("a", encoding="utf-8") as file:
+            file.write(strict_json(timing) + "\n")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.epoch_ended = False
@@ -105,6 +132,7 @@ class History(TrainerCallback):
             os.fsync(file.fileno())
         speed = self._speed() if "loss" in values else {}
         self.trainer.tokens_per_second = speed.get("tokens_per_second", self.trainer.tokens_per_second)
+        self._log_timing(state.global_step, args.device, speed)
         self.trainer.tracker.log(line | speed)
 
 

@@ -29,10 +29,10 @@ def test_a_sweep_of_any_name_has_its_folder(name):
 def test_a_damaged_sweep_json_is_named(tmp_path, text):
     (tmp_path / "sweep.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"sweep\.json is damaged"):
-        record_command(tmp_path, ["trainer.seed=1,2"], [])
+        record_command(tmp_path, [], ["trainer.seed=1,2"], [])
     (tmp_path / "sweep.json").unlink()
-    record_command(tmp_path, ["trainer.seed=1,2"], ["a", "b"])
-    record_command(tmp_path, ["trainer.seed=1,2"], ["b", "c"])
+    record_command(tmp_path, [], ["trainer.seed=1,2"], ["a", "b"])
+    record_command(tmp_path, [], ["trainer.seed=1,2"], ["b", "c"])
     assert read_json(tmp_path / "sweep.json")["typed"] == ["python -m glmtuner -m trainer.seed=1,2"]
     assert recorded(tmp_path, "jobs") == ["a", "b", "c"]
 
