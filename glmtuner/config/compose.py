@@ -24,7 +24,7 @@ from glmtuner.config.new_tokens import new_tokens_in
 from glmtuner.config.overrides import bracket_lists, check_overrides, parse, user_keys_of
 from glmtuner.config.paths import conf_dir, is_run_folder
 from glmtuner.config.plugins import load_plugins, plugin_presets
-from glmtuner.config.run_rules import run_errors
+from glmtuner.config.run_rules import nested_values, run_errors
 from glmtuner.config.schema import Run
 from glmtuner.config.search_space import SearchSpace, has_condition
 from glmtuner.config.trainer_arguments import WORDS
@@ -151,6 +151,8 @@ def validate(config: DictConfig, overrides: list[str], user_keys: set[str]) -> C
     hydra = config.hydra
     with read_write(config), open_dict(config):
         del config["hydra"]
+    if nested := [*nested_values(config)]:
+        raise ConfigError("; also: ".join(nested))
     try:
         run = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:

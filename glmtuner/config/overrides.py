@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from glmtuner.config.benchmarks import GROUP as BENCHMARK
 from glmtuner.config.benchmarks import TASKS as BENCHMARKS
 from glmtuner.config.dictionaries import is_dictionary
-from glmtuner.config.schema import legal_keys, list_keys
+from glmtuner.config.schema import legal_keys, list_keys, needed_groups
 from glmtuner.errors import ConfigError, did_you_mean, nearest
 
 # Keys of other tools and of ChatGLM-Efficient-Tuning, and what to type instead.
@@ -177,6 +177,8 @@ def _problems(override: Override, presets: Mapping[str, list[str]], multirun: bo
     elif key in presets:
         if not override.is_delete():
             yield from _preset_problems(key, override, presets[key], multirun)
+        elif key in needed_groups():
+            yield f"{override.input_line}: every run needs a {key}; type {key}=<preset>; {_legal_names(presets[key])}"
     elif (leaf := _dictionary_above(key)) and not (override.is_force_add() or is_dictionary(legal_keys()[leaf])):
         inner = key.removeprefix(f"{leaf}.")
         yield f"{key}={value}: {leaf} can only be set as a whole; type '{leaf}={{{inner}: {value}}}'"

@@ -1,13 +1,17 @@
 """Values of the trainer that the rest of the run excludes, or that have no effect on it."""
 
 import math
+import typing
 from collections.abc import Iterator
+from dataclasses import is_dataclass
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from glmtuner.config.datasets import as_override, labels_of
 from glmtuner.config.offline import VARIABLE as OFFLINE
 from glmtuner.config.offline import offline_folder
 from glmtuner.config.optimizers import LOMO, WHOLE_WEIGHTS
-from glmtuner.config.schema import Run
+from glmtuner.config.schema import Run, hints_of
 from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.config.trainer_fields import shown
 from glmtuner.errors import did_you_mean
@@ -196,3 +200,18 @@ def _unused_by_early_stopping(run: Run) -> Iterator[str]:
             f"trainer.early_stopping_patience={patience} cannot end the training before its last step: it has "
             f"{math.ceil(evaluations)} evaluations"
         )
+
+
+def nested_values(config: DictConfig) -> Iterator[str]:
+    """One sentence for each list of plain values that holds a list or a dictionary, which OmegaConf lets pass."""
+    owners = [("", config), *((f"{name}.", config[name]) for name in config if not OmegaConf.is_missing(config, name))]
+    for prefix, owner in owners:
+        cls = OmegaConf.get_type(owner) if isinstance(owner, DictConfig) else None
+        for name, hint in hints_of(cls).items() if cls is not None and is_dataclass(cls) else ():
+            if not {list[str], list[int], list[float], list[bool]} & {hint, *typing.get_args(hint)}:
+                continue
+            value = None if OmegaConf.is_missing(owner, name) else owner.get(name)
+            wrong = [part for part in value or [] if isinstance(part, (ListConfig, DictConfig))]
+            if wrong:
+                key = f"{prefix}{name}"
+                yield f"{key}: its list holds {OmegaConf.to_container(wrong[0])!r}; legal are plain values, as in {key}=[a,b]"

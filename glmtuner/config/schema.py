@@ -172,6 +172,8 @@ class Run:
         for declared in fields(self):
             if is_dataclass(owner := getattr(self, declared.name)) and declared.name != "trainer":  # has its own ranges
                 yield from infinite_values(declared.name, owner)
+        if self.name is not None and self.name.strip() in ("", ".", ".."):
+            yield f"name={self.name!r}: it names the run's folder; type a name, or leave it out"
         if problem := objective_problem(self.objective):
             yield problem
         for name, reward in self.reward.items():
@@ -304,6 +306,12 @@ def classes_of(group: str) -> dict[str, type]:
 def groups() -> list[str]:
     """The root keys that are config groups, in the order of `Run`."""
     return [declared.name for declared in fields(Run) if classes_of(declared.name)]
+
+
+@cache
+def needed_groups() -> set[str]:
+    """The groups without which there is no run."""
+    return {each.name for each in fields(Run) if each.default is MISSING and each.default_factory is MISSING}
 
 
 def legal_keys() -> dict[str, Any]:
