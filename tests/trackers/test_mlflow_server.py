@@ -29,13 +29,14 @@ class MlflowServer:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
              "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")],
-            cwd=folder, stdout=self.log, stderr=self.log, start_new_session=True,
+            cwd=folder, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, stdout=self.log, stderr=self.log, start_new_session=True,
         )  # fmt: skip
         end = time.monotonic() + 300
         while time.monotonic() < end:
             with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2):
                 return
             time.sleep(0.2)
+        self.close()
         raise TimeoutError((folder / "server.log").read_text())
 
     def close(self) -> None:
