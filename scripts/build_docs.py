@@ -70,10 +70,7 @@ def staged(root: Path, folder: Path, language: str) -> list[Page]:
     contents = next((page for page in own if page.name == CONTENTS), None)
     nav: list[dict[str, Any]] = []
     if contents is not None:
-        try:
-            nav = navigation(language, contents, own, made)
-        except DocsError as error:
-            wrong.extend(str(error).splitlines())
+        found(lambda: nav.extend(navigation(language, contents, own, made)) or [])
     if wrong:
         raise DocsError("\n".join(wrong))
     docs = folder / "docs"
@@ -175,21 +172,14 @@ def build(root: Path, site: Path, work: Path) -> list[str]:
         raise DocsError("\n".join(wrong))
     shutil.rmtree(site, ignore_errors=True)
     shutil.move(made, site)
+    shutil.rmtree(work)
     return told
 
 
 def run_zensical(folder: Path) -> list[str]:
     """Make HTML of a folder's Markdown; returns zensical's own words where it warns."""
-    command = [
-        sys.executable,
-        "-m",
-        "zensical",
-        "build",
-        "--strict",
-        "--clean",
-        "--config-file",
-        str(folder / "mkdocs.yml"),
-    ]
+    config = folder / "mkdocs.yml"
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if not done.returncode:
         return []
@@ -200,7 +190,6 @@ def run_zensical(folder: Path) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=ROOT / "site", help="where the site is written; site/ by default")
-    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout whose pages are built")
     asked = parser.parse_args()
     if find_spec("zensical") is None:
         print("zensical, which makes the HTML, is not installed here: type make docs", file=sys.stderr)
@@ -210,7 +199,7 @@ def main() -> int:
         print(f"--to {asked.to}: the folder has files that no site has; name an empty or a new one", file=sys.stderr)
         return 2
     try:
-        told = build(asked.root.resolve(), site, site.with_name(f".{site.name}.build"))
+        told = build(ROOT, site, site.with_name(f".{site.name}.build"))
     except DocsError as error:
         print(error, file=sys.stderr)
         print("the site is not built: see above", file=sys.stderr)
