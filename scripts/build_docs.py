@@ -1,8 +1,9 @@
-"""Build the documentation's site: docs/ in English and Chinese, the reference of keys, commands and model presets, and a search.
+"""Build the documentation's site: docs/ in English and Chinese, a reference of keys, commands and presets, and a search.
 
-`make docs` calls it. The pages are first written as the site's Markdown into build/docs/, from where zensical makes HTML; what is dead or
-missing fails: a link, an anchor, a picture, a key without a meaning, a key that pages name and that is not there, a page that no table of
-docs/README.md names, and whatever a browser would load from elsewhere. The site opens from a folder, without a server.
+`make docs` calls it. The pages are first written as the site's Markdown into a folder beside the site, of which
+zensical makes HTML. What is dead or missing fails: a link, an anchor, a picture, a key without a meaning, a key that
+pages name and that is not there, a page that no table of docs/README.md names, and whatever a browser would load from
+elsewhere. The site opens from a folder, without a server.
 """
 
 import argparse
@@ -37,7 +38,8 @@ WORDS = {
         "light": "浅色", "dark": "深色", "project": "项目", "contents": "全部页面",
     },
 }  # fmt: skip
-SEPARATOR = r"""[\s\-,:!=\[\]()\\"`/、。，：；？！（）“”]+|\.(?!\d)"""  # zensical's own without `_`, so that lora_rank is one word
+# zensical's own without `_`, so that lora_rank is one word, and with Chinese punctuation
+SEPARATOR = r"""[\s\-,:!=\[\]()\\"`/、。，：；？！（）“”]+|\.(?!\d)"""
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 START = """<!doctype html>
 <meta charset="utf-8">
@@ -48,7 +50,10 @@ START = """<!doctype html>
 
 
 def staged(root: Path, folder: Path, language: str) -> list[Page]:
-    """Write the Markdown of a language and its configuration into a folder; returns the pages, raises DocsError with all that is wrong."""
+    """Write a language's Markdown and configuration into a folder; returns the pages.
+
+    Raises DocsError with all that is wrong.
+    """
     wrong: list[str] = []
 
     def found(make: Callable[[], list[Page]]) -> list[Page]:
@@ -88,7 +93,10 @@ def staged(root: Path, folder: Path, language: str) -> list[Page]:
 
 
 def navigation(language: str, contents: Page, own: list[Page], made: list[Page]) -> list[dict[str, Any]]:
-    """The sections and pages of docs/README.md, in its order, and behind them what is generated; raises DocsError for a page that is left."""
+    """The sections of docs/README.md in their order, then what is generated.
+
+    Raises DocsError for a page that none has.
+    """
     words = WORDS[language]
     titles = {page.name: page.title for page in (*own, *made)}
     sections: list[tuple[str, list[str]]] = []
@@ -126,7 +134,10 @@ def configuration(language: str, nav: list[dict[str, Any]]) -> dict[str, Any]:
         "theme": {
             "name": "material", "language": language, "font": False, "custom_dir": str(THEME), "palette": palette,
             "icon": {"logo": "lucide/book-open"},
-            "features": ["navigation.footer", "navigation.top", "navigation.sections", "content.code.copy", "search.highlight", "toc.follow"],
+            "features": [
+                "navigation.footer", "navigation.top", "navigation.sections", "content.code.copy", "search.highlight",
+                "toc.follow",
+            ],
         },
         "plugins": [{"search": {"separator": SEPARATOR}}, "offline"],
         "extra": {
