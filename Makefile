@@ -101,11 +101,11 @@ test-forecast: $(READY)
 docs: $(READY)
 	[ -d $(DOCS)/zensical-$(ZENSICAL).dist-info ] || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(DOCS) 'zensical==$(ZENSICAL)'
-	PYTHONPATH=$(DOCS) $(BIN)/python scripts/build_docs.py
+	PYTHONPATH=$(CURDIR)/$(DOCS) $(BIN)/python scripts/build_docs.py
 
 # the site in a browser, and that what is wrong in pages stops the build
 test-docs: docs
-	PYTHONPATH=$(DOCS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs_site --numprocesses 2 --dist loadfile
+	PYTHONPATH=$(CURDIR)/$(DOCS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs_site --numprocesses 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

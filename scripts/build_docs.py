@@ -1,8 +1,9 @@
-"""Build the documentation's site: docs/ in English and Chinese, the reference of keys, commands and model presets, and a search.
+"""Build the documentation's site: docs/ in English and Chinese, a reference of keys, commands and presets, and a search.
 
-`make docs` calls it. The pages are first written as the site's Markdown into build/docs/, from where zensical makes HTML; what is dead or
-missing fails: a link, an anchor, a picture, a key without a meaning, a key that pages name and that is not there, a page that no table of
-docs/README.md names, and whatever a browser would load from elsewhere. The site opens from a folder, without a server.
+`make docs` calls it. The pages are first written as the site's Markdown into a folder beside the site, of which
+zensical makes HTML. What is dead or missing fails: a link, an anchor, a picture, a key without a meaning, a key that
+pages name and that is not there, a page that no table of docs/README.md names, and whatever a browser would load from
+elsewhere. The site opens from a folder, without a server.
 """
 
 import argparse
@@ -37,7 +38,8 @@ WORDS = {
         "light": "浅色", "dark": "深色", "project": "项目", "contents": "全部页面",
     },
 }  # fmt: skip
-SEPARATOR = r"""[\s\-,:!=\[\]()\\"`/、。，：；？！（）“”]+|\.(?!\d)"""  # zensical's own without `_`, so that lora_rank is one word
+# zensical's own without `_`, so that lora_rank is one word, and with Chinese punctuation
+SEPARATOR = r"""[\s\-,:!=\[\]()\\"`/、。，：；？！（）“”]+|\.(?!\d)"""
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 START = """<!doctype html>
 <meta charset="utf-8">
@@ -48,7 +50,10 @@ START = """<!doctype html>
 
 
 def staged(root: Path, folder: Path, language: str) -> list[Page]:
-    """Write the Markdown of a language and its configuration into a folder; returns the pages, raises DocsError with all that is wrong."""
+    """Write a language's Markdown and configuration into a folder; returns the pages.
+
+    Raises DocsError with all that is wrong.
+    """
     wrong: list[str] = []
 
     def found(make: Callable[[], list[Page]]) -> list[Page]:
@@ -70,10 +75,7 @@ def staged(root: Path, folder: Path, language: str) -> list[Page]:
     contents = next((page for page in own if page.name == CONTENTS), None)
     nav: list[dict[str, Any]] = []
     if contents is not None:
-        try:
-            nav = navigation(language, contents, own, made)
-        except DocsError as error:
-            wrong.extend(str(error).splitlines())
+        found(lambda: nav.extend(navigation(language, contents, own, made)) or [])
     if wrong:
         raise DocsError("\n".join(wrong))
     docs = folder / "docs"
@@ -91,7 +93,10 @@ def staged(root: Path, folder: Path, language: str) -> list[Page]:
 
 
 def navigation(language: str, contents: Page, own: list[Page], made: list[Page]) -> list[dict[str, Any]]:
-    """The sections and pages of docs/README.md, in its order, and behind them what is generated; raises DocsError for a page that is left."""
+    """The sections of docs/README.md in their order, then what is generated.
+
+    Raises DocsError for a page that none has.
+    """
     words = WORDS[language]
     titles = {page.name: page.title for page in (*own, *made)}
     sections: list[tuple[str, list[str]]] = []
@@ -129,7 +134,10 @@ def configuration(language: str, nav: list[dict[str, Any]]) -> dict[str, Any]:
         "theme": {
             "name": "material", "language": language, "font": False, "custom_dir": str(THEME), "palette": palette,
             "icon": {"logo": "lucide/book-open"},
-            "features": ["navigation.footer", "navigation.top", "navigation.sections", "content.code.copy", "search.highlight", "toc.follow"],
+            "features": [
+                "navigation.footer", "navigation.top", "navigation.sections", "content.code.copy", "search.highlight",
+                "toc.follow",
+            ],
         },
         "plugins": [{"search": {"separator": SEPARATOR}}, "offline"],
         "extra": {
@@ -175,21 +183,14 @@ def build(root: Path, site: Path, work: Path) -> list[str]:
         raise DocsError("\n".join(wrong))
     shutil.rmtree(site, ignore_errors=True)
     shutil.move(made, site)
+    shutil.rmtree(work)
     return told
 
 
 def run_zensical(folder: Path) -> list[str]:
     """Make HTML of a folder's Markdown; returns zensical's own words where it warns."""
-    command = [
-        sys.executable,
-        "-m",
-        "zensical",
-        "build",
-        "--strict",
-        "--clean",
-        "--config-file",
-        str(folder / "mkdocs.yml"),
-    ]
+    config = folder / "mkdocs.yml"
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if not done.returncode:
         return []
@@ -200,7 +201,6 @@ def run_zensical(folder: Path) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=ROOT / "site", help="where the site is written; site/ by default")
-    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout whose pages are built")
     asked = parser.parse_args()
     if find_spec("zensical") is None:
         print("zensical, which makes the HTML, is not installed here: type make docs", file=sys.stderr)
@@ -210,7 +210,7 @@ def main() -> int:
         print(f"--to {asked.to}: the folder has files that no site has; name an empty or a new one", file=sys.stderr)
         return 2
     try:
-        told = build(asked.root.resolve(), site, site.with_name(f".{site.name}.build"))
+        told = build(ROOT, site, site.with_name(f".{site.name}.build"))
     except DocsError as error:
         print(error, file=sys.stderr)
         print("the site is not built: see above", file=sys.stderr)

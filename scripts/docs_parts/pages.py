@@ -1,4 +1,4 @@
-"""The pages of docs/, and README, CONTRIBUTING and CHANGELOG, as the site's Markdown: in one language, with links and anchors of the site."""
+"""The pages of docs/, README, CONTRIBUTING and CHANGELOG as the site's Markdown, with its links and anchors."""
 
 import os
 import re
@@ -21,7 +21,7 @@ NESTED = re.compile(
     r"^ {2,3}(?=(?:[-*]|\d+\.) )", re.MULTILINE
 )  # GitHub nests lists by two spaces, Python-Markdown by four
 KEY = re.compile(r"([a-z_]+(?:\.[a-z_]+)?)\.(\w+)(?:\+?=.*)?")
-UNTRANSLATED = '!!! note "本页暂无中文版"\n\n    下面是英文原文；命令、参数和数字与中文版无异。\n'
+UNTRANSLATED = '!!! note "本页暂无中文版"\n\n    下面是英文原文。\n'
 
 
 class DocsError(Exception):
@@ -30,7 +30,7 @@ class DocsError(Exception):
 
 @dataclass
 class Page:
-    """A page of the site, and where it comes from; `generated` pages have no file."""
+    """A page of the site, and the file that it comes from; one that is generated has none."""
 
     name: str  # of the site, such as data.md
     title: str
@@ -92,7 +92,7 @@ class Pages:
         if not is_translated:
             first, _, rest = body.partition("\n")
             body = f"{first}\n\n{UNTRANSLATED}{rest}"
-        if name == "changelog.md":
+        if name == "changelog.md":  # it names everything, and would come first in the search
             body = f"---\nsearch:\n  exclude: true\n---\n{body}"
         return Page(name, plain(title), body, file, is_translated)
 

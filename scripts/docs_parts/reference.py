@@ -1,4 +1,4 @@
-"""The key reference: a page for each group of the configuration, with every key, what it can be, and which presets set it."""
+"""The key reference: a page for each group of the configuration, with every key and which presets set it."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -155,7 +155,9 @@ def reference(language: str, conf: Path, keys: Sequence[Key]) -> list[Page]:
     rows = [f"| [`{group}`]({group}.md) | {GROUPS[group][column]} | {len(found)} |" for group, found in by_page.items()]
     listed = [f"| [`{key.name}`]({page_of(key.name)}.md#{key.name}) | {cell(key.meaning)} |" for key in keys]
     index = [
-        f"# {words['title']} {{#keys}}", words["intro"], "\n".join([f"| {words['group']} | | {words['keys']} |", "|---|---|---|", *rows]),
+        f"# {words['title']} {{#keys}}",
+        words["intro"],
+        "\n".join([f"| {words['group']} | | {words['keys']} |", "|---|---|---|", *rows]),
         f"## {words['all'].format(count=len(keys))} {{#all}}", "\n".join(["| | |", "|---|---|", *listed]),
     ]  # fmt: skip
     made = [Page(f"{FOLDER}/index.md", words["title"], joined(index))]

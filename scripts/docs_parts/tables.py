@@ -1,4 +1,4 @@
-"""Pages made of the project's own lists: model presets with what is tested of each, architectures, and the commands with their options."""
+"""Pages made of the project's own lists: model presets with what is tested of each, and commands with their options."""
 
 import argparse
 import ast
@@ -46,7 +46,7 @@ WORDS = {
 
 
 def assigned(file: Path, name: str) -> Any:
-    """The value of a constant of a module that is not imported; raises DocsError where it is not there or no plain value."""
+    """The value of a constant of a module that is not imported; raises DocsError where it is not there."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if isinstance(node, ast.Assign | ast.AnnAssign) and any(getattr(it, "id", "") == name for it in targets):

@@ -1,4 +1,4 @@
-"""The site in a browser, opened from the folder: nothing is loaded from elsewhere, and search, languages and colours work."""
+"""The site in a browser, opened from the folder: it loads nothing from elsewhere; search, languages and colours work."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The built pages, read as HTML: what GitHub shows of a page is shown, and the references hold everything that there is."""
+"""The built pages, read as HTML: what GitHub shows of a page is shown, and the references are complete."""
 
 import json
 import re

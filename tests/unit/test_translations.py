@@ -1,4 +1,4 @@
-"""Chinese pages of docs/ have what their English ones have: headings with the same anchors, commands, output, numbers of tables, and links."""
+"""Chinese pages of docs/ have the anchors, commands, output, numbers of tables and links of their English ones."""
 
 import re
 import sys
