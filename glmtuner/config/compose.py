@@ -151,8 +151,6 @@ def validate(config: DictConfig, overrides: list[str], user_keys: set[str]) -> C
     hydra = config.hydra
     with read_write(config), open_dict(config):
         del config["hydra"]
-    if nested := [*nested_values(config)]:
-        raise ConfigError("; also: ".join(nested))
     try:
         run = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
@@ -196,7 +194,7 @@ class Composer:
             kept = [
                 item for item in overrides if item != "experiment=null"
             ]  # the default; Hydra refuses it as an override
-            return hydra_compose(config_name, overrides=[*extra, *kept], return_hydra_config=True)
+            config = hydra_compose(config_name, overrides=[*extra, *kept], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, OverflowError) as error:
             message = explain(error)
             recipe = next((item for item in overrides if item.startswith("experiment=")), None)
@@ -204,6 +202,9 @@ class Composer:
             if recipe and "unknown key" in message and not any(key in message for key in dotted_keys):
                 message = f"{recipe} sets a value that does not fit the other overrides: {message}"
             raise ConfigError(message) from None
+        if nested := [*nested_values(config)]:
+            raise ConfigError("; also: ".join(nested))
+        return config
 
 
 def compose_every_job(

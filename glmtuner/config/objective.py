@@ -8,6 +8,7 @@ LESS_IS_BETTER = (
     "runtime",
     "perplexity",
     "memory_gib",
+    "parameters",
     "bits_per_byte",
     "brier_score",
 )  # how the names of such metrics end

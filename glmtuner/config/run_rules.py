@@ -204,13 +204,20 @@ def _unused_by_early_stopping(run: Run) -> Iterator[str]:
 
 def nested_values(config: DictConfig) -> Iterator[str]:
     """One sentence for each list of plain values that holds a list or a dictionary, which OmegaConf lets pass."""
-    owners = [("", config), *((f"{name}.", config[name]) for name in config if not OmegaConf.is_missing(config, name))]
+    named = [
+        name
+        for name in map(str, config)
+        if not (OmegaConf.is_missing(config, name) or OmegaConf.is_interpolation(config, name))
+    ]
+    owners = [("", config), *((f"{name}.", config[name]) for name in named)]
     for prefix, owner in owners:
         cls = OmegaConf.get_type(owner) if isinstance(owner, DictConfig) else None
         for name, hint in hints_of(cls).items() if cls is not None and is_dataclass(cls) else ():
             if not {list[str], list[int], list[float], list[bool]} & {hint, *typing.get_args(hint)}:
                 continue
-            value = None if OmegaConf.is_missing(owner, name) else owner.get(name)
+            if OmegaConf.is_missing(owner, name) or OmegaConf.is_interpolation(owner, name):
+                continue
+            value = owner.get(name)
             wrong = [part for part in value or [] if isinstance(part, (ListConfig, DictConfig))]
             if wrong:
                 key = f"{prefix}{name}"

@@ -7,7 +7,7 @@ import pytest
 from glmtuner.config.compose import compose, compose_every_job, presets
 from glmtuner.config.overrides import MOVED, bracket_lists, check_overrides, parse
 from glmtuner.config.paths import conf_dir
-from glmtuner.config.schema import legal_keys, list_keys
+from glmtuner.config.schema import legal_keys, list_keys, needed_groups
 from glmtuner.errors import CheckpointError, ConfigError, did_you_mean, nearest
 from glmtuner.launch.register import register_presets
 
@@ -517,3 +517,19 @@ def test_presets_with_names_of_their_own_and_any_dataset_are_accepted(tmp_path):
         (tmp_path / name).write_text("defaults: [lora]\nlora_rank: 3\n", encoding="utf-8")
     assert compose(["finetuning=small"], config_dir=str(tmp_path)).run.finetuning.lora_rank == 3
     assert compose([], config_dir=str(conf_dir())).config == compose([]).config
+
+
+@pytest.mark.parametrize("key", [*LISTS, "trainer.label_names", "tracker.tags", "plugins"])
+@pytest.mark.parametrize("value", ["[[a]]", "[{a: 1}]", "{a: 1}", "[a,[b]]"])
+def test_a_list_of_plain_values_takes_no_list_and_no_dictionary(key, value):
+    assert refused(f"{key}={value}").startswith((f"{key}: its list holds ", f"{key}=", f"{key}.", "unknown key"))
+
+
+@pytest.mark.parametrize("group", sorted(needed_groups()))
+def test_a_group_that_every_run_needs_is_not_deleted(group):
+    assert refused(f"~{group}").startswith(f"~{group}: every run needs a {group}; type {group}=<preset>; legal: ")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", " "])
+def test_a_name_names_a_folder(name):
+    assert refused(f"name='{name}'").startswith("name=")
