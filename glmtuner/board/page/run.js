@@ -32,7 +32,7 @@ const overview = (info, row) => (panel) => {
       info.cwd ? board.h("p", { class: "faint small" }, `${board.word("cwd")} ${board.visible(info.cwd)}`) : null,
       info.plan?.length ? board.h("section", { class: "card" }, board.h("h2", { class: "minor" }, board.word("plan")), facts(info.plan.map(([name, text]) => [board.line(name), text]))) : null,
       info.pictures?.length && !window.glmtunerStatic ? board.h("details", {}, board.h("summary", {}, board.word("pictures")), info.pictures.map((name) => board.h("img", { class: "picture", loading: "lazy", alt: board.line(name), src: `files/picture?${new URLSearchParams({ id: info.row.id, name })}` }))) : null,
-      info.files?.length ? board.h("details", {}, board.h("summary", {}, board.word("files", { n: info.files.length })), board.plainTable(board.word("filesShort"), [board.word("file"), board.word("size")], info.files.map((file) => [file.name, board.bytes(file.bytes)]))) : null,
+      info.files?.length ? board.h("details", {}, board.h("summary", {}, board.word("files", { n: info.files.length })), board.plainTable(board.word("filesShort"), [board.word("file"), board.word("size")], info.files.map((file) => [file.name, file.bytes === null ? "" : board.bytes(file.bytes)]))) : null,
     ].filter(Boolean),
   );
   curves.update();
