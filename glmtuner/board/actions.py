@@ -52,7 +52,10 @@ class Typed(Body):
 
 class Named(Body):
     id: Id
-    trust_plugins: bool = False
+
+
+class Resumed(Named):
+    trust: bool = False
 
 
 class Several(Body):
@@ -157,10 +160,10 @@ class Actions:
         """Stop a run or a sweep with a checkpoint."""
         return self.stops.stop(named.id).record()
 
-    def post_continue(self, named: Named) -> dict[str, Any]:
+    def post_continue(self, resumed: Resumed) -> dict[str, Any]:
         """Continue a run or a sweep."""
         with self.moving:
-            return self.starts.resume(named.id, named.trust_plugins)[1].record()
+            return self.starts.resume(resumed.id, resumed.trust)[1].record()
 
     def get_clone(self, id: Asked) -> dict[str, Any]:
         """The words of a run or a sweep for the form."""

@@ -20,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from glmtuner.board.form import form
 from glmtuner.board.places import inside, run_base, shown, sweep_base
 from glmtuner.config.compose import Composed, combinations, compose, count_jobs, parse_and_check, presets, searched_dirs
-from glmtuner.config.keys import hydra_keys
+from glmtuner.config.keys import TARGET, hydra_keys
 from glmtuner.config.offline import adopt_offline
 from glmtuner.config.overrides import bracket_lists, check_overrides, parse, quoted_value
+from glmtuner.config.paths import conf_dir
 from glmtuner.config.preset_files import preset_files
 from glmtuner.console import plain
 from glmtuner.data.splits import dataset_entries
@@ -239,7 +240,7 @@ def sweep_of(words: Sequence[str], config_dir: str | None, config_name: str, roo
 
 
 def check_template(hydra: DictConfig) -> None:
-    """Raise ConfigError where files of the user's put the jobs of a sweep elsewhere."""
+    """Raise ConfigError where files of the user's put the jobs of a sweep elsewhere, or name classes of their own."""
     raw = OmegaConf.to_container(hydra, resolve=False)
     assert isinstance(raw, dict)
     if raw["sweep"]["subdir"] != SUBDIR or raw["output_subdir"] is not None or raw["callbacks"]:
@@ -247,6 +248,15 @@ def check_template(hydra: DictConfig) -> None:
             "hydra.sweep.subdir, hydra.output_subdir or hydra.callbacks are not those of conf/config.yaml: the board does not know what "
             "such a sweep writes; type the command in a terminal"
         )
+    shipped = {file.values[TARGET] for file in preset_files([conf_dir()]) if TARGET in file.values}
+    parts = {"hydra/launcher": raw["launcher"], "hydra/sweeper": raw["sweeper"]}
+    parts |= {f"hydra/sweeper/{name}": raw["sweeper"].get(name) for name in ("sampler", "pruner")}
+    for name, part in parts.items():
+        target = str((part or {}).get(TARGET) or "")
+        if target and target not in shipped and not target.startswith("hydra._internal.core_plugins."):
+            raise ConfigError(
+                f"{name}: {target} is a class that glmtuner does not ship; type the command in a terminal"
+            )
 
 
 def _values(config: DictConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from glmtuner.board.compose import Composer
 from glmtuner.board.places import inside, reserve, run_base, shown
 from glmtuner.board.processes import child_command, holder, sweep_command, sweep_command_above
 from glmtuner.board.root import Root
-from glmtuner.config.overrides import quoted_value
+from glmtuner.config.overrides import parse, quoted_value
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.report.race import readable_race
 from glmtuner.run_folder.files import read_object
@@ -26,6 +26,7 @@ from glmtuner.sweep.submissions import read_submissions
 
 PLACES = ("trainer.output_dir", "hydra.run.dir", "hydra.sweep.dir")  # keys that say where a run or a sweep is
 OPTIONS = {"--config-dir": "config_dir", "-cd": "config_dir", "--config-name": "config_name", "-cn": "config_name"}
+CODE = ("hydra.launcher.setup", "hydra.launcher.srun_args", "hydra.launcher.additional_parameters")
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.wait=false")
 
 
@@ -103,10 +104,10 @@ class Starts:
                 is_new,
             )
 
-    def resume(self, name: str, trust_plugins: bool) -> tuple[str, Task]:
+    def resume(self, name: str, trust: bool) -> tuple[str, Task]:
         """The recorded command of a run or a sweep again, in its folder; the same as typing it in the folder that it was typed in.
 
-        Raises CheckpointError where it cannot be, and for one that names plugins unless these are trusted: they are code.
+        Raises CheckpointError where it cannot be, and unless `trust` for one that names code: the folder may be a stranger's.
         """
         folder, asked = self.recorded(name)
         if not asked.multirun and (folder.parent / SWEEP).is_file():
@@ -115,12 +116,11 @@ class Starts:
             raise CheckpointError(
                 f"{name}: {hidden[0].partition('=')[0]} was a secret, which is stored nowhere; type its command in a terminal: {command_of(asked)}"
             )
-        found = self._composed(asked)
-        if any(word.lstrip("+~").startswith("plugins=") for word in asked.words) and not trust_plugins:
-            listed = next(word for word in asked.words if word.lstrip("+~").startswith("plugins="))
+        if not trust and (code := code_in(asked)):  # before it is composed, which imports plugins
             raise CheckpointError(
-                f"{name}: its command names {listed}, which executes these modules; continue it only if you trust them"
+                f"{name}: its command has {code}, which can execute code; continue it only if you trust it"
             )
+        found = self._composed(asked)
         if (where := found["folder"]) is not None and Path(where) != folder:
             raise CheckpointError(
                 f"{name}: its command writes into {found['place']}, not into this folder; clone it instead"
@@ -139,6 +139,8 @@ class Starts:
             key = word.partition("=")[0].lstrip("+~")
             if HIDDEN in word:
                 notes.append(f"{key} was a secret, which is stored nowhere")
+            elif is_plugins(word):  # the form composes its words, which would import them
+                notes.append(f"{word} is left out, since it executes these modules; type it if you trust them")
             elif key not in (*PLACES, "name"):
                 kept.append(word)
         named = any(word.startswith("name=") for word in asked.words)
@@ -165,7 +167,8 @@ class Starts:
     def _of_run(self, run: RunFolder) -> Words:
         failure = run.failure() or {}
         try:
-            if not os.path.lexists(run / OVERRIDES) and isinstance(failure.get("words"), list):  # it failed before it began
+            has_failed_early = not os.path.lexists(run / OVERRIDES) and isinstance(failure.get("words"), list)
+            if has_failed_early:
                 lines = [str(word) for word in failure["words"]]
             else:
                 lines = self.root.file(run.path, OVERRIDES).read_text(encoding="utf-8").split("\n")
@@ -212,10 +215,9 @@ class Starts:
 
     def _refuse_busy(self, folder: Path, multirun: bool) -> None:
         name = self.root.id_of(folder)
-        if self.tasks.running(name):
-            raise CheckpointError(
-                f"{name} was started from this board a moment ago, and runs; wait until it has ended, or stop it"
-            )
+        if begun := self.tasks.running(name):
+            what = f"this board's {begun[0].what} of {name} has not ended"
+            raise CheckpointError(f"{what}; wait until it has, or stop it")
         if RunFolder(folder).is_running:
             raise CheckpointError(f"{name} is running; wait until it has ended, or stop it")
         if multirun and (folder / SWEEP).is_file() and self.sweep_process(folder) is not None:
@@ -269,6 +271,21 @@ class Starts:
         with log.open("ab") as file:
             file.write(f"$ {command_of(asked)}\n".encode())
         return name, self.tasks.child(what, command, asked.cwd, about=name, log=log, at_end=at_end)
+
+
+def is_plugins(word: str) -> bool:
+    """Whether the word names plugins, however it is written; a word that cannot be read may."""
+    try:
+        return any(override.key_or_group == "plugins" for override in parse([word]))
+    except ConfigError:
+        return "plugins" in word
+
+
+def code_in(asked: Words) -> str | None:
+    """The first part of a command that can execute code of whoever wrote it; None if none does."""
+    if asked.config_dir:
+        return f"--config-dir {asked.config_dir}"
+    return next((word for word in asked.words if is_plugins(word) or word.lstrip("+~").startswith(CODE)), None)
 
 
 def sweep_of(root: Root, name: str) -> Path | None:

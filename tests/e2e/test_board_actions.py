@@ -53,7 +53,7 @@ def resumed(board: ActingBoard) -> str:
     _, begun = board.post("start", words=WORDS)
     name, run = begun["id"], board.outputs / begun["id"]
     wait(lambda: lines(run) >= 3)
-    assert "and runs" in board.post("start", words=[*WORDS, f"trainer.output_dir=outputs/{name}"])[1]["error"]
+    assert "has not ended" in board.post("start", words=[*WORDS, f"trainer.output_dir=outputs/{name}"])[1]["error"]
     _, stopping = board.post("stop", id=name)
     told = board.ended(stopping["task"])
     stopped_after = lines(run)
@@ -62,7 +62,7 @@ def resumed(board: ActingBoard) -> str:
     assert board.ended(begun["task"])["code"] == 128 + signal.SIGTERM and 3 <= stopped_after < 60
     assert not (run / "metrics.json").exists()
     _, going_on = board.post("continue", id=name)
-    assert "was started from this board" in board.post("continue", id=name)[1]["error"]
+    assert "has not ended" in board.post("continue", id=name)[1]["error"]
     assert board.ended(going_on["task"])["code"] == 0
     assert "is finished" in board.post("continue", id=name)[1]["error"]
     return str(name)

@@ -114,9 +114,9 @@ board.act = {
     try {
       begun = await board.post("continue", { id });
     } catch (error) {
-      if (!error.message.includes("only if you trust them")) return board.notice(board.visible(error.message), true);
+      if (!error.message.includes("only if you trust it")) return board.notice(board.visible(error.message), true);
       if (!(await board.confirm(board.visible(error.message), board.word("act.trust")))) return;
-      begun = await attempt(() => board.post("continue", { id, trust_plugins: true }));
+      begun = await attempt(() => board.post("continue", { id, trust: true }));
     }
     if (!begun) return;
     board.notice(board.word("act.continues", { name: nameOf(id) }));

@@ -91,6 +91,8 @@ const load = async () => {
   return form;
 };
 
+// a value as one types it
+const typed = (value) => (Array.isArray(value) ? `[${value.map(typed).join(",")}]` : typeof value === "object" && value !== null ? JSON.stringify(value) : String(value));
 const isListGroup = (group) => group.name === "reward";
 const chosenIn = (group) => {
   const typed = valueOf(group.name);
@@ -115,6 +117,7 @@ const show = (element, _, parameters) => {
   let stopped = false;
   let stopTask = () => {};
   let asked = 0;
+  let composed = null; // the configuration of the last words that had no error
   const left = board.h("div", { class: "fields" });
   const command = board.h("textarea", { id: "command", rows: "5", spellcheck: "false", autocomplete: "off", "aria-describedby": "command-help", oninput: () => {
     const whole = readCommand(command.value);
@@ -153,13 +156,26 @@ const show = (element, _, parameters) => {
     }));
   };
 
+  // What the composed configuration has where nothing is typed: the preset's value, and not that of the default preset.
+  const showDefaults = (keys) => {
+    composed = keys;
+    for (const field of left.querySelectorAll("[data-key]")) {
+      const key = field.dataset.key;
+      if (!(key in keys) || valueOf(key) !== null) continue;
+      const control = field.querySelector("input, select");
+      if (control.tagName === "SELECT") control.options[0].textContent = board.word("start.defaultIs", { value: board.line(typed(keys[key])) });
+      else control.placeholder = board.line(typed(keys[key]));
+    }
+  };
   const composeNow = async () => {
     const number = (asked += 1);
     try {
       const answer = await board.post("compose", body());
       if (stopped || number !== asked) return;
       showErrors(answer.errors);
-      start.disabled = slurm.disabled = check.disabled = !answer.ok;
+      facts.removeAttribute("aria-busy");
+      setBusy(!answer.ok);
+      if (answer.ok) showDefaults(answer.keys);
       yaml.textContent = answer.ok ? board.visible(answer.yaml) : "";
       board.fill(facts, answer.ok && [
         state.multirun && board.h("p", { id: "jobs" }, board.word(answer.complete ? "start.jobs" : "start.jobsSome", { n: answer.jobs, m: answer.composed })),
@@ -168,11 +184,17 @@ const show = (element, _, parameters) => {
         ...answer.notes.map((note) => board.h("p", { class: "warn" }, board.visible(note))),
       ]);
     } catch (error) {
+      facts.removeAttribute("aria-busy");
       if (!stopped && number === asked) board.fill(errors, board.h("p", { class: "bad", role: "alert" }, board.visible(error.message)));
     }
   };
   let timer = null;
-  const compose = () => { clearTimeout(timer); timer = setTimeout(composeNow, 250); };
+  const compose = () => {
+    clearTimeout(timer);
+    setBusy(true); // what is shown is about the words before
+    facts.setAttribute("aria-busy", "true");
+    timer = setTimeout(composeNow, 250);
+  };
   const changed = (all) => {
     command.value = commandOf();
     command.setAttribute("aria-invalid", "false");
@@ -210,7 +232,7 @@ const show = (element, _, parameters) => {
     const group = form.groups.find((each) => each.name === key.group);
     const classes = group ? classesIn(group) : new Set();
     const own = [...classes].map((name) => key.values[name]).find((value) => value !== undefined);
-    const initial = own === undefined ? key.default : typeof own === "object" && own !== null ? JSON.stringify(own) : String(own);
+    const initial = composed !== null && key.key in composed ? typed(composed[key.key]) : own === undefined ? key.default : typed(own);
     const value = valueOf(key.key);
     const id = `key-${key.key}`;
     const sets = ["data.dataset", "data.eval_dataset"].includes(key.key) ? form.datasets.map((each) => each.name) : [];
@@ -239,10 +261,10 @@ const show = (element, _, parameters) => {
       && (!text || matches(key, text)));
   };
   const chips = (group) => board.h("div", { class: "chips", role: "group", "aria-label": group.name }, group.presets.map((preset) => {
-    const typed = valueOf(group.name) !== null;
+    const isTyped = valueOf(group.name) !== null;
     const isChosen = chosenIn(group).includes(preset.name);
-    return board.h("button", { type: "button", class: "chip", id: `chip-${group.name}-${preset.name}`, "data-preset": `${group.name}=${preset.name}`, "aria-pressed": String(isChosen && typed), title: preset.about || null,
-      onclick: () => { choose(group, preset.name); changed(true); } }, preset.name, isChosen && !typed ? ` (${board.word("start.default")})` : "");
+    return board.h("button", { type: "button", class: "chip", id: `chip-${group.name}-${preset.name}`, "data-preset": `${group.name}=${preset.name}`, "aria-pressed": String(isChosen && isTyped), title: preset.about || null,
+      onclick: () => { choose(group, preset.name); changed(true); } }, preset.name, isChosen && !isTyped ? ` (${board.word("start.default")})` : "");
   }));
   const section = (name, title, about, more) => {
     const keys = keysOf(name);

@@ -325,7 +325,7 @@ def test_a_clone_has_the_words_without_folder_and_secrets_and_the_next_name(boar
     ("words", "about", "message"),
     [
         ([*TINY, "trainer.hub_token=<hidden>"], {}, "was a secret, which is stored nowhere"),
-        ([*TINY, "plugins=this"], {}, "continue it only if you trust them"),
+        (TINY, {"flags": ["--config-dir", "conf"]}, "continue it only if you trust it"),
         ([*TINY, "hydra.job.env_set.X=1"], {}, "the board does not take"),
         (["--cfg", "job"], {}, "no options"),
         (TINY, {"cwd": "/nowhere"}, "which is gone"),
@@ -340,6 +340,42 @@ def test_what_a_run_folder_says_is_not_obeyed_blindly(
     provenance = {"command": "x", "cwd": str(board.outputs.parent), **about}
     (board.outputs / "mine" / "provenance.json").write_text(json.dumps(provenance))
     assert message in board.refused("continue", id="mine")
+
+
+@pytest.mark.parametrize(
+    "word", ["plugins=evil", "plugins=[evil]", "+plugins=[evil]", "++plugins=evil", "plugins = evil", "plugins='evil'"]
+)
+def test_code_that_a_run_folder_names_is_not_executed_before_it_is_trusted(
+    board: Board, tmp_path: Path, word: str
+) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    a_run(board.outputs / "mine", [*TINY, word], tmp_path)
+    assert "continue it only if you trust it" in board.refused("continue", id="mine")
+    _, cloned = board.get("clone", id="mine")
+    assert cloned["words"] == TINY and "is left out, since it executes these modules" in cloned["notes"][0]
+    assert board.post("compose", words=cloned["words"])[1]["ok"]
+    assert not (tmp_path / "executed").exists()
+    board.post("continue", id="mine", trust=True)
+    if word == "plugins=evil":
+        assert (tmp_path / "executed").exists()
+
+
+def test_shell_lines_and_classes_of_a_recorded_sweep_are_not_executed(board: Board, tmp_path: Path) -> None:
+    sweep = board.outputs / "sweeps" / "two"
+    sweep.mkdir(parents=True)
+    setup = "hydra.launcher.setup=[touch x]"
+    line = shlex.join(
+        ["python", "-m", "glmtuner", "-m", *TINY, "trainer.seed=1,2", "name=two", "hydra/launcher=slurm", setup]
+    )
+    (sweep / "sweep.json").write_text(json.dumps({"typed": [line], "cwd": str(tmp_path)}))
+    assert "continue it only if you trust it" in board.refused("continue", id="sweeps/two")
+    own = tmp_path / "own" / "hydra" / "launcher"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("_target_: os.system\ncommand: touch x\n")
+    words = [*TINY, "trainer.seed=1,2", "hydra/launcher=mine"]
+    assert "os.system is a class that glmtuner does not ship" in board.refused(
+        "start", words=words, multirun=True, config_dir="own"
+    )
 
 
 def test_code_beside_a_recorded_command_is_not_imported(board: Board, tmp_path: Path) -> None:
