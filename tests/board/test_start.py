@@ -144,7 +144,7 @@ def test_a_run_is_started_watched_stopped_continued_talked_with_exported_and_del
 
 
 def test_a_run_is_started_and_its_curve_reached_with_the_keyboard_alone(pages: dict[str, Page], board: Served) -> None:
-    page = pages["en"]
+    page, name = pages["en"], f"typed_{time.time_ns() % 10**6}"
     page.go()
     page.find("tr[data-run]")
     page.driver.refresh()
@@ -175,7 +175,7 @@ def test_a_run_is_started_and_its_curve_reached_with_the_keyboard_alone(pages: d
     page.find("#command")
     tab_to("#command")
     press(Keys.CONTROL, "a")
-    press(words_of("typed").replace(f"max_steps={STEPS}", "max_steps=5"))
+    press(words_of(name).replace(f"max_steps={STEPS}", "max_steps=5"))
     page.wait(lambda: page.find("#start").is_enabled())
     tab_to("#start")
     press(Keys.ENTER)
@@ -184,15 +184,14 @@ def test_a_run_is_started_and_its_curve_reached_with_the_keyboard_alone(pages: d
     tab_to("[role=tab]")
     press(Keys.ARROW_RIGHT)
     assert page.js("return document.activeElement.dataset.tab") == "config"
-    tab_to("body, nav a", 400)
     page.driver.refresh()
     page.find("[role=tab]")
     tab_to("nav a[href='#/curves']")
     press(Keys.ENTER)
     page.find("[data-pick]")
-    run = next(run for run in board.rows() if "typed" in run)
+    run = next(run for run in board.rows() if name in run)
     tab_to("#filter")
-    press("typed")
+    press(name)
     page.wait(lambda: [element.get_attribute("data-pick") for element in page.all("[data-pick]")] == [run])
     tab_to("[data-pick]")
     if not page.js("return document.activeElement.checked"):
@@ -201,7 +200,7 @@ def test_a_run_is_started_and_its_curve_reached_with_the_keyboard_alone(pages: d
     tab_to("[data-chart=loss]")
     press(Keys.ARROW_RIGHT)
     press(Keys.ARROW_RIGHT)
-    tip = page.wait(lambda: [element.text for element in page.all(".tip") if "typed" in element.text])[0]
+    tip = page.wait(lambda: [element.text for element in page.all(".tip") if name in element.text])[0]
     losses = [json.loads(line) for line in (board.folder / run / "history.jsonl").read_text().splitlines()]
     assert any(f"{line['loss']:.3f}"[:4] in tip for line in losses if "loss" in line), tip
 

@@ -84,6 +84,17 @@ def test_killed_at_random_moments(undisturbed: tuple[bytes, bytes], tmp_path: Pa
         kill_when(folder, reached)
     finish(folder)
     assert outcome(folder) == undisturbed
+    history, timings = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("history.jsonl", "timings.jsonl")
+    )
+    assert [line["step"] for line in timings] == [line["step"] for line in history]
+    for name in ("time", "seconds", "tokens"):  # they go on where the checkpoint was
+        values = [line[name] for line in timings]
+        assert values == sorted(values) and values[0] > 0
+    assert all("tokens_per_second" in timing for timing, line in zip(timings, history, strict=True) if "loss" in line)
+    plan = dict(json.loads((folder / "plan.json").read_text())["plan"])
+    assert plan["run folder"] == str(folder)
 
 
 def test_killed_during_a_save(undisturbed: tuple[bytes, bytes], tmp_path: Path) -> None:

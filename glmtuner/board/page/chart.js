@@ -197,7 +197,8 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
       if (x > width) break;
       if (!Number.isFinite(y) || x - last < (line.round ? 90 * size : 0)) continue;
       last = x;
-      if (!line.round) context.rect(x - 1.5 * size, y - 1.5 * size, 3 * size, 3 * size);
+      const half = (line.x.length < 3 ? 3 : 1.5) * size; // a line of one point is its mark
+      if (!line.round) context.rect(x - half, y - half, 2 * half, 2 * half);
       else if (line.round % 2) context.rect(x - 3.5 * size, y - 3.5 * size, 7 * size, 7 * size);
       else {
         context.moveTo(x, y - 5 * size);
@@ -248,7 +249,7 @@ board.lineChart = ({ title, height = 300, onclick = null }) => {
 
   const describe = ({ line, index }) => {
     const step = line.step && line.step[index] !== undefined && settings.xTitle !== board.word("x.step") ? `, ${board.word("x.step")} ${line.step[index].toLocaleString("en-US")}` : "";
-    const at = settings.isTime ? `${line.x[index].toFixed(1)} s` : line.x[index].toLocaleString("en-US");
+    const at = settings.isTime ? line.x[index].toFixed(1) : line.x[index].toLocaleString("en-US");
     const run = line.run && line.run !== line.name ? board.line(line.run) : null; // the folder's name, where the picture says what was varied
     return [line.name, run, `${settings.xTitle} ${at}${step}`, `${line.metric} ${line.raw[index]}`, settings.smoothing ? `${board.word("smoothed")} ${board.number(line.y[index], 6)}` : null].filter(Boolean);
   };

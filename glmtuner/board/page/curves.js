@@ -140,7 +140,7 @@ board.curvePanel = ({ runs, parameters = {}, onchange = () => {} }) => {
         }
         const own = series.filter((line) => pictureOf(line.metric) === picture).map((line) => ({
           ...line, ...colours.get(line.id), name: labels.get(line.id), run: folders.get(line.id), isDashed: line.metric.startsWith("eval_"), isWhole: line.whole,
-        }));
+        })).sort((a, b) => a.isDashed - b.isDashed); // evaluation above training, and after it for the arrow keys
         charts.get(picture).set(own, { smoothing: state.smoothing, isLog: state.isLog, isTime: state.x === "time", xTitle: board.word(`x.${state.x}`), xName: state.x });
       }
       failure.hidden = true;

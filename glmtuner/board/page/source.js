@@ -26,6 +26,14 @@ board.headers = () => {
 board.post = (name, body = {}) =>
   board.asked(`api/${name}`, { method: "POST", headers: board.headers(), body: JSON.stringify(body) });
 
+// An answer whose objects inherit nothing: a metric or a key may be called "constructor", and is not there unless it was sent.
+const bare = (value) => {
+  if (value === null || typeof value !== "object") return value;
+  if (!Array.isArray(value)) Object.setPrototypeOf(value, null);
+  for (const each of Array.isArray(value) ? value : Object.values(value)) if (typeof each === "object") bare(each);
+  return value;
+};
+
 board.asked = async (path, options) => {
   let response;
   try {
@@ -34,7 +42,7 @@ board.asked = async (path, options) => {
     throw new Error(board.word("lost"));
   }
   const type = response.headers.get("content-type") || "";
-  const content = type.startsWith("application/json") ? await response.json() : { error: await response.text() };
+  const content = type.startsWith("application/json") ? bare(await response.json()) : { error: await response.text() };
   if (!response.ok) throw new Error(content.error || response.statusText);
   return content;
 };
@@ -44,7 +52,7 @@ const received = {};
 const awaited = {};
 const promised = {};
 window.glmtunerData = (key, content) => {
-  received[key] = content;
+  received[key] = bare(content);
   if (awaited[key]) awaited[key](content);
 };
 board.fromScript = (name, parameters) => {

@@ -94,7 +94,7 @@ board.views.sweep = {
         board.refill(actions, board.sweepActions(live));
       }
       const fact = (name, text) => (text ? board.h("span", {}, board.h("span", { class: "faint" }, `${name} `), board.line(text)) : null);
-      board.fill(head, board.h("div", { class: "bar small" }, live ? board.h("span", {}, board.counts(live.count)) : null, fact(board.word("objective"), [info.objective || []].flat().join(", ")),
+      board.fill(head, board.h("div", { class: "bar small" }, live ? board.h("span", {}, board.counts(live.count)) : null, fact(board.word("objective"), info.pareto ? info.pareto.objectives.map((each) => each.key).join(", ") : [info.objective || []].flat().join(", ")),
         fact(board.word("variedKeys"), (info.knobs || []).map((knob) => knob.title || knob).join(", ")), fact(board.word("column.eta"), board.duration(live?.eta))),
         info.command ? board.h("details", { class: "small" }, board.h("summary", {}, board.word("command")), board.copyButton(() => info.command), board.h("pre", { tabindex: "0" }, board.visible(info.command))) : null);
       board.fill(results, info.pending ? board.h("p", { class: "faint small", role: "status" }, board.word("pending")) : null, leaderboard(info), info.leaderboard.rows.length ? board.h("p", { class: "faint small" }, board.word("intervalHelp")) : null,

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from fastapi import APIRouter, Body
@@ -29,7 +29,7 @@ def routes() -> APIRouter:
         return {"number": number}
 
     @router.post("/api/start")
-    def start(words: list[str] = Body(embed=True)) -> dict[str, Any]:
+    def start(words: Annotated[list[str], Body(embed=True)]) -> dict[str, Any]:
         return {"started": words}
 
     @router.get("/api/wrong")

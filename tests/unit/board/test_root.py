@@ -72,7 +72,7 @@ def test_a_sweep_and_the_folder_itself_have_ids(folder: Path) -> None:
 def test_a_name_that_is_no_plain_path_inside_is_refused(folder: Path, name: str) -> None:
     root = Root(folder)
     for look_up in (root.run, root.sweep):
-        with pytest.raises(CheckpointError, match="is no (folder|run|sweep) in") as error:
+        with pytest.raises(CheckpointError, match=r"is no (folder|run|sweep) in") as error:
             look_up(name.replace("{outside}", str(folder.parent / "outside")))
         assert "\n" not in str(error.value) and len(str(error.value)) < 700
         str(error.value).encode()  # it is sent as JSON

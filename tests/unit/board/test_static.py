@@ -49,6 +49,7 @@ def test_the_page_has_the_runs_their_curves_and_reports(static: Static, run: Cal
     long = [{"step": step, "loss": float(step % 7)} for step in range(3 * POINTS)]
     run(
         "long",
+        {"finetuning.lora_rank": 4},
         history=long,
         predictions=[{"index": 0, "prompt": "p", "label": "l", "predict": "x"}],
         metrics={"train_loss": 1.0},
@@ -60,7 +61,7 @@ def test_the_page_has_the_runs_their_curves_and_reports(static: Static, run: Cal
     assert curves["series"][0]["y"] == pytest.approx([line["loss"] for line in HISTORY])
     assert curves["by"]["time"][0]["x"] == [line["step"] * 2.0 for line in HISTORY]
     assert data(out, "curves", "long")["by"] == {"tokens": [], "time": []}
-    assert data(out, "values") == {"trainer.learning_rate": {"s/运行": 1.0, "long": 0.001}}
+    assert data(out, "values") == {"finetuning.lora_rank": {"s/运行": 8, "long": 4}}
     assert data(out, "predictions", "long")["lines"][0]["predict"] == "x"
     view = data(out, "run", "s/运行")
     assert (out / view["report"]).read_text() == "<p>report" and data(out, "run", "long")["report"] is None

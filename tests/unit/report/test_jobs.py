@@ -3,7 +3,11 @@
 import shutil
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from glmtuner.errors import ConfigError
+from glmtuner.report import jobs
 from glmtuner.report.jobs import State, format_value, read_jobs, short_names, unquoted, value_of, varied_knobs
 from glmtuner.run_folder.folder import RunFolder
 
@@ -174,3 +178,22 @@ def test_a_number_typed_in_two_ways_is_one_value(sweep, job, failed):
 def test_values_are_formatted_as_in_an_override():
     assert [format_value(value) for value in (None, True, 1e-05, 2.0, 3, ["a", "b"], "x")] == ["-", "true", "1e-05", "2", "3", "a,b", "x"]  # fmt: skip
     assert unquoted([True, None, 1.5]) == [True, None, 1.5]
+
+
+TEXTS = st.text(alphabet="aeltruNof01-_.+x/ =,[]'E", max_size=12) | st.from_regex(
+    r"-?[0-9.]{1,6}(e-?[0-9])?", fullmatch=True
+)
+
+
+@given(
+    key=st.sampled_from(["a.b_1", "trainer.max_steps", "hydra/launcher", "a/b.c", "x", "+x", "~x", "a.0b", "A"]),
+    value=TEXTS,
+)
+def test_what_is_read_without_hydra_is_what_hydra_reads(key, value):
+    def parsed(read):
+        try:
+            return repr(read(f"{key}={value}"))
+        except (ConfigError, ValueError):
+            return "not accepted"
+
+    assert parsed(jobs._parsed) == parsed(jobs._parsed_by_hydra)
