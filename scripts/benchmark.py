@@ -26,6 +26,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from benchmark_board import BOARD, TENSORBOARD, TRACKIO
+from benchmark_board import GOALS as BOARD_GOALS
+from benchmark_board import measure as measure_board
 from benchmark_sweep import APART, GOAL_LLAMAFACTORY, GOALS, SHARED
 from benchmark_sweep import measure as measure_sweep
 
@@ -49,11 +52,13 @@ PARTS = (
     "grpo",
     "benchmarks",
     "sweep",
+    "board",
 )
 BESIDE_TRL = {
     "preference",
     "grpo",
     "benchmarks",
+    "board",
 }  # parts that need no LLaMA-Factory, and neither the model nor the records
 WITHOUT_LLAMAFACTORY = BESIDE_TRL | {"sweep"}  # of these, the sweep measures it where it is installed
 LLAMAFACTORY = "0.9.5"
@@ -212,6 +217,17 @@ def table_rows(measured: dict[str, dict[str, list[dict[str, float]]]]) -> list[R
                     part, f"eight jobs, from the command to the report{bits}", unit, name, SHARED, against,
                     **lower_is_better, at_least=at_least,
                 )  # fmt: skip
+    for name, what, unit in (
+        ("first", "500 runs: process start to the first table", "s"),
+        ("again", "500 runs: the list of them again", "s"),
+        ("curves", "curves of 20 runs with 2,000 points", "s"),
+        ("update", "500 runs: a line more in 10 of them", "s"),
+        ("memory", "500 runs: memory", "MiB"),
+    ):
+        if (ours := series("board", BOARD, name)) and name in BOARD_GOALS:
+            rows.append(bound_row("board", what, unit, ours, under=BOARD_GOALS[name]))
+        for against in (TENSORBOARD, TRACKIO):
+            add("board", what, unit, name, BOARD, against, **lower_is_better)
     for name, what, unit in (
         ("letters", "options of a letter", "questions"),
         ("options", "options of a sentence", "questions"),
@@ -753,6 +769,10 @@ class Bench:
     def sweep(self) -> None:
         """Eight LoRA jobs on one base, from the command to the report."""
         measure_sweep(self, THEIRS, self.before)
+
+    def board(self) -> None:
+        """The live page over 500 runs with 2,000 lines each."""
+        measure_board(self)
 
     def benchmarks(self) -> None:
         """Questions with options, and questions to answer, by both: seconds of the harness' requests to each model."""

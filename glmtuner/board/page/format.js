@@ -2,13 +2,6 @@
 {
 // How texts, numbers and times are shown.
 
-// Characters that are not seen or that turn what is around them: names and answers show them as \u202e. Line breaks and tabs remain.
-const unseen = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\u{e0000}-\u{e007f}]/gu;
-const escaped = (character) => {
-  const code = character.codePointAt(0);
-  return code > 0xffff ? `\\u{${code.toString(16)}}` : `\\u${code.toString(16).padStart(4, "0")}`;
-};
-board.visible = (text) => String(text).replace(unseen, escaped);
 // the same on one line, for names and cells
 board.line = (text) => board.visible(text).replace(/[\t\n]+/g, " ");
 
@@ -85,9 +78,9 @@ board.svg = (name, attributes, ...children) => {
   for (const [key, value] of Object.entries(attributes || {})) {
     if (value === null || value === undefined) continue;
     if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
-    else element.setAttribute(key, value);
+    else element.setAttribute(key, board.attribute(key, value));
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
+  element.append(...board.parts(children));
   return element;
 };
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
-import httpx
 import pytest
 from board_folders import write_sweep
 from fastapi.testclient import TestClient
@@ -41,7 +41,7 @@ def client(outputs: Path) -> Iterator[TestClient]:
 
 
 def get(client: TestClient, name: str, **parameters: Any) -> Any:
-    answer = client.get(f"/api/{name}?{httpx.QueryParams(parameters)}")
+    answer = client.get(f"/api/{name}?{urlencode(parameters, doseq=True)}")
     assert answer.status_code == 200, answer.text
     return answer.json()
 
