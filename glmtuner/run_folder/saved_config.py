@@ -50,7 +50,9 @@ def read_values(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is damaged (it is nested too deeply)") from None
         except (YAMLError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged ({' '.join(str(error).split())[:300]})") from None
-        if not isinstance(values, dict) and values is not None:  # an empty file has no groups, which earlier versions lacked, too
+        if (
+            not isinstance(values, dict) and values is not None
+        ):  # an empty file has no groups, which earlier versions lacked, too
             raise CheckpointError(f"{path} is damaged (it is not a mapping)")
         _check(path, values or {}, complete=False)
         return flatten(values or {})
