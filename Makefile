@@ -6,10 +6,13 @@ READY := $(VENV)/.ready
 LIGER := .liger
 TRL := .trl
 LM_EVAL := .lm_eval
+TRACKERS := .trackers
 LATEST := .latest
 AXE := .axe
+DOCS := .docs
+ZENSICAL := 0.0.73
 
-.PHONY: setup quickstart test test-attack test-heavy test-stages test-architectures test-latest test-slurm test-liger test-trl test-benchmarks test-board test-forecast check format schema wheel clean
+.PHONY: setup quickstart test test-attack test-heavy test-stages test-matrix test-architectures test-latest test-slurm test-liger test-trl test-benchmarks test-trackers test-board test-forecast docs test-docs check format schema wheel clean
 
 setup: $(READY)
 
@@ -23,20 +26,25 @@ quickstart: $(READY)
 	$(BIN)/python -m glmtuner experiment=quickstart
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # fuzzed records and requests, damaged folders, SIGKILL at random moments
 test-attack: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attack --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attack -m 'not matrix' --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# conversations learned by heart behind 18 of the 21 official chat templates in ../shared (make test has the others), more syntaxes of
+# conversations learned by heart behind five more of the official chat templates in ../shared (make test has three), more syntaxes of
 # tool calls, the GPU check rehearsed on the CPU, killed ranks
 test-heavy: $(READY) test-stages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -m heavy --numprocesses 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -m 'heavy and not matrix' --numprocesses 2 --dist loadscope
 
-# every stage with every method and quantization: trained, cut short and resumed, reported, exported; sweeps that are killed; weights; new tokens
+# every stage with every quantization, by each method in turn: trained, cut short and resumed, reported, exported; sweeps that are killed; weights; new tokens
 test-stages: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stages --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stages -m 'not matrix' --numprocesses 2 --dist loadgroup
+
+# the rest of the matrices: every stage with every method and quantization, every loss, method, optimizer and template, every lost connection
+test-matrix: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stages -m matrix --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e tests/attack -m matrix --numprocesses 2 --dist loadscope
 
 # what works on which architecture of transformers; `--accept` behind matrix.py writes what is expected, and docs/architectures.md
 # (`make test-architectures MATRIX=--kinds`: one of each kind)
@@ -69,6 +77,16 @@ test-benchmarks: $(READY)
 	  portalocker tabulate scikit-learn scipy joblib threadpoolctl sqlitedict word2number more_itertools
 	PYTHONPATH=$(LM_EVAL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks --numprocesses 2 --dist worksteal
 
+# the trackers' own clients, in an environment of their own above this one; SwanLab asks for protobuf 6, which the sentencepiece here
+# does not work with, and works with protobuf 7 itself
+test-trackers: $(READY)
+	$(BIN)/python -m venv $(TRACKERS)
+	$(TRACKERS)/bin/python -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "glmtuner_environment.pth").write_text("$(CURDIR)/" + str(next(pathlib.Path("$(VENV)").glob("lib/python*/site-packages"))) + "\n")'
+	$(TRACKERS)/bin/python -m pip install --quiet --disable-pip-version-check 'mlflow==3.17.2' 'swanlab==0.10.3' 'trackio==0.43.0' \
+	  'comet-ml==3.58.8'
+	$(TRACKERS)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes protobuf
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(TRACKERS)/bin/python -m pytest tests/trackers --numprocesses 2 --dist worksteal
+
 # the board in a real browser: runs watched, killed, started, stopped, continued, talked with, exported, in English and in Chinese;
 # markup and attacks; axe-core, of which the package has one file, finds no serious fault
 test-board: $(READY)
@@ -78,6 +96,16 @@ test-board: $(READY)
 # forecasts of `--check` against twelve runs, measured: for a machine that does nothing else
 test-forecast: $(READY)
 	$(BIN)/python -m pytest tests/forecast -s
+
+# site/, from docs/ in English and Chinese, conf/ and the schema: opens from the folder; what is dead or undocumented fails
+docs: $(READY)
+	[ -d $(DOCS)/zensical-$(ZENSICAL).dist-info ] || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(DOCS) 'zensical==$(ZENSICAL)'
+	PYTHONPATH=$(DOCS) $(BIN)/python scripts/build_docs.py
+
+# the site in a browser, and that what is wrong in pages stops the build
+test-docs: docs
+	PYTHONPATH=$(DOCS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs_site --numprocesses 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -97,4 +125,4 @@ wheel: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(LIGER) $(TRL) $(LM_EVAL) $(LATEST) $(AXE) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LIGER) $(TRL) $(LM_EVAL) $(TRACKERS) $(LATEST) $(AXE) $(DOCS) site build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,19 +1,23 @@
 """Fixtures of all tests: the reference values beside the checkout, a cache of their own, the command line in a child."""
 
+import gc
 import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from default_cells import mark_heavy
 from stand_ins import texts_in, write_upstream
+from warm_server import WarmServer
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -32,6 +36,7 @@ RECORDS = {name: "https://github.com/hiyouga/LLaMA-Factory, data/" for name in (
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the default suite never asks for the network
 os.environ["WANDB_MODE"] = "offline"
+ENVIRONMENT = dict(os.environ)  # before any test changes it
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +58,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "::" in argument for argument in config.args
     ):  # with one cell asked for, the others are not there
         raise pytest.UsageError(f"tests/default_cells.py names cells that no test has: {', '.join(missing)}")
+    # files go to the workers in this order (`--no-loadscope-reorder`): the long ones first, and at the end no worker waits for another
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: ("/e2e/" not in item.path.as_posix(), -sizes[item.path], item.path))
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported out of the way of the garbage collections, of which every training does some."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -115,12 +129,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def warm_server(cache: Path) -> Iterator[WarmServer]:
+    """Runs command lines in processes of their own, each a fork of one that has imported torch, and kills them where told to."""
+    server = WarmServer({**ENVIRONMENT, "GLMTUNER_CACHE": str(cache), "COLUMNS": "160"})
+    yield server
+    server.close()
+
+
 @pytest.fixture
 def glmtuner_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`python -m glmtuner <words>` in a child process, in a folder of its own; in `env` None removes a variable."""
 
     def run(
-        *words: str, env: dict[str, str | None] | None = None, timeout: float = 300
+        *words: str, env: dict[str, str | None] | None = None, timeout: float = 1500
     ) -> subprocess.CompletedProcess[str]:
         merged = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **(env or {})}
         return subprocess.run(
@@ -131,6 +153,19 @@ def glmtuner_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProces
             text=True,
             timeout=timeout,
         )
+
+    return run
+
+
+@pytest.fixture
+def glmtuner_fork(warm_server: WarmServer, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The same in a fork of a process that has imported torch: where the command must leave nothing behind in this one, and no
+    variable of `env` is read by an import."""
+
+    def run(*words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        ended = warm_server.run(*words, cwd=tmp_path, env=env, apart=True)
+        code = -signal.SIGKILL if ended.code is None else ended.code
+        return subprocess.CompletedProcess([*words], code, ended.output, ended.errors)
 
     return run
 

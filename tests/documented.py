@@ -12,7 +12,10 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+CHINESE = sorted(
+    (ROOT / "docs").glob("*.zh.md")
+)  # tests/unit/test_translations.py: their commands are those of the English pages
+DOCS = sorted({*(ROOT / "docs").glob("*.md")} - {*CHINESE})
 PAGES = [*READMES, *DOCS]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -42,6 +45,8 @@ NOT_RUN = {
     "pip install -e .[dashboard]": "network",
     "pip install glmtuner[dashboard]": "network",
     "pip install -e .[benchmark]": "network",
+    "pip install -e .[mlflow]": "network",
+    "pip install glmtuner[mlflow]": "network",
     "hf download ceval/ceval-exam --repo-type dataset --local-dir benchmarks/ceval/ceval-exam": "network",
     "python -m glmtuner trainer=benchmark model.checkpoint_dir=outputs/mine benchmark=ceval,cmmlu,mmlu,gsm8k benchmark.data_dir=benchmarks": (
         "network: lm-evaluation-harness and the sets"
@@ -92,6 +97,11 @@ RUN_BY = {
     "python -m glmtuner -m hydra/sweeper=optuna model=tiny_glm tracker=none data.dataset=identity_sample data.dev_ratio=0.2 "
     "trainer.do_eval=true trainer.max_steps=10 objective=eval_loss trainer.learning_rate=tag(log, interval(1e-4, 1e-1)) "
     "hydra.sweeper.n_trials=8 name=rates": "tests/e2e/test_searches.py",
+    "python -m glmtuner -m hydra/sweeper=optuna model=tiny_glm tracker=none data.dataset=belle_sample data.dev_ratio=0.2 "
+    "trainer.do_eval=true trainer.max_steps=40 objective=eval_loss trainer.learning_rate=tag(log, interval(1e-5, 3e-2)) "
+    "hydra.sweeper.n_trials=12 hydra.sweeper.rungs=[0.1,0.25,0.5] hydra.sweeper.pruner.n_startup_trials=3 name=pruned": (
+        "tests/e2e/test_searches.py"
+    ),
     "python -m glmtuner -m hydra/sweeper=optuna model=tiny_glm tracker=none data.dataset=identity_sample data.dev_ratio=0.2 "
     "trainer.do_eval=true objective=[eval_loss,train_runtime] trainer.learning_rate=tag(log, interval(1e-3, 1e-1)) "
     "trainer.max_steps=range(1, 9) hydra.sweeper.n_trials=10 name=cost": "tests/e2e/test_searches.py",

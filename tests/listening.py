@@ -43,4 +43,4 @@ def listening(finished: Any, rows: int = 4, grace_s: float = 10.0, delay_s: floa
 def official_client(finished: Any) -> Iterator[OpenAI]:
     """OpenAI's client of a server of the run; the model is named m."""
     with listening(finished, rows=8) as (_, port):
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=600)

@@ -26,7 +26,7 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "WANDB_MODE
 
 def glmtuner(here: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "glmtuner", *words], cwd=here, env=ENV, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "glmtuner", *words], cwd=here, env=ENV, capture_output=True, text=True, timeout=1500
     )
 
 
@@ -37,7 +37,7 @@ def submit(here: Path, *words: str) -> tuple[str, list[str]]:
     return done.stdout, re.findall(r"job \d+ is SLURM job (\S+?):? ", done.stdout)
 
 
-def wait(condition: Callable[[], T], seconds: float = 180) -> T:
+def wait(condition: Callable[[], T], seconds: float = 600) -> T:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if found := condition():

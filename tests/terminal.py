@@ -79,7 +79,7 @@ class Terminal:
         interrupt_at: str = "",
         variables: Mapping[str, str] | None = None,
         watch: Callable[[list[str]], None] | None = None,
-        seconds: float = 240,
+        seconds: float = 1200,
         out: int | None = None,
     ) -> int:
         """The exit code of `python -m glmtuner …` in this terminal; Ctrl-C is typed when `interrupt_at` is shown.

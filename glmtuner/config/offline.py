@@ -57,6 +57,8 @@ def adopt_offline() -> None:
     os.environ |= OFFLINE
     if os.environ.get("WANDB_MODE") != "disabled":
         os.environ["WANDB_MODE"] = "offline"
+    if os.environ.get("SWANLAB_MODE") not in ("disabled", "local"):
+        os.environ["SWANLAB_MODE"] = "offline"
 
 
 def place_caches(folder: Path) -> None:

@@ -86,6 +86,9 @@ class Tracker:
 
     name: str
 
+    def check_machine(self) -> None:
+        """Raise ConfigError where this machine lacks a package that the tracker needs."""
+
     def start(self, run: "Run", folder: "Path") -> None:
         """Open the tracker before training; config.yaml is in the folder already."""
 

@@ -107,9 +107,9 @@ OBEYED = {
 
 # The key that does what a field says, as the words to type; `{value}` is the value that was given.
 REDIRECTED = {
-    "report_to": "type tracker=wandb, tracker=tensorboard or tracker=none",
+    "report_to": "type tracker=wandb, tracker=mlflow, tracker=swanlab, tracker=trackio, tracker=comet, tracker=tensorboard or tracker=none",
     "run_name": "the run's name is a key of its own: type name={value}",
-    "project": "type tracker=wandb tracker.project={value}",
+    "project": "type tracker=wandb tracker.project={value}, or another tracker",
     "fsdp": "type parallel=fsdp2",
     "fsdp_config": "type parallel=fsdp2, and parallel.reshard_after_forward or parallel.cpu_offload",
     "parallelism_config": "type parallel=ddp, parallel=fsdp2, parallel=zero2 or parallel=zero3",
@@ -127,9 +127,9 @@ REDIRECTED = {
 REFUSED = {
     "auto_find_batch_size": "a run that changes its batch size cannot be resumed or compared; set "
     "trainer.per_device_train_batch_size and trainer.gradient_accumulation_steps",
-    "trackio_space_id": "there is no tracker for Trackio; type tracker=wandb, tracker=tensorboard or tracker=none",
-    "trackio_bucket_id": "there is no tracker for Trackio; type tracker=wandb, tracker=tensorboard or tracker=none",
-    "trackio_static_space_id": "there is no tracker for Trackio; type tracker=wandb, tracker=tensorboard or tracker=none",
+    "trackio_space_id": "runs are logged on this machine, and `trackio sync` uploads them: type tracker=trackio",
+    "trackio_bucket_id": "runs are logged on this machine, and `trackio sync` uploads them: type tracker=trackio",
+    "trackio_static_space_id": "runs are logged on this machine, and `trackio sync` uploads them: type tracker=trackio",
     "eval_do_concat_batches": "evaluations keep one number for each record and hand no batches to a metric; leave it out",
     "eval_use_gather_object": "the losses of all ranks are gathered as tensors; leave it out",
     "eval_accumulation_steps": "the losses of a batch are moved to the CPU after every batch, and its logits are not kept; leave "

@@ -65,6 +65,7 @@ def launch(
     specs = dataset_entries(run, catalogue or catalogue_dirs(composed))
     run.stage.check(run)
     run.parallel.check_machine()
+    run.tracker.check_machine()
     check_benchmarks(run.benchmark)
     if (count := ranks.processes_to_start(run.parallel)) > 1:
         return launch_ranks(composed, RunFolder(output_dir or output_folder(composed)), count)

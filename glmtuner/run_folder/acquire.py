@@ -23,7 +23,7 @@ DERIVED_KEYS = ("finetuning.lora_target", "model.family", "model.template")
 RESUME_IGNORED_KEYS = (
     "trainer.overwrite_output_dir", "trainer.output_dir", "trainer.disable_tqdm", "trainer.log_level",
     "data.overwrite_cache", "data.preprocessing_num_workers", "data.tiktoken_engine", "model.cache_dir", "model.use_auth_token",
-    "plugins", "benchmark.data_dir", "benchmark.include_path", "tracker.name", "tracker.project", "tracker.entity", "tracker.group", "tracker.job_type", "tracker.tags", "tracker.log_artifact",
+    "plugins", "benchmark.data_dir", "benchmark.include_path", "tracker.name", "tracker.project", "tracker.entity", "tracker.group", "tracker.job_type", "tracker.tags", "tracker.log_artifact", "tracker.tracking_uri", "tracker.workspace",
     "budget.gpu_hours", "budget.cpu_hours", "budget.money", "budget.price_per_gpu_hour", "budget.price_per_cpu_hour",
     "budget.currency", "budget.watts", "budget.forecast",
 )  # fmt: skip

@@ -27,7 +27,7 @@ PLAN = "plan.json"  # the table of the run that is printed before its training
 SPENT = ".spent"  # the hours of each attempt, of a sweep in the sweep's folder
 LOCK = ".lock"  # locked by the process that executes the run
 RECEIPT = "export.json"  # in the folder of an exported model, written last
-TRACKERS = ("wandb", "tensorboard")
+TRACKERS = ("wandb", "tensorboard", "mlflow", "swanlab", "trackio", "comet")
 RUN_ENTRIES = (  # everything that a run writes into its folder, except for LOCK
     CONFIG, OVERRIDES, PROVENANCE, HISTORY, METRICS, PREDICTIONS, REPORT, REPORT_PAGE, LOSS_PLOT, TEMPLATE,
     CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL, KEPT, FAILED, OUTPUT, LOSSES, REFERENCE, RECORDS, PROGRESS,

@@ -169,14 +169,14 @@ def progress_of(job: Job | None) -> Progress | None:
     """How far a job's training is, by its progress.json, else by its history; None before its first step is known."""
     if job is None:
         return None
+    last = max((int(line["step"]) for line in job.history), default=None)
     try:
         values = read_object(job.folder / PROGRESS)
         step, steps, start, seconds = (values[name] for name in ("step", "steps", "start_step", "seconds"))
         speed = (step - start) / seconds if step > start and seconds > 0 else None
-        return Progress(int(step), int(steps), speed)
+        return Progress(max(int(step), last or 0), int(steps), speed)  # it is written every few seconds, lines at once
     except (CheckpointError, KeyError, TypeError, ValueError):  # not written yet, or removed meanwhile
         pass
-    last = max((int(line["step"]) for line in job.history), default=None)
     if last is None:
         return None
     total = job.values.get("trainer.max_steps")

@@ -6,29 +6,33 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-from omegaconf import OmegaConf
 
 from glmtuner.config.groups import preset
 from glmtuner.config.schema import Run, Tracker
 from glmtuner.console import say
-from glmtuner.run_folder.files import read_lines, write_text
+from glmtuner.run_folder.files import write_text
 from glmtuner.run_folder.folder import RunFolder
-from glmtuner.run_folder.names import PREDICTIONS, SAMPLED, SWEEP
-from glmtuner.run_folder.provenance import PACKAGES
 from glmtuner.run_folder.redaction import redact_overrides, redact_value
+from glmtuner.trackers.client import one_line
+from glmtuner.trackers.experiment import (
+    described_config,
+    job_type_of,
+    pictures,
+    report_page,
+    run_name,
+    sweep_of,
+    tables,
+)
 
 if TYPE_CHECKING:
     from wandb import Run as WandbRun
 
 TIMESTAMP = "%Y%m%d_%H%M%S"  # in the names of the folders that W&B writes
-MAX_PREDICTIONS = 1000  # rows of the table of predictions, and of that of sampled answers
 Mode = Literal["online", "offline", "disabled", "shared"]
 # W&B's environment variables (WANDB_INIT_TIMEOUT, …) win over these. W&B's own record of git is disabled because it holds
 # the remote's URL, with a token in place of a user name, and the diff; the commit is in the config instead.
@@ -59,25 +63,13 @@ class Wandb(Tracker):
 
     def start(self, run: Run, folder: Path) -> None:
         sweep = sweep_of(folder)
-        job_type = "train" if run.trainer.do_train else "predict" if run.trainer.do_predict else "evaluate"
-        names: tuple[str | None, ...]
-        if sweep is None:
-            names = (run.name, os.environ.get("WANDB_NAME"), folder.name)
-            new_id = os.environ.get("WANDB_RUN_ID")
-        else:  # one variable cannot name all jobs, and `name` is the sweep's
-            names = (folder.name.rpartition("_")[0], folder.name)
-            new_id = None
-        config = OmegaConf.to_container(RunFolder(folder).config())
-        assert isinstance(config, dict)
-        provenance = RunFolder(folder).provenance()
-        packages = {name: version for name, version in provenance.get("packages", {}).items() if name in PACKAGES}
         session = self._start_session(
             folder,
-            new_id,
-            name=next(filter(None, names)),
+            os.environ.get("WANDB_RUN_ID") if sweep is None else None,  # one variable cannot identify all jobs
+            name=run_name(run, folder, os.environ.get("WANDB_NAME")),
             group=self._group(sweep),
-            job_type=self.job_type or os.environ.get("WANDB_JOB_TYPE") or job_type,
-            config={**config, "provenance": {"git": provenance.get("git"), "packages": packages}},
+            job_type=self.job_type or os.environ.get("WANDB_JOB_TYPE") or job_type_of(run),
+            config=described_config(folder),
         )
         if not (session.offline or session.disabled):
             say(f"W&B: {session.url}")
@@ -132,12 +124,8 @@ class Wandb(Tracker):
         import wandb
 
         logged = images(folder)
-        for name, file in (("predictions", PREDICTIONS), ("sampled", SAMPLED)):
-            lines = list(islice(read_lines(folder / file), MAX_PREDICTIONS))
-            if lines:
-                columns = list(lines[0])
-                rows: list[Iterable[Any]] = [[line.get(column) for column in columns] for line in lines]
-                logged[name] = wandb.Table([*columns], rows)
+        for name, (columns, rows) in tables(folder).items():
+            logged[name] = wandb.Table([*columns], [*rows])
         if logged:
             run.log(logged)
         run.summary.update(metrics)
@@ -153,14 +141,10 @@ class Wandb(Tracker):
         import wandb
 
         logged = images(sweep)
-        leaderboard, report = sweep / "leaderboard.csv", sweep / "report.html"
-        if leaderboard.is_file():
-            import pandas
-
-            table = pandas.read_csv(leaderboard).astype(object)
-            logged["leaderboard"] = wandb.Table(dataframe=table.where(table.notna(), None))
-        if report.is_file():
-            logged["report"] = wandb.Html(report.read_text(encoding="utf-8"), inject=False)
+        for name, (columns, rows) in tables(sweep).items():
+            logged[name] = wandb.Table([*columns], [*rows])
+        if page := report_page(sweep):
+            logged["report"] = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
         if not logged:
             return None
         session = self._start_session(
@@ -292,11 +276,6 @@ def resolve_mode() -> Mode:
     return "shared" if mode == "shared" else "online"
 
 
-def one_line(error: Exception) -> str:
-    """The error's message on one line, truncated."""
-    return " ".join(str(error).split())[:300].rstrip(".")
-
-
 @contextmanager
 def redacted_argv() -> Iterator[None]:
     """Redact secrets in `sys.argv`, which W&B stores with the run, during the context."""
@@ -306,12 +285,6 @@ def redacted_argv() -> Iterator[None]:
         yield
     finally:
         sys.argv = original
-
-
-def sweep_of(folder: Path) -> Path | None:
-    """The folder of the sweep that this job's folder belongs to; None for a single run."""
-    parent = folder.resolve().parent
-    return parent if (parent / SWEEP).is_file() else None
 
 
 def sessions(logs: Path) -> list[Path]:
@@ -336,5 +309,4 @@ def images(folder: Path) -> dict[str, Any]:
     """The plots in the folder of a run or a sweep, as W&B images by their keys pictures/<name>."""
     import wandb
 
-    paths = [*sorted(folder.glob("*.png")), *sorted(folder.glob("pictures/*.png"))]
-    return {f"pictures/{path.stem}": wandb.Image(str(path)) for path in paths}
+    return {name: wandb.Image(str(path)) for name, path in pictures(folder).items()}

@@ -1,7 +1,7 @@
 """What works on which architecture: the cells of `cells.py` on each checkpoint of `zoo.py`, as a table.
 
 python tests/architectures/matrix.py                        # all; prints the cells that differ from expected.json, exit 1 if any
-python tests/architectures/matrix.py --accept               # all; writes expected.json and docs/architectures.md
+python tests/architectures/matrix.py --accept               # all; writes expected.json and docs/architectures.md, also in Chinese
 python tests/architectures/matrix.py --only glm4_moe_lite --cells lora,full
 """
 
@@ -23,6 +23,7 @@ EXPECTED, PAGE = Path(__file__).parent / "expected.json", ROOT / "docs/architect
 OK, REFUSED, WRONG = "ok", "refused: ", "WRONG: "
 GROUP = 6  # architectures that share a process, and its imports
 LIBRARIES = ("transformers", "peft", "torch", "bitsandbytes")
+CHINESE_PAGE = PAGE.with_suffix(".zh.md")
 COLUMNS = {
     "lora_all": "lora, all",
     "p_tuning": "p_tuning",
@@ -30,7 +31,18 @@ COLUMNS = {
     "checkpointing": "gradient checkpointing",
     "check": "`--check`",
 }
-INTRODUCTION = """\
+IN_CHINESE = {
+    "architecture": "架构",
+    "packed": "拼接",
+    "padded": "填充",
+    "gradient checkpointing": "梯度检查点",
+    "predict": "预测",
+    "resume": "续训",
+    "export": "导出",
+}
+REASONS = {"en": "## What is refused, and why", "zh": '## 拒绝了什么，为什么 <a id="what-is-refused-and-why"></a>'}
+INTRODUCTIONS = {}
+INTRODUCTIONS["en"] = """\
 # Architectures
 
 `model=causal_lm` takes every causal language model of transformers. This table is what was tried on {count} of its architectures, as
@@ -45,6 +57,21 @@ tiny random checkpoints, with {versions} on a CPU; `make test-architectures` tri
   logits of base and adapter in PEFT. **`--check`** counts the parameters that the model has.
 
 A number is a reason for which it is refused, before anything is trained; the reasons are below.
+"""
+INTRODUCTIONS["zh"] = """\
+# 架构
+
+`model=causal_lm` 可以使用 transformers 中的任何因果语言模型。下表是在其中 {count} 种架构上试过的结果：用随机初始化的微型检查点，在 CPU 上以
+{versions} 运行；`make test-architectures` 会重新测试。
+
+- **lora、lora all、full、freeze、拼接、填充、梯度检查点**：第一步的损失与原生 transformers 逐条计算样本的结果相差不超过 1e-4；full、拼接、填充和
+  梯度检查点还比较梯度。适配器由 PEFT 自身加载后，损失相同。
+- **p_tuning**：确实学到了东西。**int4、int8**：量化底座上的 LoRA。
+- **预测**：批大小为 1 和 8 时的回答，与原生 transformers 不用缓存的贪心解码一致。
+- **续训**：从检查点继续的训练，最终结果逐字节相同。**导出**：原生 transformers 能加载导出的文件夹，logits 与 PEFT 中底座加适配器的一致。
+  **`--check`** 数出的参数量与模型一致。
+
+数字表示训练开始之前就被拒绝，编号对应下面的原因（原因是程序打印的英文原文）。
 """
 
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
@@ -142,8 +169,12 @@ def changes(found: dict[str, dict[str, str]], expected: dict[str, dict[str, str]
     ]
 
 
-def page(table: dict[str, dict[str, str]], versions: str) -> str:
-    """docs/architectures.md."""
+def page(table: dict[str, dict[str, str]], versions: str, language: str = "en") -> str:
+    """docs/architectures.md, or docs/architectures.zh.md."""
+
+    def word(english: str) -> str:
+        return IN_CHINESE.get(english, english) if language == "zh" else english
+
     cells = [*dict.fromkeys(cell for found in table.values() for cell in found)]
     reasons = [*dict.fromkeys(told for found in table.values() for told in found.values() if told != OK)]
     numbers = {told: number for number, told in enumerate(reasons, 1)}
@@ -158,9 +189,9 @@ def page(table: dict[str, dict[str, str]], versions: str) -> str:
     total = f"| {len(table)} | {' | '.join(str(works[cell]) for cell in cells)} |"
     return "\n".join(
         [
-            INTRODUCTION.format(count=len(table), versions=versions),
-            f"| architecture | {' | '.join(COLUMNS.get(cell, cell) for cell in cells)} |", f"|---{'|:-:' * len(cells)}|",
-            *rows, total, "", "## What is refused, and why", "",
+            INTRODUCTIONS[language].format(count=len(table), versions=versions),
+            f"| {word('architecture')} | {' | '.join(word(COLUMNS.get(cell, cell)) for cell in cells)} |", f"|---{'|:-:' * len(cells)}|",
+            *rows, total, "", REASONS[language], "",
             *(f'{numbers[told]}. <a id="r{numbers[told]}"></a>{told.removeprefix(REFUSED)}' for told in reasons), "",
         ]
     )  # fmt: skip
@@ -198,7 +229,8 @@ def main() -> int:
         }
         EXPECTED.write_text(json.dumps(expected, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         versions = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
-        PAGE.write_text(page(expected, versions), encoding="utf-8")
+        for path, language in ((PAGE, "en"), (CHINESE_PAGE, "zh")):
+            path.write_text(page(expected, versions, language), encoding="utf-8")
         return 0
     expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
     if told := changes(found, expected):

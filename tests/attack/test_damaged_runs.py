@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,17 +113,10 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[WarmServer]:
-    started = WarmServer()
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, server: WarmServer) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, warm_server: WarmServer) -> Path:
     """The folder that holds the run."""
     folder = tmp_path_factory.mktemp("damaged")
-    done = server.run(*TRAIN, cwd=folder)
+    done = warm_server.run(*TRAIN, cwd=folder)
     assert done.code == 0, done.output
     return folder
 
@@ -138,7 +131,7 @@ def combinations() -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(("file", "damage", "command"), combinations())
 def test_a_damaged_folder(
-    server: WarmServer, trained: Path, tmp_path: Path, file: str, damage: str, command: str
+    warm_server: WarmServer, trained: Path, tmp_path: Path, file: str, damage: str, command: str
 ) -> None:
     shutil.copytree(trained / "run", tmp_path / "run")
     weights = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
@@ -148,7 +141,7 @@ def test_a_damaged_folder(
         shutil.rmtree(tmp_path / "run/adapter")
     (tmp_path / "run" / file).parent.mkdir(exist_ok=True)
     DAMAGES[damage](tmp_path / "run" / file)
-    done = server.run(*COMMANDS[command], cwd=tmp_path, stdin="hello\n", timeout=3 * SECONDS)
+    done = warm_server.run(*COMMANDS[command], cwd=tmp_path, stdin="hello\n", timeout=3 * SECONDS)
     assert done.code in (0, 1, 2), (done.code, done.output[-2000:])
     assert "Traceback" not in done.output, done.output
     if done.code:

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +45,10 @@ COMMANDS: dict[str, list[str]] = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[WarmServer]:
-    started = WarmServer()
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, server: WarmServer) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, warm_server: WarmServer) -> Path:
     """A folder with the reward model."""
     folder = tmp_path_factory.mktemp("kill")
-    done = server.run(
+    done = warm_server.run(
         *COMMON,
         "stage=rm",
         "data.dataset=preference_sample",
@@ -76,10 +68,10 @@ def caches(folder: Path) -> dict[str, str]:
 class Undisturbed:
     """The files and the times of a command that was not killed."""
 
-    def __init__(self, server: WarmServer, place: Path, name: str) -> None:
-        self.server, self.place, self.name, self.words = server, place, name, COMMANDS[name]
+    def __init__(self, warm_server: WarmServer, place: Path, name: str) -> None:
+        self.server, self.place, self.name, self.words = warm_server, place, name, COMMANDS[name]
         folder = self.new_folder("undisturbed")
-        done = server.run(*self.words, cwd=folder, env=caches(folder), below=str(folder))
+        done = warm_server.run(*self.words, cwd=folder, env=caches(folder), below=str(folder))
         assert done.code == 0, done.output
         self.files, self.seconds, self.operations = final_files(folder / "run"), done.seconds, done.operations
 
@@ -141,8 +133,8 @@ def timeless(value: Any) -> Any:
 
 
 @pytest.fixture(scope="module", params=COMMANDS)
-def undisturbed(request: pytest.FixtureRequest, server: WarmServer, place: Path) -> Undisturbed:
-    return Undisturbed(server, place, request.param)
+def undisturbed(request: pytest.FixtureRequest, warm_server: WarmServer, place: Path) -> Undisturbed:
+    return Undisturbed(warm_server, place, request.param)
 
 
 def test_before_every_change_of_a_file(undisturbed: Undisturbed) -> None:

@@ -37,24 +37,34 @@ def run(tmp_path: Path, cuts: dict[str, list[int]]) -> subprocess.CompletedProce
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,
         )
     finally:
         server.shutdown()
         server.server_close()
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize(
-    "cuts", [[0], [1, 1, 1], [100, 0, 50, 1, 100, 1, 7]], ids=["at once", "three times", "seven times"]
-)
+CUTS = {"at once": [0], "three times": [1, 1, 1], "seven times": [100, 0, 50, 1, 100, 1, 7]}
+CELLS = [
+    pytest.param(name, cuts, id=f"{how}-{name}", marks=() if (row + column) % 3 == 0 else pytest.mark.matrix)
+    for row, name in enumerate(FILES) for column, (how, cuts) in enumerate(CUTS.items())
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "cuts"), CELLS)
 def test_a_connection_that_is_lost_some_times(name: str, cuts: list[int], tmp_path: Path) -> None:
     done = run(tmp_path, {name: [*cuts]})
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out/metrics.json").is_file()
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("config.json", "model.safetensors") else pytest.mark.matrix)
+        for name in FILES
+    ],
+)
 def test_a_connection_that_is_always_lost(name: str, tmp_path: Path) -> None:
     done = run(tmp_path, {name: [100] * 999})
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr

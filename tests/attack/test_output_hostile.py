@@ -29,7 +29,7 @@ TEXT_FILES = {".json", ".jsonl", ".md", ".html", ".csv", ".log", ".jinja"}
 
 def run(folder: Path, *words: str, text: str = "", code: int = 0, **env: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "glmtuner", *words], cwd=folder, input=text.encode(), capture_output=True, timeout=300,
+        [sys.executable, "-m", "glmtuner", *words], cwd=folder, input=text.encode(), capture_output=True, timeout=1200,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **env},
     )  # fmt: skip
     shown = (done.stdout + done.stderr).decode()  # as bytes: a carriage return is one

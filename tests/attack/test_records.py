@@ -34,7 +34,7 @@ from glmtuner.templates.named import template_named
 
 NUM_RECORDS = int(os.environ.get("ATTACK_RECORDS", "10000"))
 RECORDS_PER_FILE = 3  # on average, of the files that are not damaged
-HANG_S = 10.0
+HANG_S = 120.0
 
 # What a value may be
 

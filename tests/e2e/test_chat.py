@@ -134,7 +134,7 @@ def test_commands_and_a_pipe(run: Path, glmtuner: Callable, tmp_path: Path) -> N
     lines = "你是谁？\n/system 你是小格\n/clear\n/halp\n/help\n\n/exit\nnever read\n"
     done = subprocess.run(
         [sys.executable, "-m", "glmtuner", "chat", str(run), *GREEDY], input=lines, text=True, capture_output=True,
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "TinyGLM" in done.stdout
@@ -162,7 +162,7 @@ def test_in_a_terminal(run: Path, tmp_path: Path) -> None:
 
     unread = b""
 
-    def until(word: str, seconds: float = 60, again: bytes = b"") -> None:
+    def until(word: str, seconds: float = 600, again: bytes = b"") -> None:
         """Read up to the word; what follows it is kept for the next call. Every few seconds `again` is typed."""
         nonlocal unread
         end, typed = time.monotonic() + seconds, time.monotonic()
@@ -188,7 +188,7 @@ def test_in_a_terminal(run: Path, tmp_path: Path) -> None:
     until("TinyGLM")
     until("> ")
     os.write(master, b"\x04")
-    assert child.wait(30) == 0
+    assert child.wait(120) == 0
     os.close(master)
     assert "你是谁？" in (tmp_path / "chat_history").read_text(encoding="utf-8")
 

@@ -116,17 +116,17 @@ def test_shares_are_reached_and_told(glmtuner: Callable, tmp_path: Path) -> None
     assert json.loads((tmp_path / "run/metrics.json").read_text())["eval_loss"] > 0
 
 
-def test_tokenized_once(glmtuner_process: Callable, tmp_path: Path) -> None:
+def test_tokenized_once(glmtuner_fork: Callable, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     for name in ("one", "two"):
-        done = glmtuner_process(
+        done = glmtuner_fork(
             "model=tiny_glm", "tracker=none", "trainer=evaluate", "data.dataset=belle_sample", f"trainer.output_dir={name}",
             f"trainer.per_device_eval_batch_size={8 if name == 'one' else 16}", env={"GLMTUNER_CACHE": str(cache)},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     folders = list((cache / "tokenized").iterdir())
     assert len(folders) == 1
-    done = glmtuner_process(
+    done = glmtuner_fork(
         "model=tiny_glm", "tracker=none", "trainer=evaluate", "data.dataset=belle_sample", "trainer.output_dir=three",
         "data.max_target_length=20", env={"GLMTUNER_CACHE": str(cache)},
     )  # fmt: skip

@@ -111,7 +111,7 @@ def test_plain_transformers_loads_an_export_and_gives_the_run_s_answers(
     assert main(["export", "run", "--to", "out", "--dtype", "float32"]) == 0
     monkeypatch.delenv("PYTHONPATH", raising=False)
     done = subprocess.run(
-        [sys.executable, "-c", ANSWER, "out", export.PROMPT], capture_output=True, text=True, cwd=here, timeout=120
+        [sys.executable, "-c", ANSWER, "out", export.PROMPT], capture_output=True, text=True, cwd=here, timeout=600
     )
     assert done.returncode == 0, done.stderr
     found, _, ours = done.stdout.strip().rpartition(" ")

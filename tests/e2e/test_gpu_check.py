@@ -17,7 +17,7 @@ def test_the_rehearsal_passes_and_covers_every_part(tmp_path: Path) -> None:
     page.write_text("before\n<!-- gpu: begin -->\n<!-- gpu: end -->\n", encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts/gpu_check.py"), "--cpu-rehearsal", "--output", str(tmp_path / "out"), "--page", str(page)],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out/gpu_check.json").read_text(encoding="utf-8"))["findings"]

@@ -2,19 +2,16 @@
 
 import io
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from json_lines import lines
+from warm_server import WarmServer
 
-ROOT = Path(__file__).parent.parent.parent
 SUMS = [{"instruction": f"{a}+{b}=?", "input": "", "output": str(a + b)} for a in range(5) for b in range(5)]
 PLUGIN = """\
 from glmtuner.config.rewards import reward_function
@@ -100,18 +97,15 @@ def test_a_run_cut_short_ends_in_the_same_bytes(data: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.heavy
-def test_a_killed_run_ends_in_the_same_bytes(data: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_in_the_same_bytes(data: Path, warm_server: WarmServer, tmp_path: Path) -> None:
     words = words_of(data, *RESUMED)
     assert call(*words, f"trainer.output_dir={tmp_path}/whole")[0] == 0
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "glmtuner", *words, f"trainer.output_dir={folder}"]
-    process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not (folder / "checkpoints/checkpoint-2/complete.json").is_file():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    killed = warm_server.run(
+        *words, f"trainer.output_dir={folder}", cwd=tmp_path, below=str(folder), kill_at=1,
+        matching=r"/\.partial-checkpoint-(?!2)",
+    )  # fmt: skip
+    assert killed.code == -signal.SIGKILL, killed.output
     assert not (folder / "metrics.json").is_file()
     assert call(*words, f"trainer.output_dir={folder}")[0] == 0
     assert outcome(folder) == outcome(tmp_path / "whole")

@@ -67,7 +67,7 @@ def compiled(folder: Path, engine: str) -> tuple[str, str]:
     """The text of the compiled paper without spaces, and the log; fails the test if LaTeX does."""
     for words in ([engine], ["bibtex"], [engine], [engine]):
         options = [] if words == ["bibtex"] else ["-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape"]
-        done = subprocess.run([*words, *options, "main"], cwd=folder, capture_output=True, check=False, timeout=300)
+        done = subprocess.run([*words, *options, "main"], cwd=folder, capture_output=True, check=False, timeout=1200)
         assert done.returncode == 0, done.stdout.decode(errors="replace")[-3000:]
     done = subprocess.run(["pdftotext", "main.pdf", "-"], cwd=folder, capture_output=True, text=True, check=True)
     log = re.sub(r"\n(?=\S)", "", (folder / "main.log").read_text(encoding="utf-8", errors="replace"))

@@ -36,7 +36,7 @@ def start(here: Path, *words: str, by: tuple[str, ...] = ()) -> subprocess.Popen
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=1500)
     assert process.returncode == code, out
     return out
 
@@ -145,7 +145,7 @@ def test_fsdp2_learns_preferences_as_one_process_does(here: Path, stage: str, me
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < until, "waited in vain"
         time.sleep(0.002)

@@ -32,8 +32,8 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_run_with_a_metric_a_method_and_a_format_of_its_own(glmtuner_process: Callable, here: Path) -> None:
-    done = glmtuner_process(*SHORT, *SCORED, "metric.scale=10", "trainer.output_dir=run")
+def test_a_run_with_a_metric_a_method_and_a_format_of_its_own(glmtuner_fork: Callable, here: Path) -> None:
+    done = glmtuner_fork(*SHORT, *SCORED, "metric.scale=10", "trainer.output_dir=run")
     assert done.returncode == 0, done.stdout + done.stderr
     history = [json.loads(line) for line in (here / "run/history.jsonl").read_text().splitlines()]
     scores = [line["eval_same_length"] for line in history if "eval_same_length" in line]
@@ -53,23 +53,23 @@ def test_a_run_with_a_metric_a_method_and_a_format_of_its_own(glmtuner_process: 
     assert plugin["sha256"] == hashlib.sha256((here / "my_plugin.py").read_bytes()).hexdigest()
 
     for verb in ("show", "report"):
-        done = glmtuner_process(verb, "run")
+        done = glmtuner_fork(verb, "run")
         assert done.returncode == 0 and "same_length" in done.stdout, done.stdout + done.stderr
-    done = glmtuner_process(  # the run's folder brings its plugins
+    done = glmtuner_fork(  # the run's folder brings its plugins
         "trainer=predict", "model.checkpoint_dir=run", "data.dataset=mine", "data.dataset_dir=.", "metric=none", "tracker=none",
         "data.max_target_length=12", "plugins=my_plugin", "trainer.output_dir=again",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    done = glmtuner_process("export", "run", "--to", "out")
+    done = glmtuner_fork("export", "run", "--to", "out")
     assert done.returncode == 0 and (here / "out/model.safetensors").is_file(), done.stdout + done.stderr
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
-def test_a_sweep_over_a_plugins_presets_and_keys(glmtuner_process: Callable, here: Path, launcher: list[str]) -> None:
+def test_a_sweep_over_a_plugins_presets_and_keys(glmtuner_fork: Callable, here: Path, launcher: list[str]) -> None:
     words = [word for word in SHORT if not word.startswith("finetuning=")]
     words += ["trainer.do_predict=true", "finetuning=norms,lora", "objective=same_length", "name=own", *launcher]
-    done = glmtuner_process("-m", *words)
+    done = glmtuner_fork("-m", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     jobs = [path for path in (here / "outputs/sweeps/own").iterdir() if (path / "metrics.json").is_file()]
     assert len(jobs) == 2
@@ -102,22 +102,24 @@ def test_an_installed_package_brings_plugins_by_its_entry_point(glmtuner_process
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_mistakes_are_told_in_a_paragraph(glmtuner_process: Callable, here: Path, words: list, facts: list) -> None:
+def test_mistakes_are_told_in_a_paragraph(glmtuner_fork: Callable, here: Path, words: list, facts: list) -> None:
     (here / "broken.py").write_text("import os\nos.environ[undefined]\n")
     (here / "lost.py").write_text("import no_such_library\n")
     (here / "twice.py").write_text(
         "from dataclasses import dataclass\nfrom glmtuner.config.groups import Metric, preset\n"
         "@preset('metric', 'rouge_bleu_zh')\n@dataclass(kw_only=True)\nclass Mine(Metric):\n    pass\n"
     )
-    done = glmtuner_process("model=tiny_glm", "tracker=none", *words)
+    done = glmtuner_fork("model=tiny_glm", "tracker=none", *words)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
     assert all(fact in done.stderr for fact in facts), done.stderr
     assert not (here / "outputs").exists()
 
 
-def test_code_that_came_with_a_run_is_not_executed(glmtuner_process: Callable, here: Path) -> None:
-    done = glmtuner_process(*SHORT, "trainer.output_dir=run")
+def test_code_that_came_with_a_run_is_not_executed(
+    glmtuner_fork: Callable, glmtuner_process: Callable, here: Path
+) -> None:
+    done = glmtuner_fork(*SHORT, "trainer.output_dir=run")
     assert done.returncode == 0, done.stdout + done.stderr
     code = (here / "my_plugin.py").read_text(encoding="utf-8")
     (here / "my_plugin.py").unlink()

@@ -50,7 +50,7 @@ def run_commands(folder: Path, *commands: list[str], imported: list[str]) -> tup
         env=environment(folder),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stdout, done.stderr

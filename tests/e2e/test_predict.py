@@ -1,11 +1,8 @@
 """`trainer=predict`: answers stand in the order of the records at any time, and nothing that is answered is lost."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,8 +11,8 @@ from typing import Any
 import pytest
 from json_lines import lines
 from upstream import write_checkpoint
+from warm_server import WarmServer
 
-ROOT = Path(__file__).parent.parent.parent
 WORDS = (
     "trainer=predict", "model=tiny_glm", "finetuning=none", "tracker=none", "data.dataset=identity_sample", "data.max_samples=30",
     "data.max_target_length=40", "trainer.disable_tqdm=true",
@@ -46,7 +43,7 @@ def test_beams_and_a_penalty_go_through_the_command_line(glmtuner: Callable, tmp
 
 
 def test_a_killed_prediction_goes_on_where_it_was(
-    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    glmtuner: Callable, warm_server: WarmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from glmtuner.inference import generate
 
@@ -54,22 +51,13 @@ def test_a_killed_prediction_goes_on_where_it_was(
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "killed"
     path, early = folder / "predictions.jsonl", folder / "evaluations/predictions.early.jsonl"
-    child = subprocess.Popen(
-        [sys.executable, "-m", "glmtuner", *WORDS, "trainer.output_dir=killed"], cwd=tmp_path, stdout=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        until = time.monotonic() + 120
-        while not (path.is_file() and path.read_text().count("\n") >= 4):
-            assert child.poll() is None and time.monotonic() < until
-            text = path.read_text(encoding="utf-8", errors="ignore") if path.is_file() else ""
-            seen = [json.loads(line)["index"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
-            assert seen == list(range(len(seen))), "in order at any time"
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    kept = {line["index"] for file in (path, early) for line in lines(file)}
-    assert 4 <= len(kept) < 30, "the child was killed too late"
+    put = "glmtuner.inference.predict:OrderedFile.put"
+    killed = warm_server.run(*WORDS, "trainer.output_dir=killed", cwd=tmp_path, kill_at_call=(put, 15))
+    assert killed.code == -signal.SIGKILL, killed.output
+    seen = [line["index"] for line in lines(path)]
+    assert seen == list(range(len(seen))), "in order at any time"
+    kept = {*seen, *(line["index"] for line in lines(early))}
+    assert len(kept) == 14
     asked = []
     real = generate.answers
 
@@ -167,7 +155,7 @@ def test_answers_of_an_earlier_version_are_kept_and_those_to_other_records_are_n
 
 
 def test_an_answer_that_is_lost_is_named_and_never_left_out_of_the_scores(
-    glmtuner: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    glmtuner: Callable, warm_server: WarmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from glmtuner.inference import generate
 

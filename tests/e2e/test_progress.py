@@ -66,7 +66,7 @@ def test_a_run_without_a_terminal(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "glmtuner", *TINY, "trainer.max_steps=4", "trainer.output_dir=run", "trainer.do_predict=true",
          "trainer.predict_with_generate=true", "data.max_target_length=4", "data.dev_ratio=0.2"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for text in (done.stdout, done.stderr):

@@ -1,19 +1,18 @@
 """Killed with SIGKILL and started again with the same command, a run ends as if nothing had happened."""
 
 import json
-import os
 import random
+import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+from warm_server import WarmServer
 
-ROOT = Path(__file__).parent.parent.parent
 WORDS = [
     "model=tiny_glm", "tracker=none", "data.dataset=alpaca_zh_sample", "data.max_samples=60", "data.dev_ratio=0.1",
     "finetuning.lora_dropout=0.1", "trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=3",
@@ -22,68 +21,53 @@ WORDS = [
 ]  # fmt: skip
 
 
-def start(folder: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "glmtuner", *WORDS, f"trainer.output_dir={folder}"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=folder.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def command(folder: Path, *more: str) -> list[str]:
+    return [*WORDS, f"trainer.output_dir={folder}", *more]
 
 
 def outcome(folder: Path) -> tuple[bytes, bytes]:
     return (folder / "history.jsonl").read_bytes(), (folder / "adapter/adapter_model.safetensors").read_bytes()
 
 
-def finish(folder: Path) -> str:
-    process = start(folder)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    return out
+def finish(server: WarmServer, folder: Path) -> str:
+    ended = server.run(*command(folder), cwd=folder.parent)
+    assert ended.code == 0, ended.output
+    return ended.output
 
 
-def kill_when(folder: Path, condition: Callable[[], bool]) -> bool:
-    """Start the run and kill it once the condition holds; False when it ended first."""
-    process = start(folder)
-    while process.poll() is None:
-        if condition():
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            return True
-        time.sleep(0.0005)
-    process.communicate()
-    return False
+def kill(server: WarmServer, folder: Path, **when: Any) -> None:
+    """Start the run and let it be killed; `when` are the arguments of the server."""
+    ended = server.run(*command(folder), cwd=folder.parent, **when)
+    assert ended.code == -signal.SIGKILL, ended.output
 
 
-def lines(folder: Path) -> int:
-    path = folder / "history.jsonl"
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
+def at_step(number: int) -> dict[str, Any]:
+    """Killed in the batches of this step, counted from the run's start or resumption."""
+    return {"kill_at_call": ("transformers.trainer:Trainer.training_step", 2 * number)}
+
+
+class Undisturbed(NamedTuple):
+    history_and_weights: tuple[bytes, bytes]
+    changes: int  # of its files
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, warm_server: WarmServer) -> Undisturbed:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(folder)
-    return outcome(folder)
+    ended = warm_server.run(*command(folder), cwd=folder.parent, below=str(folder))
+    assert ended.code == 0, ended.output
+    return Undisturbed(outcome(folder), len(ended.operations))
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.heavy)])
-def test_killed_at_random_moments(undisturbed: tuple[bytes, bytes], tmp_path: Path, seed: int) -> None:
+def test_killed_at_random_moments(undisturbed: Undisturbed, warm_server: WarmServer, tmp_path: Path, seed: int) -> None:
     folder, rng = tmp_path / "run", random.Random(seed)
-    for _ in range(2):
-        wanted, pause = lines(folder) + rng.randint(1, 3), rng.uniform(0, 0.3)
-
-        def reached(wanted: int = wanted, pause: float = pause) -> bool:
-            if lines(folder) < wanted:
-                return False
-            time.sleep(pause)
-            return True
-
-        kill_when(folder, reached)
-    finish(folder)
-    assert outcome(folder) == undisturbed
+    for _ in range(2):  # each in the first half of what there is to write, so that it has not ended
+        change = rng.randint(1, undisturbed.changes // 2)
+        kill(warm_server, folder, below=str(folder), kill_at=change, opened=rng.random() < 0.5)
+    kill(warm_server, folder, **at_step(rng.randint(1, 3)))
+    finish(warm_server, folder)
+    assert outcome(folder) == undisturbed.history_and_weights
     history, timings = (
         [json.loads(line) for line in (folder / name).read_text().splitlines()]
         for name in ("history.jsonl", "timings.jsonl")
@@ -97,45 +81,45 @@ def test_killed_at_random_moments(undisturbed: tuple[bytes, bytes], tmp_path: Pa
     assert plan["run folder"] == str(folder)
 
 
-def test_killed_during_a_save(undisturbed: tuple[bytes, bytes], tmp_path: Path) -> None:
+def test_killed_during_a_save(undisturbed: Undisturbed, warm_server: WarmServer, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     saving = folder / "checkpoints/.partial-checkpoint-8"
-    assert kill_when(folder, saving.exists)
-    finish(folder)
-    assert outcome(folder) == undisturbed
+    for file in ("adapter_config", "trainer_state", ".complete"):
+        kill(warm_server, folder, below=str(folder), matching=re.escape(f"/{saving.name}/{file}"), kill_at=1)
+        assert saving.is_dir() and not saving.with_name("checkpoint-8").exists()
+    finish(warm_server, folder)
+    assert outcome(folder) == undisturbed.history_and_weights
 
 
-def test_broken_checkpoints_are_named_and_passed_over(undisturbed: tuple[bytes, bytes], tmp_path: Path) -> None:
+def test_broken_checkpoints_are_named_and_passed_over(
+    undisturbed: Undisturbed, warm_server: WarmServer, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     twelve = folder / "checkpoints/checkpoint-12"
-    assert kill_when(folder, twelve.exists)
+    kill(warm_server, folder, **at_step(13))
     optimizer = twelve / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
     (folder / "checkpoints/checkpoint-8/rng_state.pth").unlink()
-    out = finish(folder)
+    out = finish(warm_server, folder)
     assert "checkpoint-12 is skipped: optimizer.pt is truncated" in out
     assert "checkpoint-8 is skipped: it has no RNG state" in out
     assert "resumed from checkpoint-4" in out
-    assert outcome(folder) == undisturbed
+    assert outcome(folder) == undisturbed.history_and_weights
 
 
-def test_finished_and_foreign_folders_are_refused(undisturbed: tuple[bytes, bytes], tmp_path: Path) -> None:
+def test_finished_and_foreign_folders_are_refused(
+    undisturbed: Undisturbed, warm_server: WarmServer, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    assert kill_when(folder, lambda: lines(folder) > 0)
-    other = subprocess.run(
-        [sys.executable, "-m", "glmtuner", *WORDS, "trainer.seed=7", f"trainer.output_dir={folder}"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert other.returncode == 2
-    assert "unfinished run of another configuration (different: trainer.seed)" in other.stderr
-    finish(folder)
-    again = start(folder)
-    out, _ = again.communicate()
-    assert again.returncode == 2
-    assert "holds a finished run" in out
-    assert outcome(folder) == undisturbed
+    kill(warm_server, folder, **at_step(4))
+    other = warm_server.run(*command(folder, "trainer.seed=7"), cwd=tmp_path)
+    assert other.code == 2
+    assert "unfinished run of another configuration (different: trainer.seed)" in other.output
+    finish(warm_server, folder)
+    again = warm_server.run(*command(folder), cwd=tmp_path)
+    assert again.code == 2
+    assert "holds a finished run" in again.output
+    assert outcome(folder) == undisturbed.history_and_weights
 
 
 def test_a_training_is_continued_in_a_new_folder(

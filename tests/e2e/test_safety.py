@@ -1,20 +1,19 @@
 """A full disk, kill -9 and half a file: the next command says what happened, and what was there before is whole."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from warm_server import WarmServer
 
 from glmtuner.cli.main import main
 from glmtuner.run_folder.checkpoints import checkpoint_problem
 
-ROOT = Path(__file__).parent.parent.parent
 SHORT = [
     "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "data.max_samples=8", "data.max_target_length=16",
     "trainer.max_steps=4", "trainer.save_steps=2", "trainer.learning_rate=1e-3", "trainer.disable_tqdm=true",
@@ -78,17 +77,22 @@ def test_a_disk_that_fills_during_an_export(run: Path, disk: Callable, capsys: p
     assert (folder / "out" / "export.json").is_file()
 
 
-def test_an_export_that_is_killed_is_no_export(run: Path, tmp_path: Path) -> None:
+def test_an_export_that_is_killed_is_no_export(run: Path, warm_server: WarmServer, tmp_path: Path) -> None:
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "glmtuner", "export", str(run), "--to", str(out)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    while process.poll() is None and not (partial / "model.safetensors").exists():
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert partial.exists() and not out.exists()
+    for file in ("config.json", "tokenizer_config.json", ".export.json.partial"):
+        killed = warm_server.run(
+            "export",
+            str(run),
+            "--to",
+            str(out),
+            cwd=tmp_path,
+            below=str(partial),
+            kill_at=1,
+            matching=re.escape(f"/{file}"),
+        )
+        assert killed.code == -signal.SIGKILL, killed.output
+        assert partial.exists() and not out.exists()
+    assert (partial / "model.safetensors").is_file()
     assert main(["export", str(run), "--to", str(out)]) == 0
     assert (out / "export.json").is_file() and not partial.exists()
 

@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,7 +13,6 @@ from safetensors.torch import load_file
 from glmtuner.run_folder.folder import job_folders
 from glmtuner.trackers.wandb import open_sessions
 
-ROOT = Path(__file__).parents[2]
 SHARED = "hydra/launcher=shared"
 TINY = [
     "-m", "--config-dir", "my_conf", "model=tiny_glm", "tracker=none", "data.dataset=belle_sample", "data.max_samples=24",
@@ -196,20 +192,17 @@ def test_jobs_wait_for_their_turn_and_a_failure_stops_no_other(glmtuner, tmp_pat
 
 
 @pytest.mark.heavy
-def test_eight_unlike_jobs_that_are_killed_write_what_their_own_runs_write(glmtuner, tmp_path, jobs):
-    """SIGKILL when there are some checkpoints, and again when there are more; the same command goes on from what was written."""
+def test_eight_unlike_jobs_that_are_killed_write_what_their_own_runs_write(glmtuner, warm_server, tmp_path, jobs):
+    """SIGKILL when some checkpoints are written, and again when more are; the same command goes on from what was written."""
     words = [*TINY, jobs(UNLIKE | MORE)]
     assert glmtuner(*words, "name=alone").returncode == 0
     sweep = tmp_path / "outputs/sweeps/shared"
-    for checkpoints in (3, 14):
-        command = [sys.executable, "-m", "glmtuner", *words, "name=shared", SHARED]
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL
-        )
-        while process.poll() is None and len([*sweep.glob("*/checkpoints/checkpoint-*")]) < checkpoints:
-            time.sleep(0.05)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+    for change in (7, 14):
+        ended = warm_server.run(
+            *words, "name=shared", SHARED, cwd=tmp_path, below=str(sweep), kill_at=change,
+            matching=r"/checkpoints/\.partial-checkpoint-\d+/\.complete\.json\.partial",
+        )  # fmt: skip
+        assert ended.code == -signal.SIGKILL, ended.output
     done = glmtuner(*words, "name=shared", SHARED)
     assert done.returncode == 0 and "resumed from checkpoint-" in done.stdout, done.stdout + done.stderr
     assert_sweeps_agree(tmp_path, 8)

@@ -2,12 +2,8 @@
 
 import io
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -16,6 +12,7 @@ import pytest
 from json_lines import lines
 from safetensors.torch import load_file
 from upstream import write_checkpoint
+from warm_server import WarmServer
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = (
@@ -251,18 +248,17 @@ def test_a_run_cut_short_ends_in_the_same_bytes(base: Callable, tmp_path: Path, 
 
 
 @pytest.mark.heavy
-def test_ppo_killed_in_the_middle_ends_in_the_same_bytes(base: Callable, tmp_path: Path) -> None:
+def test_ppo_killed_in_the_middle_ends_in_the_same_bytes(
+    base: Callable, warm_server: WarmServer, tmp_path: Path
+) -> None:
     words = resumed_words("ppo", *base("lora"))
     run(tmp_path / "whole", *words)
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "glmtuner", *SHORT, *words, f"trainer.output_dir={folder}"]
-    process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not (folder / "checkpoints/checkpoint-2/complete.json").is_file():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    killed = warm_server.run(
+        *SHORT, *words, f"trainer.output_dir={folder}", cwd=tmp_path, below=str(folder), kill_at=1,
+        matching=r"/\.partial-checkpoint-(?!2)",
+    )  # fmt: skip
+    assert killed.code == -signal.SIGKILL, killed.output
     assert not (folder / "metrics.json").is_file()
     run(folder, *words)
     assert outcome(folder) == outcome(tmp_path / "whole")

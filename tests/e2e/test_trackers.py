@@ -92,7 +92,7 @@ def stop_after_step_three(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.GlmTrainer, "__init__", init)
 
 
-def test_a_run_is_in_its_file_and_no_secret_is(glmtuner_process: Callable, tmp_path: Path) -> None:
+def test_a_run_is_in_its_file_and_no_secret_is(glmtuner_fork: Callable, tmp_path: Path) -> None:
     subprocess.run(
         "git init -q . && git -c user.name=n -c user.email=e commit -q --allow-empty -m m && "
         f"git remote add origin https://ghp_{KEY}:x-oauth-basic@example.org/me/repo.git",
@@ -101,7 +101,7 @@ def test_a_run_is_in_its_file_and_no_secret_is(glmtuner_process: Callable, tmp_p
     secrets = {"WANDB_API_KEY": KEY, "HF_TOKEN": f"hf_{KEY}", "WANDB_MODE": "offline"}
     words = [*TINY, *SCORED, "model.plot_loss=true", f"trainer.hub_token=hf_{KEY}", "tracker.log_artifact=true"]
     words += ["tracker.project=proj", "tracker.entity=team", "tracker.group=mine", "tracker.tags=a,b", "name=first"]
-    done = glmtuner_process(*words, "trainer.output_dir=run", env={**secrets, "WANDB_NOTES": "a note"})
+    done = glmtuner_fork(*words, "trainer.output_dir=run", env={**secrets, "WANDB_NOTES": "a note"})
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     (session,) = wandb_file.sessions(run)
@@ -194,7 +194,7 @@ def on_a_terminal(words: list[str], folder: Path, env: dict[str, str]) -> tuple[
         while part := os.read(ours, 4096):
             shown += part
     os.close(ours)
-    return child.wait(timeout=60), shown.decode(errors="replace")
+    return child.wait(timeout=600), shown.decode(errors="replace")
 
 
 def test_without_a_login_nothing_is_asked(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_what_was_synced_is_not_sent_again(
         paths = [path for path in sorted(run.glob("wandb/offline-run-*")) if not list(path.glob("*.synced"))]
         command = ["wandb", "sync", *map(str, paths)]
         env = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
-        subprocess.run([sys.executable, "-m", *command], env=env, check=True, capture_output=True, timeout=60)
+        subprocess.run([sys.executable, "-m", *command], env=env, check=True, capture_output=True, timeout=600)
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     words, run = [*TINY, "trainer.output_dir=run"], tmp_path / "run"

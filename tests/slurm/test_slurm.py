@@ -45,7 +45,7 @@ def undisturbed(here: Path) -> Path:
 
 def glmtuner(here: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "glmtuner", *words], cwd=here, env=ENV, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "glmtuner", *words], cwd=here, env=ENV, capture_output=True, text=True, timeout=1500
     )
 
 
@@ -67,10 +67,10 @@ class Driver:
         return self.log.read_text(encoding="utf-8")
 
     def end(self) -> int:
-        return self.process.wait(500)
+        return self.process.wait(1500)
 
 
-def wait(condition, seconds: float = 120):
+def wait(condition, seconds: float = 600):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if found := condition():

@@ -2,17 +2,12 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from warm_server import WarmServer
 
-ROOT = Path(__file__).parents[2]
-SETTINGS = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 COMMON = [
     "model=tiny_glm", "tracker=none", "data.max_source_length=48", "data.max_target_length=12", "data.max_samples=16",
     "data.dev_ratio=0.25", "trainer.do_eval=true", "trainer.max_steps=3", "trainer.save_steps=1", "trainer.logging_steps=1",
@@ -33,17 +28,10 @@ SWEEPS = {  # stage -> what is swept and by what it is judged
 }  # fmt: skip
 
 
-def finished(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "glmtuner", *words],
-        cwd=folder,
-        env={**os.environ, **SETTINGS},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def finished(server: WarmServer, folder: Path, *words: str) -> str:
+    done = server.run(*words, cwd=folder)
+    assert done.code == 0, done.output
+    return done.output
 
 
 def in_this_process(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
@@ -65,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stage", SWEEPS)
 def test_a_killed_sweep_typed_again_is_the_undisturbed_one(
-    place: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    place: Path, warm_server: WarmServer, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     if stage == "ppo":
         in_this_process(place / "for_ppo", monkeypatch, "stage=rm", *COMMON, *PAIRS, "trainer.output_dir=../rm")
@@ -73,24 +61,16 @@ def test_a_killed_sweep_typed_again_is_the_undisturbed_one(
     whole, killed = place / f"{stage}-whole", place / f"{stage}-killed"
     in_this_process(whole, monkeypatch, *words)
     killed.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "glmtuner", *words],
-        cwd=killed,
-        env={**os.environ, **SETTINGS},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    ended = warm_server.run(
+        *words, cwd=killed, below=str(killed), matching=r"/checkpoints/\.partial-checkpoint-2", kill_at=1
     )
-    while process.poll() is None and not [
-        *killed.glob("outputs/sweeps/swept/*/checkpoints/checkpoint-1/complete.json")
-    ]:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert ended.code == -signal.SIGKILL, ended.output
+    assert [*killed.glob("outputs/sweeps/swept/*/checkpoints/checkpoint-1/complete.json")]
     assert not [*killed.glob("outputs/sweeps/swept/*/metrics.json")]
-    told = finished(killed, *words)
+    told = finished(warm_server, killed, *words)
     assert "resumed from checkpoint-" in told and "(2 finished, 0 did not fit into memory, 0 failed)" in told
     assert outcomes(killed) == outcomes(whole)
-    check_report(killed, finished(killed, "report", "outputs/sweeps/swept"), words)
+    check_report(killed, finished(warm_server, killed, "report", "outputs/sweeps/swept"), words)
 
 
 def outcomes(folder: Path) -> dict[str, bytes]:

@@ -97,23 +97,27 @@ def trained_on(quant: str) -> list[str]:
 
 
 def cells() -> Iterator[Any]:
-    """(stage, method, quantization, further words); those of a method and a quantization follow each other, and share a process."""
-    for quant in QUANTS:
-        for method in trained_on(quant):
-            for stage in STAGES:
-                yield cell(stage, method, quant)
-    for preset in VARIANTS:
-        for stage in ("sft", "dpo", "rm"):
-            yield cell(stage, preset, "int4" if preset == "qlora" else "none")
+    """(stage, method, quantization, further words); those of a method and a quantization follow each other, and share a process.
+
+    `make test-stages` runs every stage once with each quantization, by methods in turn; `make test-matrix` the rest.
+    """
+    for turn, quant in enumerate(QUANTS):
+        methods = trained_on(quant)
+        for column, method in enumerate(methods):
+            for row, stage in enumerate(STAGES):
+                yield cell(stage, method, quant, matrix=(row + column + turn) % len(methods) != 0)
+    for column, preset in enumerate(VARIANTS):
+        for row, stage in enumerate(("sft", "dpo", "rm")):
+            yield cell(stage, preset, "int4" if preset == "qlora" else "none", matrix=(row + column) % 3 != 0)
     for stage, losses in LOSSES.items():
         for loss in losses:
-            yield cell(stage, "lora", "none", loss, group="losses")
+            yield cell(stage, "lora", "none", loss, group="losses", matrix=loss not in (losses[0], losses[-1]))
 
 
-def cell(stage: str, method: str, quant: str, more: str = "", group: str = "") -> Any:
+def cell(stage: str, method: str, quant: str, more: str = "", group: str = "", matrix: bool = False) -> Any:
     name = "-".join([stage, method, quant, *(word.partition("=")[2] for word in more.split())])
-    group = group or f"{method}-{quant}"
-    return pytest.param(stage, method, quant, more.split(), id=name, marks=pytest.mark.xdist_group(group))
+    marks = [pytest.mark.xdist_group(group or f"{method}-{quant}"), *([pytest.mark.matrix] if matrix else [])]
+    return pytest.param(stage, method, quant, more.split(), id=name, marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +231,15 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_method_and_quantization_is_tried_without_the_rest_of_the_matrix() -> None:
+    tried = [each.values for each in cells() if not any(mark.name == "matrix" for mark in each.marks)]
+    assert {stage for stage, *_ in tried} == {*STAGES}
+    pairs = {(method, quant) for method in METHODS for quant in QUANTS if method in trained_on(quant)}
+    assert {(method, quant) for _, method, quant, more in tried if method in METHODS and not more} == pairs
+    assert {method for _, method, _, _ in tried} == {*METHODS, *VARIANTS}
+    assert {(stage, quant) for stage, _, quant, _ in tried} >= {(stage, quant) for stage in STAGES for quant in QUANTS}
 
 
 def test_everything_that_can_be_chosen_is_in_the_table() -> None:

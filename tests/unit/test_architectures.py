@@ -17,6 +17,7 @@ def test_the_page_is_what_is_expected() -> None:
     page = matrix.PAGE.read_text(encoding="utf-8")
     found = re.search(r"with (.+) on a CPU", page)
     assert found and matrix.page(EXPECTED, found.group(1)) == page
+    assert matrix.page(EXPECTED, found.group(1), "zh") == matrix.CHINESE_PAGE.read_text(encoding="utf-8")
     assert [*EXPECTED] == [*ARCHITECTURES]
 
 

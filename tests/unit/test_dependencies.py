@@ -14,7 +14,14 @@ ROOT = Path(__file__).parent.parent.parent
 # installed into environments of their own, beside this one, by who uses them
 ELSEWHERE = {"llamafactory": "scripts/benchmark.py", "triton": "make test-liger", "trl": "make test-trl"}
 # declared under another name than the module's, and not installed where the tests run
-NAMES = {"liger_kernel": "liger-kernel", "deepspeed": "deepspeed", "vllm": "vllm", "lm_eval": "lm-eval"}
+NAMES = {
+    "liger_kernel": "liger-kernel",
+    "deepspeed": "deepspeed",
+    "vllm": "vllm",
+    "lm_eval": "lm-eval",
+    "comet_ml": "comet-ml",
+}
+EXTRAS = ("dashboard", "liger", "deepspeed", "vllm", "benchmark", "mlflow", "swanlab", "trackio", "comet")
 
 
 def plain(name: str) -> str:
@@ -63,13 +70,11 @@ def undeclared(modules: dict[str, str], allowed: set[str]) -> list[str]:
 
 
 def test_what_the_package_imports_is_declared() -> None:
-    assert (
-        undeclared(imported(ROOT / "glmtuner"), declared("dashboard", "liger", "deepspeed", "vllm", "benchmark")) == []
-    )
+    assert undeclared(imported(ROOT / "glmtuner"), declared(*EXTRAS)) == []
 
 
 def test_what_scripts_and_tests_import_is_declared() -> None:
-    allowed = declared("dashboard", "liger", "deepspeed", "vllm", "benchmark", "dev")
+    allowed = declared(*EXTRAS, "dev")
     assert undeclared({**imported(ROOT / "scripts"), **imported(ROOT / "tests")}, allowed) == []
 
 

@@ -33,7 +33,18 @@ MOST_ROOMS, MOST_LINES = 28, 450
 LONGER = {"models/tokenization_chatglm.py"}  # tokenizers and tables of data may be
 # Of these no run takes anything that asked for no tracker, no pictures, no scores and no compiled model.
 UNUSED = {"wandb", "tensorboard", "matplotlib", "jieba", "nltk", "rouge_chinese", "rapidfuzz", "sklearn", "optuna"}
-UNUSED |= {"joblib", "deepspeed", "fastapi", "uvicorn", "torch._inductor.compile_fx", "torch._inductor.scheduler"}
+UNUSED |= {
+    "mlflow",
+    "swanlab",
+    "trackio",
+    "comet_ml",
+    "joblib",
+    "deepspeed",
+    "fastapi",
+    "uvicorn",
+    "torch._inductor.compile_fx",
+    "torch._inductor.scheduler",
+}
 HEAVY = {"torch", "transformers", "datasets", "peft", "matplotlib", "rich", "pandas", "fastapi", "uvicorn", "wandb"}
 SPY = """\
 import sys
@@ -176,7 +187,7 @@ def modules_loaded_by(folder: Path, *words: str) -> tuple[int, set[str]]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     last = done.stdout.splitlines()[-1].split()
     assert last[0] == "LOADED", done.stderr

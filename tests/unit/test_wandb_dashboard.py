@@ -113,5 +113,5 @@ def test_what_cannot_be_is_one_sentence(
 def test_help_needs_no_package() -> None:
     block = f"import runpy, sys; sys.modules['wandb'] = sys.modules['wandb_workspaces'] = None; sys.argv = ['d', '--help']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", block], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", block], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "ENTITY/PROJECT" in done.stdout, done.stderr

@@ -137,7 +137,7 @@
               board.plainTable(
                 board.word("filesShort"),
                 [board.word("file"), board.word("size")],
-                info.files.map((file) => [file.name, board.bytes(file.bytes)]),
+                info.files.map((file) => [file.name, file.bytes === null ? "" : board.bytes(file.bytes)]),
               ),
             )
           : null,

@@ -23,7 +23,8 @@ NEEDED = {  # by every run; the other dependencies are those of trackers, search
 }  # fmt: skip
 SHOWN = ("torch", "transformers", "peft", "accelerate", "datasets")
 EXTRAS = {"deepspeed": "parallel=zero2 and zero3", "vllm": "generation.engine=vllm", "benchmark": "benchmark=…",
-          "dashboard": "scripts/wandb_dashboard.py"}  # fmt: skip
+          "dashboard": "scripts/wandb_dashboard.py", "mlflow": "tracker=mlflow", "swanlab": "tracker=swanlab",
+          "trackio": "tracker=trackio", "comet": "tracker=comet"}  # fmt: skip
 
 
 def requirements() -> list["Requirement"]:

@@ -12,6 +12,7 @@ from glmtuner.launch.doctor.packages import is_installed
 from glmtuner.run_folder.redaction import redact_text
 
 NO_ADDRESS = "it is no address such as https://huggingface.co"
+CLIENTS = {"mlflow": "MLflow", "swanlab": "SwanLab", "trackio": "trackio", "comet_ml": "Comet"}  # by modules
 WANDB_PROBE = """\
 import json, wandb
 settings = wandb.setup(wandb.Settings(silent=True)).settings
@@ -50,10 +51,15 @@ def ask_wandb() -> Answer:
 
 
 def check_trackers(answer: Answer) -> Finding:
-    """Whether W&B is installed and a key for it is stored, and whether TensorBoard is installed."""
+    """Whether W&B is installed and a key for it is stored, and which of the other trackers are installed.
+
+    The optional ones that are not are in the line of the extras.
+    """
     board = "tensorboard is installed" if is_installed("tensorboard") else "tensorboard is not installed"
+    clients = [name for module, name in CLIENTS.items() if is_installed(module)]
+    board += f", with the clients of {', '.join(clients)}" if clients else ""
     lacking = [] if is_installed("tensorboard") else ["tensorboard"]
-    facts: dict[str, Any] = {"tensorboard": not lacking}
+    facts: dict[str, Any] = {"tensorboard": not lacking, "clients": clients}
     if not is_installed("wandb"):
         return Finding(
             "trackers", MISSING, f"wandb is not installed, {board}", f"pip install {' '.join(['wandb', *lacking])}"

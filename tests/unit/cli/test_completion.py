@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -206,9 +205,10 @@ def test_it_imports_nothing_heavy_and_is_fast(workspace):
     assert not {"hydra", "omegaconf", "yaml", "torch", "rich", "rapidfuzz"} & {*done.stderr.split()}
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = os.times()
         subprocess.run(backend(*line), capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        end = os.times()  # of the processor, which others may use, too
+        seconds.append(end.children_user + end.children_system - start.children_user - start.children_system)
     assert min(seconds) < 0.3
 
 
@@ -237,7 +237,7 @@ def offer(request, workspace):
 def in_bash(path, line):
     environment = {**os.environ, "SCRIPT": str(path), "LINE": line}
     done = subprocess.run(
-        ["bash", "--norc", "-c", BASH], env=environment, capture_output=True, text=True, timeout=60, check=True
+        ["bash", "--norc", "-c", BASH], env=environment, capture_output=True, text=True, timeout=600, check=True
     )
     start = line.rpartition(" ")[2]
     cut = max(start.rfind(sign) + 1 for sign in "=:")  # where bash begins the word
@@ -247,7 +247,7 @@ def in_bash(path, line):
 def in_fish(path, line):
     command = f"source {path}; complete -C '{line}'"
     done = subprocess.run(
-        ["fish", "--no-config", "-c", command], capture_output=True, text=True, timeout=60, check=True
+        ["fish", "--no-config", "-c", command], capture_output=True, text=True, timeout=600, check=True
     )
     return [text.split("\t")[0] for text in done.stdout.splitlines()]
 
@@ -259,7 +259,7 @@ def in_zsh(path, line):
     places["RC"].write_text(ZSH_RC, encoding="utf-8")
     environment = {**os.environ, "SCRIPT": str(path), "LINE": line, "TERM": "xterm"}
     environment |= {name: str(place) for name, place in places.items()}
-    subprocess.run(["zsh", "-f", "-c", ZSH], env=environment, capture_output=True, timeout=60, check=True)
+    subprocess.run(["zsh", "-f", "-c", ZSH], env=environment, capture_output=True, timeout=600, check=True)
     offered = places["FOUND"].read_text(encoding="utf-8").splitlines() if places["FOUND"].exists() else []
     if len(offered) == 1:  # it is inserted, with a space where the word is whole
         start = line.rpartition(" ")[0]
@@ -285,7 +285,7 @@ def test_the_verb_prints_a_script_that_the_shell_parses(capsys):
         text = capsys.readouterr().out
         assert text == script(shell) and "@" not in text.replace('"$@"', "").replace("(@", "").replace("[@]", "")
         if shutil.which(shell):
-            subprocess.run([shell, "-n"], input=text, text=True, check=True, capture_output=True, timeout=60)
+            subprocess.run([shell, "-n"], input=text, text=True, check=True, capture_output=True, timeout=600)
     assert main(["completion", "csh"]) == 2
     told = capsys.readouterr().err
     assert "csh" in told and "bash" in told and told.count("\n") == 1

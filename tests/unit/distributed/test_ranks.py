@@ -106,7 +106,7 @@ def test_the_first_rank_that_fails_stops_the_others() -> None:
     finally:
         del os.environ["ELSE"]
     assert failed.value.code == 3 and failed.value.preempted_by is None and not failed.value.was_killed
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 50
 
 
 def test_a_signal_is_forwarded_and_is_no_failure() -> None:
@@ -114,7 +114,7 @@ def test_a_signal_is_forwarded_and_is_no_failure() -> None:
         "import os, signal, sys, time\n"
         "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(140))\n"
         "os.environ['RANK'] == '0' and os.kill(os.getppid(), signal.SIGUSR2)\n"
-        "time.sleep(20)\n"
+        "time.sleep(60)\n"
     )
     before = signal.getsignal(signal.SIGUSR2)
     with pytest.raises(ranks.RankFailed) as failed:
@@ -135,7 +135,7 @@ def test_a_rank_ends_with_the_process_that_started_it() -> None:
     child = int(process.stdout.readline())
     process.kill()
     process.wait()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while time.monotonic() < until and os.path.exists(f"/proc/{child}"):
         time.sleep(0.02)
     assert not os.path.exists(f"/proc/{child}")

@@ -187,7 +187,7 @@ def test_a_hub_that_fails_at_first(tmp_path: Path, status: int, count: int, last
         "PYTHONPATH": str(PACKAGE.parent),
     }
     done = subprocess.run(
-        [sys.executable, "-c", READ_CONFIG], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", READ_CONFIG], env=environment, capture_output=True, text=True, timeout=600
     )
     server.shutdown()
     lines = done.stdout.splitlines()

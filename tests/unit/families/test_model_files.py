@@ -66,10 +66,10 @@ def change(folder: Path, **values: object) -> Model:
     ],
 )  # fmt: skip
 def test_sizes_that_cannot_be(folder: Path, values: dict, told: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=told):
         read_config(change(folder, **values))
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '"x"', "3", "", "{", "[" * 100_000, "\ufeff{}"])

@@ -72,8 +72,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 
 def test_a_program_is_asked_for_so_long_only():
     start = time.monotonic()
-    assert ask(["/bin/sh", "-c", "echo a; sleep 60 & wait"], 0.3) == Answer("a\n", "no answer within 0.3 s")
-    assert time.monotonic() - start < 3
+    assert ask(["/bin/sh", "-c", "echo a; sleep 60 & wait"], 2) == Answer("a\n", "no answer within 2 s")
+    assert time.monotonic() - start < 30
     assert ask(["/bin/sh", "-c", "echo out; echo first >&2; echo why >&2; exit 3"], 5) == Answer(
         "out\n", "exit code 3: why"
     )
@@ -359,9 +359,9 @@ def test_slurm(program, monkeypatch):
     found = services.check_slurm(services.ask_slurm())
     assert found.state == PROBLEM and "squeue: exit code 1: slurm_load_jobs error: Unable to contact" in found.text
     program("squeue", "/bin/sleep 60")
-    monkeypatch.setattr(findings, "PROGRAM_SECONDS", 0.5)
+    monkeypatch.setattr(findings, "PROGRAM_SECONDS", 2)
     found = services.check_slurm(services.ask_slurm())
-    assert found.state == PROBLEM and "squeue: no answer within 0.5 s" in found.text
+    assert found.state == PROBLEM and "squeue: no answer within 2 s" in found.text
 
 
 def test_trackers(tmp_path, monkeypatch, package):
@@ -378,6 +378,11 @@ def test_trackers(tmp_path, monkeypatch, package):
     monkeypatch.setenv("WANDB_API_KEY", key)
     found = services.check_trackers(services.ask_wandb())
     assert found.state == OK and "has a key for https://" in found.text and key not in str(found)
+    package("mlflow", "raise OSError('not imported')")
+    package("comet_ml", "raise OSError('not imported')")
+    found = services.check_trackers(services.ask_wandb())
+    assert "; tensorboard is installed, with the clients of MLflow, Comet" in found.text
+    assert found.facts["clients"] == ["MLflow", "Comet"]
     package("wandb", "raise OSError('half a file')")
     found = services.check_trackers(services.ask_wandb())
     assert found.state == PROBLEM and "wandb does not load (exit code 1: OSError: half a file)" in found.text
@@ -425,7 +430,6 @@ def test_no_secret_of_the_hub_is_shown(server, monkeypatch, tmp_path):
 
 
 def test_a_hub_that_does_not_answer(server, monkeypatch):
-    monkeypatch.setattr(findings, "NETWORK_SECONDS", 0.3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -435,10 +439,11 @@ def test_a_hub_that_does_not_answer(server, monkeypatch):
             ("huggingface.co", "no address", PROBLEM),
         ):
             monkeypatch.setenv("HF_ENDPOINT", endpoint)
+            monkeypatch.setattr(findings, "NETWORK_SECONDS", 60 if reason else 0.3)
             start = time.monotonic()
             found = services.check_hub()
             assert found.state == state and reason in found.text and "prefetch" in found.fix and not found.stops_runs
-            assert time.monotonic() - start < 3
+            assert time.monotonic() - start < 30
 
 
 def test_offline(server, monkeypatch, tmp_path):
@@ -468,7 +473,7 @@ def run_doctor(folder: Path, *words: str, **variables: str) -> subprocess.Comple
     spy = "import sys; from glmtuner.cli.main import main; c = main(sys.argv[1:]); print('LOADED', *sys.modules); sys.exit(c)"
     return subprocess.run(
         [sys.executable, "-c", spy, "doctor", *words], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 

@@ -46,9 +46,9 @@ def test_what_is_no_number(text):
     "text", ["9" * 50_000, "1," * 25_000, "1 " * 25_000, "1/" * 25_000, "-" * 50_000, "一" * 50_000, "分之" * 25_000]
 )
 def test_a_long_text_takes_no_time(text):
-    start = time.monotonic()
+    start = time.process_time()
     last_number(text)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_number():

@@ -68,12 +68,12 @@ DAMAGED = [
 def test_a_damaged_file_is_named(tmp_path, text, said):
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CheckpointError) as raised:
         read_config(path)
     message = str(raised.value)
     assert str(path) in message and said in message and "\n" not in message and len(message) < 1000
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(

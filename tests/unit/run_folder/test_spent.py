@@ -77,7 +77,7 @@ def test_a_killed_attempt_leaves_its_last_hours(tmp_path):
     assert child.stdout is not None and child.stdout.readline() == "counting\n"
     start = time.monotonic()
     while hours_spent(tmp_path).gpu * 3600 < 0.3:
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 120
         time.sleep(0.05)
     child.kill()
     child.wait()

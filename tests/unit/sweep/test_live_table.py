@@ -54,7 +54,7 @@ def job(root: Path, name: str, *losses: float, **files: dict) -> Path:
 
 
 def wait_for(screen: Terminal, word: str) -> list[str]:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not any(word in line for line in screen.lines()):
         assert time.monotonic() < end, screen.lines()
     return screen.lines()

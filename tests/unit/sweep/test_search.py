@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -253,18 +254,19 @@ def test_of_two_machines_that_share_a_database_only_one_draws_a_number(tmp_path,
     assert trials[2].user_attrs["ended"] == "withdrawn" and trials[3].params != trials[1].params
 
 
-def test_a_trial_of_another_machine_is_taken_over_when_its_heartbeat_stops(tmp_path, monkeypatch):
+def test_a_trial_of_another_machine_is_taken_over_when_its_heartbeat_stops(tmp_path):
     storage = f"sqlite:///{tmp_path}/searches.db"
-    monkeypatch.setattr("glmtuner.sweep.search_storage.HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr("glmtuner.sweep.search_storage.GRACE_SECONDS", 5)
+    database = sqlite3.connect(tmp_path / "searches.db")
     slow = in_child(StubSweeper(tmp_path / "there", storage=storage, study_name="x", n_trials=2, seconds=30).run)
     until(lambda: started(tmp_path / "there"))
-    time.sleep(1)  # its first heartbeat
+    until(lambda: database.execute("select count(*) from trial_heartbeats").fetchone() == (1,))
     StubSweeper(tmp_path / "here", storage=storage, study_name="x", n_trials=2).run()
     assert [trial.state.name for trial in trials_of(tmp_path, storage)] == ["RUNNING", "COMPLETE"]
     os.kill(slow.pid, signal.SIGKILL)
     slow.join()
-    time.sleep(6)
+    database.execute("update trial_heartbeats set heartbeat = datetime(heartbeat, '-10 minutes')")
+    database.commit()
+    database.close()
     StubSweeper(tmp_path / "here", storage=storage, study_name="x", n_trials=2).run()
     trials = trials_of(tmp_path, storage)
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 2

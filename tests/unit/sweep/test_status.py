@@ -189,6 +189,15 @@ def test_a_damaged_progress_is_no_progress(sweep, squeue, content):
     assert line.progress == Progress(3, 40, None)
 
 
+def test_a_line_of_the_history_is_newer_than_a_progress_that_is_written_every_few_seconds(sweep, squeue):
+    folder = job(sweep, "a", history=[{"step": 3, "loss": 1.0}])
+    for step, known in ((0, Progress(3, 40, None)), (5, Progress(5, 40, 0.5))):
+        values = {"step": step, "steps": 40, "start_step": 0, "seconds": 10.0}
+        (folder / "progress.json").write_text(json.dumps(values))
+        (line,) = lines_of(sweep)
+        assert line.progress == known
+
+
 def test_a_single_run_and_what_is_none(tmp_path, glmtuner):
     job(tmp_path, "run", metrics={"train_loss": 1.0})
     (tmp_path / "empty").mkdir()

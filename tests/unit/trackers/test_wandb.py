@@ -11,7 +11,8 @@ from matplotlib import pyplot
 
 from glmtuner.config.compose import compose
 from glmtuner.launch.register import register_presets
-from glmtuner.trackers.wandb import MAX_PREDICTIONS, Wandb, redacted_argv, sessions, sweep_of
+from glmtuner.trackers.experiment import MAX_ROWS, sweep_of
+from glmtuner.trackers.wandb import Wandb, redacted_argv, sessions
 
 register_presets()
 
@@ -101,13 +102,13 @@ def test_a_single_run_uses_the_id_of_the_environment(tmp_path: Path, monkeypatch
 
 def test_the_table_of_predictions_is_truncated(tmp_path: Path) -> None:
     used, _ = a_run(tmp_path / "run")
-    lines = [{"index": i, "prompt": "p", "label": "l", "predict": f"答{i}"} for i in range(MAX_PREDICTIONS + 5)]
+    lines = [{"index": i, "prompt": "p", "label": "l", "predict": f"答{i}"} for i in range(MAX_ROWS + 5)]
     (tmp_path / "run/predictions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     used.finish(tmp_path / "run", {"predict_rouge-l": 1.5})
     (session,) = wandb_file.sessions(tmp_path / "run")
-    assert session.summary["predictions/nrows"] == MAX_PREDICTIONS and session.summary["predict_rouge-l"] == 1.5
+    assert session.summary["predictions/nrows"] == MAX_ROWS and session.summary["predict_rouge-l"] == 1.5
     table = json.loads((tmp_path / "run/wandb/latest-run/files" / session.summary["predictions/path"]).read_text())
-    assert table["data"][-1] == [MAX_PREDICTIONS - 1, "p", "l", f"答{MAX_PREDICTIONS - 1}"]
+    assert table["data"][-1] == [MAX_ROWS - 1, "p", "l", f"答{MAX_ROWS - 1}"]
 
 
 def test_nothing_is_logged_before_the_start(tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_a_run_survives_the_end_of_wandbs_own_process(tmp_path: Path, capsys: py
     for child in psutil.Process().children(recursive=True):
         if "wandb-core" in child.name():
             child.terminate()  # as SLURM does, to every process of a job
-            child.wait(10)
+            child.wait(60)
     first.log({"step": 2, "loss": 1.0})
     first.abandon(preempted=True)
     assert first.finish(tmp_path / "run", {"train_loss": 1.5}) is None
