@@ -10,14 +10,16 @@ import os
 import re
 import shlex
 import time
+import traceback
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
-from glmtuner.board.form import form
+from glmtuner.board.form import BASIC, HYDRA_GROUPS, form
 from glmtuner.board.places import inside, run_base, shown, sweep_base
 from glmtuner.config.compose import Composed, combinations, compose, count_jobs, parse_and_check, presets, searched_dirs
 from glmtuner.config.keys import TARGET, hydra_keys
@@ -33,9 +35,9 @@ from glmtuner.launch.register import register_presets
 from glmtuner.run_folder.redaction import flatten, redact_config
 
 LIVE_SECONDS = 1.0  # of composing jobs of a sweep while its words are typed
-MOST_JOBS = 64
+MOST_JOBS = 64  # that are composed
+MOST_OF_A_SWEEP = 10_000
 OUTPUT_DIR, RUN_DIR, SWEEP_DIR = "trainer.output_dir", "hydra.run.dir", "hydra.sweep.dir"
-HYDRA_GROUPS = ("hydra/launcher", "hydra/sweeper", "hydra/sweeper/sampler", "hydra/sweeper/pruner")
 HYDRA_PATHS = ("hydra.launcher.submitit_folder", "hydra.launcher.temp_folder")
 STORAGE, PARAMETERS = "hydra.sweeper.storage", "hydra.launcher.additional_parameters"
 SBATCH_PATHS = ("output", "error", "chdir", "wrap", "input", "batch")
@@ -60,6 +62,10 @@ def main() -> None:
             answer = {"ok": False, "errors": [{"word": None, "message": plain(str(error))}]}
         except OSError as error:
             answer = {"ok": False, "errors": [{"word": None, "message": f"{error.filename}: {error.strerror}"}]}
+        except Exception as error:  # whatever words can bring about in Hydra, in OmegaConf or in a plugin
+            traceback.print_exc()
+            message = plain(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            answer = {"ok": False, "errors": [{"word": None, "message": message}]}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -108,12 +114,15 @@ def word_errors(words: Sequence[str], config_dir: str | None, multirun: bool) ->
     except GlmtunerError as error:
         return [(next(word for word in words if word.startswith("plugins=")), str(error))]
     known = presets(searched)
-    hydra = {key.name for key in hydra_keys(preset_files(searched), "en")}
+    files = preset_files(searched)
+    hydra = {key.name for key in hydra_keys(files, "en")}
+    parts = {group: [BASIC, *(file.name for file in files if file.group == group)] for group in HYDRA_GROUPS}
     for word in words:
         try:
             parsed = parse(bracket_lists([word], multirun))
             check_overrides(parsed, known, multirun)
             check_hydra(parsed[0].key_or_group, word, hydra)
+            check_parts(parsed[0], parts)
         except GlmtunerError as error:
             found.append((word, str(error)))
     return found
@@ -137,6 +146,32 @@ def check_hydra(key: str, word: str, known: set[str]) -> None:
             key, [*known, *HYDRA_GROUPS], "of Hydra's keys the board takes those of launchers and sweepers"
         )
         raise ConfigError(f"{word}: the board does not take {key}{hint}; type the command in a terminal")
+
+
+def check_parts(override: Override, known: dict[str, list[str]]) -> None:
+    """Raise ConfigError for a launcher, a sweeper or a part of one that there is no preset of."""
+    group = override.key_or_group
+    for name in str(override.value()).strip("[]").split(",") if group in known else ():
+        if name.strip() not in known[group]:
+            legal = f"legal: {', '.join(known[group])}"
+            raise ConfigError(
+                f"{group}={name}: no {group} preset of that name{did_you_mean(name, known[group], legal)}"
+            )
+
+
+def check_count(parsed: Sequence[Override]) -> None:
+    """Raise ConfigError for more jobs than anybody can wait for, before they are listed in memory."""
+    count = 1.0
+    for override in parsed:
+        value = override.value()
+        if isinstance(value, ChoiceSweep):
+            count *= max(len(value.list), 1)
+        elif isinstance(value, RangeSweep) and value.start is not None and value.stop is not None:
+            count *= max(abs((value.stop - value.start) / (value.step or 1)), 1)
+    if count > MOST_OF_A_SWEEP:
+        raise ConfigError(
+            f"{count:.0f} jobs: the board takes sweeps of {MOST_OF_A_SWEEP} at most; type a search, or fewer values"
+        )
 
 
 def attributed(message: str, words: Sequence[str]) -> Errors:
@@ -201,6 +236,7 @@ def sweep_of(words: Sequence[str], config_dir: str | None, config_name: str, roo
     source = {"config_dir": config_dir, "config_name": config_name}
     normalized, parsed = parse_and_check(words, searched_dirs(config_dir), multirun=True)
     check_not_swept(normalized)
+    check_count(parsed)
     jobs: list[Composed] = []
     until = time.monotonic() + LIVE_SECONDS
     for job in islice(combinations(normalized, config_dir=config_dir), MOST_JOBS):
@@ -227,6 +263,10 @@ def sweep_of(words: Sequence[str], config_dir: str | None, config_name: str, roo
         folder = base / folder.relative_to(Path("outputs") / "sweeps")
         add = [f"{SWEEP_DIR}={quoted_value(shown(folder, Path.cwd()))}"]
     place = inside(root, folder, f"{named}={folder}" if named else str(folder))
+    if place == base.resolve():
+        raise ConfigError(
+            f"{named}={'' if named == 'name' else folder}: it is the folder of all sweeps; type a name for this one"
+        )
     swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
     notes = _notes(first)
     if target != OPTUNA_TARGET and not swept:

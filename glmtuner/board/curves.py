@@ -24,16 +24,17 @@ def metrics_of(record: Record) -> list[str]:
 
 def curve(record: Record, metric: str, axis: str, points: int) -> tuple[dict[str, Any] | None, str]:
     """One curve, and why there is none where there is none; None without a reason for a metric that the run did not log."""
-    history, timings = record.history(), record.timings()
-    source = history if metric in history.columns else timings
+    history = record.history()
+    is_logged = metric in history.columns
+    source = history if is_logged else record.timings()
     lines, y = source.of(metric)
-    if not len(y) or metric in (NO_METRICS if source is history else NO_TIMINGS):
+    if not len(y) or metric in (NO_METRICS if is_logged else NO_TIMINGS):
         return None, ""
     steps = by_line(source, "step")[lines]
     if axis == "step":
         x = steps
     else:
-        x = at_steps(timings, AXES[axis], steps)
+        x = at_steps(record.timings(), AXES[axis], steps)
         if x is None:
             return (
                 None,

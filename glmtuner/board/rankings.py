@@ -94,10 +94,13 @@ class Rankings:
                     self._lock.wait()
                 id = next(iter(self._wanted))
                 is_sweep, self._works = self._wanted.pop(id), True
-            if is_sweep:
-                self._rank(id)
-            else:
-                self._bound(id)
+            try:
+                self._rank(id) if is_sweep else self._bound(id)
+            except Exception as error:  # whatever it is, the others are ranked
+                with self.index.lock:
+                    sweep = self.index.sweeps.get(id) if is_sweep else None
+                    if sweep is not None:
+                        self.failures[id] = (state_of_sweep(sweep), f"{type(error).__name__}: {error}")
 
     def _rank(self, id: str) -> None:
         with self.index.lock:

@@ -113,7 +113,7 @@ def text_of(index: Index, record: Record, name: str) -> str:
 
 
 def files_of(path: Path) -> list[dict[str, Any]]:
-    """Names and sizes of the files in a run folder and below it, at most MOST_FILES; links are not followed."""
+    """Names and sizes of the files in a run folder and below it, at most MOST_FILES and an entry that says so; links are not followed."""
     found: list[dict[str, Any]] = []
     for folder, folders, names in os.walk(path):
         folders.sort()
@@ -123,6 +123,8 @@ def files_of(path: Path) -> list[dict[str, Any]]:
                 status = os.lstat(file)
             except OSError:
                 continue
-            if stat.S_ISREG(status.st_mode) and len(found) < MOST_FILES:
+            if len(found) == MOST_FILES:
+                return [*found, {"name": "… and more", "bytes": None}]
+            if stat.S_ISREG(status.st_mode):
                 found.append({"name": file.relative_to(path).as_posix(), "bytes": status.st_size})
     return found

@@ -35,7 +35,7 @@ class Stops:
             raise CheckpointError(f"{name} is being stopped already")
         if (swept := sweep_of(self.root, name)) is not None:
             return self._stop_sweep(name, swept)
-        begun = [task for task in self.tasks.running(name) if task.process is not None]
+        begun = self._begun(name)
         try:
             folder = self.root.run(name)
         except CheckpointError:
@@ -44,11 +44,8 @@ class Stops:
             return self.tasks.thread("stop", lambda say: end_child(begun[0], say), about=name)
         sweep = folder.path.parent
         submitted = read_submissions(sweep).get(folder.path.name) if (sweep / SWEEP).is_file() else None
-        if submitted is not None and (queued := in_queue([submitted.id])):
-            running = queued[submitted.id].state == RUNNING
-            return self.tasks.thread(
-                "stop", lambda say: stop_in_slurm({submitted.id: folder}, running, say), about=name
-            )
+        if submitted is not None and in_queue([submitted.id]):
+            return self.tasks.thread("stop", lambda say: stop_in_slurm({submitted.id: folder}, say), about=name)
         if not folder.is_running:
             if begun:
                 return self.tasks.thread("stop", lambda say: end_child(begun[0], say), about=name)
@@ -60,13 +57,15 @@ class Stops:
             )
         return self.tasks.thread("stop", lambda say: end_run(folder, process, say), about=name)
 
+    def _begun(self, name: str) -> list[Task]:
+        """What this board has started or continued there, and has not ended."""
+        return [task for task in self.tasks.running(name) if task.what in ("start", "continue")]
+
     def _holder(self, folder: RunFolder, name: str) -> psutil.Process:
         process = holder(folder / LOCK)
         if process is None:
-            about = folder.provenance().get("machine", {})
-            where = f" ({about['host']})" if about.get("host") else ""
             raise CheckpointError(
-                f"{name} is locked by no process of this machine that this user can see: it runs on another one{where}, or in another "
+                f"{name} is locked by no process of this machine that this user can see: it runs on another one, or in another "
                 "container; stop it there (kill -TERM), or by its scheduler"
             )
         return verified(process, name)
@@ -80,7 +79,7 @@ class Stops:
             )
         command = self.starts.sweep_process(folder)
         jobs = [job for job in job_folders(folder) if job.is_running]
-        begun = [task for task in self.tasks.running(name) if task.process is not None]
+        begun = self._begun(name)
         if command is None and begun and begun[0].process is not None:
             with suppress(psutil.Error):
                 command = psutil.Process(begun[0].process.pid)
@@ -97,7 +96,7 @@ class Stops:
                 code = end_sweep(folder, command, say)
             if queued:
                 ids = {each.id: RunFolder(folder / job) for job, each in submitted.items() if each.id in queued}
-                code = max(code, stop_in_slurm(ids, True, say))
+                code = max(code, stop_in_slurm(ids, say))
             return code
 
         return self.tasks.thread("stop", work, about=name)
@@ -148,7 +147,7 @@ def end_sweep(sweep: Path, command: psutil.Process, say: Say) -> int:
     return waited(lambda: alive(command) or any(job.is_running for job in running), running, say)
 
 
-def stop_in_slurm(jobs: dict[str, RunFolder], running: bool, say: Say) -> int:
+def stop_in_slurm(jobs: dict[str, RunFolder], say: Say) -> int:
     """Cancel SLURM's jobs that wait, and send SIGTERM to those that run, until they have left the queue."""
     until = time.monotonic() + SECONDS
     told: dict[str, str] = {}

@@ -100,9 +100,10 @@ class Talks:
                 f"{name} is not finished, so that there is no model to talk with; wait, or continue it"
             )
         with self.lock:
-            self._forget_ended()
-            for talk in self.open_ones.values():
-                if talk.run == name:
+            for talk in [*self.open_ones.values()]:
+                if talk.process.poll() is not None:
+                    del self.open_ones[talk.id]
+                elif talk.run == name:
                     talk.used = time.monotonic()
                     return talk
             if len(self.open_ones) >= MOST:
@@ -142,8 +143,8 @@ class Talks:
     def uses(self, name: str) -> bool:
         """Whether the run, or one in the sweep, is loaded."""
         with self.lock:
-            self._forget_ended()
-            return any(talk.run == name or talk.run.startswith(f"{name}/") for talk in self.open_ones.values())
+            loaded = [talk.run for talk in self.open_ones.values() if talk.process.poll() is None]
+        return any(run == name or run.startswith(f"{name}/") for run in loaded)
 
     def ask(self, talk_id: str, messages: list[dict[str, Any]], parameters: dict[str, Any]) -> AsyncIterator[bytes]:
         """The answer as the server-sent events of `serve`; an error is one, too. It ends with the request that it is for."""
@@ -171,15 +172,6 @@ class Talks:
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         return Talk(secrets.token_urlsafe(12), name, key, process, log)
-
-    def _forget_ended(self) -> None:
-        for talk in [each for each in self.open_ones.values() if each.process.poll() is not None]:
-            if time.monotonic() - talk.used > IDLE_SECONDS:
-                del self.open_ones[talk.id]
-            elif len(self.open_ones) > 1 or talk.state == "ended":
-                talk.used = min(
-                    talk.used, time.monotonic() - IDLE_SECONDS + 60
-                )  # its last words can be read for a minute
 
     def _end_idle(self) -> None:
         while not self.closed.wait(LOOK_SECONDS):

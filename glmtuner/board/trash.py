@@ -12,7 +12,7 @@ from typing import Any
 from glmtuner.board.root import Root
 from glmtuner.board.starts import sweep_of
 from glmtuner.errors import CheckpointError, FolderBusy
-from glmtuner.run_folder.folder import RunFolder, job_folders
+from glmtuner.run_folder.folder import LOCK_ATTEMPTS, LOCK_SECONDS, RunFolder, job_folders
 from glmtuner.run_folder.locks import LocksUnsupported, try_lock
 from glmtuner.run_folder.names import LOCK
 
@@ -129,6 +129,11 @@ def locked(name: str, folder: Path) -> Iterator[None]:
         for run in runs:
             try:
                 lock = try_lock(run / LOCK)
+                for _ in range(LOCK_ATTEMPTS):  # whoever looks whether a folder is locked holds its lock for an instant
+                    if lock is not None:
+                        break
+                    time.sleep(LOCK_SECONDS)
+                    lock = try_lock(run / LOCK)
             except LocksUnsupported:
                 continue
             if lock is None:

@@ -34,7 +34,10 @@ class Worker:
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
-            process = self._started()
+            try:
+                process = self._started()
+            except OSError as error:
+                raise CheckpointError(f"no process can be started to compute {task} ({error.strerror})") from None
             limit = threading.Timer(LIMIT_SECONDS, process.kill)
             limit.start()
             try:

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -221,7 +221,7 @@ def _wrong_keys(values: Mapping[str, Any], complete: bool) -> list[str]:
     ]
     if wrong:
         return wrong
-    flat = flatten(values)
+    flat = _some_of(values, (*NAMES, *LISTS, "quant.quantization_bit", "plugins"))
     names, lists = ([key for key in keys if complete or key in flat] for keys in (NAMES, LISTS))
     wrong += [f"{key}={_shown(flat.get(key))} is not a name" for key in names if not _is_name(flat.get(key))]
     wrong += [f"{key}={_shown(flat.get(key))} is not a list of names" for key in lists if not _is_names(flat.get(key))]
@@ -231,6 +231,18 @@ def _wrong_keys(values: Mapping[str, Any], complete: bool) -> list[str]:
     if bits not in (None, 4, 8) or isinstance(bits, float):
         wrong.append(f"quant.quantization_bit={_shown(bits)} is not 4, 8 or null")
     return wrong
+
+
+def _some_of(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """What `flatten` would have under these keys, without the others."""
+    found = {}
+    for key in keys:
+        group, _, name = key.rpartition(".")
+        inside = values.get(group) if group else values
+        value = inside.get(name) if isinstance(inside, Mapping) else None
+        if isinstance(inside, Mapping) and name in inside and not (value and isinstance(value, dict)):
+            found[key] = value
+    return found
 
 
 def interpolated_keys(config: DictConfig) -> list[str]:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import shlex
 import unicodedata
 from typing import Any
 
@@ -241,3 +242,26 @@ def test_the_keyboard_reads_the_exact_points(board: Served, page: Page) -> None:
     assert page.wait(
         lambda: page.js("return board.charts[0].scales.x.max - board.charts[0].scales.x.min") == pytest.approx(whole)
     )
+
+
+def test_a_command_line_is_read_and_written_as_a_shell_does(page: Page) -> None:
+    draw = random.Random(7)
+    lines = ["".join(draw.choices("ab=,. '\"\\\n$`~我[]{}#", k=draw.randrange(1, 25))) for _ in range(400)]
+    for line in lines:
+        try:
+            expected = shlex.split(line)
+        except ValueError:  # a quote is not closed, or nothing stands behind a backslash
+            expected = None
+        if any(
+            escape in line for escape in ("\\\n", "\\$", "\\`")
+        ):  # a shell reads these so, and Python's shlex does not
+            continue
+        assert page.js("return board.commandLine.split(arguments[0])", line) == expected, line
+    words = ["".join(draw.choices("ab=,. '\"\\\n$`~我[]{}#", k=draw.randrange(25))) for _ in range(400)]
+    quoted = page.js("return arguments[0].map(board.commandLine.quoted)", words)
+    assert [shlex.split(text) for text in quoted] == [[word] for word in words]
+    assert quoted == [shlex.quote(word) for word in words]
+    joined = "python -m glmtuner -m model=tiny_glm \\\n  trainer.seed=1,2"
+    assert page.js("return board.commandLine.split(arguments[0])", joined) == [
+        "python", "-m", "glmtuner", "-m", "model=tiny_glm", "trainer.seed=1,2",
+    ]  # fmt: skip

@@ -234,7 +234,9 @@ def test_the_static_version_shows_the_same_numbers_from_files(
             json.loads(entry["message"])["message"]["params"]["request"]["url"] for entry in driver.get_log("performance")
             if '"Network.requestWillBeSent"' in entry["message"]
         ]  # fmt: skip
-        assert requested and all(address.startswith(("file:///", "data:", "blob:", "about:")) for address in requested)
+        assert requested and all(
+            address.startswith(("file:///", "data:", "blob:", "about:", "chrome:")) for address in requested
+        )
         assert [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
     finally:
         driver.quit()

@@ -209,6 +209,23 @@ def test_a_process_that_is_no_glmtuner_is_not_signalled(board: ActingBoard) -> N
     assert "is not running" in board.post("stop", id="held")[1]["error"]
 
 
+def test_a_run_on_another_machine_is_not_stopped_from_here(
+    board: ActingBoard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a shared disk the lock is held, and no process of this machine is named for it."""
+    run = board.outputs / "far"
+    run.mkdir()
+    (run / "config.yaml").write_text("{}\n")
+    (tmp_path / "locks").touch()
+    monkeypatch.setattr("glmtuner.board.processes.LOCKS", tmp_path / "locks")
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(run / ".lock")], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        said = board.post("stop", id="far")[1]["error"]
+        assert "it runs on another one" in said and "stop it there (kill -TERM)" in said
+        assert other.poll() is None
+        other.kill()
+
+
 FAKE = """\
 #!{python}
 import json, os, pathlib, sys

@@ -71,7 +71,7 @@ def test_no_word_is_an_option_a_verb_or_leads_out_of_the_folder(shared: Board, w
 @pytest.mark.parametrize(
     "word",
     [
-        "name=../../../elsewhere", "name=/tmp/elsewhere", "name=..", "hydra.sweep.dir=/tmp/elsewhere", "hydra.sweep.dir=outputs/../x",
+        "trainer.seed=range(1,1000000000)", "name=.", "hydra.sweep.dir=outputs/sweeps", "name=../../../elsewhere", "name=/tmp/elsewhere", "name=..", "hydra.sweep.dir=/tmp/elsewhere", "hydra.sweep.dir=outputs/../x",
         "'hydra.sweep.dir=${oc.env:HOME}'", "hydra.sweep.subdir=../x", "hydra.launcher.submitit_folder=/tmp/x", "name=${oc.env:HOME}",
         "+hydra.launcher.additional_parameters.output=/tmp/x", "hydra.sweeper.storage=sqlite:////tmp/x.db", "trainer.output_dir=/tmp/x",
     ],

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glmtuner.errors import ConfigError
@@ -185,6 +185,7 @@ TEXTS = st.text(alphabet="aeltruNof01-_.+x/ =,[]'E", max_size=12) | st.from_rege
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     key=st.sampled_from(["a.b_1", "trainer.max_steps", "hydra/launcher", "a/b.c", "x", "+x", "~x", "a.0b", "A"]),
     value=TEXTS,
