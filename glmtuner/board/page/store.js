@@ -88,7 +88,7 @@
   board.isCost = (name) =>
     /runtime|memory|parameters|per_second|steps_per|samples_per|^epoch$|total_flos|mfu|fast_path/.test(name);
   // Whether less of a metric is better: by how its name ends, as less_is_better of config/objective.py says.
-  board.isLessBetter = (name) => /(loss|runtime|perplexity|memory_gib|bits_per_byte|brier_score)$/.test(name);
+  board.isLessBetter = (name) => /(loss|runtime|perplexity|memory_gib|bits_per_byte|brier_score|parameters)$/.test(name);
 
   // The values of any configuration key, {id: value}: of the rows themselves where they vary in a sweep, else of
   // the board.
