@@ -71,6 +71,8 @@ def pages(driver: Any, board: Served) -> dict[str, Page]:
 def page(pages: dict[str, Page], request: pytest.FixtureRequest) -> Page:
     """The board in each language."""
     page = pages[request.param]
+    page.driver.switch_to.window(page.window)
+    page.driver.get("about:blank")  # a new page, whatever a test has put into the one before
     page.go()
     return page
 
