@@ -3,12 +3,13 @@
 import json
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from board_browser import Page, Served, driver_of, finished, glmtuner
 
 AXE = Path(__file__).parent.parent.parent / ".axe/axe_playwright_python/axe.min.js"
-SIX = "sweeps%2Fsix"
+SWEEP = "sweeps%2Fbefore"
 VIEWS = {
     "runs": "#/runs",
     "filtered": "#/runs?filter=finetuning%3Dlora&group=finetuning",
@@ -20,16 +21,22 @@ VIEWS = {
         for tab in ("overview", "config", "provenance", "report", "predictions", "samples", "log")
     },
     **{
-        f"sweep {tab}": f"#/sweep/{SIX}?tab={tab}"
+        f"sweep {tab}": f"#/sweep/{SWEEP}?tab={tab}"
         for tab in ("leaderboard", "jobs", "lines", "scatter", "parallel", "report")
     },
-    "compare": f"#/compare?ids=sweeps%2Fbefore%0A{SIX}",
+    "compare": "#/compare?ids=first%0A{job}",
     "start": "#/start",
     "talk": "#/talk",
     "trash": "#/trash",
     "unknown": "#/run/nowhere",
 }
+RECORDS = Path(__file__).parent.parent.parent / "glmtuner/assets/data/identity_sample.json"
 PAGE_WORDS = Path(__file__).parent.parent.parent / "glmtuner/board/page"
+
+
+def job_of(board: Served) -> str:
+    """The id of a job of the sweep, as an address has it."""
+    return quote(next(run for run in board.rows() if run.startswith("sweeps/before/")), safe="")
 
 
 def settled(page: Page, name: str) -> None:
@@ -56,18 +63,9 @@ def faults(page: Page) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def six(folder: Path) -> None:
-    """The sweep of six, unless test_live.py has run it."""
-    if not (folder / "outputs/sweeps/six").is_dir():
-        from test_live import WORDS
-
-        finished(glmtuner(folder, *WORDS))
-
-
 @pytest.mark.console("status of 400")  # the run that is not there
 @pytest.mark.parametrize(("theme", "width"), [("light", 1300), ("dark", 1300), ("light", 390)])
-def test_no_view_has_a_serious_fault(six: None, pages: dict[str, Page], theme: str, width: int) -> None:
+def test_no_view_has_a_serious_fault(board: Served, pages: dict[str, Page], theme: str, width: int) -> None:
     assert AXE.is_file(), "type make test-board"
     page = pages["en"]
     page.go()
@@ -77,7 +75,7 @@ def test_no_view_has_a_serious_fault(six: None, pages: dict[str, Page], theme: s
     try:
         wrong = {}
         for name, address in VIEWS.items():
-            page.go(address)
+            page.go(address.format(job=job_of(board)))
             settled(page, name)
             found = faults(page)
             overflow = page.js("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
@@ -97,7 +95,7 @@ NAMES = re.compile(r"[\w./:=\[\]{}'\"<>@+%-]*[._/=:\d\[\]<>{}@%][\w./:=\[\]{}'\"
 
 
 @pytest.mark.console("status of 400")
-def test_every_view_is_in_chinese(six: None, pages: dict[str, Page]) -> None:
+def test_every_view_is_in_chinese(board: Served, pages: dict[str, Page]) -> None:
     """None of the page's English words of two and more words is there; titles and buttons are Chinese."""
     page = pages["zh"]
     page.go()
@@ -109,7 +107,7 @@ def test_every_view_is_in_chinese(six: None, pages: dict[str, Page]) -> None:
         if chinese[name] != text and " " in text.strip() and "{" not in text
     }
     for name, address in VIEWS.items():
-        page.go(address)
+        page.go(address.format(job=job_of(board)))
         settled(page, name)
         text = page.text()
         assert [word for word in own.values() if word in text] == [], name
@@ -185,14 +183,20 @@ def test_predictions_are_searched_filtered_and_stand_beside_another_runs(page: P
 
 def test_the_training_data_are_shown_as_they_are_learned(page: Page, board: Served) -> None:
     page.go("#/run/first?tab=samples")
-    page.wait(lambda: page.all(".segment.learned"))
-    learned = "".join(element.text for element in page.all("#tabpanel .segment.learned"))
-    assert "小格" in learned or re.search("[\u4e00-\u9fff]", learned)
-    assert page.all(".segment.prompt") and page.all(".segment.stop")
+    rows = "#tabpanel .segments:not(.key) .segment"  # without the legend
+
+    def shown(kind: str) -> str:
+        return "".join(element.text for element in page.all(f"{rows}.{kind}"))
+
+    page.wait(lambda: shown("learned"))
+    records = json.loads(RECORDS.read_text(encoding="utf-8"))
+    record = next(each for each in records if each["output"] in shown("learned"))
+    assert record["instruction"] in shown("prompt") and record["output"] not in shown("prompt")
+    assert shown("stop")
 
 
 def test_the_static_version_shows_the_same_numbers_from_files(
-    six: None, folder: Path, board: Served, tmp_path_factory: pytest.TempPathFactory
+    folder: Path, board: Served, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     out = folder / "static"
     finished(glmtuner(folder, "board", "outputs", "--static", str(out)))
@@ -209,13 +213,14 @@ def test_the_static_version_shows_the_same_numbers_from_files(
         page.find("tr[data-run='first']")
         assert {row.get_attribute("data-run") for row in page.all("tr[data-run]")} == board.rows().keys()
         assert not page.all("[data-action]") and not page.all("nav a[href='#/start']")
-        go(f"#/sweep/{SIX}")
+        go(f"#/sweep/{SWEEP}")
         page.find("#leaderboard")
         losses = sorted(
-            json.loads(path.read_text())["eval_loss"] for path in (board.folder / "sweeps/six").glob("*/metrics.json")
+            json.loads(path.read_text())["eval_loss"]
+            for path in (board.folder / "sweeps/before").glob("*/metrics.json")
         )
         shown = page.js("return [...document.querySelectorAll('#leaderboard tbody tr')].map((row) => row.innerText)")
-        assert len(shown) == 6
+        assert len(shown) == 2
         for loss, row in zip(losses, shown, strict=True):
             assert f"{loss:.3f}"[:5] in row
         go("#/curves?ids=first")
