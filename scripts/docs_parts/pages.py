@@ -159,7 +159,9 @@ class Pages:
 CODE = re.compile(r"(`+)([^`]+)\1(?!`)")
 OTHERS = {  # named by pages, and no keys of ours
     "model.quantization_bit": "refused, with the name that it has now",
-    "hydra.job.env_set": "Hydra's own",
+    **dict.fromkeys(
+        ("hydra.job", "hydra.job.env_set", "hydra.callbacks", "hydra.searchpath", "hydra.sweep.dir"), "Hydra's own"
+    ),
     "reward.short.weight": "of the plugin that the page writes",
 }
 SUFFIXES = ("py", "md", "yaml", "json", "jsonl", "txt", "html", "safetensors", "tex")

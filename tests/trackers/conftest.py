@@ -22,6 +22,6 @@ class PatientServer(WarmServer):
 @pytest.fixture(scope="session")
 def server() -> Iterator[WarmServer]:
     """Runs command lines in forks of a process that has imported torch."""
-    started = PatientServer()
+    started = PatientServer(os.environ)
     yield started
     started.close()
