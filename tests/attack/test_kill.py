@@ -119,6 +119,8 @@ def content_of(path: Path) -> Any:
     """The file's bytes, or what JSON it holds, without what differs between two equal runs."""
     if path.name in ("provenance.json", "report.html", "report.md", "sweep.json") or path.suffix == ".csv":
         return "differs by times"
+    if path.name == "timings.jsonl":  # a line for each of the history's, and only its step is no time
+        return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
     if path.name == "complete.json":
         return sorted(json.loads(path.read_text(encoding="utf-8"))["files"])
     if path.suffix == ".json":
