@@ -121,6 +121,8 @@ def content_of(path: Path) -> Any:
         return "differs by times"
     if path.name == "timings.jsonl":  # a line for each of the history's, and only its step is no time
         return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
+    if path.name == "plan.json":  # of a job of a sweep the row of its folder is a whole path
+        return [row for row in json.loads(path.read_text(encoding="utf-8"))["plan"] if row[0] != "run folder"]
     if path.name == "complete.json":
         return sorted(json.loads(path.read_text(encoding="utf-8"))["files"])
     if path.suffix == ".json":
