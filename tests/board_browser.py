@@ -42,15 +42,17 @@ def finished(process: subprocess.Popen[str], code: int = 0) -> str:
     return text
 
 
-def until(condition: Callable[[], Value], seconds: float = 90, what: str = "") -> Value:
+def until(
+    condition: Callable[[], Value], seconds: float = 90, what: Callable[[], str] | None = None, every: float = 0.1
+) -> Value:
     """What the condition returns once it is true."""
     deadline = time.monotonic() + seconds
     while True:
         found = condition()
         if found:
             return found
-        assert time.monotonic() < deadline, what or f"not within {seconds} s: {condition}"
-        time.sleep(0.1)
+        assert time.monotonic() < deadline, what() if what else f"not within {seconds} s: {condition}"
+        time.sleep(every)
 
 
 @dataclass
@@ -129,7 +131,7 @@ class Page:
         return until(
             lambda: next(iter(self.all(selector, text)), None),
             seconds,
-            f"no {selector} {text or ''}: {self.text()[:600]}",
+            lambda: f"no {selector} {text or ''}: {self.text()[:600]}",
         )
 
     def all(self, selector: str, text: str | None = None) -> list[Any]:
@@ -165,7 +167,7 @@ class Page:
         element.send_keys(text if text else Keys.DELETE)
 
     def wait(self, condition: Callable[[], Value], seconds: float = 90) -> Value:
-        return until(condition, seconds, self.text()[:900])
+        return until(condition, seconds, lambda: self.text()[:900])
 
     def text(self) -> str:
         """All that the page shows."""

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,28 @@ def drawn(page: Page) -> float:
     return float(page.js("return Math.max(0, ...board.charts.map((chart) => chart.scales.x.max || 0))"))
 
 
+def points(page: Page) -> int:
+    """The losses in the picture of the loss, of all jobs together, by the table below it."""
+    return sum(int(row[2]) for row in rows_of(page, "figure details") if row[1] == "loss")
+
+
+def walks_on(sweep: Any, folder: Path) -> int:
+    """Let a sweep learn five steps more, and stop its processes; the losses that its jobs have written by then."""
+    before = sum(len(lines(path.parent)) for path in folder.glob("*/history.jsonl"))
+    os.killpg(sweep.pid, signal.SIGCONT)
+    until(lambda: sum(len(lines(path.parent)) for path in folder.glob("*/history.jsonl")) >= before + 5, every=0.01)
+    os.killpg(sweep.pid, signal.SIGSTOP)
+    time.sleep(0.1)  # until every process has heard it
+    return sum(len(lines(path.parent)) for path in folder.glob("*/history.jsonl"))
+
+
+def third_in_training(folder: Path) -> Path | None:
+    """The folder of the job that trains after two that have ended."""
+    done = {path.parent for path in folder.glob("*/metrics.json")}
+    begun = {path.parent for path in folder.glob("*/history.jsonl")} - done
+    return next((run for run in begun if len(done) == 2 and len(lines(run)) > 10), None)
+
+
 def states(page: Page, sweep: str = SWEEP) -> dict[str, str]:
     """The states of the sweep's jobs that the table shows."""
     return dict(
@@ -38,32 +61,31 @@ def states(page: Page, sweep: str = SWEEP) -> dict[str, str]:
     )  # fmt: skip
 
 
-def test_a_running_sweep_is_watched_killed_and_run_again(folder: Path, board: Served, pages: dict[str, Page]) -> None:
+def test_a_running_sweep_is_watched_killed_and_run_again(
+    folder: Path, board: Served, pages: dict[str, Page], request: pytest.FixtureRequest
+) -> None:
     for page in pages.values():
         page.go()
     sweep = glmtuner(folder, *WORDS, start_new_session=True)
+    request.addfinalizer(lambda: None if sweep.poll() is not None else os.killpg(sweep.pid, signal.SIGKILL))
     for page in pages.values():  # without a reload
         page.driver.switch_to.window(page.window)
         page.wait(lambda page=page: "running" in states(page).values(), 90)  # type: ignore[misc]
         assert page.word("state.running") in page.find('tr[data-state="running"]').text
         assert page.all(f'[data-sweep="{SWEEP}"]')
+
+    # the sweep stands still while a page is compared with its files, and goes on for some steps in between
     for page in pages.values():
+        before = walks_on(sweep, board.folder / SWEEP)
         page.go(f"#/sweep/{SWEEP.replace('/', '%2F')}?tab=lines")
-        page.find("[data-chart=loss]", seconds=60)
-        before = page.wait(lambda page=page: drawn(page))  # type: ignore[misc]
-        page.wait(lambda page=page, before=before: drawn(page) > before or len(states(page)) > 1, 30)  # type: ignore[misc]
+        page.click("figure summary")
+        page.wait(lambda page=page, before=before: points(page) == before)  # type: ignore[misc]
+        now = walks_on(sweep, board.folder / SWEEP)
+        page.wait(lambda page=page, now=now: points(page) == now)  # type: ignore[misc]
 
     # the third job is killed in its middle
-    def third_is_training() -> Path | None:
-        running = [
-            folder / "outputs" / run
-            for run, row in board.rows().items()
-            if run.startswith(SWEEP) and row["state"] == "running"
-        ]
-        done = [row for run, row in board.rows().items() if run.startswith(SWEEP) and row["state"] == "finished"]
-        return running[0] if len(done) == 2 and running and len(lines(running[0])) > 10 else None
-
-    victim = until(third_is_training, 120)
+    os.killpg(sweep.pid, signal.SIGCONT)
+    victim = until(lambda: third_in_training(board.folder / SWEEP), 120, every=0.01)
     assert victim
     os.killpg(sweep.pid, signal.SIGKILL)
     sweep.wait()
