@@ -116,6 +116,9 @@ class Parallel:
 
     several: typing.ClassVar[bool] = True  # one process per GPU, if there are several
     sharded: typing.ClassVar[bool] = False  # does each process hold only a shard of every weight?
+    loads_shares: typing.ClassVar[bool] = (
+        False  # can `shard_model` do without values, which each process has its share of?
+    )
     zero_stage: typing.ClassVar[int | None] = None  # of DeepSpeed, where that trains the run
     whole_modules: typing.ClassVar[bool] = True  # are a layer's weights unsharded outside of its own forward pass?
     shares: typing.ClassVar[tuple[str, ...]] = ()  # the parts of an `Estimate` that are divided by the processes

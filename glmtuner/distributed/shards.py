@@ -4,14 +4,21 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from glmtuner.distributed.shares import Share
 
-def exchange(parameter: DTensor, value: torch.Tensor) -> torch.Tensor:
+
+def exchange(parameter: DTensor, value: torch.Tensor | Share) -> torch.Tensor:
     """Give this rank's shard of the parameter another value; returns its former one, a DTensor as well.
 
-    `value` is whole, the same on all ranks, or what an earlier call returned. It is copied to where the shard lies: FSDP gathers the
+    `value` is whole, the same on all ranks, or this rank's share, or what an earlier call returned. It is copied to where the shard lies: FSDP gathers the
     weight from there, whatever the parameter's `data` is.
     """
-    if not isinstance(value, DTensor):
+    if isinstance(value, Share):
+        value = DTensor.from_local(
+            value.rows.to(parameter.device), parameter.device_mesh, parameter.placements, run_check=False,
+            shape=parameter.shape, stride=parameter.stride(),
+        )  # fmt: skip
+    elif not isinstance(value, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
         value = distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
     former: torch.Tensor = parameter.detach().clone()

@@ -240,6 +240,12 @@ class Lora(Finetuning):
         if self.init_lora_weights == "loftq" and bits != 4:
             yield f"{knob} without quant=int4: it starts the adapter at what int4 rounds off; type quant=int4, or leave it out"
 
+    def needs_values(self) -> str | None:
+        if self.use_dora:
+            return "use_dora=true"
+        copies = ("modules_to_save", "trainable_token_indices")  # of whole modules, of rows of the embeddings
+        return next((name for name in copies if getattr(self, name)), None)
+
     def initialize(
         self,
         model: "nn.Module",

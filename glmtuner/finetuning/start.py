@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig
 from glmtuner.config.compose import run_folder_of
 from glmtuner.config.groups import Finetuning, Model, ModelFamily
 from glmtuner.console import say
+from glmtuner.distributed.shares import cast
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.finetuning.adapter import (
     ADAPTER_CONFIG,
@@ -254,7 +255,7 @@ def match_base(model: "nn.Module") -> None:
     half = frozen & {torch.float16, torch.bfloat16}
     for parameter in model.parameters():
         if half and parameter.requires_grad:
-            parameter.data = parameter.data.to(next(iter(half)))
+            cast(parameter, next(iter(half)))
 
 
 def adapter_to_resume(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.distributed.shares import cast
 from glmtuner.errors import CheckpointError
 from glmtuner.families.weight_files import tensor_shapes, weight_files
 from glmtuner.run_folder.folder import is_out_of_memory
@@ -27,7 +28,9 @@ def freeze_all(model: "nn.Module") -> None:
 
 def make_trainable(parameter: "nn.Parameter") -> None:
     """Make this parameter trainable, in float32 so that small steps are not rounded away."""
-    parameter.data = parameter.data.float()
+    import torch
+
+    cast(parameter, torch.float32)
     parameter.requires_grad_(True)
 
 

@@ -13,7 +13,8 @@ from glmtuner.config.overrides import quoted_value
 from glmtuner.config.paths import PACKAGE_MODEL
 from glmtuner.config.schema import Run
 from glmtuner.console import complain, say
-from glmtuner.errors import CheckpointError
+from glmtuner.distributed.shares import computed_with_stand_ins
+from glmtuner.errors import CheckpointError, TrainingError
 from glmtuner.families.family import Family, families_that_fit, family_named, family_of
 from glmtuner.families.hub import read_config
 from glmtuner.families.stop_tokens import stop_ids
@@ -35,6 +36,8 @@ REWARD_MODEL = "a reward model"  # the stage in an exported model's receipt
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from glmtuner.finetuning.start import Checkpoint
 
 
 def resolve_family(run: Run, model_config: Mapping[str, Any]) -> tuple[Family | None, Finetuning]:
@@ -163,15 +166,18 @@ def load_trainable_model(
     device: "torch.device",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     load: "Callable[..., PreTrainedModel] | None" = None,
+    *,
+    in_shares: bool = False,
 ) -> "tuple[PreTrainedModel, Finetuning, Family]":
     """The base model with checkpoints applied and the method attached, the method with the settings in use, and the family.
 
-    It has a row for each new token of the tokenizer. `load` takes the place of `load_model`.
+    It has a row for each new token of the tokenizer. `load` takes the place of `load_model`. `in_shares`: the model is going to be
+    sharded over the ranks, and holds the weights in shares (glmtuner/distributed/shares.py) where nothing needs them whole.
     """
     from transformers import set_seed
 
     from glmtuner.finetuning.start import base_folder, build_trainable_model, checkpoints_of
-    from glmtuner.models.load import load_model
+    from glmtuner.models.load import is_finite, load_model
     from glmtuner.models.new_tokens import add_rows, say_untrained
     from glmtuner.models.warm import base_model
 
@@ -180,9 +186,21 @@ def load_trainable_model(
     folder = base_folder(checkpoints)
     source = dataclasses.replace(run.model, model_name_or_path=str(folder), config_name=None) if folder else run.model
     dtype = compute_dtype(run, device)
+    whole = why_whole(run, finetuning, checkpoints) if in_shares else None
+    in_shares = in_shares and whole is None
+    if whole is not None:
+        say(f"parallel={run.parallel.name}: every process loads the whole model, before it keeps its shard ({whole})")
     model = base_model(
         base_key_of(run, family, device) if load is None else None,
-        lambda: (load or load_model)(source, family, run.quant, device, dtype, sharded=run.parallel.sharded),
+        lambda: (load or load_model)(
+            source,
+            family,
+            run.quant,
+            device,
+            dtype,
+            sharded=run.parallel.sharded,
+            **({"in_shares": True} if in_shares else {}),
+        ),
     )
     if tokenizer is not None:
         add_rows(model, tokenizer, learned=new_tokens_in(folder) if folder else ())
@@ -205,9 +223,31 @@ def load_trainable_model(
         trains=run.trainer.do_train,
         user_keys=composed.user_keys,
     )
+    if in_shares and (wrong := computed_with_stand_ins(model, is_finite)):
+        raise TrainingError(
+            f"parallel={run.parallel.name} finetuning={finetuning.finetuning_type}: {wrong[0]} starts from the model's weights, of which "
+            "every process has loaded its share only; type parallel=ddp, and please report this"
+        )
     if run.trainer.do_train:
         say_untrained(model, finetuning.finetuning_type)
     return model, finetuning, family
+
+
+def why_whole(run: Run, finetuning: Finetuning, checkpoints: "Sequence[Checkpoint]") -> str | None:
+    """What needs the values of whole weights before they are sharded; None where every rank can load its share."""
+    from glmtuner.finetuning.start import adapter_to_resume
+
+    if run.data.new_tokens:
+        return "data.new_tokens start at the mean of other rows"
+    if (reads := finetuning.needs_values()) is not None:
+        return f"finetuning.{reads} reads weights"
+    resumed = adapter_to_resume([*checkpoints], finetuning, run.model.resume_lora_training, run.trainer.do_train)
+    merged = [each for each in checkpoints if not each.kind.is_whole_model and each is not resumed]
+    if merged:
+        return f"{merged[0].folder} is merged into it"
+    if run.model.reward_model is not None and finetuning.saved_as == "model":
+        return "model.reward_model is compared with it"
+    return None
 
 
 def is_policy(path: Path) -> bool:

@@ -17,6 +17,7 @@ from glmtuner.data.splits import dataset_entries, longest_row
 from glmtuner.distributed import ranks
 from glmtuner.distributed.pause import Paused
 from glmtuner.distributed.preemption import Preempted
+from glmtuner.distributed.shares import take_shares
 from glmtuner.errors import ConfigError
 from glmtuner.families.hub import read_config
 from glmtuner.inference.context import RunContext
@@ -223,7 +224,15 @@ def set_up(
     data = watcher.rows(data)
     if ranks.is_main():
         start_hashing(run)
-    model, finetuning, family = load_trainable_model(composed, finetuning, family, device, tokenizer, parts.load_model)
+    model, finetuning, family = load_trainable_model(
+        composed,
+        finetuning,
+        family,
+        device,
+        tokenizer,
+        parts.load_model,
+        in_shares=run.parallel.loads_shares and ranks.world_size() > 1,
+    )
     if data.train is not None:
         check_positions(model, longest_row(data.train))
     context = RunContext(
@@ -243,7 +252,9 @@ def set_up(
     tracker.start(run, folder.path)
     blocks = family.blocks(unwrapped(model))
     if ranks.world_size() > 1:
+        taken = take_shares(model)
         run.parallel.shard_model(model, blocks)
+        taken.give_back()
     place_model(run, model, device)
     collator = stage.collator(
         pad_id=tokenizer.pad_token_id, ignore_pad_token_for_loss=run.data.ignore_pad_token_for_loss

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from glmtuner.config.groups import Dtype, Model, Quant
 from glmtuner.console import say
+from glmtuner.distributed import ranks
+from glmtuner.distributed.shares import cast, loading_shares, share_of
 from glmtuner.errors import CheckpointError, GlmtunerError
 from glmtuner.families.config_json import BLOCK
 from glmtuner.families.hub import from_hub, hub_options, read_config, source_of
@@ -152,11 +154,12 @@ def load_model(
     compute_dtype: "torch.dtype",
     *,
     sharded: bool = False,
+    in_shares: bool = False,
 ) -> "PreTrainedModel":
     """The causal LM with the checkpoint's weights, in `model.dtype`; quantized weights compute in `compute_dtype`.
 
-    On a GPU weights are loaded directly into its memory, unless they are going to be `sharded` over several. Raises
-    CheckpointError if the checkpoint lacks weights of the model.
+    On a GPU weights are loaded directly into its memory, unless they are going to be `sharded` over several; `in_shares`, this rank
+    keeps its rows of each (glmtuner/distributed/shares.py). Raises CheckpointError if the checkpoint lacks weights of the model.
     """
     import torch
 
@@ -185,11 +188,13 @@ def load_model(
         loaded, loading_info = result  # a pair because of `output_loading_info`
         return loaded, loading_info
 
-    with quantizing(quant):
+    with quantizing(quant), loading_shares() if in_shares else nullcontext():
         loaded, loading_info = from_files(model, "the model", load)
-    check_loading(loaded, loading_info, f"model.model_name_or_path={model.model_name_or_path}")
+    check_loading(loaded, loading_info, f"model.model_name_or_path={model.model_name_or_path}", in_shares)
     if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16 and quant.bits is None:
-        loaded = loaded.float()  # config.json did not state its half precision
+        for parameter in loaded.parameters():  # config.json did not state its half precision
+            cast(parameter, torch.float32)
+        loaded = loaded.float()
     if quant.bits is not None:
         from glmtuner.models.quantized_experts import described
 
@@ -206,7 +211,9 @@ def quantizing(quant: Quant) -> AbstractContextManager[None]:
     return quantizing_experts()
 
 
-def check_loading(loaded: "PreTrainedModel", loading_info: Mapping[str, Any], name: str) -> None:
+def check_loading(
+    loaded: "PreTrainedModel", loading_info: Mapping[str, Any], name: str, in_shares: bool = False
+) -> None:
     """Raise CheckpointError where weights are missing, not finite, or left over by a model that would compute without them.
 
     Weights that only other parts of the model have, which are not built, are printed.
@@ -242,7 +249,8 @@ def check_loading(loaded: "PreTrainedModel", loading_info: Mapping[str, Any], na
         )
     if unexpected:
         say(f"{len(unexpected)} weights of the checkpoint are not used by the model (such as {unexpected[0]})")
-    spoiled = [path for path, value in loaded.named_parameters() if not is_finite(value)]
+    own = [path for path, value in loaded.named_parameters() if not is_finite(share_of(value))]
+    spoiled = sorted({path for paths in ranks.all_gather(own) for path in paths}) if in_shares else own
     if spoiled:
         raise CheckpointError(
             f"{name}: {len(spoiled)} of the model's weights hold values that are NaN or infinite (such as {spoiled[0]}), with which "

@@ -1,6 +1,6 @@
 """The interface of objectives, and alternative values for a model's parameters: the reference, or the reward model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from glmtuner.config.groups import Finetuning
 from glmtuner.data.reference import COLUMN
 from glmtuner.distributed.shards import exchange, forget_gathered
+from glmtuner.distributed.shares import Share, copy_of
 from glmtuner.finetuning.trained import check_fit, own_parameters, trained_parameters, weights_in
 from glmtuner.kernels.common_beginnings import dropouts
 from glmtuner.objectives.rows import Rows
@@ -80,13 +81,13 @@ class Objective:
 class Weights:
     """Alternative values for some of a model's parameters, swapped in while they are needed, so that no second model is held."""
 
-    def __init__(self, values: dict[str, torch.Tensor]) -> None:
-        self.values = values
+    def __init__(self, values: Mapping[str, torch.Tensor | Share]) -> None:
+        self.values = dict(values)  # of a model that is going to be sharded, a rank's rows
 
     @classmethod
     def snapshot(cls, model: nn.Module) -> "Weights":
         """A copy of the model's trained parameters as they are now."""
-        return cls({name: value.detach().clone() for name, value in trained_parameters(model).items()})
+        return cls({name: copy_of(value) for name, value in trained_parameters(model).items()})
 
     @classmethod
     def from_checkpoint(cls, folder: Path, model: "PreTrainedModel", finetuning: Finetuning) -> "Weights":
@@ -111,6 +112,7 @@ class Weights:
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """While this lasts, the model has these values, in evaluation mode and without gradients; only shards are copied."""
+        forget_gathered(model)  # what a pass without a backward one left gathered hides the shards
         parameters = dict(model.named_parameters())
         was_training = model.training
         self._swap(parameters)
@@ -130,6 +132,7 @@ class Weights:
             if isinstance(parameter, DTensor):
                 self.values[name] = exchange(parameter, value)
                 continue
+            assert isinstance(value, torch.Tensor)
             self.values[name] = parameter.data
             parameter.data = value.to(parameter.device)
 

@@ -20,6 +20,7 @@ class Fsdp2(Parallel):
     cpu_offload: bool = False
 
     sharded = True
+    loads_shares = True
     shares = ("frozen weights", "trained weights", "gradients", "optimizer states")
 
     def impossible(self, run: Run) -> Iterator[str]:

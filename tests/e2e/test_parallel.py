@@ -135,8 +135,10 @@ def test_fsdp2_learns_preferences_as_one_process_does(here: Path, stage: str, me
         "trainer.max_steps=4", "trainer.logging_steps=1", "trainer.disable_tqdm=true", "trainer.do_eval=true", "trainer.use_cpu=true",
         *(["finetuning.lora_dropout=0"] if method == "lora" else []),
     ]  # fmt: skip
-    finish(start(here, *words, "trainer.per_device_train_batch_size=4", f"trainer.output_dir={stage}_one"))
-    two = ["trainer.per_device_train_batch_size=2", "parallel=fsdp2", "parallel.processes=2"]
+    # several batches are evaluated: the second one's reference comes after a pass that leaves weights gathered
+    sizes = ("trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size")
+    finish(start(here, *words, f"{sizes[0]}=4", f"{sizes[1]}=2", f"trainer.output_dir={stage}_one"))
+    two = [f"{sizes[0]}=2", f"{sizes[1]}=1", "parallel=fsdp2", "parallel.processes=2"]
     finish(start(here, *words, *two, f"trainer.output_dir={stage}_two"))
     mine, theirs = lines(here / f"{stage}_two"), lines(here / f"{stage}_one")
     assert [line.keys() for line in mine] == [line.keys() for line in theirs] and len(mine) == 5
