@@ -129,6 +129,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plugins_stay_here() -> Iterator[None]:
+    """What a module's plugins register is forgotten after it: tests of other modules in this process list all presets."""
+    yield
+    groups, plugins = (sys.modules.get(f"glmtuner.config.{name}") for name in ("groups", "plugins"))
+    if groups is None or plugins is None:
+        return
+    for classes in groups.SCHEMA_CLASSES.values():
+        for name in [name for name, cls in classes.items() if not cls.__module__.startswith("glmtuner.")]:
+            del classes[name]
+    for name in plugins._loaded:
+        sys.modules.pop(name, None)
+    plugins._loaded.clear()
+
+
 @pytest.fixture(scope="session")
 def warm_server(cache: Path) -> Iterator[WarmServer]:
     """Runs command lines in processes of their own, each a fork of one that has imported torch, and kills them where told to."""

@@ -111,7 +111,7 @@ def counted_hours(run: Run, folder: RunFolder) -> Iterator[None]:
         yield
         return
     with counted(root, folder.path.name, computes_on_gpu(run), run.budget.passed) as attempt:
-        if over := attempt.over():
+        if over := attempt.over_before():
             raise ConfigError(
                 f"{'; '.join(over)}, which earlier attempts have spent ({root}); type a larger limit, or leave it out"
             )

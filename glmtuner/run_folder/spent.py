@@ -86,6 +86,10 @@ class Attempt:
         hours = self.hours()
         return self.passed(hours.gpu, hours.cpu)
 
+    def over_before(self) -> list[str]:
+        """The limits that other attempts have reached, each as a phrase."""
+        return self.passed(self.others.gpu, self.others.cpu)
+
     def end(self) -> None:
         """Write the last value."""
         self._ended.set()

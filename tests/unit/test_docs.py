@@ -3,8 +3,6 @@
 import io
 import re
 import shlex
-import sys
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -31,9 +29,7 @@ from omegaconf import OmegaConf
 from glmtuner.cli.main import main
 from glmtuner.cli.options import parse_options
 from glmtuner.cli.verbs import VERBS, _VerbParser
-from glmtuner.config import plugins
 from glmtuner.config.compose import compose, compose_every_job, first_job, searched_dirs
-from glmtuner.config.groups import SCHEMA_CLASSES
 from glmtuner.data.catalog import find
 from glmtuner.errors import GlmtunerError
 from glmtuner.launch.register import register_presets
@@ -45,19 +41,6 @@ PATH = re.compile(r"(?<![\w/.])((?:glmtuner|tests|scripts|conf)/[\w/]+(?:\.\w+)?
 RUN_FOLDER = re.compile(r"outputs/(?!sweeps)\w+(?:/\w+)?")
 ALL = [command for page in PAGES for command in (*commands(page), *inline_commands(page))]
 OURS = [command for command in ALL if command.arguments is not None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plugins_stay_here() -> Iterator[None]:
-    """What documented plugins register is forgotten afterwards: other tests of this process list all presets."""
-    register_presets()
-    before = {group: dict(classes) for group, classes in SCHEMA_CLASSES.items()}
-    yield
-    for group, classes in SCHEMA_CLASSES.items():
-        classes.clear()
-        classes.update(before.get(group, {}))
-    plugins._loaded.clear()
-    sys.modules.pop("my_plugin", None)
 
 
 @pytest.fixture(scope="module")
