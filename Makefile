@@ -34,7 +34,7 @@ test-attack: $(READY)
 
 # conversations learned by heart behind five more of the official chat templates in ../shared (make test has three), more syntaxes of
 # tool calls, the GPU check rehearsed on the CPU, killed ranks
-test-heavy: $(READY) test-stages
+test-heavy: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -m 'heavy and not matrix' --numprocesses 2 --dist loadscope
 
 # every stage with every quantization, by each method in turn: trained, cut short and resumed, reported, exported; sweeps that are killed; weights; new tokens
