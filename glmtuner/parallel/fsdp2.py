@@ -29,10 +29,6 @@ class Fsdp2(Parallel):
                 f"parallel=fsdp2 with quant=int{run.quant.quantization_bit}: integer weights cannot be sharded; type "
                 "parallel=ddp, or quant=none"
             )
-        if run.trainer.load_best_model_at_end:
-            patience = run.trainer.early_stopping_patience
-            typed = "load_best_model_at_end=true" if patience is None else f"early_stopping_patience={patience}"
-            yield f"parallel=fsdp2 with trainer.{typed} is not implemented; type parallel=ddp"
 
     def shard_model(self, model: "nn.Module", blocks: "list[nn.Module]") -> None:
         """Shard the weights, in one group for each layer and one for the rest.

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from glmtuner.config.groups import Finetuning
 from glmtuner.distributed import ranks
+from glmtuner.distributed.shards import forget_gathered
 from glmtuner.finetuning.trained import gathered
 from glmtuner.run_folder.checkpoints import checkpoints, mark_complete, step_of
 from glmtuner.run_folder.files import read_json, write_json
@@ -84,11 +85,13 @@ class CheckpointingTrainer(Trainer):
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))
         ranks.barrier()
+        best = root / f"checkpoint-{self.state.best_global_step}"
+        # the last one is of the run whose checkpoint this one continues; every rank loads the best one in the end
+        self.state.best_model_checkpoint = ranks.broadcast_from_rank0(
+            lambda: str(best) if best == final or best.is_dir() else self.state.best_model_checkpoint
+        )
         if not self.args.should_save:
             return
-        best = root / f"checkpoint-{self.state.best_global_step}"
-        if best == final or best.is_dir():  # else it is of the run whose checkpoint this one continues
-            self.state.best_model_checkpoint = str(best)
         self.state.save_to_json(str(partial / "trainer_state.json"))
         write_json(partial / PROGRESS, progress)
         mark_complete(partial, {"step": self.state.global_step, "ranks": ranks.world_size()})
@@ -154,10 +157,12 @@ class CheckpointingTrainer(Trainer):
     def _load_best_model(self) -> None:
         """Load the method's own files, as `_load_from_checkpoint` does, also in a run folder that was moved."""
         assert self.state.best_model_checkpoint is not None
+        ranks.barrier()  # rank 0 may still be writing it
         own = self.folder / CHECKPOINTS / f"checkpoint-{self.state.best_global_step}"
         self._restore(own if own.is_dir() else Path(self.state.best_model_checkpoint))
 
     def _restore(self, checkpoint: Path) -> None:
+        forget_gathered(self.model)
         self.finetuning.restore(self.model, checkpoint)
         if self.objective is not None:
             self.objective.restore(checkpoint)

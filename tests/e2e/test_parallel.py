@@ -21,6 +21,11 @@ WORDS = [
     "trainer.do_predict=true", "trainer.predict_with_generate=true", "trainer.disable_tqdm=true",
 ]  # fmt: skip
 ONE, TWO = "trainer.per_device_train_batch_size=8", "trainer.per_device_train_batch_size=4"
+BEST = [
+    *(word for word in WORDS if not word.startswith(("trainer.eval", "trainer.save", "trainer.num_train", "trainer.learning"))),
+    "trainer.eval_strategy=steps", "trainer.eval_steps=2", "trainer.save_steps=2", "trainer.max_steps=8", "trainer.learning_rate=1e-3",
+    "trainer.load_best_model_at_end=true", "trainer.greater_is_better=true", "trainer.do_eval=true",  # the worst, early on
+]  # fmt: skip
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -117,6 +122,27 @@ def test_fsdp2_on_the_cpu_learns_what_one_process_learns(here: Path) -> None:
         start(here, "trainer=evaluate", "model.checkpoint_dir=fsdp2", "data.dataset=belle_sample", "tracker=none")
     )
     assert "eval_loss" in out
+
+
+@pytest.fixture(scope="module")
+def best_of_one(here: Path) -> Path:
+    """A run of one process whose best checkpoint is not its last one."""
+    finish(start(here, *BEST, ONE, "trainer.output_dir=best_one"))
+    state = json.loads((here / "best_one/checkpoints/checkpoint-8/trainer_state.json").read_text())
+    assert state["best_global_step"] < 8
+    return here / "best_one"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_every_rank_ends_with_the_best_checkpoint(here: Path, best_of_one: Path, parallel: str) -> None:
+    two = [TWO, f"parallel={parallel}", "parallel.processes=2", f"trainer.output_dir=best_{parallel}"]
+    finish(start(here, *BEST, *two))
+    folder = here / f"best_{parallel}"
+    assert (folder / "predictions.jsonl").read_text() == (best_of_one / "predictions.jsonl").read_text()
+    mine, theirs = (json.loads((path / "metrics.json").read_text()) for path in (folder, best_of_one))
+    assert mine["eval_loss"] == pytest.approx(theirs["eval_loss"], abs=1e-5)
+    assert mine["predict_rouge-l"] == theirs["predict_rouge-l"]
 
 
 PREFERENCES = [
