@@ -17,6 +17,7 @@ from glmtuner.data.splits import dataset_entries, longest_row
 from glmtuner.distributed import ranks
 from glmtuner.distributed.pause import Paused
 from glmtuner.distributed.preemption import Preempted
+from glmtuner.distributed.visible import visible_gpus
 from glmtuner.errors import ConfigError
 from glmtuner.families.hub import read_config
 from glmtuner.inference.context import RunContext
@@ -96,7 +97,7 @@ def launch(
 
 def computes_on_gpu(run: Run) -> bool:
     """Whether the run computes on a GPU of this machine."""
-    return bool(ranks.visible_gpus()) and not run.trainer.use_cpu
+    return bool(visible_gpus()) and not run.trainer.use_cpu
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from glmtuner.config.groups import Dtype, Model, Quant
 from glmtuner.console import say
+from glmtuner.distributed import accelerator
 from glmtuner.errors import CheckpointError, GlmtunerError
 from glmtuner.families.config_json import BLOCK
 from glmtuner.families.hub import from_hub, hub_options, read_config, source_of
@@ -169,7 +170,7 @@ def load_model(
             f"quant=int{quant.bits}: the model does not halve its hidden states every few layers for generation, which would change "
             "quantized weights in place; what it computes is the same"
         )
-    device_map = {"device_map": {"": device}} if device.type == "cuda" and not sharded else {}
+    device_map = {"device_map": {"": device}} if accelerator.has_memory(device) and not sharded else {}
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert .bin files
 
     def load() -> "tuple[PreTrainedModel, dict[str, Any]]":
