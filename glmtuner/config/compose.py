@@ -48,6 +48,7 @@ NOT_FROM_CHECKPOINT = {
     "quant.quantization_bit",
     "finetuning.finetuning_type",
 }
+ROPE_SCALING = "model.rope_scaling"
 THINKING = "data.thinking"  # comes from a checkpoint's own run, too, unless it is trained further
 
 
@@ -339,7 +340,7 @@ def run_folder_of(checkpoint: str) -> Path | None:
 
 
 @cache
-def _say_unknown(sentence: str) -> None:
+def _complain_once(sentence: str) -> None:
     complain(sentence)
 
 
@@ -383,15 +384,20 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
     for group in FROM_CHECKPOINT:
         if group == "finetuning" and config.finetuning.finetuning_type != chosen["finetuning"]:
             continue
-        if group in user_keys and group in ("model", "generation"):
-            continue
+        of_user = group in user_keys and group in ("model", "generation")
         known = [*config[group]]  # also those without a value yet
         for name, value in saved[group].items():
             key = f"{group}.{name}"
+            if of_user and key != ROPE_SCALING:  # without which an adapter would be put on other positions than its own
+                continue
             if key not in user_keys and key not in NOT_FROM_CHECKPOINT and name in known:
                 _take(config, key, value, source)
             elif name not in known and value not in (None, False):
-                _say_unknown(f"{source / CONFIG}: {key}={value} is unknown to this version of glmtuner and left out")
+                _complain_once(f"{source / CONFIG}: {key}={value} is unknown to this version of glmtuner and left out")
+    if ROPE_SCALING in user_keys and (trained := saved.model.get("rope_scaling")) != config.model.rope_scaling:
+        _complain_once(
+            f"{ROPE_SCALING}={config.model.rope_scaling}, as typed: {checkpoints[-1]} was trained with {ROPE_SCALING}={trained}"
+        )
     trained_on, base = saved.model.model_name_or_path, config.model.model_name_or_path
     if base != trained_on and not Path(base).expanduser().is_dir():
         raise CheckpointError(

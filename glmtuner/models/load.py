@@ -14,6 +14,7 @@ from glmtuner.errors import CheckpointError, GlmtunerError
 from glmtuner.families.config_json import BLOCK
 from glmtuner.families.hub import from_hub, hub_options, read_config, source_of
 from glmtuner.models.new_tokens import add_tokens
+from glmtuner.models.rope import apply_rope_scaling, require_scaled
 from glmtuner.run_folder.folder import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -80,7 +81,9 @@ def load_tokenizer(model: Model, new_tokens: Sequence[str] = ()) -> "PreTrainedT
 
 
 def load_config(model: Model, family: "Family | None") -> "PreTrainedConfig":
-    """The model's config; whether `rope_ratio` interpolates positions, which config.json does not say, follows the family."""
+    """The model's config, with `model.rope_scaling`; whether `rope_ratio` interpolates positions, which config.json does not say,
+    follows the family.
+    """
     from transformers import AutoConfig
 
     source = source_of(model, model.config_name or model.model_name_or_path)
@@ -93,7 +96,9 @@ def load_config(model: Model, family: "Family | None") -> "PreTrainedConfig":
             config.set_rope()
         return config
 
-    return from_files(model, "its config.json", load)
+    config = from_files(model, "its config.json", load)
+    apply_rope_scaling(config, model.rope_scaling)
+    return config
 
 
 def dtype_of(model: Model, config: "PreTrainedConfig", device: "torch.device") -> "torch.dtype | str":
@@ -189,6 +194,7 @@ def load_model(
     with quantizing(quant):
         loaded, loading_info = from_files(model, "the model", load)
     check_loading(loaded, loading_info, f"model.model_name_or_path={model.model_name_or_path}")
+    require_scaled(loaded, model.rope_scaling)
     if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16 and quant.bits is None:
         loaded = loaded.float()  # config.json did not state its half precision
     if quant.bits is not None:
