@@ -24,6 +24,8 @@ from glmtuner.config.new_tokens import new_tokens_in
 from glmtuner.config.overrides import bracket_lists, check_overrides, parse, user_keys_of
 from glmtuner.config.paths import conf_dir, is_run_folder
 from glmtuner.config.plugins import load_plugins, plugin_presets
+from glmtuner.config.rope import KNOB as ROPE_SCALING
+from glmtuner.config.rope import knob_of
 from glmtuner.config.run_rules import nested_values, run_errors
 from glmtuner.config.schema import Run
 from glmtuner.config.search_space import SearchSpace, has_condition
@@ -48,7 +50,6 @@ NOT_FROM_CHECKPOINT = {
     "quant.quantization_bit",
     "finetuning.finetuning_type",
 }
-ROPE_SCALING = "model.rope_scaling"
 THINKING = "data.thinking"  # comes from a checkpoint's own run, too, unless it is trained further
 
 
@@ -396,7 +397,7 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
                 _complain_once(f"{source / CONFIG}: {key}={value} is unknown to this version of glmtuner and left out")
     if ROPE_SCALING in user_keys and (trained := saved.model.get("rope_scaling")) != config.model.rope_scaling:
         _complain_once(
-            f"{ROPE_SCALING}={config.model.rope_scaling}, as typed: {checkpoints[-1]} was trained with {ROPE_SCALING}={trained}"
+            f"{knob_of(config.model.rope_scaling)}, as typed: {checkpoints[-1]} was trained with {knob_of(trained)}"
         )
     trained_on, base = saved.model.model_name_or_path, config.model.model_name_or_path
     if base != trained_on and not Path(base).expanduser().is_dir():

@@ -14,7 +14,7 @@ KNOB = "model.rope_scaling"
 EXAMPLE = f"type '{KNOB}={{rope_type: yarn, factor: 4.0}}'"
 
 
-def knob_of(given: Mapping[str, Any]) -> str:
+def knob_of(given: Mapping[str, Any] | None) -> str:
     """The key with its value, as it is typed."""
     return f"{KNOB}={_as_typed(given)}"
 
@@ -22,7 +22,7 @@ def knob_of(given: Mapping[str, Any]) -> str:
 def _as_typed(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{name}: {_as_typed(own)}' for name, own in value.items())}}}"
-    return str(value)
+    return "null" if value is None else str(value)
 
 
 def by_layer_type(given: Mapping[str, Any]) -> bool:

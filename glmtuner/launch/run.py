@@ -195,6 +195,10 @@ def set_up(
     family, finetuning = resolve_family(run, model_config)
 
     load_libraries(compiles=needs_compiler(run), trains=True)
+    if run.model.rope_scaling is not None:
+        from glmtuner.models.load import load_config
+
+        load_config(run.model, family)  # transformers judges the values before any data are read
     if run.trainer.do_train:
         finetuning.check_model(run.model, family)
     watcher.reached("libraries")

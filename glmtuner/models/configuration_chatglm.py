@@ -131,11 +131,16 @@ class ChatGLM2Config(PreTrainedConfig):
                 "checkpoint's config.json again"
             )
 
+    @property
+    def has_own_rope(self) -> bool:
+        """Whether `rope_parameters` are of `model.rope_scaling`, by a type that `rope_ratio` cannot say."""
+        kind = (self.rope_parameters or {}).get("rope_type", "default")
+        return kind != "default" and not (kind == "linear" and self.rope_interpolation)
+
     def set_rope(self) -> None:
         """Compute `rope_parameters` from `rope_ratio` and `rope_interpolation`, unless they are of a type that these cannot say."""
-        kind = (self.rope_parameters or {}).get("rope_type", "default")
-        if kind != "default" and not (kind == "linear" and self.rope_interpolation):
-            return  # of a model that was saved with model.rope_scaling
+        if self.has_own_rope:
+            return
         linear = self.rope_interpolation and self.rope_ratio != 1
         self.rope_parameters = {
             "rope_type": "linear" if linear else "default",

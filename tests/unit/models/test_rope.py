@@ -136,7 +136,7 @@ def test_without_it_nothing_is_changed(tmp_path):
 
 @pytest.mark.parametrize("kind", ["linear", "yarn", "dynamic"])
 @pytest.mark.parametrize("family", ["chatglm2", "chatglm3"])
-def test_chatglm2_and_3_compute_as_transformers_glm(tmp_path, family, kind):
+def test_chatglm2_and_3_compute_as_transformers_glm(tmp_path, capsys, family, kind):
     """ChatGLM2 is saved in its published layout and as transformers' Glm; the second is plain transformers."""
     from glmtuner.families.family import FAMILIES
     from glmtuner.models.configuration_chatglm import ChatGLM2Config
@@ -159,7 +159,11 @@ def test_chatglm2_and_3_compute_as_transformers_glm(tmp_path, family, kind):
     ours = load_model(run.model, FAMILIES[family], run.quant, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(logits(ours), expected)
     for layout in ("published", "transformers"):
+        capsys.readouterr()
         save_model(ours, tmp_path / layout, layout)
+        # ChatGLM2's rope_ratio can say linear
+        is_told = layout == "published" and not (family == "chatglm2" and kind == "linear")
+        assert ("unknown to ChatGLM's own code" in capsys.readouterr().out) == is_told
         again = AutoModelForCausalLM.from_pretrained(tmp_path / layout)
         torch.testing.assert_close(logits(again), expected)
         assert again.config.max_position_embeddings == EXTENDED[kind]
