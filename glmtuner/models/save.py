@@ -25,7 +25,7 @@ def save_model(
         return
     if isinstance(model, ChatGLM2ForConditionalGeneration) and model.config.has_own_rope:
         say(
-            f"{folder.name}: rope_type={model.config.rope_parameters['rope_type']} is unknown to ChatGLM's own code, which would "
+            f"{folder.name}: rope_type={(model.config.rope_parameters or {})['rope_type']} is unknown to ChatGLM's own code, which would "
             "compute without it; glmtuner reads it, and the layout transformers holds it for other tools"
         )
     model.save_pretrained(folder, max_shard_size=shard)
