@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 
 # in accelerate's order, which decides where the Trainer computes; ROCm's GPUs are torch's cuda
 TYPES = ("npu", "cuda", "xpu", "mps")
-WITH_MEMORY = (
-    "npu",
-    "cuda",
-    "xpu",
-)  # the memory is their own, and they have streams and collectives; Apple's GPU shares the host's
+# these have memory of their own, streams and collectives; Apple's GPU shares the host's memory
+WITH_MEMORY = ("npu", "cuda", "xpu")
 COLLECTIVES = {"npu": "hccl", "cuda": "nccl", "xpu": "xccl"}
 # What is written for CUDA, or was compared on CUDA alone, and is left out on other devices.
 CUDA_ONLY = {

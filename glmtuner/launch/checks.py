@@ -74,14 +74,14 @@ def check_liger(run: Run, model_config: Mapping[str, Any]) -> None:
 
 
 def check_liger_runs(run: Run, device: "torch.device") -> None:
-    """Raise ConfigError where Liger's kernels are turned on for a device that Triton does not compile for."""
+    """Raise ConfigError where Liger's kernels are turned on for a device on which they were not compared."""
     if (
         run.trainer.use_liger_kernel
         and not accelerator.supports("triton", device)
         and os.environ.get("TRITON_INTERPRET") != "1"
     ):
         raise ConfigError(
-            f"trainer.use_liger_kernel=true: Liger's kernels need a GPU that Triton compiles for, and this run is on "
+            f"trainer.use_liger_kernel=true: Liger's kernels, by Triton, need a GPU of CUDA or ROCm, and this run is on "
             f"{device.type}; leave it out"
         )
 

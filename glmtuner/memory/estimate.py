@@ -154,9 +154,7 @@ def estimate(
     if FastPath.fused_lora in fast_paths:
         fuse_lora(model)
     context = "CUDA context" if device.type == "cuda" else f"context, if {device.type} has one of CUDA's size"
-    if on_gpu and not accelerator.is_available(
-        "cuda"
-    ):  # of another machine or kind: traced with the operations of a CPU
+    if on_gpu and not accelerator.is_available("cuda"):  # another machine's or kind: traced with a CPU's operations
         device = torch.device("cpu")
     mode = FakeTensorMode()
     materialize_fake(model, mode, device)

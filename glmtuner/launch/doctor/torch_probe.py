@@ -73,7 +73,7 @@ def gpus() -> dict[str, Any]:
             for device in devices
         ]
         return {"gpus": found, "type": kind}
-    if sentence := accelerator.unused_npu():
+    if kind == "cpu" and (sentence := accelerator.unused_npu()):
         return {"gpus": [], "npu_problem": sentence}
     if not (torch.version.cuda or torch.version.hip):
         return {"gpus": []}

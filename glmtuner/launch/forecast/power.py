@@ -17,10 +17,8 @@ class Power:
     """Within it the power is measured; `watts` is then its mean, None where the machine does not tell it."""
 
     def __init__(self, device: str, rapl: Path = RAPL) -> None:
-        self.rapl, self.on_gpu = (
-            rapl,
-            device in WITH_MEMORY,
-        )  # of which nvidia-smi knows NVIDIA's; no counter of the processor stands for others
+        # nvidia-smi knows NVIDIA's alone, but the processor's counters do not stand for other devices either
+        self.rapl, self.on_gpu = rapl, device in WITH_MEMORY
         self.watts: float | None = None
 
     def __enter__(self) -> Self:
