@@ -24,6 +24,8 @@ from glmtuner.config.new_tokens import new_tokens_in
 from glmtuner.config.overrides import bracket_lists, check_overrides, parse, user_keys_of
 from glmtuner.config.paths import conf_dir, is_run_folder
 from glmtuner.config.plugins import load_plugins, plugin_presets
+from glmtuner.config.rope import KNOB as ROPE_SCALING
+from glmtuner.config.rope import knob_of
 from glmtuner.config.run_rules import nested_values, run_errors
 from glmtuner.config.schema import Run
 from glmtuner.config.search_space import SearchSpace, has_condition
@@ -339,7 +341,7 @@ def run_folder_of(checkpoint: str) -> Path | None:
 
 
 @cache
-def _say_unknown(sentence: str) -> None:
+def _complain_once(sentence: str) -> None:
     complain(sentence)
 
 
@@ -383,15 +385,20 @@ def with_checkpoint(config: DictConfig, user_keys: set[str], recompose: Any) -> 
     for group in FROM_CHECKPOINT:
         if group == "finetuning" and config.finetuning.finetuning_type != chosen["finetuning"]:
             continue
-        if group in user_keys and group in ("model", "generation"):
-            continue
+        of_user = group in user_keys and group in ("model", "generation")
         known = [*config[group]]  # also those without a value yet
         for name, value in saved[group].items():
             key = f"{group}.{name}"
+            if of_user and key != ROPE_SCALING:  # without which an adapter would be put on other positions than its own
+                continue
             if key not in user_keys and key not in NOT_FROM_CHECKPOINT and name in known:
                 _take(config, key, value, source)
             elif name not in known and value not in (None, False):
-                _say_unknown(f"{source / CONFIG}: {key}={value} is unknown to this version of glmtuner and left out")
+                _complain_once(f"{source / CONFIG}: {key}={value} is unknown to this version of glmtuner and left out")
+    if ROPE_SCALING in user_keys and (trained := saved.model.get("rope_scaling")) != config.model.rope_scaling:
+        _complain_once(
+            f"{knob_of(config.model.rope_scaling)}, as typed: {checkpoints[-1]} was trained with {knob_of(trained)}"
+        )
     trained_on, base = saved.model.model_name_or_path, config.model.model_name_or_path
     if base != trained_on and not Path(base).expanduser().is_dir():
         raise CheckpointError(

@@ -18,6 +18,7 @@ from glmtuner.config.method_hooks import MethodHooks
 from glmtuner.config.new_tokens import new_token_errors
 from glmtuner.config.optimizers import SHORT_NAMES
 from glmtuner.config.ranges import range_errors, trainer_range_errors
+from glmtuner.config.rope import rope_scaling_errors
 from glmtuner.config.trainer_arguments import UNIONS, WORDS, OptimizerNames, TrainerArguments
 from glmtuner.config.trainer_fields import REDIRECTED, REFUSED
 from glmtuner.errors import ConfigError, did_you_mean
@@ -140,6 +141,11 @@ class Model:
     plot_loss: bool = False
     template: str | None = None
     dtype: Dtype = Dtype.auto
+    rope_scaling: Any = None
+
+    def __post_init__(self) -> None:
+        if wrong := list(rope_scaling_errors(self.rope_scaling)):
+            raise ConfigError("; ".join(wrong))
 
 
 @dataclass(kw_only=True)

@@ -232,7 +232,8 @@ def _unknown(key: str, presets: Mapping[str, list[str]]) -> str:
     """`unknown key 'data.datset'; did you mean 'dataset'? type data.dataset=…`."""
     full_key = _full_key_of(key.rpartition(".")[2])
     of_another_group = f"unknown key {key!r}: it belongs to {(full_key or '').partition('.')[0]}; type {full_key}=…"
-    if full_key and ("." not in key or key.partition(".")[0] in presets):
+    named = key.partition(".")[0]
+    if full_key and named != full_key.partition(".")[0] and ("." not in key or named in presets):
         return of_another_group
     legal = [name for name in (*legal_keys(), *presets) if name not in MOVED]
     group, _, leaf = key.partition(".")

@@ -8,7 +8,6 @@ import atexit
 import ctypes
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from glmtuner.distributed import accelerator
 from glmtuner.distributed.preemption import SIGNALS
+from glmtuner.distributed.visible import visible_gpus
 from glmtuner.errors import ConfigError, GlmtunerError
 
 if TYPE_CHECKING:
@@ -90,17 +91,6 @@ def processes_to_start(parallel: "Parallel") -> int:
             )
         return 1
     return parallel.processes or (max(len(visible_gpus()), 1) if parallel.several else 1)
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that a child process would see, as in CUDA_VISIBLE_DEVICES; torch is not imported."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name.strip()]
-    if not shutil.which("nvidia-smi"):
-        return []
-    listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-    return [str(number) for number, line in enumerate(listing.splitlines()) if line.startswith("GPU ")]
 
 
 class RankFailed(Exception):
@@ -211,11 +201,10 @@ def init_process_group(trainer: "Trainer") -> None:
     die_with_parent()
     if torch.distributed.is_initialized():
         return
-    on_gpu = torch.cuda.is_available() and not trainer.use_cpu
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not trainer.use_cpu:
+        accelerator.set_device()
     torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=trainer.ddp_timeout)
+        accelerator.collective_backends(use_cpu=trainer.use_cpu), timeout=timedelta(seconds=trainer.ddp_timeout)
     )
 
 

@@ -23,6 +23,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.cache_utils import Cache
 
 from glmtuner.console import say
+from glmtuner.distributed import accelerator
 from glmtuner.errors import ConfigError, PreflightError
 from glmtuner.inference.batch import Batch
 from glmtuner.inference.replay import Recorder, can_replay
@@ -65,7 +66,7 @@ class Decoder:
         self.accepted = inspect.signature(self.model.forward).parameters
         self.pad_id = pad_id
         if replays is None:
-            replays = self.device.type == "cuda"
+            replays = accelerator.supports("graphs", self.device)
         self.recorder = Recorder(self.model, self.accepted) if replays and can_replay(model, self.model) else None
 
     @property

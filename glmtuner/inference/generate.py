@@ -6,6 +6,7 @@ from inspect import signature
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from glmtuner.distributed import accelerator
 from glmtuner.inference.detokenize import decode_answer
 from glmtuner.templates.tool_calls import Syntax
 
@@ -36,23 +37,15 @@ def rows_that_fit(model: "PreTrainedModel", tokens: int, max_rows: int | None = 
 
     At least 1 and at most `max_rows`, by default MAX_ROWS_GPU on a GPU and MAX_ROWS_CPU elsewhere.
     """
-    import torch
-
     config = model.config.get_text_config()
     # layers that keep a state need less; RWKV and Mamba have no heads
     heads = getattr(config, "num_attention_heads", None) or 1
     groups = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     row_bytes: int = 2 * config.num_hidden_layers * groups * head_dim * model.dtype.itemsize * tokens
-    if model.device.type == "cuda":
-        # memory that torch has reserved and does not use is free, too
-        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-        free_bytes, default = torch.cuda.mem_get_info(model.device)[0] + unused, MAX_ROWS_GPU
-    else:
-        import psutil
-
-        free_bytes, default = psutil.virtual_memory().available, MAX_ROWS_CPU
-    return min(max(free_bytes // 2 // row_bytes, 1), default if max_rows is None else max_rows)
+    default = MAX_ROWS_GPU if accelerator.has_memory(model.device) else MAX_ROWS_CPU
+    most = max(accelerator.free_memory(model.device) // 2 // row_bytes, 1)
+    return min(most, default if max_rows is None else max_rows)
 
 
 def answers(

@@ -15,6 +15,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationMixin
 
+from glmtuner.distributed import accelerator
 from glmtuner.inference.batch import Batch
 
 WARMUP_STEPS = 2  # runs of a step before it is captured, in which libraries choose their kernels
@@ -81,7 +82,7 @@ class Replay:
         self.write_column = torch.zeros(1, dtype=torch.long, device=device)
         self.position_ids = self._position_ids(batch)
         self._load(batch)
-        self.run = self._capture(batch) if device.type == "cuda" else lambda: self._forward(batch)
+        self.run = self._capture(batch) if accelerator.supports("graphs", device) else lambda: self._forward(batch)
 
     def step(self, batch: Batch) -> torch.Tensor:
         """The logits after each row's last token, [B, V], float32; valid until the next step."""

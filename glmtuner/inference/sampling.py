@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from glmtuner.console import say
+from glmtuner.distributed import accelerator
 from glmtuner.inference.decoding import FAILED, Decoder, NoCacheError, Row, greedy, most_likely
 from glmtuner.inference.generate import MAX_ROWS_CPU, MAX_ROWS_GPU, by_length, continuations
 
@@ -89,7 +90,7 @@ class Sampler:
         decoder = Decoder(self.model, self.pad_id)
         short = min(prompts, key=len)
         if self.max_rows is None:  # only now the model is where it computes
-            self.max_rows = MAX_ROWS_GPU if decoder.device.type == "cuda" else MAX_ROWS_CPU
+            self.max_rows = MAX_ROWS_GPU if accelerator.has_memory(decoder.device) else MAX_ROWS_CPU
         if self.pads is None:
             long = max(prompts, key=len)
             # prompts of one length say nothing about padding

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.distributed import accelerator
 from glmtuner.errors import ConfigError
 from glmtuner.inference.generate import Decoding, until_stop
 from glmtuner.models.unwrap import unwrapped
@@ -48,8 +49,7 @@ def vllm_answers(
     with TemporaryDirectory(prefix="glmtuner-vllm-") as folder:
         move(model, torch.device("cpu"))
         save_merged(model, Path(folder))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        accelerator.empty_cache()
         from vllm import LLM, SamplingParams
 
         engine = LLM(

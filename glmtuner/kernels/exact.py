@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from glmtuner.distributed import accelerator
 from glmtuner.templates.base import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def loss_problem(model: nn.Module, base: "PreTrainedModel", batch: dict[str, Any
     device = labels.device
     try:
         model.train()
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.no_grad(), accelerator.fork_rng(device):
             out = model(**batch)
     finally:
         model.train(was_training)

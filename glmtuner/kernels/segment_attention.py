@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from glmtuner.data.segments import Segments, causal_positions
+from glmtuner.distributed import accelerator
 from glmtuner.kernels.segment_masks import CURRENT, SegmentMasks, register_segment_masks
 from glmtuner.kernels.segment_states import reset_states
 from glmtuner.models.mixing_layers import ATTENTION_LAYERS, is_recurrent, mixing_layers, recurrent_layer_types
@@ -276,11 +277,7 @@ def _uses_varlen(
 
 def _varlen_runs(query: torch.Tensor) -> bool:
     """Whether the kernel exists for this device and dtype."""
-    return (
-        query.device.type == "cuda"
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+    return query.dtype in (torch.float16, torch.bfloat16) and accelerator.supports("flash", query.device)
 
 
 @cache

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from glmtuner.distributed import accelerator
+
 PLAIN = (nn.Dropout, nn.Identity)
 
 
@@ -36,7 +38,7 @@ class Draws:
         """1 / (1 - p) where an input is kept and 0 where it is dropped, of the shape and from the draws of `F.dropout`."""
         if like.device.type == "cpu":
             return torch.empty_like(like).bernoulli_(1 - p, generator=self.generator).div_(1 - p)
-        device = torch.cuda.default_generators[like.device.index or 0]
+        device = accelerator.default_generator(like.device)
         outer = device.get_state()
         if self.device_state is not None:
             device.set_state(self.device_state)

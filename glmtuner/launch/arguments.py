@@ -10,8 +10,7 @@ from glmtuner.config.schema import Run
 from glmtuner.config.trainer_arguments import TrainerArguments
 from glmtuner.config.trainer_fields import default_of
 from glmtuner.config.trainer_rules import is_greater_better
-from glmtuner.distributed import ranks
-from glmtuner.launch.device import has_bfloat16
+from glmtuner.distributed import accelerator, ranks
 from glmtuner.run_folder.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -69,14 +68,15 @@ def training_arguments(
     if run.trainer.do_train and half and not (run.trainer.fp16 or run.trainer.bf16):
         if run.finetuning.saved_as == "model":
             chosen["bf16" if torch.bfloat16 in half else "fp16"] = True  # float32 weights between half-precision ones
-        elif torch.bfloat16 in half and has_bfloat16(device):
+        elif torch.bfloat16 in half and accelerator.has_bfloat16(device):
             chosen["bf16"] = True  # so that products with float32 adapters use bfloat16's tensor cores, too
-    if not torch.cuda.is_available():
+    on_gpu = accelerator.available_type() in accelerator.WITH_MEMORY
+    if not on_gpu:
         chosen["dataloader_pin_memory"] = False  # transformers warns about pinned memory without a GPU
         if ranks.world_size() > 1:
             chosen["use_cpu"] = True  # accelerate does not detect CPU ranks by itself
     if for_estimate:
-        chosen["use_cpu"] = not torch.cuda.is_available()  # transformers refuses bf16 without a GPU that has it
+        chosen["use_cpu"] = not on_gpu  # transformers refuses bf16 without a GPU that has it
     if run.trainer.optim.value in OWN:  # glmtuner/training/optimizers.py makes them
         chosen.pop("optim")
         chosen.pop("optim_args", None)

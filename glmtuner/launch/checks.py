@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.compose import run_folder_of
 from glmtuner.config.groups import Model
 from glmtuner.config.schema import Run
-from glmtuner.distributed import ranks
+from glmtuner.distributed import accelerator, ranks
 from glmtuner.errors import CheckpointError, ConfigError
 from glmtuner.finetuning.start import check_checkpoints
 from glmtuner.launch.libraries import quieten_libraries
@@ -74,10 +74,14 @@ def check_liger(run: Run, model_config: Mapping[str, Any]) -> None:
 
 
 def check_liger_runs(run: Run, device: "torch.device") -> None:
-    """Raise ConfigError where Liger's kernels are turned on for a device that Triton does not compile for."""
-    if run.trainer.use_liger_kernel and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    """Raise ConfigError where Liger's kernels are turned on for a device on which they were not compared."""
+    if (
+        run.trainer.use_liger_kernel
+        and not accelerator.supports("triton", device)
+        and os.environ.get("TRITON_INTERPRET") != "1"
+    ):
         raise ConfigError(
-            f"trainer.use_liger_kernel=true: Liger's kernels need a GPU that Triton compiles for, and this run is on "
+            f"trainer.use_liger_kernel=true: Liger's kernels, by Triton, need a GPU of CUDA or ROCm, and this run is on "
             f"{device.type}; leave it out"
         )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from glmtuner.config.groups import Dtype
 from glmtuner.config.schema import Run
-from glmtuner.distributed import ranks
+from glmtuner.distributed import accelerator, ranks
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +22,7 @@ def device_of(run: Run) -> "torch.device":
 
     if run.trainer.use_cpu:
         return torch.device("cpu")
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return accelerator.own_device()
 
 
 def reuse_memory() -> None:
@@ -41,13 +39,6 @@ def reuse_memory() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def has_bfloat16(device: "torch.device") -> bool:
-    """Whether the device is a GPU with bfloat16; a GPU that this machine does not have is assumed to have it."""
-    import torch
-
-    return device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
-
-
 def compute_dtype(run: Run, device: "torch.device") -> "torch.dtype":
     """The dtype of quantized layers' matrix products: the run's precision, else bf16 where the GPU has it, else float32."""
     import torch
@@ -56,7 +47,7 @@ def compute_dtype(run: Run, device: "torch.device") -> "torch.dtype":
         return torch.bfloat16 if run.trainer.bf16 else torch.float16
     if run.model.dtype is not Dtype.auto:
         return getattr(torch, run.model.dtype.value)
-    return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    return torch.bfloat16 if accelerator.has_bfloat16(device) else torch.float32
 
 
 def place_model(run: Run, model: "nn.Module", device: "torch.device") -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.distributed import accelerator
+
 if TYPE_CHECKING:
     import torch
 
@@ -16,18 +18,18 @@ CPU_NAMES = re.compile(
 
 
 def hardware(device: "torch.device", processes: int) -> dict[str, Any]:
-    """What the run computes on: `device` (cuda, mps or cpu), `name` of a device, its `memory_gib` (null for a CPU), `processes`.
+    """What the run computes on: `device` (its type, such as cuda or cpu), `name`, `memory_gib` (null where that is the host's), `processes`.
 
     `cpu` and `cores` are the name of the host's processor, null if the system does not tell it, and the number of its logical
     cores that this process may use; `threads` is the number that torch computes with.
     """
     import torch
 
-    cpu, gpu = cpu_name(), device.type == "cuda"
+    cpu, memory = cpu_name(), accelerator.total_memory(device)
     return {
         "device": device.type,
-        "name": torch.cuda.get_device_name(device) if gpu else cpu,
-        "memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1) if gpu else None,
+        "name": accelerator.name_of(device) if memory is not None else cpu,
+        "memory_gib": None if memory is None else round(memory / 2**30, 1),
         "processes": processes,
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

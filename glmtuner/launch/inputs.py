@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.paths import cache_root, model_source
 from glmtuner.config.schema import Run
 from glmtuner.data.prepare import serialized
-from glmtuner.distributed import ranks
+from glmtuner.distributed import accelerator, ranks
 from glmtuner.families.weight_files import weight_files
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import KEPT
@@ -127,7 +127,7 @@ def machine(device: "torch.device") -> dict[str, Any]:
     import torch
 
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": accelerator.name_of(device),
         "ranks": ranks.world_size(),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),

@@ -10,7 +10,7 @@ from glmtuner.config.compose import Composed
 from glmtuner.config.groups import Finetuning
 from glmtuner.console import say, table
 from glmtuner.data.splits import dataset_entries, longest_row
-from glmtuner.distributed import ranks
+from glmtuner.distributed import accelerator, ranks
 from glmtuner.errors import ConfigError
 from glmtuner.families.family import Family
 from glmtuner.families.hub import read_config
@@ -71,8 +71,8 @@ def report_remote_memory(composed: Composed) -> None:
     if not run.trainer.do_train:
         return
     device = device_of(run)
-    if not (run.trainer.use_cpu or device.type == "cuda"):
-        device = torch.device("cuda")
+    if not (run.trainer.use_cpu or accelerator.has_memory(device)):
+        device = torch.device("cuda")  # the usual one of a cluster
     try:
         needed, _ = estimate_run(composed, device, None)
     except ConfigError as error:

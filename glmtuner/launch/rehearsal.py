@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 from glmtuner.config.optimizers import LOMO, SCHEDULE_FREE
 from glmtuner.config.schedules import dictionary
 from glmtuner.config.schema import Run
-from glmtuner.distributed import ranks
+from glmtuner.distributed import accelerator, ranks
 from glmtuner.errors import ConfigError, did_you_mean
 from glmtuner.launch.arguments import training_arguments
-from glmtuner.launch.device import has_bfloat16
 from glmtuner.launch.resume import require_same_optimizer
 from glmtuner.memory.checkpointing import check_offload
 from glmtuner.run_folder.folder import RunFolder
@@ -54,14 +53,12 @@ def rehearse(run: Run, folder: RunFolder, device: "torch.device", checkpoint: Pa
 
 def check_precision(run: Run, device: "torch.device") -> None:
     """Raise ConfigError where the device does not compute in the precision that the trainer asks for."""
-    import torch
-
     trainer = run.trainer
     for name in ("bf16", "bf16_full_eval"):
-        if getattr(trainer, name) and not trainer.use_cpu and not has_bfloat16(device):
+        if getattr(trainer, name) and not trainer.use_cpu and not accelerator.has_bfloat16(device):
             what = (
                 "a GPU without bfloat16"
-                if device.type == "cuda"
+                if accelerator.has_memory(device)
                 else f"the device {device.type}, not a GPU with bfloat16"
             )
             raise ConfigError(
@@ -73,7 +70,7 @@ def check_precision(run: Run, device: "torch.device") -> None:
             "trainer.fp16=true: float16 with loss scaling needs a GPU, and this run is on the CPU; leave it out, or type "
             "trainer.bf16=true trainer.use_cpu=true"
         )
-    if trainer.tf32 and not (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8):
+    if trainer.tf32 and not accelerator.supports("tf32", device):
         raise ConfigError(
             "trainer.tf32=true: TensorFloat-32 needs a GPU of NVIDIA's Ampere generation or later; leave it out"
         )

@@ -18,6 +18,7 @@ from glmtuner.distributed import ranks
 from glmtuner.distributed.pause import Paused
 from glmtuner.distributed.preemption import Preempted
 from glmtuner.distributed.shares import take_shares
+from glmtuner.distributed.visible import visible_gpus
 from glmtuner.errors import ConfigError
 from glmtuner.families.hub import read_config
 from glmtuner.inference.context import RunContext
@@ -97,7 +98,7 @@ def launch(
 
 def computes_on_gpu(run: Run) -> bool:
     """Whether the run computes on a GPU of this machine."""
-    return bool(ranks.visible_gpus()) and not run.trainer.use_cpu
+    return bool(visible_gpus()) and not run.trainer.use_cpu
 
 
 @contextmanager
@@ -195,6 +196,10 @@ def set_up(
     family, finetuning = resolve_family(run, model_config)
 
     load_libraries(compiles=needs_compiler(run), trains=True)
+    if run.model.rope_scaling is not None:
+        from glmtuner.models.load import load_config
+
+        load_config(run.model, family)  # transformers judges the values before any data are read
     if run.trainer.do_train:
         finetuning.check_model(run.model, family)
     watcher.reached("libraries")

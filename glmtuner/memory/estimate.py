@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.distributed import accelerator
 from glmtuner.kernels.fast_paths import FastPath
 from glmtuner.memory.checkpointing import enable_checkpointing
 from glmtuner.memory.ledger import Ledger
@@ -147,12 +148,13 @@ def estimate(
     active = active_summary(model)
     frozen_bytes = sum(stored_nbytes(parameter) for parameter in parameters if not parameter.requires_grad)
     trained_bytes = sum(map(stored_nbytes, trained))
-    on_gpu = device.type == "cuda"
+    on_gpu = accelerator.has_memory(device)
     base = unwrapped(model)
     segments = FastPath.without_padding in fast_paths and segment_attention_problem(base) is None
     if FastPath.fused_lora in fast_paths:
         fuse_lora(model)
-    if on_gpu and not torch.cuda.is_available():  # a GPU of another machine: traced with the operations of a CPU
+    context = "CUDA context" if device.type == "cuda" else f"context, if {device.type} has one of CUDA's size"
+    if on_gpu and not accelerator.is_available("cuda"):  # another machine's or kind: traced with a CPU's operations
         device = torch.device("cpu")
     mode = FakeTensorMode()
     materialize_fake(model, mode, device)
@@ -187,7 +189,7 @@ def estimate(
     if on_gpu:
         temporary += CUBLAS_WORKSPACE
         overhead = {
-            "CUDA context": int(CUDA_CONTEXT),
+            context: int(CUDA_CONTEXT),
             "allocator": int(FRAGMENTATION * (gradients + kept + temporary)),
         }
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.checkpointing import configured_checkpointing
 from glmtuner.config.compose import Composed
 from glmtuner.config.schema import Run
+from glmtuner.distributed import accelerator
 from glmtuner.errors import ConfigError
 from glmtuner.memory.estimate import GIB, Estimate, gib
 
@@ -56,10 +57,8 @@ def process_baseline_bytes(device: "torch.device", tracker: str) -> int:
 
 def device_memory(device: "torch.device") -> int | None:
     """The bytes available to a run: all of a GPU, or on a CPU what is free or held by this process; None if unknown."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_properties(device).total_memory
+    if (memory := accelerator.total_memory(device)) is not None:
+        return memory
     if device.type != "cpu":
         return None
     import psutil

@@ -97,7 +97,7 @@ class ChatGLM2Config(PreTrainedConfig):
     attention_dropout: float = 0.0
     rope_ratio: float = 1.0
     rope_interpolation: bool = False
-    rope_parameters: dict[str, Any] | None = None  # computed from the two above
+    rope_parameters: dict[str, Any] | None = None  # computed from the two above, or another type than they can say
     rmsnorm: bool = True
     post_layer_norm: bool = True
     original_rope: bool = True
@@ -131,8 +131,16 @@ class ChatGLM2Config(PreTrainedConfig):
                 "checkpoint's config.json again"
             )
 
+    @property
+    def has_own_rope(self) -> bool:
+        """Whether `rope_parameters` are of `model.rope_scaling`, by a type that `rope_ratio` cannot say."""
+        kind = (self.rope_parameters or {}).get("rope_type", "default")
+        return kind != "default" and not (kind == "linear" and self.rope_interpolation)
+
     def set_rope(self) -> None:
-        """Compute `rope_parameters` from `rope_ratio` and `rope_interpolation`."""
+        """Compute `rope_parameters` from `rope_ratio` and `rope_interpolation`, unless they are of a type that these cannot say."""
+        if self.has_own_rope:
+            return
         linear = self.rope_interpolation and self.rope_ratio != 1
         self.rope_parameters = {
             "rope_type": "linear" if linear else "default",

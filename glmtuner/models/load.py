@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from glmtuner.config.groups import Dtype, Model, Quant
 from glmtuner.console import say
-from glmtuner.distributed import ranks
+from glmtuner.distributed import accelerator, ranks
 from glmtuner.distributed.shares import cast, loading_shares, share_of
 from glmtuner.errors import CheckpointError, GlmtunerError
 from glmtuner.families.config_json import BLOCK
 from glmtuner.families.hub import from_hub, hub_options, read_config, source_of
 from glmtuner.models.new_tokens import add_tokens
+from glmtuner.models.rope import apply_rope_scaling, require_scaled
 from glmtuner.run_folder.folder import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ def load_tokenizer(model: Model, new_tokens: Sequence[str] = ()) -> "PreTrainedT
 
 
 def load_config(model: Model, family: "Family | None") -> "PreTrainedConfig":
-    """The model's config; whether `rope_ratio` interpolates positions, which config.json does not say, follows the family."""
+    """The model's config, with `model.rope_scaling`; whether `rope_ratio` interpolates positions, which config.json does not say,
+    follows the family.
+    """
     from transformers import AutoConfig
 
     source = source_of(model, model.config_name or model.model_name_or_path)
@@ -94,7 +97,9 @@ def load_config(model: Model, family: "Family | None") -> "PreTrainedConfig":
             config.set_rope()
         return config
 
-    return from_files(model, "its config.json", load)
+    config = from_files(model, "its config.json", load)
+    apply_rope_scaling(config, model.rope_scaling)
+    return config
 
 
 def dtype_of(model: Model, config: "PreTrainedConfig", device: "torch.device") -> "torch.dtype | str":
@@ -172,7 +177,7 @@ def load_model(
             f"quant=int{quant.bits}: the model does not halve its hidden states every few layers for generation, which would change "
             "quantized weights in place; what it computes is the same"
         )
-    device_map = {"device_map": {"": device}} if device.type == "cuda" and not sharded else {}
+    device_map = {"device_map": {"": device}} if accelerator.has_memory(device) and not sharded else {}
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask the hub to convert .bin files
 
     def load() -> "tuple[PreTrainedModel, dict[str, Any]]":
@@ -191,6 +196,7 @@ def load_model(
     with quantizing(quant), loading_shares() if in_shares else nullcontext():
         loaded, loading_info = from_files(model, "the model", load)
     check_loading(loaded, loading_info, f"model.model_name_or_path={model.model_name_or_path}", in_shares)
+    require_scaled(loaded, model.rope_scaling)
     if dtype == "auto" and device.type == "cpu" and loaded.dtype == torch.float16 and quant.bits is None:
         for parameter in loaded.parameters():  # config.json did not state its half precision
             cast(parameter, torch.float32)

@@ -27,6 +27,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from glmtuner.distributed import accelerator
 from glmtuner.families.experts import is_experts
 
 
@@ -193,7 +194,8 @@ def read_as_matrices(model: nn.Module) -> list[str]:
         if kind not in names:
             methods = [each for each in vars(kind).values() if inspect.isfunction(each)]
             source = "\n".join(map(_source, methods))
-            reads = READ if torch.cuda.is_available() and MAMBA_KERNEL.search(source) else MULTIPLIED
+            # the kernel that reads weights past their layers is written for CUDA
+            reads = READ if accelerator.is_available("cuda") and MAMBA_KERNEL.search(source) else MULTIPLIED
             asks = reads is MULTIPLIED and "_is_quantized" in source
             names[kind] = set() if asks else {name for match in reads.findall(source) for name in match if name}
         children = dict(module.named_children())

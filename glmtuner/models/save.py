@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from glmtuner.console import say
 from glmtuner.models.modeling_chatglm2 import ChatGLM2ForConditionalGeneration, as_glm
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ def save_model(
     if layout == "transformers" and isinstance(model, ChatGLM2ForConditionalGeneration):
         as_glm(model).save_pretrained(folder, max_shard_size=shard)
         return
+    if isinstance(model, ChatGLM2ForConditionalGeneration) and model.config.has_own_rope:
+        say(
+            f"{folder.name}: rope_type={(model.config.rope_parameters or {})['rope_type']} is unknown to ChatGLM's own code, which would "
+            "compute without it; glmtuner reads it, and the layout transformers holds it for other tools"
+        )
     model.save_pretrained(folder, max_shard_size=shard)
     if model.config.model_type == "chatglm":
         path = folder / "config.json"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from glmtuner.config.groups import preset
 from glmtuner.config.schema import Parallel, Run
+from glmtuner.distributed import accelerator
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,8 +40,7 @@ class Fsdp2(Parallel):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
-        device = "cuda" if torch.distributed.get_backend() != "gloo" else "cpu"
-        mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+        mesh = init_device_mesh(accelerator.mesh_type(), (torch.distributed.get_world_size(),))
         policy = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward, offload_policy=policy)

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from glmtuner.data.records import Message
+from glmtuner.distributed import accelerator
 from glmtuner.inference.batch import Batch
 from glmtuner.inference.decoding import FAILED, Decoder, most_likely, prefill_count
 
@@ -268,8 +269,7 @@ class Engine:
                 return compute()
         except Exception:
             log.exception("%d requests failed", len(unfinished))
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        accelerator.empty_cache()
         for row in unfinished:
             row.request.end("error")
         return None

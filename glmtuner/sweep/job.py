@@ -4,7 +4,6 @@ import gc
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +19,7 @@ from glmtuner.config.compose import Composed, compose
 from glmtuner.config.objective import PREFIXES, measured_as, objectives_of
 from glmtuner.config.offline import adopt_offline
 from glmtuner.console import POSITION, say
-from glmtuner.distributed import ranks
+from glmtuner.distributed import accelerator, ranks
 from glmtuner.distributed.preemption import SIGNALS, Preempted
 from glmtuner.errors import CheckpointError, ConfigError, FolderBusy, did_you_mean
 from glmtuner.launch.between_jobs import keep_base_models
@@ -224,9 +223,7 @@ def run_in_subprocess(overrides: Sequence[str], folder: RunFolder, flags: Sequen
 def free_memory() -> None:
     """Free the accelerator memory of a failed or paused job for the next one."""
     gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    accelerator.empty_cache()
 
 
 def objective_values(metrics: dict[str, float], objective: Any) -> list[float]:

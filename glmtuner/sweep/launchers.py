@@ -24,7 +24,7 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLaunche
 from omegaconf import OmegaConf
 
 from glmtuner.console import say
-from glmtuner.distributed.ranks import visible_gpus
+from glmtuner.distributed.visible import only, visible_gpus
 from glmtuner.errors import ConfigError
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.locks import try_lock
@@ -93,7 +93,7 @@ def one_gpu(root: Path) -> Iterator[dict[str, str]]:
             lock = try_lock(root / f".gpu-{gpu}.lock")
             if lock is not None:
                 with lock:
-                    yield {"CUDA_VISIBLE_DEVICES": gpu}
+                    yield only(gpu)
                 return
         time.sleep(POLL_SECONDS)
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from glmtuner.distributed import ranks
+from glmtuner.distributed.visible import visible_gpus
 from glmtuner.sweep.launchers import one_gpu
 
 CLOSING_SECONDS = 30.0  # in which a worker whose input was closed must end
@@ -105,5 +106,5 @@ def close_all() -> None:
 
 def too_many(jobs_at_once: int) -> bool:
     """Whether the jobs are more than the machine's GPUs; -1, as joblib counts, is one a core."""
-    gpus = len(ranks.visible_gpus())
+    gpus = len(visible_gpus())
     return gpus > 1 and not 0 < jobs_at_once <= gpus

@@ -2,11 +2,12 @@
 
 from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from glmtuner.distributed import accelerator
 from glmtuner.errors import Diverged, TrainingError
 
 if TYPE_CHECKING:
@@ -36,19 +37,17 @@ class FiniteChecks:
 
     def __init__(self, args: "TrainingArguments") -> None:
         self.args = args
-        self._pending: deque[tuple[torch.cuda.Event, str, torch.Tensor, int]] = deque()
+        self._pending: deque[tuple[Any, str, torch.Tensor, int]] = deque()
 
     def add(self, name: str, value: torch.Tensor, step: int) -> None:
         """Check a number, [], now or later; raises Diverged for it or an earlier one."""
-        if isinstance(value, DTensor) or value.device.type != "cuda":
+        if isinstance(value, DTensor) or not accelerator.has_memory(value.device):
             self.settle()
             require_finite(name, value, step, self.args)
             return
-        arrived = torch.cuda.Event()
         copy = torch.empty((), dtype=value.dtype, pin_memory=True)
         copy.copy_(value.detach().reshape(()), non_blocking=True)
-        arrived.record(torch.cuda.current_stream(value.device))
-        self._pending.append((arrived, name, copy, step))
+        self._pending.append((accelerator.recorded_event(value.device), name, copy, step))
         while self._pending and (len(self._pending) > self.LAG or self._pending[0][0].query()):
             self._check_first()
 

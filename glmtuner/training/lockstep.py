@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate.state import GradientState
 
+from glmtuner.distributed import accelerator
 from glmtuner.distributed.preemption import INHERITED, Preempted, SignalCapture
 
 LOOK_SECONDS = 0.5  # between two looks whether a signal has arrived, while a training runs
@@ -36,7 +37,7 @@ class ProcessState:
     def keep(self) -> None:
         """Take the process's state."""
         self.python, self.numpy, self.torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self.devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self.devices = accelerator.rng_states()
         self.gradients = dict(GradientState._shared_state)
 
     def put_back(self) -> None:
@@ -44,8 +45,7 @@ class ProcessState:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
-        if self.devices:
-            torch.cuda.set_rng_state_all(self.devices)
+        accelerator.set_rng_states(self.devices)
         GradientState._shared_state.clear()
         GradientState._shared_state.update(self.gradients)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from glmtuner.distributed import ranks
+from glmtuner.distributed import accelerator, ranks
 from glmtuner.run_folder.files import strict_json
 from glmtuner.templates.base import IGNORE_INDEX
 
@@ -129,8 +129,8 @@ def peak_memory_gib(device: torch.device) -> float:
 
     Without /proc (Windows, macOS) the resident set's peak is that since the process started.
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+    if (allocated := accelerator.peak_memory(device)) is not None:
+        return allocated / 2**30
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
@@ -147,7 +147,6 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def forget_peak(device: torch.device) -> None:
     """Measure the peak from now on: the jobs of a sweep may share a process."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    accelerator.reset_peak_memory(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from glmtuner.distributed import accelerator
 from glmtuner.errors import PreflightError
 from glmtuner.templates.base import IGNORE_INDEX
 
@@ -35,7 +36,7 @@ def check_first_batch(
             "data.max_target_length"
         )
     was_training = model.training
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with accelerator.fork_rng(device):
         model.train()
         with autocast():
             inputs = {name: values.to(device) if hasattr(values, "to") else values for name, values in batch.items()}

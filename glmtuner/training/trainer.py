@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from glmtuner.config.groups import Finetuning
 from glmtuner.config.schema import Tracker
-from glmtuner.distributed import ranks
+from glmtuner.distributed import accelerator, ranks
 from glmtuner.distributed.pause import Pause
 from glmtuner.kernels.fast_paths import NO_COMMON_BEGINNINGS, FastPath
 from glmtuner.memory.checkpointing import enable_checkpointing
@@ -178,7 +178,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
     @cached_property
     def flops(self) -> ModelFlops | None:
         """The FLOPs that utilization is computed from; None on a CPU, and for losses of an objective."""
-        return model_flops(self.model) if self.args.device.type == "cuda" and self.objective is None else None
+        return model_flops(self.model) if accelerator.has_memory(self.args.device) and self.objective is None else None
 
     @cached_property
     def matrix_weights(self) -> int:
@@ -408,5 +408,5 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         """Model FLOPs utilization of all ranks together; None on a CPU, an unknown GPU, and for losses of an objective."""
         if self.flops is None:
             return None
-        name = torch.cuda.get_device_name(self.args.device)
+        name = accelerator.name_of(self.args.device)
         return utilization(self.flops.of(tokens, squared_lengths), seconds, name, ranks.world_size())

@@ -19,6 +19,7 @@ QUERY = [
     "--format=csv,noheader,nounits",
 ]
 GIB = 2**30
+PLACES = {"cpu": "on the CPU", "npu": "on the NPU"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,14 @@ def check_gpus(probed: Mapping[str, Any], driver: tuple[Answer, list[Listed]]) -
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     version = f", driver {cards[0].driver}" if cards else ""
     gpus = probed.get("gpus") or []
+    if gpus and (kind := probed.get("type")) is not None:
+        texts = [f"{gpu['name']}, {gpu['free'] / GIB:.1f} of {gpu['total'] / GIB:.1f} GiB free" for gpu in gpus]
+        package = f"torch_npu {version_of('torch-npu')}" if kind == "npu" else f"torch {probed.get('torch')}"
+        text = f"{'; '.join(counted(texts))}, as {kind} of {package}"
+        return Finding("GPU", OK, text, facts={"gpus": gpus})
+    if sentence := probed.get("npu_problem"):
+        text, _, fix = sentence.partition("; type ")
+        return Finding("GPU", PROBLEM, text, fix, facts={"gpus": []})
     if gpus:
         texts = [
             f"{gpu['name']}, {gpu['free'] / GIB:.1f} of {gpu['total'] / GIB:.1f} GiB free, compute capability {gpu['capability']}"
@@ -149,7 +158,7 @@ def check_precision(probed: Mapping[str, Any]) -> Finding:
             or "torch told nothing"
         )
         return Finding("precision", PROBLEM, f"not known ({reason})")
-    gpu = probed["device"] == "cuda"
+    gpu = probed["device"] != "cpu"
     parts = [
         "bf16" if probed["bf16"] else "bf16 without instructions of its own, so slow",
         "fp16" if gpu else "no fp16 (trainer.fp16 needs a GPU)",
@@ -165,7 +174,7 @@ def check_precision(probed: Mapping[str, Any]) -> Finding:
             wrong.append(f"quant={name} does not work ({probed[name]})")
         else:
             parts.append(f"quant={name}")
-    text = f"{'on the GPU' if gpu else 'on the CPU'}: float32, {', '.join(parts)}"
+    text = f"{PLACES.get(probed['device'], 'on the GPU')}: float32, {', '.join(parts)}"
     facts = {name: probed.get(name) for name in ("device", "bf16", "fp16", "tf32", "int4", "int8")}
     if wrong:
         lacks = not packages.is_installed("bitsandbytes")
@@ -195,7 +204,9 @@ def check_kernels(probed: Mapping[str, Any]) -> Finding:
     if not compiler:
         fixes.append("apt-get install g++ (or dnf install gcc-c++) for kernels=compile")
     if not gpu:
-        parts.append("kernels=liger needs a GPU")
+        parts.append(
+            "kernels=liger needs a GPU" if probed.get("device") in (None, "cpu") else "kernels=liger needs CUDA"
+        )
     return Finding("kernels", MISSING if fixes else OK, ", ".join(parts), ", or ".join(fixes), facts=facts)
 
 

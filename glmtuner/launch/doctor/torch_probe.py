@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from glmtuner.console import plain
+from glmtuner.distributed import accelerator
 from glmtuner.launch.doctor.ask import one_line
 
 LIBRARIES = (  # that every run imports, after torch
@@ -58,9 +59,22 @@ def build() -> dict[str, Any]:
 
 
 def gpus() -> dict[str, Any]:
-    """The GPUs that torch computes on, their memory in bytes; where there is none, why torch does not start CUDA."""
+    """The GPUs or NPUs that torch computes on, their `type` and memory in bytes; where there is none, why torch does not start CUDA."""
     import torch
 
+    if (kind := accelerator.available_type()) in ("npu", "xpu"):
+        devices = [torch.device(kind, index) for index in range(accelerator.backend_of(kind).device_count())]
+        found = [
+            {
+                "name": accelerator.name_of(device),
+                "free": accelerator.free_memory(device),
+                "total": accelerator.total_memory(device),
+            }
+            for device in devices
+        ]
+        return {"gpus": found, "type": kind}
+    if kind == "cpu" and (sentence := accelerator.unused_npu()):
+        return {"gpus": [], "npu_problem": sentence}
     if not (torch.version.cuda or torch.version.hip):
         return {"gpus": []}
     if not torch.cuda.is_available():
@@ -82,6 +96,9 @@ def precisions() -> dict[str, Any]:
     """Which formats the device computes in by its own instructions, and whether torch's flash attention is usable."""
     import torch
 
+    if (kind := accelerator.available_type()) in ("npu", "xpu"):
+        device = torch.device(kind, 0)
+        return {"device": kind, "bf16": accelerator.has_bfloat16(device), "fp16": True, "tf32": False}
     if torch.cuda.is_available():
         major, _ = torch.cuda.get_device_capability()
         return {
@@ -101,10 +118,10 @@ def quantized_problem(name: str) -> str:
     import torch
     from bitsandbytes import nn
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = kind if (kind := accelerator.available_type()) in accelerator.WITH_MEMORY else "cpu"
     options = {"compute_dtype": torch.float32} if name == "int4" else {"has_fp16_weights": False}
     layer = getattr(nn, QUANTIZED[name])(64, 64, bias=False, **options).to(device)
-    dtype = torch.float16 if device == "cuda" and name == "int8" else torch.float32
+    dtype = torch.float16 if device != "cpu" and name == "int8" else torch.float32
     x = torch.ones(2, 64, device=device, dtype=dtype, requires_grad=True)
     layer(x).sum().backward()
     finite = x.grad is not None and bool(torch.isfinite(x.grad).all())

@@ -25,6 +25,7 @@ from glmtuner.console import say
 from glmtuner.data.files import local_path
 from glmtuner.data.splits import dataset_entries
 from glmtuner.distributed import ranks
+from glmtuner.distributed.visible import VARIABLES, visible_gpus
 from glmtuner.errors import CheckpointError
 from glmtuner.launch.forecast.cost import Cost, Counts, Probe, Seconds, cost_of, counts_of, probe_of
 from glmtuner.launch.forecast.schedule import Launcher, submissions
@@ -122,7 +123,7 @@ def probes_of(jobs: Sequence[Job], launcher: Launcher) -> dict[str, Probe | str]
 
 def not_probed(run: Run, launcher: Launcher) -> str | None:
     """Why no steps of the run can be measured on this machine; None if they can."""
-    if launcher.remote and not ranks.visible_gpus() and not run.trainer.use_cpu:
+    if launcher.remote and not visible_gpus() and not run.trainer.use_cpu:
         return "the jobs run on other machines, and this one has no GPU"
     if run.parallel.sharded or run.parallel.shares:
         return f"parallel={run.parallel.name} shards a model over processes, and a probe is one process"
@@ -182,7 +183,7 @@ def probed(composed: Composed) -> Probe | str:
 
 def _digest(key: str, composed: Composed) -> str:
     """The name of a probe in the cache: of the run, its files, the versions, the machine, and how much of it this process may use."""
-    threads = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")]
+    threads = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", *VARIABLES.values())]
     versions = {name: version_of(name) for name in PACKAGES}
     machine = [platform.node(), platform.machine(), os.cpu_count(), *threads]
     text = json.dumps([key, _files(composed), versions, machine], sort_keys=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Self
 
+from glmtuner.distributed.accelerator import WITH_MEMORY
+
 RAPL = Path("/sys/class/powercap")
 INTERVAL_S = 0.5  # between two looks at a GPU
 
@@ -15,7 +17,8 @@ class Power:
     """Within it the power is measured; `watts` is then its mean, None where the machine does not tell it."""
 
     def __init__(self, device: str, rapl: Path = RAPL) -> None:
-        self.rapl, self.on_gpu = rapl, device == "cuda"
+        # nvidia-smi knows NVIDIA's alone, but the processor's counters do not stand for other devices either
+        self.rapl, self.on_gpu = rapl, device in WITH_MEMORY
         self.watts: float | None = None
 
     def __enter__(self) -> Self:

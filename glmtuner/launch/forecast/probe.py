@@ -19,6 +19,7 @@ from glmtuner.config.groups import Engine
 from glmtuner.config.schema import Tracker
 from glmtuner.console import plain
 from glmtuner.data.splits import dataset_entries
+from glmtuner.distributed import accelerator
 from glmtuner.errors import GlmtunerError
 from glmtuner.kernels.fast_paths import FastPath
 from glmtuner.launch.forecast.batches import FEW, Sample, sampled
@@ -45,9 +46,7 @@ ANSWER_TOKENS = 64  # the most that an answer is tried with
 
 def now() -> Seconds:
     """The time, once the GPU has done what it was asked for."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    accelerator.synchronize()
     return Seconds(time.time(), time.process_time())
 
 
@@ -324,9 +323,7 @@ def prediction_times(context: "RunContext", trainer: "GlmTrainer", stage: Any) -
 
 def device_name(trainer: "GlmTrainer") -> str:
     """`cpu`, or the name of the GPU."""
-    import torch
-
-    return torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else trainer.args.device.type
+    return accelerator.name_of(trainer.args.device)
 
 
 def main() -> int:

@@ -184,6 +184,7 @@ MODEL = {
     "family": (str, "chatglm"),
     "template": (str | None, None),
     "dtype": (Dtype, "auto"),
+    "rope_scaling": (Any, None),
     "use_modelscope": (bool, False),
 }
 QUANT = {

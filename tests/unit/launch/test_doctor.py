@@ -30,6 +30,7 @@ GPU = {
     "torch": "2.13.0+cu130", "cuda": "13.0", "hip": None, "architectures": ["sm_80", "sm_90", "compute_90"], "problem": "",
     "gpus": [{"name": "NVIDIA H100 80GB HBM3", "free": 84e9, "total": 85e9, "capability": "9.0"}],
 }  # fmt: skip
+NPU = {"name": "Ascend910B2", "free": 60 * 2**30, "total": 64 * 2**30}
 SECRET = "hf_" + "Q7rT" * 9
 
 
@@ -125,6 +126,9 @@ def test_the_lines_of_nvidia_smi(program):
         (GPU | {"gpus": [], "cuda_problem": "RuntimeError: driver too old"}, f"echo '{CARD}'", None, PROBLEM, ["driver too old"], "13.0"),
         ({"problem": "no answer within 120 s"}, f"echo '{CARD}'", None, PROBLEM, ["torch does not load"], "pip install"),
         (CPU | {"mps": True}, None, None, OK, ["Apple"], ""),
+        (CPU | {"type": "npu", "gpus": [NPU, NPU]}, None, None, OK, ["2 x Ascend910B2, 60.0 of 64.0 GiB free, as npu of torch_npu"], ""),
+        (CPU | {"type": "xpu", "gpus": [NPU]}, None, None, OK, ["64.0 GiB free, as xpu of torch 2.13.0"], ""),
+        (CPU | {"npu_problem": "an NPU, unused; type pip install torch-npu"}, None, None, PROBLEM, ["an NPU, unused"], "pip install torch-npu"),
     ],
 )  # fmt: skip
 def test_gpus(program, monkeypatch, probe, body, visible, state, words, fix):
@@ -167,6 +171,7 @@ def test_precisions():
     )
     assert found.state == PROBLEM and "quant=int8 does not work (OSError: no libcudart)" in found.text
     assert "no fp16" in found.text and "quant=int4" in found.text and "bitsandbytes" in found.fix
+    assert accelerator.check_precision(whole | {"device": "npu"}).text.startswith("on the NPU: float32, bf16, fp16")
     del whole["int4"]
     assert "quant=int4 is not known" in accelerator.check_precision(whole | {"problem": "was killed by signal 11"}).text
     assert accelerator.check_precision({"problem": "no answer within 1 s"}).text == "not known (no answer within 1 s)"
@@ -176,6 +181,7 @@ def test_kernels(program, monkeypatch, package):
     found = accelerator.check_kernels({"device": "cuda", "flash": True})
     assert found.state == MISSING and "no C++ compiler" in found.text and "flash attention by torch" in found.text
     assert f"pip install -e '{ROOT}[liger]'" in found.fix and "g++" in found.fix
+    assert "kernels=liger needs CUDA" in accelerator.check_kernels({"device": "npu"}).text
     package("liger_kernel", "")
     package("triton", "", "3.9.0")
     program("g++", "exit 0")

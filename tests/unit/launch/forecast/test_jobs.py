@@ -163,7 +163,7 @@ def test_what_changes_the_cost_of_a_step_is_measured_again(words):
     ],
 )
 def test_what_is_not_measured_says_why(words, launcher, told, monkeypatch):
-    monkeypatch.setattr(jobs_module.ranks, "visible_gpus", lambda: [])
+    monkeypatch.setattr(jobs_module, "visible_gpus", lambda: [])
     reason = not_probed(job(*words).composed.run, launcher)
     assert (reason is None) if told is None else told in reason
     if reason is not None:
