@@ -294,10 +294,6 @@ class Finetuning(MethodHooks):
         """One sentence for each value that excludes a training on a base of so many bits, or with sharded weights."""
         yield from ()
 
-    def needs_values(self) -> str | None:
-        """The key and value for which `attach` computes with the base's weights, so that every rank must have them whole."""
-        return None
-
     def attach(self, model: "PreTrainedModel", family: ModelFamily) -> "PreTrainedModel":
         """The model with all parameters frozen except those that this method trains, which are float32."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""When a training tells its fine-tuning method how far it is; by default a method does nothing then."""
+"""What a training asks its fine-tuning method, and tells it of how far it is; by default a method does nothing then."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,10 @@ class MethodHooks:
     def follows_steps(self) -> bool:
         """Whether `after_step` reads the whole gradients of every optimizer step."""
         return False
+
+    def needs_values(self) -> str | None:
+        """The setting for which `attach` computes with the base's weights, so that every rank must have them whole; None without one."""
+        return None
 
     def initialize(
         self,
