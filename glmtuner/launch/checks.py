@@ -88,7 +88,7 @@ def check_whole_batch(run: Run, rows: int, kind: str = "records") -> None:
     config = trainer.accelerator_config
     # one batch for all processes, which the file that a text names may ask for, too
     splits = config.get("split_batches") if isinstance(config, dict) else config is not None
-    processes = 1 if splits else ranks.world_size()
+    processes = 1 if splits else ranks.world_size() // run.parallel.ranks_per_row
     if trainer.dataloader_drop_last and rows < trainer.per_device_train_batch_size * processes:
         shared = f" on {processes} processes" if processes > 1 else ""
         raise ConfigError(

@@ -38,6 +38,9 @@ class TrainerInProgress(Protocol):
     epoch_ended: bool
     tokens_per_second: float | None
 
+    @property
+    def data_ranks(self) -> int: ...
+
     def restore_progress(self) -> None: ...
 
     def utilization(self, tokens: float, squared_lengths: float, seconds: float) -> float | None: ...
@@ -70,7 +73,7 @@ class History(TrainerCallback):
         seconds, tokens, squared_lengths = (now - then for now, then in zip(self._lap_start, before, strict=True))
         if not (tokens and seconds > 0):
             return {}
-        tokens, squared_lengths = tokens * ranks.world_size(), squared_lengths * ranks.world_size()
+        tokens, squared_lengths = tokens * self.trainer.data_ranks, squared_lengths * self.trainer.data_ranks
         mfu = self.trainer.utilization(tokens, squared_lengths, seconds)
         return {"tokens_per_second": tokens / seconds} | ({} if mfu is None else {"mfu": mfu})
 
@@ -108,7 +111,7 @@ class History(TrainerCallback):
             "step": step,
             "time": round(time.time(), 3),
             "seconds": round(self._seconds_before + time.monotonic() - self._begin, 3),
-            "tokens": int(self.trainer.tokens.item()) * ranks.world_size(),
+            "tokens": int(self.trainer.tokens.item()) * self.trainer.data_ranks,
             **speed,
             "memory_gib": round(peak_memory_gib(device), 4),
         }
