@@ -260,6 +260,8 @@ def require_shared_rows(
         problem = _length_problem(base)
         try:
             problem = problem or Losses(model, rows, whole, autocast, needed=True).problem(part)
+        except ConfigError:
+            raise
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             problem = f"{type(base).__name__} cannot be computed in parts ({type(error).__name__}: {reason})"

@@ -16,6 +16,7 @@ from torch import nn
 
 from glmtuner.data.segments import Segments
 from glmtuner.distributed.exchange import exchange
+from glmtuner.errors import ConfigError
 from glmtuner.kernels.segment_masks import SegmentMasks
 
 
@@ -37,8 +38,9 @@ def over_ranks(attention: Callable[..., Any]) -> Callable[..., Any]:
             return attention(module, query_1HPD, key_1HPD, value_1HPD, attention_mask, **options)
         parts, heads = segments.parts, key_1HPD.shape[1]
         if query_1HPD.shape[1] % len(parts):
-            raise NotImplementedError(
-                f"{type(module).__name__} has {query_1HPD.shape[1]} heads of attention, which {len(parts)} ranks cannot share equally"
+            raise ConfigError(
+                f"parallel.sequence={len(parts)}: {type(module).__name__} has {query_1HPD.shape[1]} heads, which {len(parts)} processes "
+                f"cannot share equally; type parallel.sequence={gcd(query_1HPD.shape[1], len(parts))}"
             )
         times = len(parts) // gcd(heads, len(parts))  # keys and values that queries of several ranks attend to are repeated
         query = heads_of_all(query_1HPD, parts)
