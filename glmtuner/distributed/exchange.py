@@ -21,9 +21,7 @@ def row_group(size: int) -> Any:
 
 @cache
 def _row_group(world: Any, size: int) -> Any:
-    groups = [
-        distributed.new_group(list(range(first, first + size))) for first in range(0, ranks.world_size(), size)
-    ]
+    groups = [distributed.new_group(list(range(first, first + size))) for first in range(0, ranks.world_size(), size)]
     return groups[ranks.rank() // size]
 
 
@@ -36,7 +34,7 @@ class _Exchange(torch.autograd.Function):
         return _all_to_all(sent, sends, receives)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return _all_to_all(gradient, ctx.receives, ctx.sends), None, None
 
 

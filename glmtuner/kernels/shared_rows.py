@@ -42,7 +42,8 @@ def over_ranks(attention: Callable[..., Any]) -> Callable[..., Any]:
                 f"parallel.sequence={len(parts)}: {type(module).__name__} has {query_1HPD.shape[1]} heads, which {len(parts)} processes "
                 f"cannot share equally; type parallel.sequence={gcd(query_1HPD.shape[1], len(parts))}"
             )
-        times = len(parts) // gcd(heads, len(parts))  # keys and values that queries of several ranks attend to are repeated
+        # keys and values that queries of several ranks attend to are repeated
+        times = len(parts) // gcd(heads, len(parts))
         query = heads_of_all(query_1HPD, parts)
         key, value = (heads_of_all(each.repeat_interleave(times, dim=1), parts) for each in (key_1HPD, value_1HPD))
         with with_share(module, times, len(parts), segments.own):
@@ -70,7 +71,9 @@ def tokens_of_rank(attended_1TSD: torch.Tensor, parts: Sequence[int], own: int) 
 @contextmanager
 def with_share(module: nn.Module, times: int, count: int, own: int) -> Iterator[None]:
     """Within it, the layer is one with a rank's share of the heads: its grouping of queries, and the prefix of p_tuning."""
-    before = {name: vars(module)[name] for name in ("num_key_value_groups", "prefix") if name in vars(module)}
+    before: dict[str, Any] = {
+        name: vars(module)[name] for name in ("num_key_value_groups", "prefix") if name in vars(module)
+    }
     if times > 1 and "num_key_value_groups" in before:
         module.__dict__["num_key_value_groups"] = before["num_key_value_groups"] // times
     if before.get("prefix") is not None:

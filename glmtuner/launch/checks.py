@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.compose import run_folder_of
@@ -79,6 +80,17 @@ def check_liger_runs(run: Run, device: "torch.device") -> None:
         raise ConfigError(
             f"trainer.use_liger_kernel=true: Liger's kernels need a GPU that Triton compiles for, and this run is on "
             f"{device.type}; leave it out"
+        )
+
+
+def check_shared_heads(run: Run, model_config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the processes that share a row cannot have equal shares of the heads that config.json names."""
+    size, text = run.parallel.ranks_per_row, model_config.get("text_config") or model_config
+    heads = text.get("num_attention_heads")
+    if isinstance(heads, int) and heads % size:
+        raise ConfigError(
+            f"parallel.sequence={size}: the model has {heads} heads (num_attention_heads), which {size} processes cannot share equally; "
+            f"type parallel.sequence={gcd(heads, size)}"
         )
 
 

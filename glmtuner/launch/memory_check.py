@@ -18,7 +18,7 @@ from glmtuner.families.hub import read_config
 from glmtuner.kernels.fast_paths import FastPath
 from glmtuner.launch.arguments import training_arguments
 from glmtuner.launch.build import resolve_family
-from glmtuner.launch.checks import check_base, check_liger
+from glmtuner.launch.checks import check_base, check_liger, check_shared_heads
 from glmtuner.launch.device import compute_dtype, device_of
 from glmtuner.launch.libraries import load_libraries
 from glmtuner.launch.optimizations import excluded_optimizations, needs_compiler
@@ -107,6 +107,7 @@ def estimate_run(
     model_config = read_config(run.model)
     check_base(run.model, model_config)
     check_liger(run, model_config)
+    check_shared_heads(run, model_config)
     family, finetuning = resolve_family(run, model_config)
     load_libraries(compiles=needs_compiler(run), trains=True)  # the same as in a run, since their memory counts
     check_offload(run.trainer, device)

@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 from glmtuner.config.groups import Finetuning
 from glmtuner.config.schema import Tracker
 from glmtuner.console import say
-from glmtuner.distributed import ranks
 from glmtuner.distributed.pause import Pause
 from glmtuner.distributed.preemption import SignalCapture
 from glmtuner.run_folder.checkpoints import step_of
