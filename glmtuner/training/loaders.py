@@ -30,7 +30,7 @@ class LoadingTrainer(Trainer):
         """The rows of an optimizer step, over all ranks."""
         return int(super().get_total_train_batch_size(args)) // self.sequence
 
-    def _share_rows(self, loader: DataLoader[Any]) -> None:
+    def share_rows(self, loader: DataLoader[Any]) -> None:
         """Give the ranks that share a row the same batches."""
         if self.sequence > 1:
             shard: Any = loader.batch_sampler  # accelerate's BatchSamplerShard
@@ -61,7 +61,7 @@ class LoadingTrainer(Trainer):
         """
         if ranks.world_size() == 1 or self.args.dataloader_drop_last or self.objective is not None:
             loader = super().get_train_dataloader()
-            self._share_rows(loader)
+            self.share_rows(loader)
             return loader
         rows: Any = self.train_dataset
         padded = PaddedRows(rows)
@@ -72,12 +72,12 @@ class LoadingTrainer(Trainer):
             self.train_dataset = rows
         shard: Any = loader.batch_sampler  # accelerate's BatchSamplerShard
         shard.batch_sampler = EvenBatches(shard.batch_sampler, self.data_ranks, padded.padding_index)
-        self._share_rows(loader)
+        self.share_rows(loader)
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """transformers' loader, which it keeps for the next evaluation if its workers persist."""
         loader = super().get_eval_dataloader(eval_dataset)
-        self._share_rows(loader)
+        self.share_rows(loader)
         draw_base_seed(loader)
         return loader
