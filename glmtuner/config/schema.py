@@ -172,7 +172,7 @@ class SharedRows(Parallel):
         if self.sequence == 1:
             return
         knob, data, trainer = f"parallel.sequence={self.sequence}", run.data, run.trainer
-        if not run.stage.models_loss and trainer.do_train:
+        if not run.stage.models_loss:
             yield f"{knob} with stage={run.stage.name}: only the losses of stage=sft and stage=pt are computed in parts; leave it out"
         for key in ("padding_free", "ignore_pad_token_for_loss"):
             if not getattr(data, key):

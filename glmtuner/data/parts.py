@@ -17,6 +17,7 @@ class PartCollator:
     own: int
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """This process's part of the batch of these rows, as `part_of` makes it."""
         return part_of(self.collate(rows), self.parts, self.own)
 
 
