@@ -125,6 +125,8 @@ RUN_BY = {
     "data.dataset=my_pairs.json": "tests/e2e/test_stages.py",
     "python -m glmtuner parallel=ddp parallel.processes=2 model=tiny_glm data.dataset=belle_sample tracker=none "
     "trainer.max_steps=4": "tests/e2e/test_parallel.py",
+    "python -m glmtuner parallel=ddp parallel.processes=2 parallel.sequence=2 model=tiny_glm data.dataset=belle_sample tracker=none "
+    "trainer.max_steps=4": "tests/e2e/test_sequence_parallel.py",
     **dict.fromkeys(
         (
             "python -m glmtuner diff outputs/mine outputs/other",

@@ -21,7 +21,7 @@ def glm(**values: Any) -> nn.Module:
 
 
 def chatglm(**values: Any) -> nn.Module:
-    sizes = {"hidden_size": 32, "inner_hidden_size": 64, "num_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 32, "inner_hidden_size": 64, "num_layers": 2, "num_attention_heads": 4}
     return ChatGLMForConditionalGeneration(ChatGLMConfig(vocab_size=VOCABULARY, **sizes, **V1, **values))
 
 

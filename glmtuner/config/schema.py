@@ -129,6 +129,11 @@ class Parallel:
                 f"parallel.processes={self.processes}: 1 or more, or null for one per GPU of this machine"
             )
 
+    @property
+    def ranks_per_row(self) -> int:
+        """The number of processes that share a row, of which each has a part of the tokens."""
+        return 1
+
     def impossible(self, run: "Run") -> Iterator[str]:
         """One sentence for each value of the run that is incompatible with this strategy."""
         yield from ()
@@ -142,6 +147,47 @@ class Parallel:
 
     def shard_model(self, model: "nn.Module", blocks: "list[nn.Module]") -> None:
         """Shard the model in place before training; called once on every process, with the model's layers as `blocks`."""
+
+
+@dataclass(kw_only=True)
+class SharedRows(Parallel):
+    """A strategy in which processes may share a row: the long context of a sample, or of a pack."""
+
+    sequence: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sequence < 1:
+            raise ConfigError(
+                f"parallel.sequence={self.sequence}: 1 or more processes share a row; leave it out for rows of one process"
+            )
+        if self.processes is not None and self.processes % self.sequence:
+            raise ConfigError(
+                f"parallel.sequence={self.sequence} with parallel.processes={self.processes}: the processes are groups of "
+                f"{self.sequence}, which share a row; type parallel.processes={-(-self.processes // self.sequence) * self.sequence}"
+            )
+
+    @property
+    def ranks_per_row(self) -> int:
+        return self.sequence
+
+    def impossible(self, run: "Run") -> Iterator[str]:
+        if self.sequence == 1:
+            return
+        knob, data, trainer = f"parallel.sequence={self.sequence}", run.data, run.trainer
+        if not run.stage.models_loss:
+            yield f"{knob} with stage={run.stage.name}: only the losses of stage=sft and stage=pt are computed in parts; leave it out"
+        for key in ("padding_free", "ignore_pad_token_for_loss"):
+            if not getattr(data, key):
+                yield f"{knob} with data.{key}=false: rows are shared without their padding; type data.{key}=true"
+        if trainer.neftune_noise_alpha:
+            yield f"{knob} with trainer.neftune_noise_alpha={trainer.neftune_noise_alpha}: its noise is drawn for whole rows; leave one out"
+        if not trainer.average_tokens_across_devices:
+            yield (
+                f"{knob} with trainer.average_tokens_across_devices=false: the tokens of a row are on several processes; leave it out"
+            )
+        if trainer.accelerator_config is not None:
+            yield f"{knob} with trainer.accelerator_config: how rows are divided among processes follows from {knob}; leave it out"
 
 
 @dataclass(kw_only=True)

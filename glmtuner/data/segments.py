@@ -9,7 +9,7 @@ Shapes: T is the number of tokens of the row or sample.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.data.weights import has_weights, label_weights
@@ -30,12 +30,39 @@ class Segments:
     is causal throughout; `taught` are the lengths of the samples that have a label. `before` are, for each segment, the place in the
     row, and the number, of the tokens of another segment that come before its own, as in glmtuner/kernels/common_beginnings.py;
     `contexts` then count from the first of them. Without any it is empty.
+
+    `parts` are the numbers of tokens that the ranks which share the row have of it, in its order, and `own` is the place of this
+    rank's; empty where this process has the whole row. All else is of the whole row.
     """
 
     lengths: tuple[int, ...]
     contexts: tuple[int, ...]
     taught: tuple[int, ...]
     before: tuple[tuple[int, int], ...] = ()
+    parts: tuple[int, ...] = ()
+    own: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that this process has of the row."""
+        return self.parts[self.own] if self.parts else sum(self.lengths)
+
+    def part(self, place: int) -> tuple[int, int]:
+        """Where in the row a rank's part begins and ends."""
+        first = sum(self.parts[:place])
+        return first, first + self.parts[place]
+
+    def reach_of_part(self, place: int) -> tuple[int, int]:
+        """What a causal layer needs for a rank's part: from the beginning of the segment in which it begins, to its own end."""
+        first, end = self.part(place)
+        starts = [0, *accumulate(self.lengths)]
+        return max(start for start in starts if start <= first), end
+
+    def lengths_between(self, first: int, end: int) -> tuple[int, ...]:
+        """The numbers of tokens that the segments have between two places of the row, without those that have none."""
+        bounds = pairwise([0, *accumulate(self.lengths)])
+        inside = (min(after, end) - max(before, first) for before, after in bounds)
+        return tuple(length for length in inside if length > 0)
 
     @cached_property
     def reaches(self) -> tuple[int, ...]:

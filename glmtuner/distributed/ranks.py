@@ -89,8 +89,20 @@ def processes_to_start(parallel: "Parallel") -> int:
                 f"parallel.processes={parallel.processes}: this run was started as {world_size()} processes; leave "
                 "parallel.processes out, or start the run without torchrun, accelerate or srun"
             )
+        require_groups(world_size(), parallel.ranks_per_row)
         return 1
-    return parallel.processes or (max(len(visible_gpus()), 1) if parallel.several else 1)
+    count = parallel.processes or (max(len(visible_gpus()), 1) if parallel.several else 1)
+    require_groups(count, parallel.ranks_per_row)
+    return count
+
+
+def require_groups(count: int, size: int) -> None:
+    """Raise ConfigError unless `count` ranks are groups of `size`, which share a row."""
+    if count % size:
+        raise ConfigError(
+            f"parallel.sequence={size}: processes in groups of {size} share a row, and this run has {count}; start a multiple of "
+            f"{size} (parallel.processes={-(-count // size) * size}), or leave parallel.sequence out"
+        )
 
 
 class RankFailed(Exception):

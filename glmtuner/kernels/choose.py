@@ -248,6 +248,37 @@ def apply_liger(
         raise ConfigError(f"{knob}: {problem}; leave it out")
 
 
+def require_shared_rows(
+    model: "nn.Module", rows: Sequence[Any], whole: Collate, part: Collate, autocast: Autocast, sequence: int
+) -> None:
+    """Raise ConfigError where ranks that share the row of the samples `rows` do not compute the loss of one process.
+
+    `whole` makes the row, and `part` this rank's part of it.
+    """
+    base = unwrapped(model)
+    with evaluating(model):
+        problem = _length_problem(base)
+        try:
+            problem = problem or Losses(model, rows, whole, autocast, needed=True).problem(part)
+        except ConfigError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            problem = f"{type(base).__name__} cannot be computed in parts ({type(error).__name__}: {reason})"
+    if problem is not None:
+        raise ConfigError(f"parallel.sequence={sequence}: {problem}; type parallel.sequence=1")
+
+
+def _length_problem(base: "PreTrainedModel") -> str | None:
+    """Which positions depend on how long a row is, of which a rank knows only its part; None without such."""
+    for module in base.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if kind in ("dynamic", "longrope"):
+                return f"the positions of {type(base).__name__} depend on the length of the row (rope_type={kind})"
+    return None
+
+
 @contextlib.contextmanager
 def evaluating(model: "nn.Module") -> Iterator[None]:
     """The model in evaluation mode, without dropout, within this context."""
@@ -270,10 +301,32 @@ def loss_of(model: "nn.Module", batch: Mapping[str, Any], autocast: Autocast, *,
 
     batch = on_device_of(model, batch)
     with torch.no_grad(), autocast():
+        if "segments" in batch and batch["segments"].parts:
+            return _loss_of_parts(model, batch)
         if not (by_token and chunks_loss(unwrapped(model))):
             return float(model(**batch).loss)
         logprobs_BT = model(**batch, logprobs=True).logprobs
         return float(-logprobs_BT.sum() / batch["labels"][:, 1:].ne(IGNORE_INDEX).sum())
+
+
+def _loss_of_parts(model: "nn.Module", batch: dict[str, Any]) -> float:
+    """The mean loss over the labelled tokens of a row that several ranks share, the same on all of them."""
+    import torch
+
+    from glmtuner.distributed.exchange import sum_over_row
+    from glmtuner.kernels.chunked_loss import chunks_loss
+
+    targets_BP = batch["labels"][:, 1:]
+    if chunks_loss(unwrapped(model)):
+        total = model(**batch, num_items_in_batch=1).loss
+    else:
+        logits_BPV = model(**{name: value for name, value in batch.items() if name not in ("labels", "weights")}).logits
+        total = torch.nn.functional.cross_entropy(
+            logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+    sums = torch.stack([total.float(), targets_BP.ne(IGNORE_INDEX).sum().float()])
+    total, count = sum_over_row(sums, len(batch["segments"].parts))
+    return float(total / count)
 
 
 def on_device_of(model: "nn.Module", batch: Mapping[str, Any]) -> dict[str, Any]:

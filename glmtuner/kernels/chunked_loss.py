@@ -129,12 +129,14 @@ def cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of the labelled tokens' losses in nats, and each loss at its label's position, [B, T], 0 elsewhere; both float32.
 
-    `labels_BT` are not shifted: the hidden state at t predicts the label at t + 1, and IGNORE_INDEX marks unlabelled tokens.
+    `labels_BT` are not shifted: the hidden state at t predicts the label at t + 1, and IGNORE_INDEX marks unlabelled tokens. Of a part
+    of a row (glmtuner/data/parts.py) they are one more than the hidden states.
     `weights_BT` are the labels' factors in the sum; `smoothing` and `by_probability` change the sum, as in `chunked_cross_entropy`.
     """
-    targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
+    count = labels_BT.shape[1] - 1  # of a part of a row there are as many as hidden states
+    targets_BT = F.pad(labels_BT[:, 1:], (0, hidden_BTH.shape[1] - count), value=IGNORE_INDEX)
     is_labelled_BT = targets_BT != IGNORE_INDEX
-    weights_N = None if weights_BT is None else weights_BT[:, 1:][is_labelled_BT[:, :-1]]
+    weights_N = None if weights_BT is None else weights_BT[:, 1:][is_labelled_BT[:, :count]]
     total, loss_N = chunked_cross_entropy(
         hidden_BTH[is_labelled_BT],
         head,
@@ -144,7 +146,7 @@ def cross_entropy(
         by_probability=by_probability,
     )
     losses_BT = torch.zeros(labels_BT.shape, dtype=torch.float32, device=hidden_BTH.device)
-    losses_BT[:, 1:] = losses_BT[:, 1:].masked_scatter(is_labelled_BT[:, :-1], loss_N)
+    losses_BT[:, 1:] = losses_BT[:, 1:].masked_scatter(is_labelled_BT[:, :count], loss_N)
     return total, losses_BT
 
 

@@ -24,6 +24,7 @@ from glmtuner.data.segments import Segments, causal_positions
 from glmtuner.distributed import accelerator
 from glmtuner.kernels.segment_masks import CURRENT, SegmentMasks, register_segment_masks
 from glmtuner.kernels.segment_states import reset_states
+from glmtuner.kernels.shared_rows import over_ranks
 from glmtuner.models.mixing_layers import ATTENTION_LAYERS, is_recurrent, mixing_layers, recurrent_layer_types
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class _Segmented:
         # of two dimensions, as it is read where tokens are counted, such as in the routers' auxiliary loss; without values, where
         # memory is estimated, it would be asked for them
         if isinstance(mask, torch.Tensor) and mask.dim() == 4 and not isinstance(mask, FakeTensor):
-            options["attention_mask"] = torch.ones(1, sum(segments.lengths), dtype=torch.long, device=mask.device)
+            options["attention_mask"] = torch.ones(1, segments.tokens, dtype=torch.long, device=mask.device)
         if self.recurrent:
             accepted = inspect.signature(type(owner).forward).parameters
             if "use_cache" in accepted:
@@ -227,7 +228,7 @@ def _segmented(attention: Callable[..., Any], base: str = "sdpa") -> Callable[..
         ]
         return torch.cat(attended, dim=1), None
 
-    return segment_attention
+    return over_ranks(segment_attention)
 
 
 def _with_before(states_1GTD: torch.Tensor, segments: Segments) -> list[torch.Tensor]:

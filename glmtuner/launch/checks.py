@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.compose import run_folder_of
@@ -86,13 +87,24 @@ def check_liger_runs(run: Run, device: "torch.device") -> None:
         )
 
 
+def check_shared_heads(run: Run, model_config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the processes that share a row cannot have equal shares of the heads that config.json names."""
+    size, text = run.parallel.ranks_per_row, model_config.get("text_config") or model_config
+    heads = text.get("num_attention_heads")
+    if isinstance(heads, int) and heads % size:
+        raise ConfigError(
+            f"parallel.sequence={size}: the model has {heads} heads (num_attention_heads), which {size} processes cannot share equally; "
+            f"type parallel.sequence={gcd(heads, size)}"
+        )
+
+
 def check_whole_batch(run: Run, rows: int, kind: str = "records") -> None:
     """Raise ConfigError where all rows to train on are the incomplete last batch that is dropped: no step would be taken."""
     trainer = run.trainer
     config = trainer.accelerator_config
     # one batch for all processes, which the file that a text names may ask for, too
     splits = config.get("split_batches") if isinstance(config, dict) else config is not None
-    processes = 1 if splits else ranks.world_size()
+    processes = 1 if splits else ranks.world_size() // run.parallel.ranks_per_row
     if trainer.dataloader_drop_last and rows < trainer.per_device_train_batch_size * processes:
         shared = f" on {processes} processes" if processes > 1 else ""
         raise ConfigError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.checkpointing import configured_checkpointing
 from glmtuner.config.compose import Composed
 from glmtuner.config.groups import Finetuning
+from glmtuner.config.schema import Run
 from glmtuner.console import say, table
 from glmtuner.data.splits import dataset_entries, longest_row
 from glmtuner.distributed import accelerator, ranks
@@ -17,7 +18,7 @@ from glmtuner.families.hub import read_config
 from glmtuner.kernels.fast_paths import FastPath
 from glmtuner.launch.arguments import training_arguments
 from glmtuner.launch.build import resolve_family
-from glmtuner.launch.checks import check_base, check_liger
+from glmtuner.launch.checks import check_base, check_liger, check_shared_heads
 from glmtuner.launch.device import compute_dtype, device_of
 from glmtuner.launch.libraries import load_libraries
 from glmtuner.launch.optimizations import excluded_optimizations, needs_compiler
@@ -106,6 +107,7 @@ def estimate_run(
     model_config = read_config(run.model)
     check_base(run.model, model_config)
     check_liger(run, model_config)
+    check_shared_heads(run, model_config)
     family, finetuning = resolve_family(run, model_config)
     load_libraries(compiles=needs_compiler(run), trains=True)  # the same as in a run, since their memory counts
     check_offload(run.trainer, device)
@@ -114,7 +116,7 @@ def estimate_run(
     estimate_of = estimator(composed, finetuning, family, device, rows, longest, processes, baseline)
     notice = checkpointing_notice(composed, estimate_of, available)
     needed = estimate_of(bool(configured_checkpointing(run.trainer)) or notice is not None)
-    if needed.longest < longest:
+    if needed.longest < part_of(run, longest):
         limit = f"rows have at most {needed.longest:,} tokens, since the model has no positions for more; a longer one is refused"
         notice = f"{limit}\n{notice}" if notice else limit
     return needed, notice
@@ -146,12 +148,17 @@ def estimator(
         folder = RunFolder(Path("outputs"))
         arguments = training_arguments(run, folder, model, device, checkpointing=checkpointing, for_estimate=True)
         estimated = estimate(
-            model, arguments, device, rows=rows, longest=min(longest, most), baseline=bare, without_logits=not run.stage.policy,
+            model, arguments, device, rows=rows, longest=part_of(run, min(longest, most)), baseline=bare, without_logits=not run.stage.policy,
             fast_paths=frozenset(FastPath) - excluded_optimizations(run).keys(),
         )  # fmt: skip
         return estimated.per_process(run.parallel.shares, processes)
 
     return estimate_of
+
+
+def part_of(run: Run, tokens: int) -> int:
+    """The tokens of a row of so many that a process has."""
+    return -(-tokens // run.parallel.ranks_per_row)
 
 
 def needs_checkpointing(

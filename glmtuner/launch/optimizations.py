@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from glmtuner.config.schema import Run
 from glmtuner.console import say
+from glmtuner.distributed import ranks
+from glmtuner.errors import ConfigError
 from glmtuner.inference.context import RunContext
 from glmtuner.kernels.fast_paths import NO_COMMON_BEGINNINGS, FastPath
 from glmtuner.launch.checks import check_whole_batch
@@ -77,8 +79,9 @@ def apply_optimizations(
     step 1, optimizations are checked on a few samples; one that changes the loss is left out, and the plan says why.
     """
     from glmtuner.data.collate import Collator
+    from glmtuner.data.parts import PartCollator
     from glmtuner.data.segments import Packs
-    from glmtuner.kernels.choose import apply_liger, choose_optimizations, short_samples
+    from glmtuner.kernels.choose import apply_liger, choose_optimizations, require_shared_rows, short_samples
     from glmtuner.kernels.common_beginnings import has_dropout
 
     run, model, data = context.run, context.model, context.data
@@ -105,12 +108,28 @@ def apply_optimizations(
         options = {"backend": run.trainer.torch_compile_backend, "mode": run.trainer.torch_compile_mode}
         for block in blocks:
             block.compile(dynamic=True, **{name: value for name, value in options.items() if value})
+    sequence = run.parallel.ranks_per_row
     if not samples:
+        if sequence > 1:
+            raise ConfigError(
+                f"parallel.sequence={sequence}: no record has a token to learn, so nothing can be computed in parts; type "
+                "parallel.sequence=1"
+            )
         return plain
     chosen = choose_optimizations(model, samples, padded, autocast=autocast, excluded=excluded, by_token=by_rows)
     if by_rows:
         return replace(plain, left_out=chosen.left_out)
     batches = replace(plain, collator=chosen.collate, chunks_loss=chosen.chunks_loss, left_out=chosen.left_out)
+    if sequence > 1:
+        if reason := chosen.left_out.get(FastPath.without_padding):
+            raise ConfigError(
+                f"parallel.sequence={sequence}: only rows without padding are shared, and this model's are padded ({reason}); type "
+                "parallel.sequence=1"
+            )
+        part = PartCollator(collate=chosen.collate, parts=sequence, own=ranks.rank() % sequence)
+        require_shared_rows(model, samples, chosen.collate, part, autocast, sequence)
+        say(shared_rows_line(model, sequence))
+        batches = replace(batches, collator=part)
     if not run.data.packing or data.train is None:
         return batches
     if chosen.collate is collator:
@@ -124,3 +143,19 @@ def apply_optimizations(
     # packed rows have nearly equal lengths
     sampling = "random" if batches.sampling == "group_by_length" else batches.sampling
     return replace(batches, rows=packs, sampling=sampling)
+
+
+def shared_rows_line(model: "nn.Module", sequence: int) -> str:
+    """How the ranks share rows, in a sentence: all of a layer that keeps a state is computed by the last of them."""
+    from glmtuner.models.mixing_layers import is_recurrent, mixing_layers
+    from glmtuner.models.unwrap import unwrapped
+
+    base = unwrapped(model)
+    line = f"parallel.sequence={sequence}: {sequence} processes share each row, and the heads of its attention"
+    kinds = {type(layer).__name__ for layer, is_attention in mixing_layers(base) if not is_attention}
+    if not is_recurrent(base) or not kinds:
+        return line
+    return (
+        f"{line}; the layers that keep a state ({', '.join(sorted(kinds))}) are computed from the beginning of a sample on, by each "
+        "process that has a part of it"
+    )

@@ -133,7 +133,7 @@ def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device"
             filled = sum(train_rows.lengths) / (len(train_rows) * train_rows.capacity)
             rows.append(("packed", f"{len(train_rows):,} rows of {train_rows.capacity:,} tokens, {filled:.1%} full"))
             kind = "packed rows"
-        rows.append(("steps", steps_summary(arguments, len(train_rows), kind)))
+        rows.append(("steps", steps_summary(arguments, len(train_rows), kind, run.parallel.ranks_per_row)))
     if data.train is not None or run.trainer.do_eval:
         rows.append(("fast paths", fast_paths_summary(trainer.left_out)))
     precision = (
@@ -187,9 +187,9 @@ def fast_paths_summary(left_out: Mapping[FastPath, str]) -> str:
     return "; ".join([", ".join(used) or "none", *([f"left out: {', '.join(without)}"] if without else [])])
 
 
-def steps_summary(arguments: "TrainingArguments", records: int, kind: str) -> str:
-    """Optimizer steps, their batch size over all ranks, and epochs, as one phrase."""
-    world = max(arguments.world_size, 1)
+def steps_summary(arguments: "TrainingArguments", records: int, kind: str, sequence: int = 1) -> str:
+    """Optimizer steps, their batch size over all ranks, of which `sequence` share a row, and epochs, as one phrase."""
+    world = max(arguments.world_size // sequence, 1)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world
     steps_per_epoch = max(
         math.ceil(

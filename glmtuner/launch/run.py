@@ -25,7 +25,7 @@ from glmtuner.inference.context import RunContext
 from glmtuner.launch.arguments import training_arguments
 from glmtuner.launch.between_jobs import base_key_of
 from glmtuner.launch.build import load_trainable_model, resolve_family, resolve_template
-from glmtuner.launch.checks import check_base, check_liger, check_liger_runs, check_whole_batch
+from glmtuner.launch.checks import check_base, check_liger, check_liger_runs, check_shared_heads, check_whole_batch
 from glmtuner.launch.device import device_of, place_model, reuse_memory
 from glmtuner.launch.inputs import start_hashing
 from glmtuner.launch.libraries import load_libraries
@@ -193,6 +193,7 @@ def set_up(
     model_config = read_config(run.model)
     check_base(run.model, model_config)
     check_liger(run, model_config)
+    check_shared_heads(run, model_config)
     family, finetuning = resolve_family(run, model_config)
 
     load_libraries(compiles=needs_compiler(run), trains=True)

@@ -64,6 +64,7 @@ def make_trainer(
         folder=context.folder,
         score=score if generates else None,
         sharded=run.parallel.sharded and ranks.world_size() > 1,
+        sequence=run.parallel.ranks_per_row,
         objective=objective,
         derived=learning_stage(run).derived,
         chunks_loss=batches.chunks_loss,
@@ -112,7 +113,8 @@ def train(
         first_batch,
         trainer.accelerator.autocast,
         lambda: generation_smoke_test(trainer.model, context.tokenizer, first_row),
-        partial(trainer.weighted_sum, trainer.model) if "weights" in first_batch else loss_of,
+        partial(trainer.weighted_sum, trainer.model) if "weights" in first_batch or trainer.sequence > 1 else loss_of,
+        anywhere=bool if trainer.sequence == 1 else lambda here: any(ranks.all_gather(here)),
     )
     if (pause := pause_of(context)) is not None:
         trainer.pause = pause

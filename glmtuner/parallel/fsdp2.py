@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from glmtuner.config.groups import preset
-from glmtuner.config.schema import Parallel, Run
+from glmtuner.config.schema import Run, SharedRows
 from glmtuner.distributed import accelerator
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @preset("parallel", "fsdp2")
 @dataclass(kw_only=True)
-class Fsdp2(Parallel):
+class Fsdp2(SharedRows):
     """Every process holds a shard of every weight and gathers one layer at a time (Zhao et al. 2023, arXiv:2304.11277)."""
 
     reshard_after_forward: bool = True
@@ -25,6 +25,7 @@ class Fsdp2(Parallel):
     shares = ("frozen weights", "trained weights", "gradients", "optimizer states")
 
     def impossible(self, run: Run) -> Iterator[str]:
+        yield from super().impossible(run)
         if run.quant.quantization_bit is not None:
             yield (
                 f"parallel=fsdp2 with quant=int{run.quant.quantization_bit}: integer weights cannot be sharded; type "

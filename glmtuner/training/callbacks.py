@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 from glmtuner.config.groups import Finetuning
 from glmtuner.config.schema import Tracker
 from glmtuner.console import say
-from glmtuner.distributed import ranks
 from glmtuner.distributed.pause import Pause
 from glmtuner.distributed.preemption import SignalCapture
 from glmtuner.run_folder.checkpoints import step_of
@@ -37,6 +36,9 @@ class TrainerInProgress(Protocol):
     history_lines: int | None
     epoch_ended: bool
     tokens_per_second: float | None
+
+    @property
+    def data_ranks(self) -> int: ...
 
     def restore_progress(self) -> None: ...
 
@@ -70,7 +72,7 @@ class History(TrainerCallback):
         seconds, tokens, squared_lengths = (now - then for now, then in zip(self._lap_start, before, strict=True))
         if not (tokens and seconds > 0):
             return {}
-        tokens, squared_lengths = tokens * ranks.world_size(), squared_lengths * ranks.world_size()
+        tokens, squared_lengths = tokens * self.trainer.data_ranks, squared_lengths * self.trainer.data_ranks
         mfu = self.trainer.utilization(tokens, squared_lengths, seconds)
         return {"tokens_per_second": tokens / seconds} | ({} if mfu is None else {"mfu": mfu})
 
@@ -108,7 +110,7 @@ class History(TrainerCallback):
             "step": step,
             "time": round(time.time(), 3),
             "seconds": round(self._seconds_before + time.monotonic() - self._begin, 3),
-            "tokens": int(self.trainer.tokens.item()) * ranks.world_size(),
+            "tokens": int(self.trainer.tokens.item()) * self.trainer.data_ranks,
             **speed,
             "memory_gib": round(peak_memory_gib(device), 4),
         }

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -18,6 +19,30 @@ class LoadingTrainer(Trainer):
     """transformers' Trainer with other loaders."""
 
     objective: "Objective | None"
+    sequence: int  # the ranks that share a row
+
+    @property
+    def data_ranks(self) -> int:
+        """The number of ranks, or of groups of ranks, that learn different rows."""
+        return ranks.world_size() // self.sequence
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """The rows of an optimizer step, over all ranks."""
+        return int(super().get_total_train_batch_size(args)) // self.sequence
+
+    def share_rows(self, loader: DataLoader[Any]) -> None:
+        """Give the ranks that share a row the same batches."""
+        if self.sequence > 1:
+            shard: Any = loader.batch_sampler  # accelerate's BatchSamplerShard
+            shard.num_processes, shard.process_index = self.data_ranks, ranks.rank() // self.sequence
+
+    def gather_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """The values of the rows of an evaluation's batch on all ranks, in the order of the rows."""
+        if self.sequence == 1:
+            gathered: torch.Tensor = self.gather_function(values)
+            return gathered
+        by_rank = self.accelerator.gather(values).unflatten(0, (ranks.world_size(), -1))
+        return by_rank[:: self.sequence].flatten(0, 1)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         """Batches of similar length read the lengths as a column; transformers would read the rows one by one."""
@@ -35,7 +60,9 @@ class LoadingTrainer(Trainer):
         The last batches are filled with padding rows instead; not for an objective, whose rows have no padding row.
         """
         if ranks.world_size() == 1 or self.args.dataloader_drop_last or self.objective is not None:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            self.share_rows(loader)
+            return loader
         rows: Any = self.train_dataset
         padded = PaddedRows(rows)
         self.train_dataset = padded
@@ -44,11 +71,13 @@ class LoadingTrainer(Trainer):
         finally:
             self.train_dataset = rows
         shard: Any = loader.batch_sampler  # accelerate's BatchSamplerShard
-        shard.batch_sampler = EvenBatches(shard.batch_sampler, ranks.world_size(), padded.padding_index)
+        shard.batch_sampler = EvenBatches(shard.batch_sampler, self.data_ranks, padded.padding_index)
+        self.share_rows(loader)
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """transformers' loader, which it keeps for the next evaluation if its workers persist."""
         loader = super().get_eval_dataloader(eval_dataset)
+        self.share_rows(loader)
         draw_base_seed(loader)
         return loader

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from glmtuner.data.segments import Segments
 from glmtuner.distributed import accelerator, ranks
+from glmtuner.distributed.exchange import sum_over_row
 from glmtuner.run_folder.files import strict_json
 from glmtuner.templates.base import IGNORE_INDEX
 
@@ -50,7 +52,7 @@ def token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Ten
     """The loss of every token in nats, float32 [B, T], 0 where the label is masked; computed row by row to save memory."""
     rows = [
         torch.nn.functional.cross_entropy(
-            logits_TV[:-1].float(), labels_T[1:], ignore_index=IGNORE_INDEX, reduction="none"
+            logits_TV[: len(labels_T) - 1].float(), labels_T[1:], ignore_index=IGNORE_INDEX, reduction="none"
         )
         for logits_TV, labels_T in zip(logits_BTV, labels_BT, strict=True)
     ]
@@ -76,8 +78,18 @@ def sample_losses(model: torch.nn.Module, batch: dict[str, Any], *, chunked: boo
         summed |= {"loss": losses_BT * weights_BT, "weight": is_labelled_BT * weights_BT}
     if "segments" not in batch:
         return {name: values_BT.sum(1) for name, values_BT in summed.items()}
-    lengths = batch["segments"].lengths  # one row [1, T] holds the samples
-    return {name: segment_sums(values_BT[0], lengths) for name, values_BT in summed.items()}
+    segments: Segments = batch["segments"]  # one row [1, T] holds the samples
+    if segments.parts:
+        return {name: sums_over_parts(values_BT[0], segments) for name, values_BT in summed.items()}
+    return {name: segment_sums(values_BT[0], segments.lengths) for name, values_BT in summed.items()}
+
+
+def sums_over_parts(values_P: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """The sum of each segment over the ranks that share the row, of values at the places of this rank's labels."""
+    first, end = segments.part(segments.own)
+    values_T = values_P.new_zeros(sum(segments.lengths) + 1)
+    values_T[first : end + 1] = values_P
+    return sum_over_row(segment_sums(values_T[:-1], segments.lengths), len(segments.parts))
 
 
 def segment_sums(values_T: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:

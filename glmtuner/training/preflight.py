@@ -19,10 +19,12 @@ def check_first_batch(
     autocast: Callable[[], Any] = contextlib.nullcontext,
     generate: Callable[[], Any] | None = None,
     loss_of: "Callable[[dict[str, Any]], torch.Tensor] | None" = None,
+    anywhere: Callable[[bool], bool] = bool,
 ) -> float:
     """The loss of one forward and backward pass; `generate` is called too, and model and random state stay as they were.
 
-    The loss is `loss_of` the batch, or without it the model's own.
+    The loss is `loss_of` the batch, or without it the model's own. Where ranks share a row, `anywhere` says of what holds on this rank
+    whether it holds on one of them.
 
     Raises PreflightError if all labels of the batch are masked, if the loss is not finite, or if no trainable parameter
     gets a gradient (CET#188, LLaMA-Factory#1147, trl#6668).
@@ -30,7 +32,7 @@ def check_first_batch(
     import torch
 
     device = next(model.parameters()).device
-    if "labels" in batch and not bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()):
+    if "labels" in batch and not anywhere(bool((batch["labels"][:, 1:] != IGNORE_INDEX).any())):
         raise PreflightError(
             "the first batch has no token to learn: every label is masked; check the dataset's columns and "
             "data.max_target_length"
@@ -51,7 +53,7 @@ def check_first_batch(
         has_gradient = any(parameter.grad is not None and bool(parameter.grad.ne(0).any()) for parameter in trainable)
         for parameter in model.parameters():
             parameter.grad = None
-        if not has_gradient:
+        if not anywhere(has_gradient):
             raise PreflightError(
                 "no trained parameter gets a gradient in the first batch, so the run would learn nothing; "
                 "trainer.gradient_checkpointing_kwargs={use_reentrant: false} helps if checkpointing cuts the graph"

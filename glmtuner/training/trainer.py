@@ -59,7 +59,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
 
     `score` is called with the step after the losses of an evaluation and returns more metrics, such as the scores of
     generated answers; `derived` computes metrics from the means of other metrics. `sharded` says that every rank holds only
-    its shard of the model's weights. `plain_lines`: no live line in a terminal.
+    its shard of the model's weights; `sequence` ranks share a row. `plain_lines`: no live line in a terminal.
 
     tests/unit/training/test_trainer_private.py lists the private members of transformers' Trainer that are used here.
     """
@@ -79,6 +79,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         folder: RunFolder,
         score: Callable[[int], dict[str, float]] | None = None,
         sharded: bool = False,
+        sequence: int = 1,
         objective: "Objective | None" = None,
         derived: Callable[[dict[str, float]], dict[str, float]] = lambda means: {},
         chunks_loss: bool = False,
@@ -90,7 +91,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         plain_lines: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.sharded = sharded
+        self.sharded, self.sequence = sharded, sequence
         if sharded and not args.deepspeed:
             # Gradients are reduced and sharded after every batch of an accumulation: unsharded ones would take the memory
             # of a whole model.
@@ -101,7 +102,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
             }
         # it would log 0.0 for a loss that is not finite; FiniteChecks end such a run
         args.logging_nan_inf_filter = False
-        if (args.label_smoothing_factor or by_probability) and objective is None:
+        if (args.label_smoothing_factor or by_probability or sequence > 1) and objective is None:
             # where the loss is a sum of `weighted_sum`, it has the labelled tokens counted, for every model
             kwargs["compute_loss_func"] = SmoothedLoss(args.label_smoothing_factor)
         with quantization_check_skipped(model):
@@ -232,6 +233,8 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         columns = {
             name: torch.cat([rows[name] for rows in self.evaluated_batches]) for name in self.evaluated_batches[0]
         }
+        if self.sequence > 1:  # the last batches are filled up with rows that were evaluated before
+            columns = {name: column[: self.num_examples(dataloader)] for name, column in columns.items()}
         require_finite_evaluation(columns["loss"], self.state.global_step, self.args)
         if self.args.should_save:
             write_text(self.losses_file, losses_text(columns, self.evaluated_parts))
@@ -255,7 +258,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
                 metrics = {"loss": loss_B if weight_B is None else loss_B * weight_B, **weighted, **measured}
             else:
                 metrics = sample_losses(model, inputs, chunked=self.chunks_loss)
-        self.evaluated_batches.append({name: self.gather_function(values).cpu() for name, values in metrics.items()})
+        self.evaluated_batches.append({name: self.gather_rows(values).cpu() for name, values in metrics.items()})
         return None, None, None
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -335,7 +338,8 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         return loss + (penalty if self._divides() else penalty / self.current_gradient_accumulation_steps)
 
     def _loss_of_batch(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        sums = "weights" in inputs or self.by_probability or (self.chunks_loss and self.args.label_smoothing_factor)
+        smooths = self.chunks_loss and bool(self.args.label_smoothing_factor)
+        sums = "weights" in inputs or self.by_probability or smooths or self.sequence > 1
         if self.objective is None and not sums:
             return super().compute_loss(model, inputs, *args, **kwargs)
         if self.objective is None:
@@ -390,7 +394,9 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
             "total_parameters": parameter_count(self.model),
         }
         if self.train_seconds:
-            tokens, squared_lengths = (sum(ranks.all_gather(int(n))) for n in (self.tokens, self.squared_lengths))
+            tokens, squared_lengths = (
+                sum(ranks.all_gather(int(n))[:: self.sequence]) for n in (self.tokens, self.squared_lengths)
+            )
             used |= {
                 "trained_parameters": parameter_count(self.model, trained=True),
                 "train_tokens_per_second": tokens / self.train_seconds,

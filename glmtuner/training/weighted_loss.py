@@ -45,7 +45,7 @@ def weighted_sum(
     out = model(**unlabelled)
     targets_BT = batch["labels"][:, 1:]
     is_labelled_BT = targets_BT.ne(IGNORE_INDEX)
-    logits_NV = out.logits[:, :-1][is_labelled_BT].float()
+    logits_NV = out.logits[:, : targets_BT.shape[1]][is_labelled_BT].float()
     loss_N = F.cross_entropy(logits_NV, targets_BT[is_labelled_BT], reduction="none", label_smoothing=smoothing)
     weights_N = batch["weights"][:, 1:][is_labelled_BT] if "weights" in batch else torch.ones_like(loss_N)
     if by_probability:

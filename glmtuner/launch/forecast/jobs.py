@@ -127,6 +127,8 @@ def not_probed(run: Run, launcher: Launcher) -> str | None:
         return "the jobs run on other machines, and this one has no GPU"
     if run.parallel.sharded or run.parallel.shares:
         return f"parallel={run.parallel.name} shards a model over processes, and a probe is one process"
+    if (sequence := run.parallel.ranks_per_row) > 1:
+        return f"parallel.sequence={sequence} shares a row among processes, and a probe is one process"
     if run.generation.engine is Engine.vllm:
         return "generation.engine=vllm generates in processes of its own"
     source = model_source(run.model.model_name_or_path)

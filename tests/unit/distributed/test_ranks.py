@@ -34,6 +34,37 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         (["parallel=ddp", "parallel.processes=0"], r"parallel\.processes=0: .*null"),
         (["parallel=fsdp2", "quant=int4"], r"parallel=fsdp2 .*quant=int4.* type parallel=ddp"),
         (["parallel=zero3", "quant=int8"], r"parallel=zero3 .*quant=int8.* type parallel=zero2"),
+        (["parallel=ddp", "parallel.sequence=0"], r"parallel\.sequence=0: 1 or more"),
+        (
+            ["parallel=ddp", "parallel.sequence=4", "parallel.processes=6"],
+            r"parallel\.sequence=4 with parallel\.processes=6: .* type parallel\.processes=8",
+        ),
+        (
+            ["parallel=ddp", "parallel.sequence=2", "stage=dpo", "data.dataset=preference_sample"],
+            r"parallel\.sequence=2 with stage=dpo: only .* stage=sft and stage=pt",
+        ),
+        (
+            ["parallel=fsdp2", "parallel.sequence=2", "data.padding_free=false"],
+            r"parallel\.sequence=2 with data\.padding_free=false: .* type data\.padding_free=true",
+        ),
+        (
+            ["parallel=ddp", "parallel.sequence=2", "data.ignore_pad_token_for_loss=false"],
+            r"parallel\.sequence=2 with data\.ignore_pad_token_for_loss=false",
+        ),
+        (
+            ["parallel=ddp", "parallel.sequence=2", "trainer.neftune_noise_alpha=5"],
+            r"parallel\.sequence=2 with trainer\.neftune_noise_alpha=5",
+        ),
+        (
+            ["parallel=ddp", "parallel.sequence=2", "trainer.average_tokens_across_devices=false"],
+            r"parallel\.sequence=2 with trainer\.average_tokens_across_devices=false",
+        ),
+        (
+            ["parallel=ddp", "parallel.sequence=2", "trainer.accelerator_config={split_batches: true}"],
+            r"parallel\.sequence=2 with trainer\.accelerator_config",
+        ),
+        (["parallel=fsdp2", "parallel.sequence=2", "quant=int4"], r"parallel=fsdp2 .*quant=int4.* type parallel=ddp"),
+        (["parallel=zero2", "parallel.sequence=2"], r"sequence"),
         (["parallel=fsdp"], r"parallel=fsdp.*did you mean 'fsdp2'"),
         (["trainer.fsdp=full_shard"], r"trainer\.fsdp=full_shard .*type parallel=fsdp2"),
         (
@@ -45,6 +76,18 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_illegal_combinations_are_refused(overrides: list[str], facts: str) -> None:
     with pytest.raises(ConfigError, match=facts):
         compose(["model=tiny_glm", *overrides])
+
+
+def test_processes_that_are_no_groups_are_refused_before_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = compose(["model=tiny_glm", "parallel=ddp", "parallel.sequence=2"]).run
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(ConfigError, match=r"parallel\.sequence=2: .* this run has 3; .*parallel\.processes=4"):
+        ranks.processes_to_start(run.parallel)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert ranks.processes_to_start(run.parallel) == 4
+    monkeypatch.setenv("WORLD_SIZE", "5")  # as torchrun starts them
+    with pytest.raises(ConfigError, match=r"parallel\.sequence=2: .* this run has 5"):
+        ranks.processes_to_start(run.parallel)
 
 
 @pytest.mark.parametrize(
