@@ -38,6 +38,7 @@ UNUSED |= {
     "swanlab",
     "trackio",
     "comet_ml",
+    "ray",
     "joblib",
     "deepspeed",
     "fastapi",

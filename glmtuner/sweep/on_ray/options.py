@@ -94,7 +94,7 @@ def illegal(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"{shown(name)}: legal is {words}; leave it out for the value of conf/hydra/launcher/ray.yaml"
     for name in ("resources", "runtime_env"):
         if not isinstance(values[name], dict):
-            yield f"{shown(name)}: a mapping, such as '{KEY}.{name}={{{'a100: 1' if name == 'resources' else 'env_vars: {A: b}'}}}'"
+            yield f"{shown(name)}: a mapping; type +{KEY}.{name}.{'a100=1' if name == 'resources' else 'env_vars.NCCL_DEBUG=INFO'}"
             return
     for name, amount in values["resources"].items():
         if name in FEATURES:
