@@ -225,29 +225,48 @@ def test_four_jobs_on_two_nodes_end_as_in_one_process(here: Path, undisturbed: P
 
 
 def test_a_ray_that_is_started_here_is_quiet_and_leaves_nothing(tmp_path: Path) -> None:
-    """Without a cluster; a typed secret reaches the job, and no file."""
-    words = [
-        *ONE,
-        "hydra/launcher=ray",
-        "name=local",
-        "trainer.hub_token=hf_abcdefghijklmnopqrstuvwxyz",
-        "trainer.max_steps=2",
-    ]
-    driver = Driver(tmp_path, *words)
-    own = wait(
-        lambda: [
-            each for each in psutil.Process(driver.process.pid).children(recursive=True) if each.name() == "raylet"
-        ]
+    """Without a cluster: no statistics, no dashboard, no task of others; a typed secret reaches the job, and no file."""
+    token = "hf_abcdefghijklmnopqrstuvwxyz"
+    driver = Driver(
+        tmp_path, *ONE, "hydra/launcher=ray", "name=local", f"trainer.hub_token={token}", "trainer.max_steps=2"
     )
-    everything = psutil.Process(driver.process.pid).children(recursive=True)
-    listening = {each.laddr.ip for each in own[0].net_connections("inet") if each.status == psutil.CONN_LISTEN}
+    root = psutil.Process(driver.process.pid)
+    (raylet,) = wait(lambda: [each for each in root.children(recursive=True) if each.name() == "raylet"])
+    line, environment = " ".join(raylet.cmdline()), raylet.environ()
+    (session,) = {Path(found) for found in re.findall(r"--session_dir=(\S+)", line)}
+    wait(lambda: list((tmp_path / "outputs/sweeps/local").glob("*/config.yaml")))
+    others = root.children(recursive=True)
+    assert environment["RAY_USAGE_STATS_ENABLED"] == "0" and environment["RAY_AUTH_MODE"] == "token"
+    boards = [command_of(each) for each in others if "dashboard/dashboard.py" in " ".join(command_of(each))]
+    assert all("--disable-frontend" in board for board in boards)  # only what would send the statistics
     assert driver.end() == 0, driver.said()
-    assert listening <= {"127.0.0.1", "::1"}, listening
-    assert not any("dashboard/dashboard.py" in " ".join(command_of(each)) for each in everything)
-    wait(lambda: not [each for each in everything if each.is_running() and each.status() != psutil.STATUS_ZOMBIE], 30)
+    wait(lambda: not [each for each in others if each.is_running() and each.status() != psutil.STATUS_ZOMBIE], 30)
     assert "(1 finished" in driver.said() and "raylet" not in driver.said()
-    for path in (tmp_path / "outputs").rglob("*"):
-        assert not path.is_file() or b"hf_abcdefgh" not in path.read_bytes(), path
+    written = [path for folder in (tmp_path / "outputs", session) for path in folder.rglob("*") if path.is_file()]
+    assert len([path for path in written if path.is_relative_to(session)]) > 3
+    assert [path for path in written if token.encode() in path.read_bytes()] == []
+
+
+OPEN = """
+import os, subprocess, sys
+from pathlib import Path
+from glmtuner.sweep.on_ray import cluster
+cluster.connect(None, Path("messages.log"))
+import ray
+script = f"import ray; ray.init(address='{ray.get_runtime_context().gcs_address}')"
+for env in (None, {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}):
+    code = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True).returncode
+    print("refused" if code else "let in")
+cluster.close()
+"""
+
+
+def test_a_ray_that_is_started_here_refuses_others(tmp_path: Path) -> None:
+    """It listens on all interfaces, and a task is code: only who has the command's token is let in."""
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout.split("\n") == ["let in", "refused", ""], done.stdout + done.stderr
 
 
 def command_of(process: psutil.Process) -> list[str]:

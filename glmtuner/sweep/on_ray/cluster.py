@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import secrets
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -71,11 +72,13 @@ def connect(address: str | None, messages: Path) -> None:
             f"{KEY}.address=auto for that cluster"
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to its makers
-    import ray
-
     more: dict[str, Any] = {}
     if address is None:
-        more = {"include_dashboard": False, "object_store_memory": OBJECTS, "_node_ip_address": "127.0.0.1"}
+        more = {"include_dashboard": False, "object_store_memory": OBJECTS}
+        if "RAY_AUTH_MODE" not in os.environ:  # Ray listens on all interfaces, and would run what anyone sends
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    import ray
+
     try:
         ray.init(address=wanted, log_to_driver=False, logging_level="error", **more)
     except Exception as error:
