@@ -53,9 +53,9 @@ def sweep_folder(overrides: Sequence[str]) -> Path:
     return Path("outputs") / "sweeps" / name
 
 
-# another way to start the jobs, or dropped jobs that are called back, are not another sweep
 RAY_KEYS = ("address", "num_cpus", "num_gpus", "memory_gb", "resources", "max_parallel", "max_retries", "timeout_min", "grace_s",
             "runtime_env")  # fmt: skip
+# another way to start the jobs, or dropped jobs that are called back, are not another sweep
 LAUNCHER_KEYS = (
     *(f"hydra.launcher.{name}" for name in RAY_KEYS),
     *("hydra/launcher", "hydra.launcher.n_jobs", "hydra.launcher.wait", "hydra.launcher.jobs_at_once"),

@@ -71,6 +71,7 @@ class Tasks:
         self.queue: deque[Task] = deque()
         self.running: dict[Any, Task] = {}  # by Ray's reference
         self.no_room_since: float | None = None
+        self.stopping = False
 
     @property
     def messages(self) -> Path:
@@ -315,7 +316,8 @@ class Tasks:
     def _start_again(self, task: Task, why: str) -> None:
         """Put a job back whose node was lost, or record that it was lost too often."""
         place = self._place(task)
-        host, step = place["host"] if place else "an unknown node", step_at(task.job)
+        starts_over = task.job.composed.run.trainer.overwrite_output_dir
+        host, step = place["host"] if place else "an unknown node", 0 if starts_over else step_at(task.job)
         add_lost(self.root, task.name, Lost(host, datetime.now().astimezone().isoformat(timespec="seconds"), why, step))
         task.lost += 1
         lost = f"{task.job.folder.path}: lost with its node {host} ({why})"
@@ -327,6 +329,9 @@ class Tasks:
                     f"the same command resumes it from step {step}"
                 ),
             )
+            return
+        if self.stopping:
+            say(f"{lost}; the same command resumes it from step {step}")
             return
         say(f"{lost}; it starts again from step {step}")
         self.queue.appendleft(task)
@@ -344,7 +349,7 @@ class Tasks:
         """Cancel all tasks, and wait until the running ones have saved their checkpoints; a second Ctrl-C does not wait."""
         import ray
 
-        waiting = len(self.queue)
+        waiting, self.stopping = len(self.queue), True
         self.queue.clear()
         count = Counter(self._place(task) is not None for task in self.running.values())
         idle = waiting + count[False]
@@ -359,7 +364,6 @@ class Tasks:
                 ready, _ = ray.wait([*self.running], timeout=POLL_SECONDS)
                 for reference in ready:
                     self._conclude(reference)
-                self.queue.clear()  # a node that is lost meanwhile
         finally:
             for reference in self.running:
                 with suppress(Exception):
