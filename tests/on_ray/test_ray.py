@@ -315,7 +315,7 @@ def test_a_job_whose_node_is_killed_goes_on_elsewhere(here: Path, undisturbed: P
 
 
 def test_a_job_whose_node_is_lost_too_often_is_a_failed_one(here: Path, nodes: TwoNodes) -> None:
-    words = [*TWO, "name=too_often", "hydra.launcher.max_retries=0", *nodes.words]
+    words = [*ONE, "name=too_often", "hydra.launcher.max_retries=0", *nodes.words]
     driver = Driver(here, *words)
     sweep = here / "outputs/sweeps/too_often"
     (victim, *_) = wait(lambda: begun(sweep, 6))
@@ -323,7 +323,7 @@ def test_a_job_whose_node_is_lost_too_often_is_a_failed_one(here: Path, nodes: T
     assert driver.end() == 1, driver.said()
     reason = json.loads((victim / "failed.json").read_text())["reason"]
     assert "lost with its node 1 times" in reason and "the same command resumes it from step" in reason
-    assert "1 finished" in driver.said() and "1 failed" in driver.said()
+    assert "0 finished" in driver.said() and "1 failed" in driver.said()
 
 
 def test_a_killed_command_leaves_no_process_and_goes_on(here: Path, undisturbed: Path, nodes: TwoNodes) -> None:
@@ -423,7 +423,7 @@ def test_the_error_of_a_job_is_that_of_its_run(here: Path, nodes: TwoNodes) -> N
     assert "broken.json" in json.loads((folder / "failed.json").read_text())["reason"]
 
 
-def test_a_node_that_does_not_see_the_sweep_is_avoided(here: Path, undisturbed: Path, nodes: TwoNodes) -> None:
+def test_a_node_that_does_not_see_the_sweep_is_avoided(here: Path, nodes: TwoNodes) -> None:
     """A node whose mount namespace hides the sweep's folder; its raylet is started as its users would start it."""
     hidden = here / "outputs"
     hidden.mkdir(exist_ok=True)
@@ -441,12 +441,11 @@ def test_a_node_that_does_not_see_the_sweep_is_avoided(here: Path, undisturbed: 
     )  # fmt: skip
     try:
         wait(lambda: any("blind" in each["Resources"] for each in nodes_alive(nodes.cluster.address)))
-        done = glmtuner(here, *TWO, "name=half_blind", *nodes.words)
+        done = glmtuner(here, *ONE, "trainer.max_steps=2", "name=half_blind", *nodes.words)
         assert done.returncode == 0, done.stdout + done.stderr
         said = r"the node \S+ \(\w{8}\) is not used: it does not see the sweep's folder \S+half_blind, which all nodes must share"
         assert len(re.findall(said, done.stdout)) == 1, done.stdout
-        same(here / "outputs/sweeps/half_blind", undisturbed)
-        none = glmtuner(here, *TWO, "name=all_blind", *nodes.words, "+hydra.launcher.resources.blind=1")
+        none = glmtuner(here, *ONE, "name=all_blind", *nodes.words, "+hydra.launcher.resources.blind=1")
         assert none.returncode == 2 and "no node of the cluster can run the jobs: it does not see" in none.stderr
     finally:
         blind.terminate()
