@@ -7,12 +7,13 @@ LIGER := .liger
 TRL := .trl
 LM_EVAL := .lm_eval
 TRACKERS := .trackers
+RAY := .ray
 LATEST := .latest
 AXE := .axe
 DOCS := .docs
 ZENSICAL := 0.0.73
 
-.PHONY: setup quickstart test test-attack test-heavy test-stages test-matrix test-architectures test-latest test-slurm test-liger test-trl test-benchmarks test-trackers test-board test-forecast docs test-docs check format schema wheel clean
+.PHONY: setup quickstart test test-attack test-heavy test-stages test-matrix test-architectures test-latest test-slurm test-liger test-trl test-benchmarks test-trackers test-ray test-board test-forecast docs test-docs check format schema wheel clean
 
 setup: $(READY)
 
@@ -86,6 +87,13 @@ test-trackers: $(READY)
 	  'comet-ml==3.58.8'
 	$(TRACKERS)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes protobuf
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(TRACKERS)/bin/python -m pytest tests/trackers --numprocesses 2 --dist worksteal
+
+# Ray, in an environment of its own above this one
+test-ray: $(READY)
+	$(BIN)/python -m venv $(RAY)
+	$(RAY)/bin/python -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "glmtuner_environment.pth").write_text("$(CURDIR)/" + str(next(pathlib.Path("$(VENV)").glob("lib/python*/site-packages"))) + "\n")'
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check 'ray==2.60.0'
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/on_ray
 
 # the board in a real browser: runs watched, killed, started, stopped, continued, talked with, exported, in English and in Chinese;
 # markup and attacks; axe-core, of which the package has one file, finds no serious fault

@@ -46,6 +46,7 @@ NOT_RUN = {
     "pip install glmtuner[dashboard]": "network",
     "pip install -e .[benchmark]": "network",
     "pip install -e .[mlflow]": "network",
+    "pip install -e .[ray]": "network",
     "pip install glmtuner[mlflow]": "network",
     "hf download ceval/ceval-exam --repo-type dataset --local-dir benchmarks/ceval/ceval-exam": "network",
     "python -m glmtuner trainer=benchmark model.checkpoint_dir=outputs/mine benchmark=ceval,cmmlu,mmlu,gsm8k benchmark.data_dir=benchmarks": (

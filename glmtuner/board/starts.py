@@ -26,7 +26,10 @@ from glmtuner.sweep.submissions import read_submissions
 
 PLACES = ("trainer.output_dir", "hydra.run.dir", "hydra.sweep.dir")  # keys that say where a run or a sweep is
 OPTIONS = {"--config-dir": "config_dir", "-cd": "config_dir", "--config-name": "config_name", "-cn": "config_name"}
-CODE = ("hydra.launcher.setup", "hydra.launcher.srun_args", "hydra.launcher.additional_parameters")
+CODE = (
+    "hydra.launcher.setup", "hydra.launcher.srun_args", "hydra.launcher.additional_parameters", "hydra.launcher.runtime_env",
+    "hydra.launcher.address",
+)  # fmt: skip
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.wait=false")
 
 

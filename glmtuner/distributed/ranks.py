@@ -222,10 +222,16 @@ def init_process_group(trainer: "Trainer") -> None:
 
 def die_with_parent() -> None:
     """Let the kernel kill this rank when the process that started it ends, even by SIGKILL (Linux only)."""
-    if PARENT not in os.environ or not sys.platform.startswith("linux"):
+    if PARENT in os.environ:
+        die_with(int(os.environ[PARENT]))
+
+
+def die_with(parent: int) -> None:
+    """Let the kernel kill this process when the one that started it, whose id is `parent`, ends (Linux only)."""
+    if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ[PARENT]):
+    if os.getppid() != parent:
         os._exit(1)
 
 

@@ -18,6 +18,7 @@ from glmtuner.report.race import race_notes, readable_race
 from glmtuner.report.record_scores import RecordScores, common_records, pooled, read_answers, record_scores
 from glmtuner.run_folder.files import read_json
 from glmtuner.run_folder.folder import RunFolder
+from glmtuner.run_folder.lost import lost_notes
 from glmtuner.run_folder.names import SWEEP
 
 DEFAULT_OBJECTIVES = ("predict_rouge-l", "eval_loss", "train_loss")  # the first measured one ranks a sweep without one
@@ -174,6 +175,7 @@ def rank_jobs(root: Path, jobs: Sequence[Job], scored: Scored = record_scores) -
         rows = [with_difference(row, rows[0], objective) for row in rows]
         notes += notes_on_differences(rows, objective)
     notes += race_notes(readable_race(root), [job.name for job in finished])
+    notes += lost_notes(root)
     unranked = [job for job in jobs if job.state is not State.finished]
     return Ranking(root, short_names(knobs), objective, rows, unranked, notes, read_commands(root))
 

@@ -53,8 +53,11 @@ def sweep_folder(overrides: Sequence[str]) -> Path:
     return Path("outputs") / "sweeps" / name
 
 
+RAY_KEYS = ("address", "num_cpus", "num_gpus", "memory_gb", "resources", "max_parallel", "max_retries", "timeout_min", "grace_s",
+            "runtime_env")  # fmt: skip
 # another way to start the jobs, or dropped jobs that are called back, are not another sweep
 LAUNCHER_KEYS = (
+    *(f"hydra.launcher.{name}" for name in RAY_KEYS),
     *("hydra/launcher", "hydra.launcher.n_jobs", "hydra.launcher.wait", "hydra.launcher.jobs_at_once"),
     "hydra.sweeper.recall",
 )
@@ -62,7 +65,8 @@ LAUNCHER_KEYS = (
 
 def _is_of_launching(key: str) -> bool:
     """Whether the key says how the jobs are started or how much they may take, and not what they are."""
-    return key in LAUNCHER_KEYS or key.partition(".")[0] == "budget"
+    # an entry of a mapping, such as hydra.launcher.resources.a100, belongs to its key
+    return ".".join(key.split(".")[:3]) in LAUNCHER_KEYS or key.partition(".")[0] == "budget"
 
 
 def job_slug(swept: str) -> str:
@@ -94,11 +98,12 @@ OmegaConf.register_new_resolver("job_slug", job_slug, replace=True)
 
 def job_folders_of(root: Path, overrides: Sequence[str], config_dir: str | None) -> list[str]:
     """The names of the folders of a grid's jobs, in its order; none where hydra.sweep.subdir names them otherwise."""
-    keys = {override.key_or_group: override.is_sweep_override() for override in parse(overrides)}
-    if "hydra.sweep.subdir" in keys:
+    parsed = parse(overrides)
+    if any(override.key_or_group == "hydra.sweep.subdir" for override in parsed):
         return []
-    swept = {key for key, is_swept in keys.items() if is_swept}
-    return [job_folder(root, job, swept).name for job in combinations(overrides, config_dir=config_dir)]
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    names = [job_folder(root, job, swept).name for job in combinations(overrides, config_dir=config_dir)]
+    return [*dict.fromkeys(names)]  # of a key that was typed twice, once with several values, some are the same
 
 
 def record_command(root: Path, flags: Sequence[str], overrides: Sequence[str], jobs: Sequence[str]) -> None:

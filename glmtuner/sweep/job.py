@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -32,6 +32,7 @@ from glmtuner.sweep.budget import hours_in, reached
 from glmtuner.sweep.folders import recorded
 from glmtuner.sweep.placeholders import reveal
 
+T = TypeVar("T")
 REQUEUE_SECONDS = 120.0  # that SLURM may take to end a job that is requeued
 
 
@@ -120,30 +121,15 @@ def run_or_skip(job: Job, start: Callable[..., dict[str, float]] | None = None) 
 
     Raises Preempted.
     """
-    folder, overrides = job.folder, job.typed
-    try:
-        adopt_offline()  # a launcher's `setup` may set it for the machine of the job alone
-        composed = job.composed
-        overrides = [reveal(override) for override in overrides]
-        overwrite = composed.run.trainer.overwrite_output_dir
-        failure = folder.failure()
-        if folder.is_finished and not overwrite:
-            say(f"finished before, skipped: {folder.path}")
-            values = objective_values(folder.metrics(), composed.run.objective)
-            (folder / FAILED).unlink(missing_ok=True)  # an earlier command had an objective that was not measured
-            return values
-        if failure and failure["kind"] == "infeasible" and not overwrite:
-            say(
-                f"did not fit into memory before, skipped (trainer.overwrite_output_dir=true runs it again): {folder.path}"
-            )
-            return None
-        if over := reached(job.sweep, composed.run.budget):
-            say(f"not started, {'; '.join(over)}: {folder.path}")
-            return None
+    folder = job.folder
+
+    def run(composed: Composed) -> list[float] | None:
+        if known := known_outcome(job, composed):
+            return known.values
         say(f"job {job.number}: {folder.path}")
         with hours_in(job.sweep) if start is None else nullcontext():  # jobs that share a process are counted together
             if job.launcher == "joblib":
-                run_in_subprocess(overrides, folder, composed.flags)
+                run_in_subprocess([reveal(override) for override in job.typed], folder, composed.flags)
                 metrics = folder.metrics()
             else:
                 if job.launcher == "basic":  # the others run one job in a process
@@ -154,6 +140,43 @@ def run_or_skip(job: Job, start: Callable[..., dict[str, float]] | None = None) 
             free_memory()
             return None
         return objective_values(metrics, composed.run.objective)
+
+    return recorded_outcome(job, run)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a job has come to without being started: its objectives, or None."""
+
+    values: list[float] | None
+
+
+def known_outcome(job: Job, composed: Composed) -> Known | None:
+    """What is known of a job that is not to be started, which is printed: it is finished, did not fit, or the budget is spent; else None."""
+    folder, overwrite = job.folder, composed.run.trainer.overwrite_output_dir
+    failure = folder.failure()
+    if folder.is_finished and not overwrite:
+        say(f"finished before, skipped: {folder.path}")
+        values = objective_values(folder.metrics(), composed.run.objective)
+        (folder / FAILED).unlink(missing_ok=True)  # an earlier command had an objective that was not measured
+        return Known(values)
+    if failure and failure["kind"] == "infeasible" and not overwrite:
+        say(f"did not fit into memory before, skipped (trainer.overwrite_output_dir=true runs it again): {folder.path}")
+        return Known(None)
+    if over := reached(job.sweep, composed.run.budget):
+        say(f"not started, {'; '.join(over)}: {folder.path}")
+        return Known(None)
+    return None
+
+
+def recorded_outcome(job: Job, run: Callable[[Composed], T]) -> T | None:
+    """What `run` returns of the composed job; None after an error, which is recorded in its folder and printed. Raises Preempted."""
+    folder, overrides = job.folder, job.typed
+    try:
+        adopt_offline()  # a launcher's `setup` may set it for the machine of the job alone
+        composed = job.composed
+        overrides = [reveal(override) for override in overrides]
+        return run(composed)
     except Preempted as preempted:
         if over := reached(job.sweep, job.composed.run.budget):
             say(f"{folder.path}: {preempted}, {'; '.join(over)}; the same command with a larger limit resumes it")
@@ -203,7 +226,11 @@ def run_in_subprocess(overrides: Sequence[str], folder: RunFolder, flags: Sequen
     (folder / FAILED).unlink(missing_ok=True)
     _, _, _, *arguments = ranks.command_of(flags, overrides, folder.path)  # without `python -m glmtuner`
     jobs_at_once = int(HydraConfig.get().launcher.get("n_jobs") or 1)
-    code = workers.run_job(folder.path.parent, arguments, folder / OUTPUT, jobs_at_once)
+    check_exit(workers.run_job(folder.path.parent, arguments, folder / OUTPUT, jobs_at_once), folder, overrides)
+
+
+def check_exit(code: int, folder: RunFolder, overrides: Sequence[str]) -> None:
+    """Raise JobFailed for a job's process that has not ended with exit code 0, whose reason is printed and in failed.json."""
     if code == 0:
         return
     if code in [128 + signum for signum in SIGNALS]:

@@ -14,6 +14,7 @@ from glmtuner.sweep.status import ORDER, Line, lines_of, summary
 LAUNCHERS = (
     "JoblibLauncher",
     "SharedLauncher",
+    "RayLauncher",
 )  # of the others each job shows a line of its own, or SLURM has its output
 DRAW_SECONDS = 1.0  # between two drawings
 SHARE = 0.05  # of the time that may be spent on reading the folders

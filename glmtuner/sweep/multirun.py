@@ -44,6 +44,8 @@ def run_sweep(
     from glmtuner.sweep.job import run_job
     from glmtuner.sweep.launchers import SLURM_TARGET, register
     from glmtuner.sweep.live_table import live_table
+    from glmtuner.sweep.on_ray.cluster import close
+    from glmtuner.sweep.on_ray.launcher import register_ray
     from glmtuner.sweep.placeholders import placeholders
     from glmtuner.sweep.race_options import RACE_TARGET, check_race
     from glmtuner.sweep.search import check_sweeper, is_failure
@@ -53,6 +55,7 @@ def run_sweep(
     overrides = [override for override in overrides if override.replace(" ", "").lower() != "hydra.mode=multirun"]
     register()
     register_shared()
+    register_ray()
     composed_jobs: list[Composed] = []
     bracketed = compose_every_job(overrides, config_dir=config_dir, config_name=config_name, seen=composed_jobs.append)
     is_race = composed_jobs[0].hydra.sweeper._target_ == RACE_TARGET
@@ -74,10 +77,11 @@ def run_sweep(
     require_usable(root)
     submitted = read_submissions(root)
     refuse_over_budget(bracketed, budget, root, config_dir=config_dir, config_name=config_name)
-    crash = None
+    crash, names = None, list[str]()
     try:
         with placeholders(hydra_overrides(bracketed)) as public:
-            record_command(root, flags, overrides, [] if searches else job_folders_of(root, public, config_dir))
+            names = [] if searches else job_folders_of(root, public, config_dir)
+            record_command(root, flags, overrides, names)
             with live_table(root, composed_jobs[0].hydra.launcher._target_):
                 hydra_main(["--multirun", *flags, *public], run_job)
     except GlmtunerError:
@@ -87,6 +91,7 @@ def run_sweep(
     finally:
         keep_no_more()
         workers.close_all()
+        close()
         (root / "multirun.yaml").unlink(missing_ok=True)  # of Hydra
     if detached and has_queued_jobs(root, since=submitted):
         say(f"sweep folder: {root}; the jobs run without this command, and the last one writes the report")
@@ -113,6 +118,10 @@ def run_sweep(
             "goes on"
         )
         return 1
+    if absent := [name for name in names if name not in {job.name for job in jobs}]:
+        complain(
+            f"glmtuner: {len(absent)} of {len(names)} jobs have not begun, such as {absent[0]}; the same command goes on"
+        )
     if paused:
         complain(f"glmtuner: {paused} jobs of the race are paused at a rung; the same command goes on")
     elif failed and is_race:
@@ -122,7 +131,7 @@ def run_sweep(
         )
     elif failed:
         complain("glmtuner: the same command runs the failed jobs again and skips the finished ones")
-    return 1 if failed or paused else 0
+    return 1 if failed or paused or absent else 0
 
 
 def write_and_publish(sweep: Path, get_tracker: "Callable[[], Tracker]") -> None:

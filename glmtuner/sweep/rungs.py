@@ -32,7 +32,7 @@ def has_reached(folder: RunFolder, pause: Pause) -> bool:
 
 def wait_for_files(folders: Sequence[RunFolder], pause: Pause, launcher: Any) -> None:
     """Wait a while for the files of jobs that have ended on another machine; there is nothing to wait for on this one."""
-    end = time.monotonic() + (VISIBLE_SECONDS if launcher.get("submitit_folder") else 0)
+    end = time.monotonic() + (VISIBLE_SECONDS if launcher.get("submitit_folder") or launcher.get("address") else 0)
     while time.monotonic() < end and not all(
         has_reached(folder, pause) or (folder / FAILED).is_file() for folder in folders
     ):

@@ -4,21 +4,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
-from omegaconf import DictConfig
 
 from glmtuner.config.compose import Composed
 from glmtuner.console import SPEAKER, say
 from glmtuner.distributed import ranks
 from glmtuner.distributed.preemption import Preempted, capture_signals
 from glmtuner.errors import ConfigError
-from glmtuner.launch.register import register_presets
 from glmtuner.launch.run import computes_on_gpu, launch
 from glmtuner.launch.shared import SharedBase
 from glmtuner.run_folder.spent import counted
 from glmtuner.sweep.budget import reached
+from glmtuner.sweep.collecting import CollectingLauncher
 from glmtuner.sweep.groups import common_values, differing, grouped, reason_apart
 from glmtuner.sweep.job import Job, run_or_skip, stop_process
 
@@ -33,7 +31,7 @@ def register_shared() -> None:
     Plugins.instance().class_name_to_class[SHARED_TARGET] = SharedLauncher
 
 
-class SharedLauncher(BasicLauncher):
+class SharedLauncher(CollectingLauncher):
     """Trains the jobs that can share a base in one process, step by step together; others run apart, one after another."""
 
     def __init__(self, jobs_at_once: int | None = None) -> None:
@@ -47,20 +45,7 @@ class SharedLauncher(BasicLauncher):
                 f"hydra.launcher.jobs_at_once={at_once}: legal is null, as many as fit into memory, or a number from 1; type "
                 "hydra.launcher.jobs_at_once=8, or leave it out"
             )
-        run_apart, jobs = self.task_function, []
-
-        def collect(config: DictConfig) -> None:
-            register_presets()
-            jobs.append(Job.current())
-
-        self.task_function = collect
-        try:
-            returns = list(super().launch(job_overrides, initial_job_idx))
-        finally:
-            self.task_function = run_apart
-        for number, done in enumerate(returns):
-            done.return_value  # noqa: B018  # raises what Hydra could not compose
-            assert jobs[number].number == initial_job_idx + number
+        jobs, returns = self.collect(job_overrides, initial_job_idx)
         groups, apart = shared_groups(jobs)
         for group in groups:
             values = run_together([jobs[place] for place in group], self.jobs_at_once)

@@ -21,7 +21,7 @@ NAMES = {
     "lm_eval": "lm-eval",
     "comet_ml": "comet-ml",
 }
-EXTRAS = ("dashboard", "liger", "deepspeed", "vllm", "benchmark", "mlflow", "swanlab", "trackio", "comet")
+EXTRAS = ("dashboard", "liger", "deepspeed", "vllm", "benchmark", "mlflow", "swanlab", "trackio", "comet", "ray")
 
 
 def plain(name: str) -> str:

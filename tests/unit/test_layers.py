@@ -39,6 +39,7 @@ UNUSED |= {
     "swanlab",
     "trackio",
     "comet_ml",
+    "ray",
     "joblib",
     "deepspeed",
     "fastapi",

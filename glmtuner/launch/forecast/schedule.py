@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-JOBLIB, SLURM, BASIC, SHARED = "JoblibLauncher", "SlurmLauncher", "BasicLauncher", "SharedLauncher"
+JOBLIB, SLURM, BASIC, SHARED, RAY = "JoblibLauncher", "SlurmLauncher", "BasicLauncher", "SharedLauncher", "RayLauncher"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,33 @@ def launcher_of(hydra: DictConfig) -> Launcher:
             notice_s=float(launcher.signal_delay_s or 0),
             most_submissions=1 + int(launcher.max_num_timeout or 0),
         )
+    if name == RAY:
+        return ray_launcher(launcher)
     jobs = launcher.get("n_jobs", 1)
     at_once = jobs if isinstance(jobs, int) and jobs > 0 else 1
     note = f"hydra.launcher._target_={launcher._target_} is not known: {at_once} job{'s' * (at_once > 1)} at a time, on this machine"
     return Launcher(at_once=at_once, shares_process=False, notes=(note,))
+
+
+def ray_launcher(launcher: DictConfig) -> Launcher:
+    """hydra/launcher=ray, as far as its keys tell: how much room a cluster has is known only to the cluster."""
+    import os
+
+    here = launcher.address is None
+    most = launcher.max_parallel
+    cores = int((os.cpu_count() or 1) // max(float(launcher.num_cpus or 1), 1)) or 1
+    notes: tuple[str, ...] = ()
+    if not here and most is None:
+        notes = (
+            "hydra/launcher=ray: forecast for one job at a time; hydra.launcher.max_parallel=… says for how many nodes have room",
+        )
+    return Launcher(
+        at_once=min(most or cores, cores) if here else int(most or 1),
+        shares_process=False,
+        remote=not here,
+        gpus=None if launcher.num_gpus is None else math.ceil(launcher.num_gpus),
+        notes=notes,
+    )
 
 
 def slurm_gpus(launcher: DictConfig) -> int | None:

@@ -360,13 +360,20 @@ def test_code_that_a_run_folder_names_is_not_executed_before_it_is_trusted(
         assert (tmp_path / "executed").exists()
 
 
-def test_shell_lines_and_classes_of_a_recorded_sweep_are_not_executed(board: Board, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["hydra/launcher=slurm", "hydra.launcher.setup=[touch x]"],
+        ["hydra/launcher=ray", "+hydra.launcher.runtime_env.pip=[theirs]"],
+        ["hydra/launcher=ray", "hydra.launcher.address=theirs:6379"],  # which gets this command's environment
+    ],
+)
+def test_shell_lines_and_classes_of_a_recorded_sweep_are_not_executed(
+    words: list[str], board: Board, tmp_path: Path
+) -> None:
     sweep = board.outputs / "sweeps" / "two"
     sweep.mkdir(parents=True)
-    setup = "hydra.launcher.setup=[touch x]"
-    line = shlex.join(
-        ["python", "-m", "glmtuner", "-m", *TINY, "trainer.seed=1,2", "name=two", "hydra/launcher=slurm", setup]
-    )
+    line = shlex.join(["python", "-m", "glmtuner", "-m", *TINY, "trainer.seed=1,2", "name=two", *words])
     (sweep / "sweep.json").write_text(json.dumps({"typed": [line], "cwd": str(tmp_path)}))
     assert "continue it only if you trust it" in board.refused("continue", id="sweeps/two")
     own = tmp_path / "own" / "hydra" / "launcher"

@@ -106,7 +106,7 @@ def test_preset_of_hydra_composes(path):
         composed = hydra_compose("config", words, return_hydra_config=True)
     resolved = OmegaConf.to_container(OmegaConf.select(composed, group.replace("/", ".")), resolve=False)
     name = resolved["_target_"].rsplit(".", 1)[1]
-    ours = ("SlurmLauncher", "JoblibLauncher", "SharedLauncher", "OptunaSweeper", "RaceSweeper")
+    ours = ("SlurmLauncher", "JoblibLauncher", "SharedLauncher", "OptunaSweeper", "RaceSweeper", "RayLauncher")
     if group == "hydra/sweeper/pruner":
         assert type(pruner_of(resolved)).__name__ == name
     else:
