@@ -12,6 +12,8 @@ import sys
 from typing import Any
 
 import torch
+import zoo
+from segment_models import MODELS, VOCABULARY, model_of
 from torch import distributed, nn
 
 from glmtuner.data.collate import Collator
@@ -23,8 +25,6 @@ from glmtuner.kernels.fast_paths import FastPath
 from glmtuner.models.prefix import add_prefix
 from glmtuner.training.measurements import sample_losses
 from glmtuner.training.weighted_loss import weighted_sum
-from tests.architectures import zoo
-from tests.segment_models import MODELS, VOCABULARY, model_of
 
 LENGTHS = {"one": (83,), "pack": (37, 5, 61, 28)}  # not multiples of the ranks, and longer than the windows of the zoo
 

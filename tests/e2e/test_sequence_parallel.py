@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shared_row_ranks import LENGTHS
+from zoo import KINDS
 
 from glmtuner.distributed.ranks import free_port
-from tests.architectures.zoo import KINDS
-from tests.shared_row_ranks import LENGTHS
 
 ROOT = Path(__file__).parent.parent.parent
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+PYTHONPATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests/architectures")))
+ENV = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 WITHIN = 1e-5
 # GLM, ChatGLM-6B, plain attention, windows shorter than the samples (one with a loss that is not computed in chunks), and hybrids of
 # attention with a gated delta net, short convolutions and Mamba
