@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-JOBLIB, SLURM, BASIC, SHARED, RAY = "JoblibLauncher", "SlurmLauncher", "BasicLauncher", "SharedLauncher", "RayLauncher"
+JOBLIB, SLURM, BASIC, SHARED = "JoblibLauncher", "SlurmLauncher", "BasicLauncher", "SharedLauncher"
+RAY = "hydra_plugins.glmtuner.RayLauncher"  # whole: other packages have launchers of the same name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ def launcher_of(hydra: DictConfig) -> Launcher:
             notice_s=float(launcher.signal_delay_s or 0),
             most_submissions=1 + int(launcher.max_num_timeout or 0),
         )
-    if name == RAY:
+    if launcher._target_ == RAY:
         return ray_launcher(launcher)
     jobs = launcher.get("n_jobs", 1)
     at_once = jobs if isinstance(jobs, int) and jobs > 0 else 1

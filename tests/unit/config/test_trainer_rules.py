@@ -89,7 +89,7 @@ def owner_of(key):
             f"reward={leaf.partition('.')[0]}",
             *(["model.reward_model=x"] if leaf.startswith("model.") else []),
         ]
-    return ["quant=int8"] if group == "quant" else []
+    return {"quant": ["quant=int8"], "parallel": ["parallel=ddp"]}.get(group, [])
 
 
 @functools.cache

@@ -115,7 +115,7 @@ def test_what_submitit_writes_has_no_secret(slurm: Path, tmp_path: Path, monkeyp
     )
     secrets.append("typed-yaml-19")
     words = [*SWEEP, "tracker=wandb", *overrides, "hydra/launcher=cluster", "--config-dir", str(tmp_path / "my_conf")]
-    assert main([words[0], *words[-2:], *words[1:-2]]) == 0  # no job has started
+    assert main([words[0], *words[-2:], *words[1:-2]]) == 1  # no job has started
     assert leaks(sweep, secrets) == {}
     script = next(sweep.rglob("*.sh"))
     assert "module load cuda" in script.read_text() and 'eval "$GLMTUNER_SETUP_1"' in script.read_text()
@@ -125,7 +125,7 @@ def test_what_submitit_writes_has_no_secret(slurm: Path, tmp_path: Path, monkeyp
     assert b"GLMTUNER_SECRET_0_" in pickled and HUB_TOKEN.encode() not in pickled
 
     typed = "hydra.launcher.setup=['export HF_TOKEN=typed-pw-20',true]"
-    assert main([*SWEEP, "tracker=none", "hydra/launcher=slurm", typed, "trainer.seed=5,6"]) == 0
+    assert main([*SWEEP, "tracker=none", "hydra/launcher=slurm", typed, "trainer.seed=5,6"]) == 1
     assert leaks(sweep, ["typed-pw-20"]) == {}
     assert "GLMTUNER_SETUP_0=export HF_TOKEN=typed-pw-20" in (tmp_path / "sbatch.env").read_text()
     capsys.readouterr()
