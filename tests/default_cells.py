@@ -59,6 +59,9 @@ HEAVY = {
     "test_prediction": tuple(f"{name}-{batch}" for name in TEMPLATES for batch in (1, 8)),
     "test_fsdp2_learns_preferences_as_one_process_does": ("dpo-full-preference_sample", "kto-lora-feedback_sample"),
     "test_two_ranks_learn_what_one_process_learns": ("dapo",),
+    "test_runs_of_several_ranks_are_those_of_one_process": (
+        "packs, two groups, accumulated", "fsdp2, two groups", "four ranks a row, checkpointing", "int4",
+    ),
 }  # fmt: skip
 # cells that are heavy, of matrices that run but for these
 LEFT_OUT = {"test_the_offline_commands_of_a_page_work_as_written": ("forecast", "memory", "shared", "stages")}

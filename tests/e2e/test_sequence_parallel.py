@@ -70,6 +70,7 @@ def test_losses_and_gradients_of_two_ranks_are_those_of_plain_transformers() -> 
 
 
 @pytest.mark.heavy
+@pytest.mark.matrix
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_kind_of_architecture_is_equal_or_refused(count: int) -> None:
     """Four ranks repeat keys and values of models that have two heads of them."""
@@ -83,8 +84,9 @@ def test_every_kind_of_architecture_is_equal_or_refused(count: int) -> None:
 
 
 @pytest.mark.heavy
-def test_four_ranks_repeat_the_prefix_of_the_heads_that_they_share() -> None:
-    assert_equal(compared_by_ranks(4, ["glm:pack:p_tuning", "glm:one:p_tuning", "chatglm:pack:p_tuning"]), 4)
+def test_four_ranks_repeat_keys_values_and_the_prefix_of_the_heads_that_they_share() -> None:
+    cases = [f"{name}:pack:full" for name in ARCHITECTURES]
+    assert_equal(compared_by_ranks(4, [*cases, "glm:pack:p_tuning", "glm:one:p_tuning", "chatglm:pack:p_tuning"]), 4)
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------------
