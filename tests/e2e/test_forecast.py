@@ -149,6 +149,7 @@ def test_a_budget_that_ends_after_the_second_job_stops_the_third_and_the_same_co
 
 
 @pytest.mark.heavy
+@pytest.mark.matrix
 def test_a_killed_sweep_keeps_its_hours(glmtuner, tmp_path):
     """SIGKILL while a job trains: what it took counts, is refused by a limit that it has reached, and goes on with more."""
     words = (

@@ -229,6 +229,7 @@ def test_a_file_that_is_another_one_under_the_same_commit_is_refused(
 
 
 @pytest.mark.heavy
+@pytest.mark.matrix
 def test_an_interrupted_download_is_completed(remote: Path, tmp_path: Path) -> None:
     cuts = {"model.safetensors": [1_000_000] * 40}
     server = serve(remote, cuts=cuts)

@@ -93,7 +93,7 @@ def test_a_sweep_by_the_basic_launcher(tmp_path):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("launcher", ["joblib", "shared"])
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("shared", marks=pytest.mark.matrix)])
 def test_a_table_of_a_sweep(tmp_path, launcher):
     terminal = Terminal(140, 60)
     screens: list[list[str]] = []

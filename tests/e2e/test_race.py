@@ -257,6 +257,7 @@ def test_a_race_by_scores_of_answers_and_by_rank(glmtuner: Callable, tmp_path: P
 
 
 @pytest.mark.heavy
+@pytest.mark.matrix
 def test_a_race_of_12_picks_the_winner_of_the_grid_or_one_that_is_not_apart_from_it(
     glmtuner: Callable, tmp_path: Path
 ) -> None:
@@ -284,6 +285,7 @@ def test_a_race_of_12_picks_the_winner_of_the_grid_or_one_that_is_not_apart_from
 
 
 @pytest.mark.heavy
+@pytest.mark.matrix
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_signals_at_any_moment_change_no_decision(
     launcher: str, raced: tuple[Path, str], glmtuner_process: Callable, tmp_path: Path

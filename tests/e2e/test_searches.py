@@ -124,6 +124,7 @@ def test_two_objectives_several_at_once_have_a_front_in_the_report(glmtuner: Cal
 
 
 @pytest.mark.heavy
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_search_of_twenty_that_is_killed_and_typed_again_has_twenty_none_twice(tmp_path: Path) -> None:
     moments = random.Random(0)

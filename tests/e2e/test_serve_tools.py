@@ -51,8 +51,12 @@ THOUGHT = "6*7, 试试"
 
 
 def choices(names: Iterable[str]) -> list[Any]:
-    """Parameters of these families; one is tried by default."""
-    return [pytest.param(name, marks=() if name == "glm-4.7" else pytest.mark.heavy) for name in names]
+    """Parameters of these families; one is tried by default, three by `make test-heavy`."""
+    marks: dict[str, Any] = {
+        "glm-4.7": (),
+        **dict.fromkeys(("glm-4-9b-chat", "llama-3.1-instruct", "qwen3"), pytest.mark.heavy),
+    }
+    return [pytest.param(name, marks=marks.get(name, (pytest.mark.heavy, pytest.mark.matrix))) for name in names]
 
 
 def called(*arguments: dict[str, Any], as_text: bool = False) -> dict[str, Any]:

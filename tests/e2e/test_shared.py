@@ -192,6 +192,7 @@ def test_jobs_wait_for_their_turn_and_a_failure_stops_no_other(glmtuner, tmp_pat
 
 
 @pytest.mark.heavy
+@pytest.mark.matrix
 def test_eight_unlike_jobs_that_are_killed_write_what_their_own_runs_write(glmtuner, warm_server, tmp_path, jobs):
     """SIGKILL when some checkpoints are written, and again when more are; the same command goes on from what was written."""
     words = [*TINY, jobs(UNLIKE | MORE)]

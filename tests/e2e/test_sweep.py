@@ -88,6 +88,7 @@ def test_an_objective_that_is_not_measured_is_told(glmtuner: Callable) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.matrix
 def test_joblib_gives_what_the_basic_launcher_gives(glmtuner: Callable, tmp_path: Path) -> None:
     words = [*TINY, "trainer.seed=1,2", "trainer.learning_rate=1e-3,1e-4"]
     assert glmtuner(*words, "name=one").returncode == 0
