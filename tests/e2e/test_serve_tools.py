@@ -1,8 +1,8 @@
 """Tools and reasoning by `serve` and `chat`: the official client asks a tiny model that has learned conversations by heart.
 
 What the model has learned is what transformers renders with the official templates, so that its answers are in the syntax that
-the published models write; GLM-4's is asked by our own template. GLM-4.7 by default, GLM-4, GLM-4.5, Qwen3, Mistral,
-Llama 3.1 and GLM-4's own jinja by `make test-heavy`.
+the published models write; GLM-4's is asked by our own template. GLM-4.7 by default, Qwen3, Llama 3.1 and GLM-4's own jinja by
+`make test-heavy`, GLM-4, GLM-4.5 and Mistral by `make test-matrix`.
 """
 
 import json
