@@ -37,6 +37,10 @@ RECORDS = {name: "https://github.com/hiyouga/LLaMA-Factory, data/" for name in (
 os.environ["HF_HUB_OFFLINE"] = "1"  # the default suite never asks for the network
 os.environ["WANDB_MODE"] = "offline"
 ENVIRONMENT = dict(os.environ)  # before any test changes it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # started in the background of a script, which child processes would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
