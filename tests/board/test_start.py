@@ -226,5 +226,6 @@ def test_a_read_only_board_has_no_button_that_changes_something(folder: Path, pa
         )
         assert status in (404, 405) and (board.folder / "first").is_dir()
     finally:
+        page.driver.get("about:blank")  # before nobody answers what the page asks for
         board.process.terminate()
         board.process.wait(20)
