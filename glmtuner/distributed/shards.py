@@ -10,8 +10,8 @@ from glmtuner.distributed.shares import Share
 def exchange(parameter: DTensor, value: torch.Tensor | Share) -> torch.Tensor:
     """Give this rank's shard of the parameter another value; returns its former one, a DTensor as well.
 
-    `value` is whole, the same on all ranks, or this rank's share, or what an earlier call returned. It is copied to where the shard lies: FSDP gathers the
-    weight from there, whatever the parameter's `data` is.
+    `value` is whole, the same on all ranks, or this rank's share, or what an earlier call returned. It is copied to where the shard
+    lies: FSDP gathers the weight from there, whatever the parameter's `data` is.
     """
     if isinstance(value, Share):
         value = DTensor.from_local(
