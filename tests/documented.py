@@ -40,7 +40,6 @@ NOT_RUN = {
     "docker run --rm --gpus all --ipc host --user $(id -u):$(id -g) --volume $PWD:/runs --volume $HOME/.cache/glmtuner:/cache "
     "glmtuner:cuda experiment=quickstart": "Docker, GPU",
     "pip install -e .[liger]": "network",
-    "pip install -e .[deepspeed]": "network",
     "pip install -e .[vllm]": "network",
     "pip install -e .[dashboard]": "network",
     "pip install glmtuner[dashboard]": "network",

@@ -29,7 +29,7 @@ CONFIG_DIR = ("--config-dir", "-cd")
 DATASETS = ("data.dataset", "data.eval_dataset")
 PATHS = {
     "model.model_name_or_path", "model.checkpoint_dir", "model.reward_model", "model.config_name", "model.tokenizer_name",
-    "model.cache_dir", "data.dataset_dir", "trainer.output_dir", "trainer.resume_from_checkpoint", "parallel.deepspeed_config",
+    "model.cache_dir", "data.dataset_dir", "trainer.output_dir", "trainer.resume_from_checkpoint",
     "benchmark.data_dir", "benchmark.include_path", "hydra.sweeper.storage", *DATASETS,
 }  # fmt: skip
 

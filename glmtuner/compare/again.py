@@ -1,6 +1,6 @@
 """The configuration of a finished run, composed again: its overrides, and the values of config.yaml where today's presets differ."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from glmtuner.compare.facts import Difference, flat, is_irrelevant, shown
 from glmtuner.compare.loaded import LoadedRun
 from glmtuner.config.compose import Composed, compose
 from glmtuner.config.overrides import parse, quoted_value
+from glmtuner.config.removed import PRESETS, removed_key, removed_preset
 from glmtuner.config.schema import key_defaults, legal_keys
 from glmtuner.errors import CheckpointError, ConfigError, GlmtunerError
 from glmtuner.launch.resume import lies_in
@@ -48,13 +49,15 @@ def recompose(run: LoadedRun, typed: Sequence[str]) -> Recomposed:
     Raises ConfigError where this version of glmtuner cannot compose it, and CheckpointError where overrides.txt is missing.
     """
     require_trusted_plugins(run, typed)
-    overrides, notes = stored_overrides(run)
+    replaced = replaced_groups(run, typed)
+    overrides, notes = stored_overrides(run, replaced)
     options = stored_options(run)
-    first = _composed(run, [*overrides, *INSTEAD], options)
+    choices = [override for override in typed if _group_of(override) in replaced]
+    first = _composed(run, [*overrides, *INSTEAD, *choices], options)
     corrections = []
     saved, known = flat(run.config), legal_keys()
     for key in differing_keys(run.config, first.config, key_defaults()):
-        if is_irrelevant(key) or key.startswith(LEFT_OUT) or key == RESUME:
+        if is_irrelevant(key) or key.startswith(LEFT_OUT) or key == RESUME or key.partition(".")[0] in replaced:
             continue
         value = saved.get(key, key_defaults().get(key))
         if key not in flat(first.config) and key not in known:
@@ -82,8 +85,21 @@ def require_trusted_plugins(run: LoadedRun, typed: Sequence[str]) -> None:
         )
 
 
-def stored_overrides(run: LoadedRun) -> tuple[list[str], list[str]]:
-    """The overrides of overrides.txt that a repetition takes, and what must be known of the others."""
+def replaced_groups(run: LoadedRun, typed: Sequence[str]) -> set[str]:
+    """The groups whose preset this version of glmtuner no longer has, and for which the user types another one."""
+    named = {override.partition("=")[0] for override in typed}
+    return {group for group, name in PRESETS if group in named and run.values.get(f"{group}.name") == name}
+
+
+def _group_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~").partition(".")[0]
+
+
+def stored_overrides(run: LoadedRun, replaced: Collection[str]) -> tuple[list[str], list[str]]:
+    """The overrides of overrides.txt that a repetition takes, and what must be known of the others.
+
+    Of a `replaced` group, those that this version of glmtuner no longer has are left out.
+    """
     path = run.folder / OVERRIDES
     require_file(path)
     kept, notes = [], []
@@ -91,7 +107,9 @@ def stored_overrides(run: LoadedRun) -> tuple[list[str], list[str]]:
         key, _, value = line.partition("=")
         if not line or key.lstrip("+~").startswith(LEFT_OUT):
             continue
-        if HIDDEN in value:
+        if _group_of(line) in replaced and (why := removed_preset(key, value) or removed_key(key, value)):
+            notes.append(f"left out: {why}")
+        elif HIDDEN in value:
             notes.append(
                 f"{key} was a secret, which is stored nowhere, and is left out; type {key}=… behind the run if it needs it"
             )

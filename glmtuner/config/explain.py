@@ -16,6 +16,7 @@ from omegaconf.errors import (
 )
 
 from glmtuner.config.groups import SCHEMA_CLASSES
+from glmtuner.config.removed import removed_key, removed_preset
 from glmtuner.config.rewards import GROUP as REWARD
 from glmtuner.errors import GlmtunerError, did_you_mean
 
@@ -32,10 +33,14 @@ def explain(error: BaseException) -> str:
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return _omegaconf(cause)
     for cause in chain:
-        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options:
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
             group, _, name = cause.missing_cfg_file.rpartition("/")
-            legal = f"legal: {', '.join(cause.options)}"
-            return f"{group}={name}: no {group} preset of that name{did_you_mean(name, cause.options, legal)}"
+            if why := removed_preset(group.removeprefix("schema/"), name):
+                file = re.match(r"In '(?!config')[^']*': ", str(cause))  # a preset of the user's own
+                return f"{file[0] if file else ''}{why}"
+            if cause.options:
+                legal = f"legal: {', '.join(cause.options)}"
+                return f"{group}={name}: no {group} preset of that name{did_you_mean(name, cause.options, legal)}"
     if SAMPLER in str(error) and "No match in the defaults list" in str(error):
         return f"{SAMPLER}: samplers are of searches, and this sweep is none; type hydra/sweeper=optuna, too"
     if isinstance(error, OverflowError):  # an integer that no float holds; OmegaConf names the key in the message alone
@@ -81,6 +86,8 @@ def _omegaconf(error: OmegaConfBaseException) -> str:
     if key in legal:
         hint = typing.get_type_hints(owner)[key]
         return f"{error.full_key}={_bad_value(error)}: {_expected(hint, error)}"
+    if sentence := removed_key(str(error.full_key), "…"):
+        return sentence
     message = f"unknown key {error.full_key!r}"
     with_key = [name for name, cls in SCHEMA_CLASSES.get(group, {}).items() if key in {f.name for f in fields(cls)}]
     current = next((name for name, cls in SCHEMA_CLASSES.get(group, {}).items() if cls is owner), None)

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from glmtuner.config.benchmarks import GROUP as BENCHMARK
 from glmtuner.config.benchmarks import TASKS as BENCHMARKS
 from glmtuner.config.dictionaries import is_dictionary
+from glmtuner.config.removed import removed_key, removed_preset
 from glmtuner.config.schema import legal_keys, list_keys, needed_groups
 from glmtuner.errors import ConfigError, did_you_mean, nearest
 
@@ -170,6 +171,8 @@ def _problems(override: Override, presets: Mapping[str, list[str]], multirun: bo
     value = _value_of(override)
     if key in MOVED:
         yield f"{key}={value} is not a glmtuner key: {MOVED[key].format(value=value)}"
+    elif sentence := removed_key(key, value):
+        yield sentence
     elif key in OF_OPTUNA_SWEEPER:
         yield f"{key}={value}: {OF_OPTUNA_SWEEPER[key].format(value=value)}"
     elif key.partition(".")[0] == "hydra" or key.startswith("hydra/"):
@@ -204,7 +207,8 @@ def _preset_problems(group: str, override: Override, legal: list[str], multirun:
     for name in (each for part in values for each in (part if isinstance(part, list) else [part])):
         name = "null" if name is None else str(name)
         if name not in legal and not (name == "null" and group == "experiment"):
-            yield f"{group}={name}: no {group} preset of that name{did_you_mean(name, legal, _legal_names(legal))}"
+            unknown = f"{group}={name}: no {group} preset of that name{did_you_mean(name, legal, _legal_names(legal))}"
+            yield removed_preset(group, name) or unknown
 
 
 def _legal_names(legal: list[str]) -> str:

@@ -44,8 +44,6 @@ def run_errors(run: Run) -> Iterator[str]:
         value = getattr(trainer, f"ddp_{name}")
         if value is not None and run.parallel.name != "ddp":
             yield f"trainer.ddp_{name}={shown(value)} with parallel={run.parallel.name}: it is DistributedDataParallel's; type parallel=ddp, or leave it out"
-    if run.data.new_tokens and run.parallel.name == "zero3":
-        yield f"data.new_tokens={shown(run.data.new_tokens)} with parallel=zero3, whose weights have no rows to add; type parallel=ddp"
     yield from _offline_errors(run)
     yield from _method_errors(run)
     yield from _optimizer_errors(run)
@@ -69,7 +67,7 @@ def _method_errors(run: Run) -> Iterator[str]:
     kind = f"finetuning={name} finetuning.peft_type={getattr(run.finetuning, 'peft_type', name)}"
     if not run.stage.weighs:  # it takes several optimizer steps in one of the trainer's
         yield f"{kind} with stage={run.stage.name}, whose optimizer steps it does not see; type finetuning=lora"
-    if run.parallel.shares:
+    if run.parallel.sharded:
         yield f"{kind} with parallel={run.parallel.name}: it needs whole gradients; type parallel=ddp"
     if trainer.optim.value in LOMO:
         yield f"{kind} with trainer.optim={trainer.optim.value}, which keeps no gradients; type trainer.optim=adamw_torch"
@@ -82,10 +80,10 @@ def _optimizer_errors(run: Run) -> Iterator[str]:
     setting = f"trainer.optim={trainer.optim.value}"
     if not trainer.do_train:
         return
-    if run.parallel.shares and trainer.optim.value in WHOLE_WEIGHTS:
+    if run.parallel.sharded and trainer.optim.value in WHOLE_WEIGHTS:
         yield (
-            f"{setting} with parallel={run.parallel.name}: it needs whole weights, and a process has shards of them or of their "
-            "gradients; type parallel=ddp, or trainer.optim=adamw_torch"
+            f"{setting} with parallel={run.parallel.name}: it needs whole weights, and a process has shards of them; type "
+            "parallel=ddp, or trainer.optim=adamw_torch"
         )
     if trainer.optim.value in LOMO:
         rates = {"trainer.layerwise_lr_decay": trainer.layerwise_lr_decay, "finetuning.loraplus_lr_ratio": ratio}

@@ -52,7 +52,7 @@ class Stage:
         False  # is the model's own loss of a token multiplied by the token's probability?
     )
     packs: typing.ClassVar[bool] = False  # can several of its samples be packed into one row?
-    supports_sharding: typing.ClassVar[bool] = True  # can it be trained with sharded weights or gradients?
+    supports_sharding: typing.ClassVar[bool] = True  # can it be trained with sharded weights?
     uses_reward_model: typing.ClassVar[bool] = False
     uses_rewards: typing.ClassVar[bool] = False  # does it score answers by the presets of `reward`?
     memory_notice: typing.ClassVar[str | None] = (
@@ -116,11 +116,6 @@ class Parallel:
 
     several: typing.ClassVar[bool] = True  # one process per GPU, if there are several
     sharded: typing.ClassVar[bool] = False  # does each process hold only a shard of every weight?
-    loads_shares: typing.ClassVar[bool] = (
-        False  # can `shard_model` do without values, which each process has its share of?
-    )
-    zero_stage: typing.ClassVar[int | None] = None  # of DeepSpeed, where that trains the run
-    whole_modules: typing.ClassVar[bool] = True  # are a layer's weights unsharded outside of its own forward pass?
     shares: typing.ClassVar[tuple[str, ...]] = ()  # the parts of an `Estimate` that are divided by the processes
 
     def __post_init__(self) -> None:
@@ -137,9 +132,6 @@ class Parallel:
     def impossible(self, run: "Run") -> Iterator[str]:
         """One sentence for each value of the run that is incompatible with this strategy."""
         yield from ()
-
-    def check_machine(self) -> None:
-        """Raise ConfigError where this machine lacks a package or a device that the strategy needs."""
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for transformers' TrainingArguments."""
@@ -257,15 +249,10 @@ class Run:
             )
         yield from self._impossible_benchmarks()
         yield from self.stage.impossible(self)
-        if self.parallel.shares and not self.stage.supports_sharding:
+        if self.parallel.sharded and not self.stage.supports_sharding:
             yield (
                 f"parallel={self.parallel.name} with stage={self.stage.name}: its loss needs the whole model on every rank; "
                 "type parallel=ddp"
-            )
-        elif self.parallel.zero_stage is not None and self.stage.reads_rows:
-            yield (
-                f"parallel={self.parallel.name} with stage={self.stage.name}: under DeepSpeed only the losses of stage=sft and pt are "
-                "known to be those of one process; type parallel=fsdp2, or parallel=ddp"
             )
         if self.model.reward_model is not None and not self.stage.uses_reward_model:
             yield f"model.reward_model={self.model.reward_model} with stage={self.stage.name}: it is for stage=ppo and grpo; leave it out"
@@ -304,7 +291,7 @@ class Run:
             yield f"{knob} with stage={self.stage.name}: it trains no model that generates answers; leave it out"
         if self.generation.engine is Engine.vllm:
             yield f"{knob} with generation.engine=vllm: benchmarks are asked of the loaded model; leave one of the two out"
-        if self.parallel.shares:
+        if self.parallel.sharded:
             yield (
                 f"{knob} with parallel={self.parallel.name}: sharded models are not scored; leave it out, and score the run in another "
                 "one: trainer=benchmark model.checkpoint_dir=<the folder of this run>"

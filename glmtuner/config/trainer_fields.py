@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, fields
 from enum import Enum
 from typing import Any
 
+from glmtuner.config.removed import DEEPSPEED
 from glmtuner.config.trainer_arguments import TrainerArguments
 
 # What a value other than the default does in this program.
@@ -112,8 +113,8 @@ REDIRECTED = {
     "project": "type tracker=wandb tracker.project={value}, or another tracker",
     "fsdp": "type parallel=fsdp2",
     "fsdp_config": "type parallel=fsdp2, and parallel.reshard_after_forward or parallel.cpu_offload",
-    "parallelism_config": "type parallel=ddp, parallel=fsdp2, parallel=zero2 or parallel=zero3",
-    "deepspeed": "type parallel=zero2 or parallel=zero3; with your own file, parallel.deepspeed_config={value}",
+    "parallelism_config": "type parallel=ddp or parallel=fsdp2",
+    "deepspeed": f"{DEEPSPEED}; type parallel=fsdp2, and parallel.cpu_offload=true for what it offloaded",
     "generation_num_beams": "type data.eval_num_beams={value}",
     "generation_max_length": "answers have up to data.max_target_length tokens: type data.max_target_length={value}",
     "generation_config": "evaluation and prediction are greedy or use beams, and chat and serving have their own values: type "

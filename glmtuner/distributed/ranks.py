@@ -83,6 +83,7 @@ def is_main() -> bool:
 
 def processes_to_start(parallel: "Parallel") -> int:
     """The number of ranks to start; 1 if this process trains by itself, or is a rank already."""
+    refuse_strategies_of_accelerate()
     if "WORLD_SIZE" in os.environ:
         if parallel.processes is not None and parallel.processes != world_size():
             raise ConfigError(
@@ -94,6 +95,17 @@ def processes_to_start(parallel: "Parallel") -> int:
     count = parallel.processes or (max(len(visible_gpus()), 1) if parallel.several else 1)
     require_groups(count, parallel.ranks_per_row)
     return count
+
+
+def refuse_strategies_of_accelerate() -> None:
+    """Raise ConfigError where `accelerate launch` asks for a strategy of its own, which transformers would use unasked."""
+    for strategy in ("deepspeed", "fsdp", "megatron_lm", "parallelism_config"):
+        name = f"ACCELERATE_USE_{strategy.upper()}"
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            raise ConfigError(
+                f"{name}={os.environ[name]}, as of `accelerate launch --use_{strategy}` or its configuration file: the strategy is a "
+                "preset here; start the run without it, and type parallel=fsdp2 or parallel=ddp"
+            )
 
 
 def require_groups(count: int, size: int) -> None:

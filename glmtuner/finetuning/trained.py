@@ -238,8 +238,7 @@ def weights_in(folder: Path, model: "PreTrainedModel") -> "dict[str, torch.Tenso
         return {name: value for name, value in saved.items() if name in names}
     import torch
 
-    with _without_zero3():  # this may be the only rank that loads
-        loaded, info = _loaded(model, folder, torch.float32)
+    loaded, info = _loaded(model, folder, torch.float32)
     left_out = {*info["missing_keys"]}
     return {name: value.detach() for name, value in own_parameters(loaded).items() if name not in left_out}
 
@@ -268,19 +267,6 @@ def _loaded(model: "PreTrainedModel", folder: Path, dtype: "torch.dtype") -> "tu
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder} cannot be loaded by transformers ({reason}); use another checkpoint") from None
     return loaded
-
-
-@contextmanager
-def _without_zero3() -> Iterator[None]:
-    """While this lasts, transformers loads whole models, also where ZeRO stage 3 would shard them, with all ranks taking part."""
-    from transformers.integrations import deepspeed
-
-    kept = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 @contextmanager
@@ -318,18 +304,8 @@ def full_parameters(model: "nn.Module", everything: bool) -> "dict[nn.Parameter,
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import FSDPModule
 
-    from glmtuner.distributed import ranks
-
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not everything)
-        state: dict[str, Any] = get_model_state_dict(model, options=options)  # empty except on rank 0
-        return {parameter: state[name] for name, parameter in model.named_parameters() if name in state}
-    full: dict[nn.Parameter, torch.Tensor] = {}
-    for parameter in model.parameters():
-        if hasattr(parameter, "ds_id") and (everything or parameter.requires_grad):  # a shard of ZeRO stage 3
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([parameter]):
-                if ranks.is_main():
-                    full[parameter] = parameter.detach().cpu().clone()
-    return full
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return {}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not everything)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)  # empty except on rank 0
+    return {parameter: state[name] for name, parameter in model.named_parameters() if name in state}

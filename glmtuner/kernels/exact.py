@@ -27,7 +27,7 @@ def is_exact(model: nn.Module) -> bool:
 
 def can_be_exact(model: nn.Module) -> bool:
     """Whether `in_float32` can widen the model's weights: they are whole, and neither quantized nor packed."""
-    whole = all(type(each.data) is torch.Tensor and not hasattr(each, "ds_id") for each in model.parameters())
+    whole = all(type(each.data) is torch.Tensor for each in model.parameters())
     return whole and not _quantized(model)
 
 

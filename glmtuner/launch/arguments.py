@@ -59,7 +59,7 @@ def training_arguments(
     ):
         chosen.pop(name, None)
     chosen |= {"output_dir": str(folder.path), "report_to": "none", "run_name": run.name or folder.path.name}
-    if ranks.world_size() > 1 and not for_estimate:  # DeepSpeed's configuration changes how models are built
+    if ranks.world_size() > 1:
         chosen = run.parallel.arguments() | chosen
     half = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} & {
         torch.float16,

@@ -100,7 +100,6 @@ def estimate_run(
     run = composed.run
     dataset_entries(run, catalogue_dirs(composed))
     run.stage.check(run)
-    run.parallel.check_machine()
     run.tracker.check_machine()
     if not run.trainer.do_train:
         raise ConfigError("--check estimates the memory of a training, and trainer.do_train=false; type trainer=train")

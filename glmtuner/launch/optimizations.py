@@ -48,20 +48,16 @@ def excluded_optimizations(run: Run) -> dict[FastPath, str]:
     for key in ("padding_free", "ignore_pad_token_for_loss"):
         if not getattr(run.data, key):
             excluded[FastPath.without_padding] = f"data.{key}=false"
-    if not run.parallel.whole_modules:
-        excluded |= dict.fromkeys(
-            (FastPath.chunked_loss, FastPath.fused_lora), f"parallel={run.parallel.name} gathers weights layer by layer"
-        )
-    elif (run.trainer.liger_kernel_config or {}).get("fused_linear_cross_entropy") and run.trainer.use_liger_kernel:
+    if (run.trainer.liger_kernel_config or {}).get("fused_linear_cross_entropy") and run.trainer.use_liger_kernel:
         excluded[FastPath.chunked_loss] = "trainer.liger_kernel_config has a loss of its own"
     return excluded
 
 
 def autocast_of(arguments: "TrainingArguments", device: "torch.device") -> Callable[[], AbstractContextManager[Any]]:
-    """The autocast context that the Trainer runs the model in; none with DeepSpeed, which casts by itself."""
+    """The autocast context that the Trainer runs the model in."""
     import torch
 
-    if arguments.deepspeed or not (arguments.bf16 or arguments.fp16):
+    if not (arguments.bf16 or arguments.fp16):
         return nullcontext
     return partial(torch.autocast, device.type, dtype=torch.bfloat16 if arguments.bf16 else torch.float16)
 

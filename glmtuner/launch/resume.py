@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from glmtuner.config.compose import run_folder_of
+from glmtuner.config.removed import removed_preset
 from glmtuner.config.schema import Run, key_defaults
 from glmtuner.console import say
 from glmtuner.errors import CheckpointError, ConfigError, did_you_mean
 from glmtuner.run_folder.acquire import RESUME_IGNORED_KEYS, differing_keys
 from glmtuner.run_folder.checkpoints import checkpoint_problem, checkpoints, latest_complete_checkpoint, step_of
 from glmtuner.run_folder.folder import RunFolder
-from glmtuner.run_folder.names import CHECKPOINTS, MARKER
+from glmtuner.run_folder.names import CHECKPOINTS, CONFIG, MARKER
+from glmtuner.run_folder.saved_config import read_values
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +86,8 @@ def _latest_of(folder: Path, ranks: int, is_named: bool) -> Path:
         missing = f"there is no folder {folder}" if is_named else "trainer.output_dir is not set"
         reason = "; ".join(skipped) or (f"{folder} has no checkpoint" if folder.is_dir() else missing)
         raise CheckpointError(
-            f"{KNOB}=true is the latest complete checkpoint of trainer.output_dir, and {reason}; leave it out to start from step 0, "
+            _of_removed_strategy("true", folder)
+            or f"{KNOB}=true is the latest complete checkpoint of trainer.output_dir, and {reason}; leave it out to start from step 0, "
             f"or type {KNOB}=<a checkpoint or run folder>"
         )
     for sentence in skipped:
@@ -123,9 +126,19 @@ def _nearest(path: Path) -> str:
 
 
 def _refusal(checkpoint: Path, reason: str) -> str:
-    return (
+    return _of_removed_strategy(str(checkpoint), checkpoint) or (
         f"{KNOB}={checkpoint} cannot be resumed from: {reason}; name another checkpoint, or leave it out: the same command with "
         "the same trainer.output_dir resumes from the latest complete one"
+    )
+
+
+def _of_removed_strategy(value: str, path: Path) -> str | None:
+    """The refusal of a checkpoint, or a run folder, of a strategy of an earlier version; None for any other."""
+    source = run_folder_of(str(path))
+    why = removed_preset("parallel", read_values(source / CONFIG).get("parallel.name")) if source else None
+    return why and (
+        f"{KNOB}={value} cannot be resumed from: its run had {why}. To train on from its weights with a fresh optimizer, leave "
+        f"{KNOB} out and type model.checkpoint_dir={(checkpoints(path) or [path])[-1]} with another trainer.output_dir"
     )
 
 

@@ -66,7 +66,6 @@ def launch(
     run = composed.run
     specs = dataset_entries(run, catalogue or catalogue_dirs(composed))
     run.stage.check(run)
-    run.parallel.check_machine()
     run.tracker.check_machine()
     check_benchmarks(run.benchmark)
     if (count := ranks.processes_to_start(run.parallel)) > 1:
@@ -237,7 +236,7 @@ def set_up(
         device,
         tokenizer,
         parts.load_model,
-        in_shares=run.parallel.loads_shares and ranks.world_size() > 1,
+        in_shares=run.parallel.sharded and ranks.world_size() > 1,
     )
     if data.train is not None:
         check_positions(model, longest_row(data.train))

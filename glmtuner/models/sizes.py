@@ -17,12 +17,10 @@ EMPTY_EXPERTS = ("zero_expert_num",)
 
 
 def size_of(parameter: "torch.Tensor") -> int:
-    """The parameter's number of elements, whether this rank holds a shard of them (ZeRO-3) or they are packed (int4).
+    """The parameter's number of elements, packed (int4) or not.
 
     Of packed experts it knows nothing: see `sizes_of`.
     """
-    if hasattr(parameter, "ds_numel"):
-        return int(parameter.ds_numel)
     packed = getattr(parameter, "quant_state", None)
     return math.prod(packed.shape) if packed is not None else parameter.numel()
 

@@ -21,7 +21,6 @@ class Fsdp2(SharedRows):
     cpu_offload: bool = False
 
     sharded = True
-    loads_shares = True
     shares = ("frozen weights", "trained weights", "gradients", "optimizer states")
 
     def impossible(self, run: Run) -> Iterator[str]:

@@ -92,8 +92,6 @@ def cannot_pause(run: Run, rungs: Sequence[Pause], what: str, per_record: bool) 
         yield f"{what} with objective={run.objective}: nothing of that name is measured{hint}"
     if trainer.overwrite_output_dir:
         yield f"{what} with trainer.overwrite_output_dir=true, which removes a job that pauses; type another name=… to start over"
-    if run.parallel.zero_stage is not None:
-        yield f"{what} with parallel={run.parallel.name}: DeepSpeed's checkpoints are not resumed, so no job can pause; type parallel=fsdp2"
     steps = [pause for pause in rungs if not pause.is_share]
     if steps and 0 < trainer.max_steps <= int(steps[-1].text):
         yield (

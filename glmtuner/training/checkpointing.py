@@ -79,8 +79,7 @@ class CheckpointingTrainer(Trainer):
                 self.finetuning.save_trained(unwrapped, partial)
                 if self.objective is not None:
                     self.objective.save(partial)
-        # DeepSpeed's are pickles, never loaded
-        if not self.is_deepspeed_enabled and (self._is_stopping() or not self.args.save_only_model):
+        if self._is_stopping() or not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(partial))
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))

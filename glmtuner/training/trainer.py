@@ -92,7 +92,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         **kwargs: Any,
     ) -> None:
         self.sharded, self.sequence = sharded, sequence
-        if sharded and not args.deepspeed:
+        if sharded:
             # Gradients are reduced and sharded after every batch of an accumulation: unsharded ones would take the memory
             # of a whole model.
             config: Any = args.accelerator_config  # parsed: an AcceleratorConfig
@@ -110,7 +110,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         # transformers reads from a model's class name that its loss shifts the labels; that of every model here does
         self._loss_shifts_labels = True
         self.neftune_noise_alpha = None  # `_run_epoch` adds the noise
-        if sharded and not self.is_deepspeed_enabled:
+        if sharded:
             # The flag of a model that manages its placement and the reduction of its gradients, so that accelerate does not
             # wrap it into DDP. Set after __init__, which refuses checkpoints of such models; ours hold full weights.
             self.is_distributed_loading_by_transformers = True
@@ -290,7 +290,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         self.last_step = {"grad_norm": norm, "learning_rate": self._get_learning_rate()}
-        if norm is not None and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+        if self.accelerator.scaler is None:
             self.finite.add("gradient norm", torch.as_tensor(norm), self.state.global_step)
         return norm
 

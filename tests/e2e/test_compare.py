@@ -241,6 +241,42 @@ def test_a_seed_and_a_key_are_named(glmtuner: Callable, project: Path, tmp_path:
     assert yaml.safe_load((tmp_path / "again/config.yaml").read_text())["trainer"]["seed"] == 7
 
 
+def test_a_run_of_a_strategy_that_was_removed(
+    glmtuner: Callable, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished run of parallel=zero3, as its version recorded it: its weights are ordinary, and it is repeated by fsdp2."""
+    strategy = {
+        "name": "zero3", "processes": 2, "offload_optimizer": True, "deepspeed_config": None, "offload_parameters": False,
+    }  # fmt: skip
+    copy = copy_of(project / "runs/first", tmp_path / "copy", config={"parallel": strategy})
+    typed = "parallel=zero3\nparallel.processes=2\nparallel.offload_optimizer=true\n"
+    (copy / "overrides.txt").write_text(f"{(copy / 'overrides.txt').read_text().rstrip()}\n{typed}")
+    why = "DeepSpeed was removed, since its checkpoints could not be resumed safely; type parallel=fsdp2"
+    done = glmtuner("reproduce", str(copy), "--check-only")
+    assert done.returncode == 2 and f"cannot be composed today: parallel=zero3: {why}" in flat(done.stderr)
+    done = glmtuner("reproduce", str(copy), "--check-only", "parallel=fsdp2", "parallel.cpu_offload=true")
+    said = flat(done.stdout)
+    assert done.returncode == 1 and f"left out: parallel=zero3: {why}" in said and "former is used" not in said
+    assert f"left out: parallel.offload_optimizer=true: {why} parallel.cpu_offload=true" in said
+    for row in ("name zero3 fsdp2", "offload_optimizer true null", "cpu_offload false true"):
+        assert f"configuration parallel.{row} " in said
+    assert "parallel.processes" not in said and "ranks 1 2" in said  # both have two
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        assert main(["export", str(copy), "--to", str(tmp_path / "exported")]) == 0
+        assert main(["report", str(copy)]) == 0
+        assert main(["show", str(copy)]) == 0
+        capsys.readouterr()
+        assert main(["diff", "runs/first", str(copy)]) == 1
+    assert "parallel.name none zero3" in flat(capsys.readouterr().out)
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(project / "base")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
+    assert any(not torch.equal(value, exported[name]) for name, value in base.state_dict().items())
+
+
 def test_three_runs_stand_side_by_side(glmtuner: Callable, project: Path, tmp_path: Path) -> None:
     first = project / "runs/first"
     seeds = [copy_of(first, tmp_path / f"seed{seed}", config={"trainer/seed": seed}) for seed in (7, 8)]

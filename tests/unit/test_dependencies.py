@@ -16,12 +16,11 @@ ELSEWHERE = {"llamafactory": "scripts/benchmark.py", "triton": "make test-liger"
 # declared under another name than the module's, and not installed where the tests run
 NAMES = {
     "liger_kernel": "liger-kernel",
-    "deepspeed": "deepspeed",
     "vllm": "vllm",
     "lm_eval": "lm-eval",
     "comet_ml": "comet-ml",
 }
-EXTRAS = ("dashboard", "liger", "deepspeed", "vllm", "benchmark", "mlflow", "swanlab", "trackio", "comet", "ray")
+EXTRAS = ("dashboard", "liger", "vllm", "benchmark", "mlflow", "swanlab", "trackio", "comet", "ray")
 
 
 def plain(name: str) -> str:

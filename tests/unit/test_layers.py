@@ -41,7 +41,6 @@ UNUSED |= {
     "comet_ml",
     "ray",
     "joblib",
-    "deepspeed",
     "fastapi",
     "uvicorn",
     "torch._inductor.compile_fx",

@@ -22,7 +22,7 @@ NEEDED = {  # by every run; the other dependencies are those of trackers, search
     "hydra-core", "omegaconf", "pyyaml", "packaging", "filelock", "psutil", "rich", "rapidfuzz",
 }  # fmt: skip
 SHOWN = ("torch", "transformers", "peft", "accelerate", "datasets")
-EXTRAS = {"deepspeed": "parallel=zero2 and zero3", "vllm": "generation.engine=vllm", "benchmark": "benchmark=…",
+EXTRAS = {"vllm": "generation.engine=vllm", "benchmark": "benchmark=…",
           "dashboard": "scripts/wandb_dashboard.py", "mlflow": "tracker=mlflow", "swanlab": "tracker=swanlab",
           "trackio": "tracker=trackio", "comet": "tracker=comet", "ray": "hydra/launcher=ray"}  # fmt: skip
 

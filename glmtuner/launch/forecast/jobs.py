@@ -125,7 +125,7 @@ def not_probed(run: Run, launcher: Launcher) -> str | None:
     """Why no steps of the run can be measured on this machine; None if they can."""
     if launcher.remote and not visible_gpus() and not run.trainer.use_cpu:
         return "the jobs run on other machines, and this one has no GPU"
-    if run.parallel.sharded or run.parallel.shares:
+    if run.parallel.sharded:
         return f"parallel={run.parallel.name} shards a model over processes, and a probe is one process"
     if (sequence := run.parallel.ranks_per_row) > 1:
         return f"parallel.sequence={sequence} shares a row among processes, and a probe is one process"

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.utils import launch as launch_environment
 
 from glmtuner.config.compose import compose
 from glmtuner.config.overrides import bracket_lists, parse
@@ -33,7 +34,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         (["parallel.processes=2"], r"parallel\.processes=2 .*parallel=none.* type parallel=ddp"),
         (["parallel=ddp", "parallel.processes=0"], r"parallel\.processes=0: .*null"),
         (["parallel=fsdp2", "quant=int4"], r"parallel=fsdp2 .*quant=int4.* type parallel=ddp"),
-        (["parallel=zero3", "quant=int8"], r"parallel=zero3 .*quant=int8.* type parallel=zero2"),
         (["parallel=ddp", "parallel.sequence=0"], r"parallel\.sequence=0: 1 or more"),
         (
             ["parallel=ddp", "parallel.sequence=4", "parallel.processes=6"],
@@ -64,18 +64,31 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
             r"parallel\.sequence=2 with trainer\.accelerator_config",
         ),
         (["parallel=fsdp2", "parallel.sequence=2", "quant=int4"], r"parallel=fsdp2 .*quant=int4.* type parallel=ddp"),
-        (["parallel=zero2", "parallel.sequence=2"], r"sequence"),
         (["parallel=fsdp"], r"parallel=fsdp.*did you mean 'fsdp2'"),
         (["trainer.fsdp=full_shard"], r"trainer\.fsdp=full_shard .*type parallel=fsdp2"),
-        (
-            ["trainer.deepspeed=a.json"],
-            r"trainer\.deepspeed=a\.json .*parallel=zero3.*parallel\.deepspeed_config=a\.json",
-        ),
     ],
 )
 def test_illegal_combinations_are_refused(overrides: list[str], facts: str) -> None:
     with pytest.raises(ConfigError, match=facts):
         compose(["model=tiny_glm", *overrides])
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed", "fsdp", "megatron_lm", "parallelism_config"])
+def test_a_strategy_of_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    """accelerate's own parser has the option that is named, and its launcher sets the variable that is read."""
+    from accelerate.commands import launch
+
+    assert f"--use_{strategy}" in launch.launch_command_parser()._option_string_actions
+    name = f"ACCELERATE_USE_{strategy.upper()}"
+    assert any(
+        f'"{name}"' in Path(module.__file__).read_text(encoding="utf-8") for module in (launch, launch_environment)
+    )
+    run = compose(["model=tiny_glm"]).run
+    monkeypatch.setenv(name, "false")
+    assert ranks.processes_to_start(run.parallel) == 1
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ConfigError, match=f"{name}=true.*--use_{strategy}` .*type parallel=fsdp2"):
+        ranks.processes_to_start(run.parallel)
 
 
 def test_processes_that_are_no_groups_are_refused_before_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,20 +195,6 @@ def test_a_rank_ends_with_the_process_that_started_it() -> None:
     while time.monotonic() < until and os.path.exists(f"/proc/{child}"):
         time.sleep(0.02)
     assert not os.path.exists(f"/proc/{child}")
-
-
-def test_deepspeed_is_configured_for_what_its_presets_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    two = compose(["parallel=zero2", "parallel.offload_optimizer=true"]).run.parallel
-    three = compose(["parallel=zero3", "parallel.offload_parameters=true"]).run.parallel
-    assert two.arguments()["deepspeed"]["zero_optimization"]["stage"] == 2
-    assert two.arguments()["deepspeed"]["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-    assert three.arguments()["deepspeed"]["zero_optimization"]["stage"] == 3
-    assert three.arguments()["deepspeed"]["zero_optimization"]["offload_param"]["device"] == "cpu"
-    own = compose(["parallel=zero2", "parallel.deepspeed_config=mine.json"]).run.parallel
-    assert own.arguments() == {"deepspeed": "mine.json"}
-    monkeypatch.setattr("glmtuner.parallel.zero2.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"parallel=zero3 .*deepspeed.* type pip install deepspeed"):
-        three.check_machine()
 
 
 @pytest.mark.parametrize(

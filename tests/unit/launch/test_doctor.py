@@ -264,7 +264,7 @@ def test_extras(monkeypatch, package):
     assert found.state == MISSING and absent <= project["optional-dependencies"].keys() and "benchmark" not in absent
     assert "lm_eval 0.4.13" in found.text and "galore-torch" not in found.facts["optimizers"]
     assert "apollo-torch for trainer.optim=apollo_adamw" in found.fix
-    folder = package("deepspeed", "", "0.1")
+    folder = package("ray", "", "0.1")
     assert packages.check_extras().state == PROBLEM
     assert str(folder) not in found.fix and f"pip install -e '{ROOT}[" in found.fix
 

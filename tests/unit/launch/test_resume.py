@@ -94,6 +94,25 @@ def test_what_is_no_checkpoint(run_folder: Path, tmp_path: Path) -> None:
     assert resumed(run_folder, new) == run_folder / "checkpoints/checkpoint-2"
 
 
+@pytest.mark.parametrize("named", ["checkpoints/checkpoint-4", ".", "True"])
+def test_a_checkpoint_of_a_strategy_that_was_removed(run_folder: Path, tmp_path: Path, named: str) -> None:
+    """As parallel=zero3 left them: no optimizer, no scheduler and no random states, and a config.yaml with its keys."""
+    for path in (run_folder / "checkpoints").iterdir():
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (path / name).unlink()
+        mark_complete(path, {"step": 1, "ranks": 2})
+    saved = OmegaConf.create(SAVED)
+    saved.parallel = {
+        "name": "zero3", "processes": 2, "offload_optimizer": True, "deepspeed_config": None, "offload_parameters": False,
+    }  # fmt: skip
+    (run_folder / "config.yaml").write_text(OmegaConf.to_yaml(saved), encoding="utf-8")
+    own = run_folder if named == "True" else tmp_path / "second"
+    told = refused(named if named == "True" else run_folder / named, own, ranks=2)
+    assert "its run had parallel=zero3: DeepSpeed was removed" in told and "type parallel=fsdp2" in told
+    last = named if named.startswith("checkpoints") else "checkpoints/checkpoint-6"
+    assert f"type model.checkpoint_dir={run_folder / last} " in told
+
+
 def test_training_must_be_asked_for(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"without training: .*type model\.checkpoint_dir="):
         resumed(run_folder, tmp_path / "second", do_train=False, do_eval=True)

@@ -233,7 +233,6 @@ def test_the_name_of_another_entry_is_refused() -> None:
         (["data.new_tokens=['']"], "data.new_tokens has an empty token"),
         (["data.new_tokens=[a1,a1]"], "data.new_tokens names 'a1' 2 times; name each token once"),
         (["data.new_token=[a]"], "did you mean 'new_tokens'?"),
-        (["data.new_tokens=[a1]", "parallel=zero3"], "type parallel=ddp"),
     ],
 )
 def test_words_that_cannot_be_tokens(words: list[str], told: str) -> None:

@@ -83,7 +83,6 @@ def test_illegal_options_are_refused_in_one_paragraph(options: list[str], messag
         ([DEV, RATES, "objective=rouge-1l", "trainer.do_predict=true", "trainer.predict_with_generate=true"], "did you mean 'rouge-1' or 'rouge-l'"),
         ([DEV, RATES, "stage=pt", "data.dataset=text_sample", "objective=perplexity"], "type objective=eval_loss"),
         ([DEV, RATES, "trainer.overwrite_output_dir=true"], "type another name=… to start over"),
-        ([DEV, RATES, "parallel=zero2"], "DeepSpeed's checkpoints are not resumed"),
         # jobs together
         ([DEV, "data.dataset=belle_sample,alpaca_zh_sample"], "data.dataset=belle_sample,alpaca_zh_sample: the jobs hold out"),
         ([DEV, "trainer.seed=1,2"], "or trainer.data_seed=42"),
