@@ -49,6 +49,7 @@ PARTS = {
     "right": Part("Right", 100, concurrent=True),
     "kernels": Part("The kernels", 120, concurrent=True),
     "whole": Part("Whole", 120, concurrent=True),
+    "ranks": Part("Ranks", 120, concurrent=True),
     "fast": Part("Fast", 150, concurrent=False),
     "small": Part("Small", 90, concurrent=False),
     "estimated": Part("Estimated", 45, concurrent=False),

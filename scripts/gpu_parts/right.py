@@ -40,6 +40,7 @@ def run(check: Check) -> None:
             twenty_steps(check, what, goldens, method)
     for what, measure in (
         ("greedy answers in float32 equal to the CPU's", compare_with_cpu_answers),
+        ("rotary scaling, yarn", rotary_scaling),
         ("quickstart, ROUGE-L", quickstart),
     ):
         if check.begins(what):
@@ -126,6 +127,31 @@ def compare_with_cpu_answers(check: Check) -> None:
     actual = dict(answers(model.to(check.device), prompts, decoding, batch_size=32))
     equal = sum(actual[index] == expected[index] for index in expected)
     check.count("greedy answers in float32 equal to the CPU's", equal, len(prompts))
+
+
+def rotary_scaling(check: Check) -> None:
+    """Compare the logits of the shipped model under model.rope_scaling with those that transformers computes on the CPU."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from glmtuner.config.compose import compose
+    from glmtuner.config.paths import model_source
+    from glmtuner.launch.register import register_presets
+    from glmtuner.models.load import load_model
+
+    register_presets()
+    place = model_source("package://tiny_glm")
+    run = compose(["model=tiny_glm", "model.rope_scaling={rope_type: yarn, factor: 4.0}"]).run
+    model = load_model(run.model, None, run.quant, check.device, torch.float32).to(check.device).eval()
+    config = AutoConfig.from_pretrained(place)
+    config.rope_parameters |= {"rope_type": "yarn", "factor": 4.0}
+    config.rope_parameters["original_max_position_embeddings"] = config.max_position_embeddings
+    reference = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=torch.float32).eval()
+    length = config.max_position_embeddings * (1 if check.miniature else 2)
+    ids = torch.randint(10, 3000, (1, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference(input_ids=ids).logits
+        logits = model(input_ids=ids.to(check.device)).logits.cpu()
+    check.add("rotary scaling, yarn", (logits - expected).abs().max().item(), "largest difference", at_most=1e-4)
 
 
 def shipped_model() -> Any:

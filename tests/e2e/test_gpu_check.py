@@ -22,11 +22,12 @@ def test_the_rehearsal_passes_and_covers_every_part(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out/gpu_check.json").read_text(encoding="utf-8"))["findings"]
     parts = {name: [it for it in found if it["part"] == name] for name in
-             ("right", "kernels", "whole", "fast", "small", "estimated", "answers", "sweep")}  # fmt: skip
+             ("right", "kernels", "whole", "ranks", "fast", "small", "estimated", "answers", "sweep")}  # fmt: skip
     for name, count in {
-        "right": 10,
+        "right": 11,
         "kernels": 40,
         "whole": 7,
+        "ranks": 6,
         "fast": 15,
         "small": 13,
         "estimated": 20,
