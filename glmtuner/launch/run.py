@@ -257,7 +257,11 @@ def set_up(
     arguments = training_arguments(run, folder, model, device, checkpointing=checkpointing)
     tracker.start(run, folder.path)
     blocks = family.blocks(unwrapped(model))
-    if ranks.world_size() > 1:
+    if run.parallel.loads_shares and ranks.world_size() > 1:
+        if run.quant.bits is not None:
+            from glmtuner.models.quantized_shards import as_parameters
+
+            as_parameters(model)
         taken = take_shares(model)
         run.parallel.shard_model(model, blocks)
         taken.give_back()

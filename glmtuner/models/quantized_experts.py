@@ -50,8 +50,16 @@ class From4Bits(nn.Module):
         )
         return packed, cls(state)
 
+    def scales_as_parameter(self) -> None:
+        """Make a parameter of the scales, so that they can be sharded."""
+        from glmtuner.models.quantized_shards import plain
+
+        self.scales = plain(self.state.absmax)
+
     def forward(self, packed: torch.Tensor) -> torch.Tensor:
         """The values, in the shape and the dtype of those that were quantized."""
+        if hasattr(self, "scales"):
+            self.state.absmax = self.scales
         with torch.no_grad():
             return bnb.dequantize_4bit(packed, self.state)
 
@@ -82,6 +90,14 @@ class From8Bits(nn.Module):
         )  # as bitsandbytes does with linear layers
         return integers.view(value.shape), cls(scales, value.dtype, value.shape)
 
+    def scales_as_parameter(self) -> None:
+        """Make a parameter of the scales, so that they can be sharded."""
+        from glmtuner.models.quantized_shards import plain
+
+        scales = plain(self.scales)
+        del self.scales
+        self.scales = scales
+
     def forward(self, integers: torch.Tensor) -> torch.Tensor:
         """The values, in the shape and the dtype of those that were quantized."""
         with torch.no_grad():
@@ -108,6 +124,8 @@ class QuantizeExperts(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], *arguments: Any, **options: Any) -> dict[str, Any]:
         """Path -> what is stored at it."""
+        from glmtuner.models import quantized_shards
+
         model, found, others = options["model"], {}, {}
         for path, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
@@ -115,9 +133,14 @@ class QuantizeExperts(ConversionOps):
                 integers, computes = self.quantizer.stored_as.quantized(tensor, self.quantizer.quantization_config)
                 self.quantizer.computing[path] = computes
                 found[path] = nn.Parameter(integers, requires_grad=False)
+                if self.quantizer.in_shares:
+                    found[path] = quantized_shards.keep_share_of_experts(found[path], computes)
             else:
                 others[path] = value
-        return found | (self.linear.convert(others, *arguments, **options) if others else {})
+        converted = self.linear.convert(others, *arguments, **options) if others else {}
+        if self.quantizer.in_shares:
+            converted = {path: quantized_shards.keep_share(value) for path, value in converted.items()}
+        return found | converted
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -129,6 +152,7 @@ class _WithExperts(HfQuantizer):
     """Makes one of transformers' quantizers quantize experts, too."""
 
     stored_as: type[From4Bits] | type[From8Bits]
+    in_shares = False  # does this rank keep its rows alone?
     modules_to_not_convert: list[str] | None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -211,14 +235,16 @@ def _source(function: Callable[..., Any]) -> str:
 
 
 @contextmanager
-def quantizing_experts() -> Iterator[None]:
-    """Within this context, what transformers loads with bitsandbytes has quantized experts."""
+def quantizing_experts(in_shares: bool = False) -> Iterator[None]:
+    """Within this context, what transformers loads with bitsandbytes has quantized experts; `in_shares`, this rank's rows of all."""
     own = {"bitsandbytes_4bit": _Quantizer4Bits, "bitsandbytes_8bit": _Quantizer8Bits}
     before = {name: auto.AUTO_QUANTIZER_MAPPING[name] for name in own}
     auto.AUTO_QUANTIZER_MAPPING.update(own)
+    _WithExperts.in_shares = in_shares
     try:
         yield
     finally:
+        _WithExperts.in_shares = False
         auto.AUTO_QUANTIZER_MAPPING.update(before)
 
 
