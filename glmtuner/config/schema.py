@@ -52,7 +52,6 @@ class Stage:
         False  # is the model's own loss of a token multiplied by the token's probability?
     )
     packs: typing.ClassVar[bool] = False  # can several of its samples be packed into one row?
-    supports_sharding: typing.ClassVar[bool] = True  # can it be trained with sharded weights or gradients?
     uses_reward_model: typing.ClassVar[bool] = False
     uses_rewards: typing.ClassVar[bool] = False  # does it score answers by the presets of `reward`?
     memory_notice: typing.ClassVar[str | None] = (
@@ -257,12 +256,7 @@ class Run:
             )
         yield from self._impossible_benchmarks()
         yield from self.stage.impossible(self)
-        if self.parallel.shares and not self.stage.supports_sharding:
-            yield (
-                f"parallel={self.parallel.name} with stage={self.stage.name}: its loss needs the whole model on every rank; "
-                "type parallel=ddp"
-            )
-        elif self.parallel.zero_stage is not None and self.stage.reads_rows:
+        if self.parallel.zero_stage is not None and self.stage.reads_rows:
             yield (
                 f"parallel={self.parallel.name} with stage={self.stage.name}: under DeepSpeed only the losses of stage=sft and pt are "
                 "known to be those of one process; type parallel=fsdp2, or parallel=ddp"
