@@ -28,7 +28,9 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from glmtuner.distributed import accelerator
+from glmtuner.distributed.shares import stand_in
 from glmtuner.families.experts import is_experts
+from glmtuner.models.quantized_shards import keep_share, plain, stand_in_of_scales
 
 
 class From4Bits(nn.Module):
@@ -50,10 +52,12 @@ class From4Bits(nn.Module):
         )
         return packed, cls(state)
 
+    def keep_share(self) -> None:
+        """Keep this rank's rows of the scales alone."""
+        self.state.absmax = stand_in_of_scales(self.state.absmax)
+
     def scales_as_parameter(self) -> None:
         """Make a parameter of the scales, so that they can be sharded."""
-        from glmtuner.models.quantized_shards import plain
-
         self.scales = plain(self.state.absmax)
 
     def forward(self, packed: torch.Tensor) -> torch.Tensor:
@@ -90,10 +94,12 @@ class From8Bits(nn.Module):
         )  # as bitsandbytes does with linear layers
         return integers.view(value.shape), cls(scales, value.dtype, value.shape)
 
+    def keep_share(self) -> None:
+        """Keep this rank's rows of the scales alone."""
+        self.scales = stand_in_of_scales(self.scales)
+
     def scales_as_parameter(self) -> None:
         """Make a parameter of the scales, so that they can be sharded."""
-        from glmtuner.models.quantized_shards import plain
-
         scales = plain(self.scales)
         del self.scales
         self.scales = scales
@@ -124,8 +130,6 @@ class QuantizeExperts(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], *arguments: Any, **options: Any) -> dict[str, Any]:
         """Path -> what is stored at it."""
-        from glmtuner.models import quantized_shards
-
         model, found, others = options["model"], {}, {}
         for path, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
@@ -134,12 +138,13 @@ class QuantizeExperts(ConversionOps):
                 self.quantizer.computing[path] = computes
                 found[path] = nn.Parameter(integers, requires_grad=False)
                 if self.quantizer.in_shares:
-                    found[path] = quantized_shards.keep_share_of_experts(found[path], computes)
+                    computes.keep_share()
+                    found[path] = stand_in(found[path])
             else:
                 others[path] = value
         converted = self.linear.convert(others, *arguments, **options) if others else {}
         if self.quantizer.in_shares:
-            converted = {path: quantized_shards.keep_share(value) for path, value in converted.items()}
+            converted = {path: keep_share(value) for path, value in converted.items()}
         return found | converted
 
     @property

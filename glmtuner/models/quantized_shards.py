@@ -19,7 +19,6 @@ from torch import nn
 
 from glmtuner.distributed import ranks
 from glmtuner.distributed.shares import SHARE, Share, rows_of_rank, share_of, stand_in
-from glmtuner.models.quantized_experts import STORED, From4Bits, From8Bits
 from glmtuner.models.sizes import SCALES
 
 
@@ -36,15 +35,6 @@ def keep_share(value: nn.Parameter) -> nn.Parameter:
     if isinstance(made, Int8Params):
         made.CB = made.data
     return made
-
-
-def keep_share_of_experts(integers: nn.Parameter, computes: From4Bits | From8Bits) -> nn.Parameter:
-    """The integers of experts with this rank's rows alone; so are the scales in what computes the values from now on."""
-    if isinstance(computes, From4Bits):
-        computes.state.absmax = stand_in_of_scales(computes.state.absmax)
-    else:
-        computes.scales = stand_in_of_scales(computes.scales)
-    return stand_in(integers)
 
 
 def stand_in_of_scales(scales: torch.Tensor) -> torch.Tensor:
@@ -65,7 +55,7 @@ def as_parameters(model: nn.Module) -> None:
                 module.init_8bit_state()
             _register(module, module.state.SCB, _forward_8bit)
             module.state.CB = module.state.SCB = None
-        elif isinstance(module, STORED):
+        elif hasattr(module, "scales_as_parameter"):  # of experts
             module.scales_as_parameter()
 
 
