@@ -52,7 +52,6 @@ class Stage:
         False  # is the model's own loss of a token multiplied by the token's probability?
     )
     packs: typing.ClassVar[bool] = False  # can several of its samples be packed into one row?
-    supports_sharding: typing.ClassVar[bool] = True  # can it be trained with sharded weights?
     uses_reward_model: typing.ClassVar[bool] = False
     uses_rewards: typing.ClassVar[bool] = False  # does it score answers by the presets of `reward`?
     memory_notice: typing.ClassVar[str | None] = (
@@ -249,11 +248,6 @@ class Run:
             )
         yield from self._impossible_benchmarks()
         yield from self.stage.impossible(self)
-        if self.parallel.sharded and not self.stage.supports_sharding:
-            yield (
-                f"parallel={self.parallel.name} with stage={self.stage.name}: its loss needs the whole model on every rank; "
-                "type parallel=ddp"
-            )
         if self.model.reward_model is not None and not self.stage.uses_reward_model:
             yield f"model.reward_model={self.model.reward_model} with stage={self.stage.name}: it is for stage=ppo and grpo; leave it out"
         evaluates = trainer.do_eval or trainer.do_predict or trainer.eval_strategy != "no" or trainer.eval_on_start

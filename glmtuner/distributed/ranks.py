@@ -341,6 +341,12 @@ def all_gather(value: T) -> list[T]:
     return values
 
 
+def turns(count: int) -> list[int | None]:
+    """Which of `count` pieces of work this rank does, equally many on every rank: None is one that another rank does, too."""
+    size, own = world_size(), rank()
+    return [number if number < count else None for number in range(own, -(-count // size) * size, size)]
+
+
 def all_reduce_mean(value: "torch.Tensor") -> "torch.Tensor":
     """The mean over the ranks' values, on every rank; `value` is reduced in place."""
     if world_size() > 1:

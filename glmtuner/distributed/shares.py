@@ -50,7 +50,7 @@ def cast(parameter: "nn.Parameter", dtype: "torch.dtype") -> None:
     if not is_stand_in(parameter):
         parameter.data = parameter.data.to(dtype)
         return
-    parameter.data = expanded(parameter.shape, dtype)
+    parameter.data = expanded(parameter.shape, dtype, parameter.device)
     share = getattr(parameter, SHARE)
     share.rows = share.rows.to(dtype)
 
@@ -62,19 +62,21 @@ def copy_of(value: "torch.Tensor") -> "torch.Tensor | Share":
     return value.detach().clone()
 
 
-def expanded(shape: "torch.Size", dtype: "torch.dtype") -> "torch.Tensor":
-    """A tensor of NaN that takes the memory of one number."""
+def expanded(shape: "torch.Size", dtype: "torch.dtype", device: "torch.device") -> "torch.Tensor":
+    """A tensor of NaN, or of integers that mean nothing, that takes the memory of one number."""
     import torch
 
-    return torch.full((1,) * len(shape), torch.nan, dtype=dtype).expand(shape)
+    value = torch.nan if dtype.is_floating_point else 0
+    return torch.full((1,) * len(shape), value, dtype=dtype, device=device).expand(shape)
 
 
 def stand_in(parameter: "nn.Parameter") -> "nn.Parameter":
-    """A parameter of the same shape, dtype and attributes that keeps this rank's rows alone."""
-    from torch import nn
+    """A parameter of the same class, shape, dtype and attributes that keeps this rank's rows alone."""
+    import torch
 
-    rows = parameter.detach()[rows_of_rank(parameter.shape[0], ranks.rank(), ranks.world_size())].clone()
-    made = nn.Parameter(expanded(parameter.shape, parameter.dtype), requires_grad=parameter.requires_grad)
+    rows = parameter.data[rows_of_rank(parameter.shape[0], ranks.rank(), ranks.world_size())].clone()
+    values = expanded(parameter.shape, parameter.dtype, parameter.device)
+    made: nn.Parameter = torch.Tensor._make_subclass(type(parameter), values, parameter.requires_grad)
     made.__dict__.update(parameter.__dict__)
     setattr(made, SHARE, Share(rows))
     return made

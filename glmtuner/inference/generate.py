@@ -60,29 +60,28 @@ def answers(
     `ends` says of an answer's tokens so far whether it ends there; `generate` does not ask it, and goes on to a stop token.
 
     Greedy answers use continuous batching and start in the order of their prompts. Beam search, and models that return no
-    transformers Cache, go through `generate`, the longest prompts first.
+    transformers Cache, go through `generate`, the longest prompts first. Where ranks hold shards of the model, each answers its own
+    prompts, and all must iterate to the end.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     from glmtuner.inference.decoding import NoCacheError
+    from glmtuner.inference.in_step import in_step
 
     was_training = model.training
     model.eval()
     try:
         sequences: Iterator[tuple[int, list[int]]]
-        try:
-            if decoding.num_beams > 1:
+        with in_step(model, prompts, decoding.pad_id):
+            try:
+                if decoding.num_beams > 1:
+                    sequences = _generated(model, prompts, decoding, batch_size)
+                else:
+                    sequences = _continuously_batched(model, prompts, decoding, batch_size, ends)
+            except NoCacheError:
                 sequences = _generated(model, prompts, decoding, batch_size)
-            else:
-                sequences = _continuously_batched(model, prompts, decoding, batch_size, ends)
-        except NoCacheError:
-            sequences = _generated(model, prompts, decoding, batch_size)
-        for index, tokens in sequences:
-            yield index, until_stop(tokens, decoding.stop_ids)
+            for index, tokens in sequences:
+                yield index, until_stop(tokens, decoding.stop_ids)
     finally:
         model.train(was_training)
-        if isinstance(model, FSDPModule):
-            model.reshard()  # without a backward pass FSDP leaves the root module's weights gathered
 
 
 def _continuously_batched(

@@ -33,8 +33,7 @@ def answer_all(context: RunContext, path: Path, is_prediction: bool = False) -> 
     """Write the answers to `path` in order, each as soon as possible; returns their scores.
 
     The answers of an interrupted prediction are reused. Records are divided among the ranks, and each rank writes its own
-    file, which are merged into `path` at the end; ranks with sharded weights generate every answer together. A prediction, in
-    contrast to an evaluation during training, shows its progress and may use another engine.
+    file, which are merged into `path` at the end. A prediction, in contrast to an evaluation during training, shows its progress and may use another engine.
     """
 
     from glmtuner.inference.generate import Decoding, answers
@@ -69,8 +68,7 @@ def answer_all(context: RunContext, path: Path, is_prediction: bool = False) -> 
 
     done = ranks.broadcast_from_rank0(lambda: recover_answers(path, early, others, path.name == PREDICTIONS, restored))
     remaining = [index for index in range(len(rows)) if index not in done]
-    is_sharded = run.parallel.sharded and ranks.world_size() > 1
-    indices = remaining if is_sharded else remaining[ranks.rank() :: ranks.world_size()]
+    indices = remaining[ranks.rank() :: ranks.world_size()]
     prompts = [rows[index]["prompt_ids"] for index in indices]
     if is_prediction and run.generation.engine is Engine.vllm:
         from glmtuner.inference.vllm import vllm_answers
@@ -101,9 +99,11 @@ def batch_size_of(run: Run, model: "PreTrainedModel", prompts: Sequence[Sequence
     configured = run.trainer.per_device_eval_batch_size
     if run.generation.max_batch_size is not None:
         return run.generation.max_batch_size
-    if configured != TrainerArguments.per_device_eval_batch_size or (run.data.eval_num_beams or 1) > 1 or not prompts:
+    if configured != TrainerArguments.per_device_eval_batch_size or (run.data.eval_num_beams or 1) > 1:
         return configured
-    return ranks.broadcast_from_rank0(lambda: rows_that_fit(model, max(map(len, prompts)) + new_tokens))
+    return ranks.broadcast_from_rank0(
+        lambda: rows_that_fit(model, max(map(len, prompts)) + new_tokens) if prompts else configured
+    )
 
 
 def line_of(

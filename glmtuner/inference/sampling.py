@@ -10,6 +10,7 @@ from glmtuner.console import say
 from glmtuner.distributed import accelerator
 from glmtuner.inference.decoding import FAILED, Decoder, NoCacheError, Row, greedy, most_likely
 from glmtuner.inference.generate import MAX_ROWS_CPU, MAX_ROWS_GPU, by_length, continuations
+from glmtuner.inference.in_step import in_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,13 +75,15 @@ class Sampler:
         was_training = self.model.training
         self.model.eval()
         try:
-            return self._continuously_batched(prompts, states, group)
-        except NoCacheError:
-            sampling = {} if states is None else {"temperature": self.temperature}
-            return continuations(
-                self.model, [[*prompt] for prompt in prompts], max_new_tokens=self.max_new_tokens, stop_ids=self.stop_ids,
-                pad_id=self.pad_id, do_sample=states is not None, **sampling,
-            )  # fmt: skip
+            with in_step(self.model, prompts, self.pad_id):
+                try:
+                    return self._continuously_batched(prompts, states, group)
+                except NoCacheError:
+                    sampling = {} if states is None else {"temperature": self.temperature}
+                    return continuations(
+                        self.model, [[*prompt] for prompt in prompts], max_new_tokens=self.max_new_tokens, stop_ids=self.stop_ids,
+                        pad_id=self.pad_id, do_sample=states is not None, **sampling,
+                    )  # fmt: skip
         finally:
             self.model.train(was_training)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from glmtuner.config.groups import Dtype
 from glmtuner.config.schema import Run
 from glmtuner.distributed import accelerator, ranks
+from glmtuner.distributed.shares import take_shares
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,19 @@ def compute_dtype(run: Run, device: "torch.device") -> "torch.dtype":
     if run.model.dtype is not Dtype.auto:
         return getattr(torch, run.model.dtype.value)
     return torch.bfloat16 if accelerator.has_bfloat16(device) else torch.float32
+
+
+def shard_model(run: Run, model: "nn.Module", blocks: "list[nn.Module]") -> None:
+    """Shard the model over the ranks as the run says, in place; weights that were loaded in shares are put into the shards."""
+    if ranks.world_size() == 1:
+        return
+    if run.parallel.sharded and run.quant.bits is not None:
+        from glmtuner.models.quantized_shards import as_parameters
+
+        as_parameters(model)
+    taken = take_shares(model)
+    run.parallel.shard_model(model, blocks)
+    taken.give_back()
 
 
 def place_model(run: Run, model: "nn.Module", device: "torch.device") -> None:

@@ -69,17 +69,18 @@ def _computed(
     collator: Callable[[Any], dict[str, Any]],
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> "torch.Tensor":
-    """The log-probabilities, float32, [rows, 2]; each rank computes its share of the rows."""
+    """The log-probabilities, float32, [rows, 2]; each rank computes its share of the batches, and as many as the others."""
     import torch
 
     size, device = context.run.trainer.per_device_train_batch_size, objective.model.device
-    own = range(ranks.rank(), len(rows), ranks.world_size())
     computed: dict[int, list[float]] = {}
-    for start in range(0, len(own), size):
-        indices = own[start : start + size]
+    for number in ranks.turns(-(-len(rows) // size)):
+        first = (number or 0) * size
+        indices = range(first, min(first + size, len(rows)))
         batch = collator([rows[index] for index in indices])
         with autocast():
             logprobs_R = objective.reference_logprobs({name: value.to(device) for name, value in batch.items()})
-        computed.update(zip(indices, torch.stack(logprobs_R.chunk(2), 1).tolist(), strict=True))
+        if number is not None:
+            computed.update(zip(indices, torch.stack(logprobs_R.chunk(2), 1).tolist(), strict=True))
     everyone = {index: pair for part in ranks.all_gather(computed) for index, pair in part.items()}
     return torch.tensor([everyone[index] for index in range(len(rows))], dtype=torch.float32)

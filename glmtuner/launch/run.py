@@ -17,7 +17,6 @@ from glmtuner.data.splits import dataset_entries, longest_row
 from glmtuner.distributed import ranks
 from glmtuner.distributed.pause import Paused
 from glmtuner.distributed.preemption import Preempted
-from glmtuner.distributed.shares import take_shares
 from glmtuner.distributed.visible import visible_gpus
 from glmtuner.errors import ConfigError
 from glmtuner.families.hub import read_config
@@ -26,7 +25,7 @@ from glmtuner.launch.arguments import training_arguments
 from glmtuner.launch.between_jobs import base_key_of
 from glmtuner.launch.build import load_trainable_model, resolve_family, resolve_template
 from glmtuner.launch.checks import check_base, check_liger, check_liger_runs, check_shared_heads, check_whole_batch
-from glmtuner.launch.device import device_of, place_model, reuse_memory
+from glmtuner.launch.device import device_of, place_model, reuse_memory, shard_model
 from glmtuner.launch.inputs import start_hashing
 from glmtuner.launch.libraries import load_libraries
 from glmtuner.launch.memory_check import needs_checkpointing
@@ -256,10 +255,7 @@ def set_up(
     arguments = training_arguments(run, folder, model, device, checkpointing=checkpointing)
     tracker.start(run, folder.path)
     blocks = family.blocks(unwrapped(model))
-    if ranks.world_size() > 1:
-        taken = take_shares(model)
-        run.parallel.shard_model(model, blocks)
-        taken.give_back()
+    shard_model(run, model, blocks)
     place_model(run, model, device)
     collator = stage.collator(
         pad_id=tokenizer.pad_token_id, ignore_pad_token_for_loss=run.data.ignore_pad_token_for_loss

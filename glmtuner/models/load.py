@@ -193,7 +193,7 @@ def load_model(
         loaded, loading_info = result  # a pair because of `output_loading_info`
         return loaded, loading_info
 
-    with quantizing(quant), loading_shares() if in_shares else nullcontext():
+    with quantizing(quant, in_shares), loading_shares() if in_shares else nullcontext():
         loaded, loading_info = from_files(model, "the model", load)
     check_loading(loaded, loading_info, f"model.model_name_or_path={model.model_name_or_path}", in_shares)
     require_scaled(loaded, model.rope_scaling)
@@ -208,13 +208,13 @@ def load_model(
     return loaded
 
 
-def quantizing(quant: Quant) -> AbstractContextManager[None]:
-    """Within this context, bitsandbytes' weights are quantized with the experts, if the run quantizes."""
+def quantizing(quant: Quant, in_shares: bool = False) -> AbstractContextManager[None]:
+    """Within this context, bitsandbytes' weights are quantized with the experts, if the run quantizes; `in_shares`, rows of them."""
     if quant.bits is None:
         return nullcontext()
     from glmtuner.models.quantized_experts import quantizing_experts
 
-    return quantizing_experts()
+    return quantizing_experts(in_shares)
 
 
 def check_loading(

@@ -28,7 +28,9 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from glmtuner.distributed import accelerator
+from glmtuner.distributed.shares import stand_in
 from glmtuner.families.experts import is_experts
+from glmtuner.models.quantized_shards import keep_share, plain, stand_in_of_scales
 
 
 class From4Bits(nn.Module):
@@ -50,8 +52,18 @@ class From4Bits(nn.Module):
         )
         return packed, cls(state)
 
+    def keep_share(self) -> None:
+        """Keep this rank's rows of the scales alone."""
+        self.state.absmax = stand_in_of_scales(self.state.absmax)
+
+    def scales_as_parameter(self) -> None:
+        """Make a parameter of the scales, so that they can be sharded."""
+        self.scales = plain(self.state.absmax)
+
     def forward(self, packed: torch.Tensor) -> torch.Tensor:
         """The values, in the shape and the dtype of those that were quantized."""
+        if hasattr(self, "scales"):
+            self.state.absmax = self.scales
         with torch.no_grad():
             return bnb.dequantize_4bit(packed, self.state)
 
@@ -81,6 +93,16 @@ class From8Bits(nn.Module):
             rows.to(torch.float16)
         )  # as bitsandbytes does with linear layers
         return integers.view(value.shape), cls(scales, value.dtype, value.shape)
+
+    def keep_share(self) -> None:
+        """Keep this rank's rows of the scales alone."""
+        self.scales = stand_in_of_scales(self.scales)
+
+    def scales_as_parameter(self) -> None:
+        """Make a parameter of the scales, so that they can be sharded."""
+        scales = plain(self.scales)
+        del self.scales
+        self.scales = scales
 
     def forward(self, integers: torch.Tensor) -> torch.Tensor:
         """The values, in the shape and the dtype of those that were quantized."""
@@ -115,9 +137,15 @@ class QuantizeExperts(ConversionOps):
                 integers, computes = self.quantizer.stored_as.quantized(tensor, self.quantizer.quantization_config)
                 self.quantizer.computing[path] = computes
                 found[path] = nn.Parameter(integers, requires_grad=False)
+                if self.quantizer.in_shares:
+                    computes.keep_share()
+                    found[path] = stand_in(found[path])
             else:
                 others[path] = value
-        return found | (self.linear.convert(others, *arguments, **options) if others else {})
+        converted = self.linear.convert(others, *arguments, **options) if others else {}
+        if self.quantizer.in_shares:
+            converted = {path: keep_share(value) for path, value in converted.items()}
+        return found | converted
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -129,6 +157,7 @@ class _WithExperts(HfQuantizer):
     """Makes one of transformers' quantizers quantize experts, too."""
 
     stored_as: type[From4Bits] | type[From8Bits]
+    in_shares = False  # does this rank keep its rows alone?
     modules_to_not_convert: list[str] | None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -211,14 +240,16 @@ def _source(function: Callable[..., Any]) -> str:
 
 
 @contextmanager
-def quantizing_experts() -> Iterator[None]:
-    """Within this context, what transformers loads with bitsandbytes has quantized experts."""
+def quantizing_experts(in_shares: bool = False) -> Iterator[None]:
+    """Within this context, what transformers loads with bitsandbytes has quantized experts; `in_shares`, this rank's rows of all."""
     own = {"bitsandbytes_4bit": _Quantizer4Bits, "bitsandbytes_8bit": _Quantizer8Bits}
     before = {name: auto.AUTO_QUANTIZER_MAPPING[name] for name in own}
     auto.AUTO_QUANTIZER_MAPPING.update(own)
+    _WithExperts.in_shares = in_shares
     try:
         yield
     finally:
+        _WithExperts.in_shares = False
         auto.AUTO_QUANTIZER_MAPPING.update(before)
 
 

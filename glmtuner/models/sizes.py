@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+SCALES = "scales"  # the parameter of a quantized layer's scales, where they are sharded as the weights are
 # Of config.json: the experts that compute a token, the experts of a block, and those that compute nothing.
 EXPERTS_A_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -33,6 +34,11 @@ def sizes_of(model: "nn.Module") -> "dict[torch.Tensor, int]":
             states = [state for step in steps if (state := getattr(step, "state", None)) is not None]
             if states:  # of a 4-bit value
                 sizes[steps.original] = math.prod(states[0].shape)
+        scales = module._parameters.get(SCALES)
+        if scales is not None and not scales.requires_grad:  # of a quantized value that is sharded
+            sizes[scales] = 0
+            if (state := getattr(module, "quant_state", None)) is not None:
+                sizes[module._parameters["weight"]] = math.prod(state.shape)
     return sizes
 
 

@@ -23,7 +23,15 @@ from glmtuner.errors import TrainingError
 from glmtuner.inference.detokenize import decode_answer
 from glmtuner.inference.generate import until_stop
 from glmtuner.inference.sampling import Sampler
-from glmtuner.objectives.objective import Objective, RowMetrics, TrainingLoop, Weights, disable_dropout
+from glmtuner.objectives.objective import (
+    Objective,
+    RowMetrics,
+    TrainingLoop,
+    Weights,
+    counted,
+    disable_dropout,
+    of_counted,
+)
 from glmtuner.objectives.policy_losses import (
     clipped_surrogate,
     group_advantages,
@@ -33,7 +41,7 @@ from glmtuner.objectives.policy_losses import (
     scaled_by_batch,
     token_weights,
 )
-from glmtuner.objectives.rollouts import RewardModelScores, answered_rows, random_states
+from glmtuner.objectives.rollouts import RewardModelScores, answered_rows, random_states, shuffled
 from glmtuner.objectives.rows import Rows, TokenStatistics
 from glmtuner.run_folder.files import read_lines, strict_json, write_text
 from glmtuner.templates.base import IGNORE_INDEX
@@ -76,6 +84,7 @@ class Group:
     labels_RT: torch.Tensor  # the answers' tokens with their stop token, IGNORE_INDEX elsewhere
     is_counted_RT: torch.Tensor  # the tokens that are learned from, [R, T - 1]: none of an answer that is filtered out
     advantages_R: torch.Tensor
+    is_real_R: torch.Tensor  # False of answers to prompts that fill up the batch
     old_logprobs_RT: torch.Tensor | None  # None: those of the update itself, which then is the only one
     reference_RT: torch.Tensor | None  # None without a reference
 
@@ -170,7 +179,11 @@ class GrpoObjective(Objective):
         rewards_R, parts = self.scores(rows, sampled)
         is_response_RT = labels_RT[:, 1:] != IGNORE_INDEX
         stopped_R = torch.tensor([each.stopped for each in sampled], device=self.model.device)
-        is_counted_RT = is_response_RT & stopped_R[:, None] if settings.mask_truncated_completions else is_response_RT
+        is_real = counted(batch, len(batch["input_ids"]), self.model.device)  # prompts
+        is_real_R = is_real.repeat_interleave(group)
+        is_counted_RT = is_response_RT & is_real_R[:, None]
+        if settings.mask_truncated_completions:
+            is_counted_RT = is_counted_RT & stopped_R[:, None]
         reference_RT = old_RT = None
         if self.reference is not None:
             with self.reference.applied_to(self.model):
@@ -184,17 +197,18 @@ class GrpoObjective(Objective):
             assert old_RT is not None and reference_RT is not None
             learned_R = rewards_R - settings.beta * ((old_RT - reference_RT) * is_counted_RT).sum(1)
         grouped = rewards_R.view(-1, group)
-        measured = {
+        of_answers = {
             "reward": rewards_R,
             **{f"reward_{name}": part_R for name, part_R in parts.items()},
-            "reward_std": grouped.std(1),
-            "no_signal": (grouped.amax(1) == grouped.amin(1)).float(),
             "response_length": is_response_RT.sum(1).float(),
             "response_stopped": stopped_R.float(),
         }
+        of_prompts = {"reward_std": grouped.std(1), "no_signal": (grouped.amax(1) == grouped.amin(1)).float()}
+        measured = of_counted(of_answers, is_real_R) | of_counted(of_prompts, is_real)
         made = Group(
             input_ids_RT=input_ids_RT, attention_mask_RT=attention_mask_RT, labels_RT=labels_RT, is_counted_RT=is_counted_RT,
-            advantages_R=self._advantages(learned_R), old_logprobs_RT=old_RT, reference_RT=reference_RT,
+            advantages_R=self._advantages(learned_R, is_real_R), is_real_R=is_real_R, old_logprobs_RT=old_RT,
+            reference_RT=reference_RT,
         )  # fmt: skip
         shown = [
             {
@@ -207,18 +221,22 @@ class GrpoObjective(Objective):
         ]
         return made, measured, shown
 
-    def _advantages(self, rewards_R: torch.Tensor) -> torch.Tensor:
-        """The advantage of each answer, [R]; a standard deviation of a step's rewards is that of all ranks' answers."""
-        group, scale, mine = self.settings.num_generations, self.settings.scale, slice(None)
+    def _advantages(self, rewards_R: torch.Tensor, is_real_R: torch.Tensor) -> torch.Tensor:
+        """The advantage of each answer, [R], 0 of those that fill up; a standard deviation of a step's rewards is that of all ranks'."""
+        group, scale, mine, own_R = self.settings.num_generations, self.settings.scale, slice(None), rewards_R
         if scale is ScaleRewards.batch and ranks.world_size() > 1:
-            by_rank, rank = ranks.all_gather(rewards_R.tolist()), ranks.rank()
+            by_rank, rank = ranks.all_gather(rewards_R[is_real_R].tolist()), ranks.rank()
             first = sum(map(len, by_rank[:rank]))
-            mine = slice(first, first + len(rewards_R))
+            mine = slice(first, first + len(by_rank[rank]))
             rewards_R = rewards_R.new_tensor([reward for rewards in by_rank for reward in rewards])
+        else:
+            rewards_R = rewards_R[is_real_R]
         if self.settings.loss is not PolicyLoss.rloo:
-            return group_advantages(rewards_R, group, scale)[mine]
-        advantages_R = leave_one_out_advantages(rewards_R, group)
-        return (scaled_by_batch(advantages_R) if scale is ScaleRewards.batch else advantages_R)[mine]
+            advantages_R = group_advantages(rewards_R, group, scale)
+        else:
+            advantages_R = leave_one_out_advantages(rewards_R, group)
+            advantages_R = scaled_by_batch(advantages_R) if scale is ScaleRewards.batch else advantages_R
+        return torch.zeros_like(own_R).masked_scatter(is_real_R, advantages_R[mine])
 
     def _statistics(self, part: Group, model: nn.Module | None, *, entropy: bool) -> TokenStatistics:
         rows = Rows(self.model, part.input_ids_RT, part.attention_mask_RT)
@@ -261,7 +279,7 @@ class GrpoObjective(Objective):
         is_response_RT, counted_R = part.labels_RT[:, 1:] != IGNORE_INDEX, is_counted_RT.sum(1)
         assert found.entropies_RT is not None
         clipped_R = (is_clipped_RT * is_counted_RT).sum(1) / counted_R  # NaN where nothing counts
-        measured = {
+        measured: RowMetrics = {
             "entropy": found.entropies_RT.sum(1) / is_response_RT.sum(1).clamp(min=1),
             "clip_fraction": clipped_R,
         }
@@ -272,21 +290,20 @@ class GrpoObjective(Objective):
                     log_ratio_RT.exp() * kl_RT if settings.use_bias_correction_kl else kl_RT
                 )
             measured["kl"] = ((logprobs_RT - part.reference_RT) * is_response_RT).sum(1)
-        return (loss_RT * weights_RT).sum(), {name: value.detach() for name, value in measured.items()}
+        measured = of_counted({name: value.detach() for name, value in measured.items()}, part.is_real_R)
+        return (loss_RT * weights_RT).sum(), measured
 
     def weights(self, minibatch: Group) -> torch.Tensor:
-        """The weights of a minibatch's tokens, [R, T - 1]; those of the mean over all tokens count the other ranks' tokens, too."""
-        is_counted_RT, total = minibatch.is_counted_RT, None
-        if self.settings.loss is PolicyLoss.dapo:
-            total = ranks.all_reduce_mean(is_counted_RT.sum().float())  # the ranks' gradients are averaged
-        return token_weights(is_counted_RT, self.settings.loss, self.sampler.max_new_tokens, total)
+        """The weights of a minibatch's tokens, [R, T - 1], in means over the rows or tokens of all ranks, whose gradients are averaged."""
+        is_counted_RT = minibatch.is_counted_RT
+        tokens, rows = ranks.all_reduce_mean(torch.stack([is_counted_RT.sum(), minibatch.is_real_R.sum()]).float())
+        return token_weights(is_counted_RT, self.settings.loss, self.sampler.max_new_tokens, tokens, rows)
 
     def minibatches(self, rollout: Group) -> Iterator[Group]:
-        """The minibatches of one step's updates, in order; every iteration shuffles the rows."""
-        rows = len(rollout.labels_RT)
+        """The minibatches of one step's updates, in order; every iteration shuffles the rows, those that fill up the batch last."""
         for _ in range(self.settings.num_iterations):
-            for indices in torch.split(torch.randperm(rows), self.settings.minibatch_size or rows):
-                yield rollout.rows(indices.to(rollout.labels_RT.device))
+            for indices in shuffled(rollout.is_real_R, self.settings.minibatch_size):
+                yield rollout.rows(indices)
 
     def update(self, trainer: TrainingLoop, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """One training step: a rollout, then an optimizer step per minibatch but for the last, which the trainer's loop takes.
@@ -298,7 +315,7 @@ class GrpoObjective(Objective):
             rollout, measured, shown = self.rollout(batch, trainer.args.seed, step)
         self._write(step, batch, shown)
         trainer.measured.add(measured)
-        trainer.tokens += rollout.attention_mask_RT.sum()
+        trainer.tokens += rollout.attention_mask_RT[rollout.is_real_R].sum()
         losses = []
         minibatches = list(self.minibatches(rollout))
         for number, minibatch in enumerate(minibatches, 1):

@@ -7,7 +7,7 @@ from torch import nn
 
 from glmtuner.distributed import ranks
 from glmtuner.objectives.losses import kto_loss
-from glmtuner.objectives.objective import ReferenceObjective, RowMetrics
+from glmtuner.objectives.objective import ReferenceObjective, RowMetrics, counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,10 @@ class KtoObjective(ReferenceObjective):
         reference_R, reference_mismatched_R = self.reference_logprobs(batch).chunk(2)
         with torch.no_grad():
             log_ratio_R = self.answer_logprobs(self.model, mismatched) - reference_mismatched_R
-            kl = ranks.all_reduce_mean(log_ratio_R.mean()).clamp(min=0)
+            is_counted_R = counted(batch, len(log_ratio_R), log_ratio_R.device)
+            sums = torch.stack([(log_ratio_R * is_counted_R).sum(), is_counted_R.sum()])  # of all ranks
+            total, count = ranks.all_reduce_mean(sums)
+            kl = (total / count.clamp(min=1e-9)).clamp(min=0)  # of a whole batch it may be that no row counts
         ratio_R = self.answer_logprobs(model, matched) - reference_R
         is_desirable_R, settings = batch["is_desirable"], self.settings
         loss_R = kto_loss(

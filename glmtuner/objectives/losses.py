@@ -4,6 +4,8 @@ Shape letters: R rows, T tokens, V vocabulary, N labelled tokens of all rows. `i
 Everything is computed in float32.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
 
@@ -33,9 +35,13 @@ def label_entropies(logits_RTV: torch.Tensor, labels_RT: torch.Tensor, temperatu
     return entropy_N.new_zeros(is_labelled_RT.shape).masked_scatter(is_labelled_RT, entropy_N)
 
 
-def masked_mean(values_RT: torch.Tensor, is_counted_RT: torch.Tensor) -> torch.Tensor:
-    """The mean over the tokens that count; 0 when none does."""
-    return (values_RT * is_counted_RT).sum() / is_counted_RT.sum().clamp(min=1)
+def masked_mean(
+    values_RT: torch.Tensor, is_counted_RT: torch.Tensor, tokens: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The mean over the tokens that count, of which there are `tokens`, by default those here; 0 when none does."""
+    if tokens is None:
+        tokens = is_counted_RT.sum().clamp(min=1)
+    return (values_RT * is_counted_RT).sum() / tokens
 
 
 # -- pairs and feedback --------------------------------------------------------------------------------------------------
@@ -99,11 +105,20 @@ def last_positions(is_counted_RT: torch.Tensor) -> torch.Tensor:
     return (positions_T * is_counted_RT).argmax(1)
 
 
-def whitened(values_RT: torch.Tensor, is_counted_RT: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
-    """Values with variance 1, and mean 0 when `shift_mean`; 0 on the tokens that do not count."""
-    mean = masked_mean(values_RT, is_counted_RT)
-    squares = ((values_RT - mean) ** 2 * is_counted_RT).sum()
-    variance = squares / (is_counted_RT.sum() - 1).clamp(min=1)
+def whitened(
+    values_RT: torch.Tensor,
+    is_counted_RT: torch.Tensor,
+    shift_mean: bool = True,
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
+) -> torch.Tensor:
+    """Values with variance 1, and mean 0 when `shift_mean`; 0 on the tokens that do not count.
+
+    `total` sums a value over all parts of the values, where these are one of several.
+    """
+    tokens = total(is_counted_RT.sum().to(values_RT.dtype))
+    mean = total((values_RT * is_counted_RT).sum()) / tokens.clamp(min=1)
+    squares = total(((values_RT - mean) ** 2 * is_counted_RT).sum())
+    variance = squares / (tokens - 1).clamp(min=1)
     white_RT = (values_RT - mean) * torch.rsqrt(variance + 1e-8)
     return (white_RT if shift_mean else white_RT + mean) * is_counted_RT
 
@@ -130,15 +145,15 @@ def clipped_policy_loss(
     advantages_RT: torch.Tensor,
     is_response_RT: torch.Tensor,
     clip_range: float,
+    tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped surrogate (arXiv:1707.06347, eq. 7) as a loss, and the fraction of tokens that are clipped."""
+    """PPO's clipped surrogate (arXiv:1707.06347, eq. 7) as a loss, and the fraction of tokens that are clipped; see `masked_mean`."""
     ratio_RT = torch.exp((logprobs_RT - old_logprobs_RT) * is_response_RT)
     unclipped_RT = -advantages_RT * ratio_RT
     clipped_RT = -advantages_RT * ratio_RT.clamp(1 - clip_range, 1 + clip_range)
     is_clipped_RT = (clipped_RT > unclipped_RT).float()
-    return masked_mean(torch.maximum(unclipped_RT, clipped_RT), is_response_RT), masked_mean(
-        is_clipped_RT, is_response_RT
-    )
+    loss = masked_mean(torch.maximum(unclipped_RT, clipped_RT), is_response_RT, tokens)
+    return loss, masked_mean(is_clipped_RT, is_response_RT, tokens)
 
 
 def clipped_value_loss(
@@ -147,11 +162,12 @@ def clipped_value_loss(
     returns_RT: torch.Tensor,
     is_response_RT: torch.Tensor,
     clip_range: float,
+    tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Half the squared error; a value moves at most `clip_range` from the old one (as in the published code of PPO)."""
     clipped_RT = old_values_RT + (values_RT - old_values_RT).clamp(-clip_range, clip_range)
     return 0.5 * masked_mean(
-        torch.maximum((values_RT - returns_RT) ** 2, (clipped_RT - returns_RT) ** 2), is_response_RT
+        torch.maximum((values_RT - returns_RT) ** 2, (clipped_RT - returns_RT) ** 2), is_response_RT, tokens
     )
 
 

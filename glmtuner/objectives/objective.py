@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
+# of a batch: bool, [R], False of rows that fill up the batches of several ranks, of which nothing is learned; without it, all count
+COUNTED = "counted"
 RowMetrics = dict[str, torch.Tensor]  # metric -> its value for each row, NaN where a row has none; logged as means
 
 
@@ -135,6 +137,17 @@ class Weights:
             assert isinstance(value, torch.Tensor)
             self.values[name] = parameter.data
             parameter.data = value.to(parameter.device)
+
+
+def counted(batch: Mapping[str, Any], rows: int, device: torch.device) -> torch.Tensor:
+    """Which rows of a batch count, bool, [rows]."""
+    mask_R: torch.Tensor = batch.get(COUNTED, torch.ones(rows, dtype=torch.bool)).to(device)
+    return mask_R
+
+
+def of_counted(measured: RowMetrics, is_counted_R: torch.Tensor) -> RowMetrics:
+    """The metrics of the rows that count; of the others they are NaN."""
+    return {name: value.where(is_counted_R.to(value.device), torch.nan) for name, value in measured.items()}
 
 
 class AnswerObjective(Objective):

@@ -73,15 +73,20 @@ def clipped_surrogate(
 
 
 def token_weights(
-    is_counted_RT: torch.Tensor, loss: PolicyLoss, max_tokens: int, total_tokens: torch.Tensor | None = None
+    is_counted_RT: torch.Tensor,
+    loss: PolicyLoss,
+    max_tokens: int,
+    total_tokens: torch.Tensor | None = None,
+    total_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weight of each token's loss, [R, T]; the loss of the rows is the sum.
 
     GRPO takes the mean over an answer's tokens, then over the answers (arXiv:2402.03300, eq. 3), and so do gspo and rloo, whose
     tokens are all the same; Dr. GRPO divides by the number of answers and the most tokens of one (arXiv:2503.20783, listing 1); DAPO
-    takes the mean over the tokens of all answers (arXiv:2503.14476, eq. 8), of which there are `total_tokens`, by default those here.
+    takes the mean over the tokens of all answers (arXiv:2503.14476, eq. 8), of which there are `total_tokens`, by default those here;
+    and there are `total_rows` answers.
     """
-    counted_RT, rows = is_counted_RT.float(), len(is_counted_RT)
+    counted_RT, rows = is_counted_RT.float(), len(is_counted_RT) if total_rows is None else total_rows
     if loss is PolicyLoss.dr_grpo:
         return counted_RT / (rows * max_tokens)
     if loss is PolicyLoss.dapo:

@@ -26,8 +26,16 @@ from glmtuner.objectives.losses import (
     token_rewards,
     whitened,
 )
-from glmtuner.objectives.objective import Objective, RowMetrics, TrainingLoop, Weights, disable_dropout
-from glmtuner.objectives.rollouts import RewardModelScores, answered_rows, random_states
+from glmtuner.objectives.objective import (
+    Objective,
+    RowMetrics,
+    TrainingLoop,
+    Weights,
+    counted,
+    disable_dropout,
+    of_counted,
+)
+from glmtuner.objectives.rollouts import RewardModelScores, answered_rows, random_states, shuffled
 from glmtuner.objectives.rows import Rows
 from glmtuner.run_folder.files import read_json, write_json
 from glmtuner.templates.base import IGNORE_INDEX
@@ -36,6 +44,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STATE = "ppo.json"  # the state of the objective in a checkpoint
+
+
+def _over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The sum of the ranks' values."""
+    return ranks.all_reduce_mean(value.clone()) * ranks.world_size()
 
 
 class PpoSettings(Protocol):
@@ -64,6 +77,7 @@ class Rollout:
     input_ids_RT: torch.Tensor
     attention_mask_RT: torch.Tensor
     labels_RT: torch.Tensor  # the answers' tokens with their stop token, IGNORE_INDEX elsewhere
+    is_real_R: torch.Tensor  # False of answers to prompts that fill up the batch
     old_logprobs_RT: torch.Tensor
     old_values_RT: torch.Tensor
     advantages_RT: torch.Tensor
@@ -71,8 +85,8 @@ class Rollout:
 
     @property
     def is_response_RT(self) -> torch.Tensor:
-        """True where an answer's token is predicted, [R, T - 1]."""
-        return self.labels_RT[:, 1:] != IGNORE_INDEX
+        """True where an answer's token is predicted that is learned from, [R, T - 1]."""
+        return (self.labels_RT[:, 1:] != IGNORE_INDEX) & self.is_real_R[:, None]
 
     def rows(self, indices: torch.Tensor) -> "Rollout":
         """The rollout of these rows."""
@@ -121,14 +135,18 @@ class PpoObjective(Objective):
         clip = self.settings.score_clip
         return scores_R if clip is None else scores_R.clamp(-clip, clip)
 
-    def rollout(self, prompts: Sequence[list[int]], seed: int = 0, step: int = 0) -> tuple[Rollout, RowMetrics, float]:
-        """Sampled answers with their advantages, the metrics logged of them, and their mean KL.
+    def rollout(
+        self, prompts: Sequence[list[int]], seed: int = 0, step: int = 0, is_real_R: torch.Tensor | None = None
+    ) -> tuple[Rollout, RowMetrics, float]:
+        """Sampled answers with their advantages, the metrics logged of them, and the mean KL of all ranks' answers.
 
-        What is drawn depends on the run's `seed` and the `step`.
+        What is drawn depends on the run's `seed` and the `step`. `is_real_R` is False of prompts that fill up the batch.
         """
+        if is_real_R is None:
+            is_real_R = torch.ones(len(prompts), dtype=torch.bool, device=self.model.device)
         states = random_states(seed, step, len(prompts))
         input_ids_RT, attention_mask_RT, labels_RT = self.generate_answers(prompts, states)
-        is_response_RT = labels_RT[:, 1:] != IGNORE_INDEX
+        is_response_RT = (labels_RT[:, 1:] != IGNORE_INDEX) & is_real_R[:, None]
         scores_R = self.scores(input_ids_RT, attention_mask_RT)
         with self.reference.applied_to(self.model):
             reference_RT, _, _ = self._answer_statistics(input_ids_RT, attention_mask_RT, labels_RT)
@@ -138,12 +156,12 @@ class PpoObjective(Objective):
         kl_RT = (logprobs_RT - reference_RT) * is_response_RT
         rewards_RT = token_rewards(scores_R, kl_RT, is_response_RT, self.kl_coefficient)
         if settings.whiten_rewards:
-            rewards_RT = whitened(rewards_RT, is_response_RT, shift_mean=False)
+            rewards_RT = whitened(rewards_RT, is_response_RT, shift_mean=False, total=_over_ranks)
         advantages_RT, returns_RT = generalized_advantages(
             rewards_RT, values_RT, is_response_RT, settings.gamma, settings.gae_lambda
         )
         if settings.whiten_advantages:
-            advantages_RT = whitened(advantages_RT, is_response_RT)
+            advantages_RT = whitened(advantages_RT, is_response_RT, total=_over_ranks)
         kl_R = kl_RT.sum(1)
         is_stop_RT = torch.isin(input_ids_RT, torch.tensor(self.sampler.stop_ids, device=input_ids_RT.device)) & (
             labels_RT != IGNORE_INDEX
@@ -157,10 +175,11 @@ class PpoObjective(Objective):
             "response_stopped": is_stop_RT.any(1).float(),
         }
         rollout = Rollout(
-            input_ids_RT=input_ids_RT, attention_mask_RT=attention_mask_RT, labels_RT=labels_RT,
+            input_ids_RT=input_ids_RT, attention_mask_RT=attention_mask_RT, labels_RT=labels_RT, is_real_R=is_real_R,
             old_logprobs_RT=logprobs_RT, old_values_RT=values_RT, advantages_RT=advantages_RT, returns_RT=returns_RT,
         )  # fmt: skip
-        return rollout, measured, kl_R.mean().item()
+        kl, count = _over_ranks(torch.stack([kl_R.sum(), is_real_R.sum().to(kl_R)]))
+        return rollout, of_counted(measured, is_real_R), (kl / count).item()
 
     def _answer_statistics(
         self, input_ids_RT: torch.Tensor, attention_mask_RT: torch.Tensor, labels_RT: torch.Tensor
@@ -186,17 +205,21 @@ class PpoObjective(Objective):
     # -- updates ---------------------------------------------------------------------------------------------------------
 
     def update_loss(self, part: Rollout, model: nn.Module | None = None) -> tuple[torch.Tensor, RowMetrics]:
-        """The clipped policy loss with the value loss, of some rows of a rollout; `model` is the wrapped model, if any."""
+        """The clipped policy loss with the value loss, of some rows of a rollout; `model` is the wrapped model, if any.
+
+        They are means over the tokens of all ranks, whose gradients are averaged.
+        """
         settings, is_response_RT = self.settings, part.is_response_RT
+        tokens = ranks.all_reduce_mean(is_response_RT.sum().float()).clamp(min=1e-9)
         rows = Rows(self.model, part.input_ids_RT, part.attention_mask_RT)
         found = rows.statistics(part.labels_RT, model, temperature=settings.temperature, states=True)
         logprobs_RT = found.logprobs_RT[:, 1:]
         values_RT = rows.unpacked(self.value_head(found.states_BSH))[:, :-1]
         policy_loss, clip_fraction = clipped_policy_loss(
-            logprobs_RT, part.old_logprobs_RT, part.advantages_RT, is_response_RT, settings.clip_range
+            logprobs_RT, part.old_logprobs_RT, part.advantages_RT, is_response_RT, settings.clip_range, tokens
         )
         value_loss = clipped_value_loss(
-            values_RT, part.old_values_RT, part.returns_RT, is_response_RT, settings.value_clip_range
+            values_RT, part.old_values_RT, part.returns_RT, is_response_RT, settings.value_clip_range, tokens
         )
         measured = {"policy_loss": policy_loss, "value_loss": value_loss, "clip_fraction": clip_fraction}
         return policy_loss + settings.value_coefficient * value_loss, {
@@ -204,20 +227,22 @@ class PpoObjective(Objective):
         }
 
     def minibatches(self, rollout: Rollout) -> Iterator[Rollout]:
-        """The minibatches of one step's updates, in order; every epoch shuffles the rows."""
+        """The minibatches of one step's updates, in order; every epoch shuffles the rows, those that fill up the batch last."""
         for _ in range(self.settings.ppo_epochs):
-            for indices in self._split_rows(torch.randperm(len(rollout.labels_RT))):
-                yield rollout.rows(indices.to(rollout.labels_RT.device))
+            for indices in shuffled(rollout.is_real_R, self.settings.minibatch_size):
+                yield rollout.rows(indices)
 
     def update(self, trainer: TrainingLoop, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """One training step: a rollout, then an optimizer step per minibatch but for the last, which the trainer's loop takes.
 
         Returns the mean loss of the updates; the gradient of the last one is left in the parameters.
         """
+        prompts = prompts_of(batch)
+        is_real_R = counted(batch, len(prompts), self.model.device)
         with trainer.compute_loss_context_manager():
-            rollout, measured, kl = self.rollout(prompts_of(batch), trainer.args.seed, trainer.state.global_step + 1)
+            rollout, measured, kl = self.rollout(prompts, trainer.args.seed, trainer.state.global_step + 1, is_real_R)
         trainer.measured.add(measured)
-        trainer.tokens += rollout.attention_mask_RT.sum()
+        trainer.tokens += rollout.attention_mask_RT[rollout.is_real_R].sum()
         losses = []
         minibatches = list(self.minibatches(rollout))
         for number, minibatch in enumerate(minibatches, 1):
@@ -233,10 +258,9 @@ class PpoObjective(Objective):
                 trainer.optimizer.zero_grad()
         settings = self.settings
         if settings.kl_target is not None:
-            mean_kl = ranks.all_reduce_mean(torch.tensor(kl, device=self.model.device)).item()
-            rows = len(batch["input_ids"]) * ranks.world_size()
+            rows = int(_over_ranks(rollout.is_real_R.sum()))
             self.kl_coefficient = next_kl_coefficient(
-                self.kl_coefficient, mean_kl, settings.kl_target, settings.kl_horizon, rows
+                self.kl_coefficient, kl, settings.kl_target, settings.kl_horizon, rows
             )
         return torch.stack(losses).mean()
 

@@ -31,6 +31,18 @@ def random_states(seed: int, step: int, answers: int) -> list[Random]:
     return [Random(f"{seed} {step} {place}") for place in range(first, first + answers)]
 
 
+def shuffled(is_real_R: torch.Tensor, size: int | None) -> list[torch.Tensor]:
+    """The indices of a rollout's rows in minibatches of `size`, by default all rows in one, shuffled.
+
+    Rows that fill up the batch come last; minibatches in which no rank has any other are left out.
+    """
+    size = size or len(is_real_R)
+    order = torch.randperm(len(is_real_R)).to(is_real_R.device)
+    order = torch.cat([order[is_real_R[order]], order[~is_real_R[order]]])
+    count = max(ranks.all_gather(-(-int(is_real_R.sum()) // size)))
+    return list(torch.split(order, size))[:count]
+
+
 def answered_rows(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,11 +1,10 @@
 """Fully sharded data parallel, by torch's `fully_shard`."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from glmtuner.config.groups import preset
-from glmtuner.config.schema import Run, SharedRows
+from glmtuner.config.schema import SharedRows
 from glmtuner.distributed import accelerator
 
 if TYPE_CHECKING:
@@ -22,14 +21,6 @@ class Fsdp2(SharedRows):
 
     sharded = True
     shares = ("frozen weights", "trained weights", "gradients", "optimizer states")
-
-    def impossible(self, run: Run) -> Iterator[str]:
-        yield from super().impossible(run)
-        if run.quant.quantization_bit is not None:
-            yield (
-                f"parallel=fsdp2 with quant=int{run.quant.quantization_bit}: integer weights cannot be sharded; type "
-                "parallel=ddp, or quant=none"
-            )
 
     def shard_model(self, model: "nn.Module", blocks: "list[nn.Module]") -> None:
         """Shard the weights, in one group for each layer and one for the rest.

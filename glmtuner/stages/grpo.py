@@ -79,7 +79,6 @@ class Grpo(LearningStage):
     max_new_tokens: int | None = None
 
     reads_rows: ClassVar[bool] = True
-    supports_sharding: ClassVar[bool] = False
     evaluates: ClassVar[tuple[str, ...] | None] = ("loss", "reward", "response_length", "response_stopped")
     uses_reward_model: ClassVar[bool] = True
     uses_rewards: ClassVar[bool] = True

@@ -66,7 +66,6 @@ class Ppo(LearningStage):
     max_new_tokens: int | None = None
 
     reads_rows: ClassVar[bool] = True
-    supports_sharding: ClassVar[bool] = False
     evaluates: ClassVar[tuple[str, ...] | None] = ("loss", "reward", "response_length")
     uses_reward_model: ClassVar[bool] = True
     weighs: ClassVar[bool] = False

@@ -59,7 +59,10 @@ class Rm(PairStage):
         return RewardObjective(context.model, head=head)
 
     def predict(self, context: "RunContext", trainer: "GlmTrainer") -> dict[str, float]:
-        """Write the prompt, both answers and their scores of each pair to predictions.jsonl; returns accuracy and mean margin."""
+        """Write the prompt, both answers and their scores of each pair to predictions.jsonl; returns accuracy and mean margin.
+
+        Each rank scores its share of the batches, and as many as the others.
+        """
         import torch
 
         from glmtuner.inference.predict import text_of
@@ -68,11 +71,14 @@ class Rm(PairStage):
         run, data = context.run, context.data
         assert data.evaluation is not None and isinstance(trainer.objective, RewardObjective)
         trainer.model.eval()
-        rows, size, lines = data.evaluation, run.trainer.per_device_eval_batch_size, []
-        for start in range(0, len(rows), size):
+        rows, size, own = data.evaluation, run.trainer.per_device_eval_batch_size, []
+        for number in ranks.turns(-(-len(rows) // size)):
+            start = (number or 0) * size
             batch = [rows[index] for index in range(start, min(start + size, len(rows)))]
             with torch.no_grad(), trainer.compute_loss_context_manager():
                 scores = trainer.objective.scores(trainer._prepare_inputs(trainer.data_collator(batch))).tolist()
+            if number is None:
+                continue
             for offset, (row, chosen, rejected) in enumerate(
                 zip(batch, scores[: len(batch)], scores[len(batch) :], strict=True)
             ):
@@ -82,7 +88,8 @@ class Rm(PairStage):
                     "chosen": row["answer"],
                     "rejected": row["rejected"],
                 }
-                lines.append({**line, "chosen_score": chosen, "rejected_score": rejected})
+                own.append({**line, "chosen_score": chosen, "rejected_score": rejected})
+        lines = sorted((line for part in ranks.all_gather(own) for line in part), key=lambda line: line["index"])
         if ranks.is_main():
             write_text(context.folder / PREDICTIONS, text_of(lines))
         margins = [line["chosen_score"] - line["rejected_score"] for line in lines]

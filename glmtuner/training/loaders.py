@@ -1,5 +1,6 @@
 """The batches of a training: their order, and on several ranks every row once."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from glmtuner.data.segments import lengths_of
 from glmtuner.distributed import ranks
-from glmtuner.training.samplers import EvenBatches, PaddedRows, draw_base_seed
+from glmtuner.training.samplers import CountedRows, EvenBatches, PaddedRows, draw_base_seed
 
 if TYPE_CHECKING:
     from glmtuner.objectives.objective import Objective
@@ -57,27 +58,53 @@ class LoadingTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """On several ranks, every row of an epoch is learned once: accelerate would repeat rows to fill the last batches.
 
-        The last batches are filled with padding rows instead; not for an objective, whose rows have no padding row.
+        The last batches are filled with padding rows instead. In batches of an objective they are marked, since its loss may not be
+        one of labels alone.
         """
-        if ranks.world_size() == 1 or self.args.dataloader_drop_last or self.objective is not None:
+        if self.args.dataloader_drop_last:
             loader = super().get_train_dataloader()
-            self.share_rows(loader)
-            return loader
-        rows: Any = self.train_dataset
-        padded = PaddedRows(rows)
-        self.train_dataset = padded
-        try:
-            loader = super().get_train_dataloader()
-        finally:
-            self.train_dataset = rows
-        shard: Any = loader.batch_sampler  # accelerate's BatchSamplerShard
-        shard.batch_sampler = EvenBatches(shard.batch_sampler, self.data_ranks, padded.padding_index)
+        else:
+            rows, load = self.train_dataset, super().get_train_dataloader
+
+            def of_rows(padded: Any) -> DataLoader[Any]:
+                self.train_dataset = padded
+                try:
+                    return load()
+                finally:
+                    self.train_dataset = rows
+
+            loader = self._evened(rows, of_rows)
         self.share_rows(loader)
         return loader
 
+    def _evened(self, rows: Any, load: Callable[[Any], DataLoader[Any]]) -> DataLoader[Any]:
+        """The loader that `load` makes of these rows, with batches that are filled up on several ranks."""
+        collator, ranks_differ = self.data_collator, ranks.world_size() > 1
+        if self.objective is not None and (ranks_differ or self.args.gradient_accumulation_steps > 1):
+            self.data_collator = CountedRows(collator)  # so that each row of an optimizer step weighs the same
+        try:
+            if not ranks_differ:
+                return load(rows)
+            padded = PaddedRows(rows, is_marked=self.objective is not None)
+            loader = load(padded)
+        finally:
+            self.data_collator = collator
+        shard: Any = loader.batch_sampler  # accelerate's BatchSamplerShard
+        shard.batch_sampler = EvenBatches(shard.batch_sampler, self.data_ranks, padded.padding_index)
+        return loader
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        """transformers' sampler of the rows themselves."""
+        return super()._get_eval_sampler(eval_dataset.rows if isinstance(eval_dataset, PaddedRows) else eval_dataset)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """transformers' loader, which it keeps for the next evaluation if its workers persist."""
-        loader = super().get_eval_dataloader(eval_dataset)
+        """transformers' loader, which it keeps for the next evaluation if its workers persist.
+
+        Batches of an objective are filled up as in the training: its loss may be one of all rows of a batch.
+        """
+        load = super().get_eval_dataloader
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader = load(rows) if self.objective is None else self._evened(rows, load)
         self.share_rows(loader)
         draw_base_seed(loader)
         return loader

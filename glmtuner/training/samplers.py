@@ -1,13 +1,16 @@
 """Batches of one size for every rank, so that each row of an epoch is learned once; and the random state of data loaders."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from glmtuner.data.segments import flat
+from glmtuner.objectives.objective import COUNTED
 from glmtuner.templates.base import IGNORE_INDEX
+
+PADDING = "is_padding"  # a column that only a marked padding row has
 
 
 class Rows(Protocol):
@@ -21,10 +24,10 @@ class Rows(Protocol):
 
 
 class PaddedRows(Dataset[Mapping[str, Any]]):
-    """The rows of a dataset and, at `padding_index`, a row whose labels are all masked."""
+    """The rows of a dataset and, at `padding_index`, a row that is not learned: its labels are masked, or it `is_marked` as padding."""
 
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
+    def __init__(self, rows: Rows, is_marked: bool = False) -> None:
+        self.rows, self.is_marked = rows, is_marked
         self.padding_index = len(rows)
 
     def __len__(self) -> int:
@@ -36,8 +39,21 @@ class PaddedRows(Dataset[Mapping[str, Any]]):
         return [self._padding_row() if index == self.padding_index else next(rows) for index in indices]
 
     def _padding_row(self) -> Mapping[str, Any]:
+        if self.is_marked:
+            return {**self.rows[0], PADDING: True}
         row = flat([self.rows[0]])[0]  # a real sequence, which every model accepts
         return {**row, "labels": [IGNORE_INDEX] * len(row["input_ids"])}
+
+
+class CountedRows:
+    """The batches of a collator with `counted`, bool, [rows]: False of the padding rows."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        plain = [{name: value for name, value in row.items() if name != PADDING} for row in rows]
+        return {**self.collate(plain), COUNTED: torch.tensor([PADDING not in row for row in rows])}
 
 
 class EvenBatches(BatchSampler):

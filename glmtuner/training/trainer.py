@@ -19,6 +19,7 @@ from glmtuner.distributed.pause import Pause
 from glmtuner.kernels.fast_paths import NO_COMMON_BEGINNINGS, FastPath
 from glmtuner.memory.checkpointing import enable_checkpointing
 from glmtuner.models.sizes import parameter_count
+from glmtuner.objectives.objective import COUNTED, of_counted
 from glmtuner.run_folder.files import write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import LOSSES
@@ -252,7 +253,7 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             if self.objective is not None:
-                weight_B = inputs.pop("weight", None)
+                weight_B = inputs.pop("weight", None)  # rows that do not count are dropped with `gather_rows`
                 loss_B, measured = self.objective.loss(model, inputs)
                 weighted = {} if weight_B is None else {"weight": weight_B}
                 metrics = {"loss": loss_B if weight_B is None else loss_B * weight_B, **weighted, **measured}
@@ -277,6 +278,8 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
             self.squared_lengths += sum(length**2 for length in taught)
         else:
             is_taught_B = inputs["labels"].ne(IGNORE_INDEX).any(dim=1)  # all but the padding rows of the last batches
+            if COUNTED in inputs:  # a pair is two rows of it, in two halves
+                is_taught_B &= inputs[COUNTED].repeat(len(is_taught_B) // len(inputs[COUNTED]))
             tokens_B = (inputs["attention_mask"] * is_taught_B[:, None]).sum(1).to(self.tokens.device)
             self.tokens += tokens_B.sum()
             self.squared_lengths += tokens_B.square().sum()
@@ -346,6 +349,9 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
             return self._share(self.weighted_sum(model, inputs), **kwargs)
         weight_B = inputs.pop("weight", None)
         loss_B, measured = self.objective.loss(model, inputs)
+        if (is_counted_B := inputs.get(COUNTED)) is not None:
+            measured = of_counted(measured, is_counted_B)
+            weight_B = is_counted_B.float() if weight_B is None else weight_B * is_counted_B
         self.measured.add(measured)
         return loss_B.mean() if weight_B is None else self._share((weight_B * loss_B).sum(), **kwargs)
 
@@ -372,12 +378,14 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         return not self.model_accepts_loss_kwargs and self.compute_loss_func is None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """The labelled tokens of an optimizer step's batches; of batches with weights, the sum of the weights."""
-        weights = [batch_weight(batch) for batch in batch_samples if "weights" in batch or "weight" in batch]
+        """The labelled tokens of an optimizer step's batches; of batches with weights, the sum of the weights; of rows that count."""
+        weights = [batch_weight(batch) for batch in batch_samples if {"weights", "weight", COUNTED} & batch.keys()]
         if not weights:
             return super()._get_num_items_in_batch(batch_samples, device)
         total = torch.stack(weights).sum().to(device)
-        return self.accelerator.gather(total).sum() if self.args.average_tokens_across_devices else total
+        if self.args.average_tokens_across_devices:
+            total = self.accelerator.gather(total).sum()
+        return total.clamp(min=1e-9)  # of a rank whose rows are all padding
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A logging step of the training also reports the objective's metrics since the last one."""

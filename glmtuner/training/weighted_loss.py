@@ -10,13 +10,15 @@ import torch
 from torch.nn import functional as F
 
 from glmtuner.models.unwrap import unwrapped
+from glmtuner.objectives.objective import COUNTED
 from glmtuner.templates.base import IGNORE_INDEX
 
 
 def batch_weight(batch: dict[str, Any]) -> torch.Tensor:
-    """The sum of a batch's weights, a float32 scalar: those of its labels, or of an objective's rows."""
+    """The sum of a batch's weights, a float32 scalar: those of its labels, or of an objective's rows that count."""
     if "weights" not in batch:
-        total: torch.Tensor = batch["weight"].sum()
+        weight_R = batch.get("weight", 1.0) * batch.get(COUNTED, torch.ones(()))
+        total: torch.Tensor = weight_R.float().sum()
         return total
     is_labelled_BT = batch["labels"][:, 1:].ne(IGNORE_INDEX)
     summed: torch.Tensor = (batch["weights"][:, 1:] * is_labelled_BT).sum()

@@ -97,7 +97,7 @@ def check(
     beta = objective.settings.beta
     group = Group(
         input_ids_RT=tables[0], attention_mask_RT=tables[1], labels_RT=tables[2], is_counted_RT=tables[2][:, 1:] != IGNORE_INDEX,
-        advantages_R=ADVANTAGES, old_logprobs_RT=old_RT, reference_RT=reference_RT if beta else None,
+        advantages_R=ADVANTAGES, is_real_R=torch.ones(4, dtype=torch.bool), old_logprobs_RT=old_RT, reference_RT=reference_RT if beta else None,
     )  # fmt: skip
     trainer = trainer_class(
         copy.deepcopy(policy), lambda **_: [0.0], config(str(folder), max_completion_length=LONGEST, beta=beta, **OTHER, **settings),

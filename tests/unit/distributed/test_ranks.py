@@ -33,7 +33,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["parallel.processes=2"], r"parallel\.processes=2 .*parallel=none.* type parallel=ddp"),
         (["parallel=ddp", "parallel.processes=0"], r"parallel\.processes=0: .*null"),
-        (["parallel=fsdp2", "quant=int4"], r"parallel=fsdp2 .*quant=int4.* type parallel=ddp"),
         (["parallel=ddp", "parallel.sequence=0"], r"parallel\.sequence=0: 1 or more"),
         (
             ["parallel=ddp", "parallel.sequence=4", "parallel.processes=6"],
@@ -63,7 +62,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
             ["parallel=ddp", "parallel.sequence=2", "trainer.accelerator_config={split_batches: true}"],
             r"parallel\.sequence=2 with trainer\.accelerator_config",
         ),
-        (["parallel=fsdp2", "parallel.sequence=2", "quant=int4"], r"parallel=fsdp2 .*quant=int4.* type parallel=ddp"),
         (["parallel=fsdp"], r"parallel=fsdp.*did you mean 'fsdp2'"),
         (["trainer.fsdp=full_shard"], r"trainer\.fsdp=full_shard .*type parallel=fsdp2"),
     ],

@@ -257,11 +257,15 @@ def test_equal_rewards_and_answers_that_were_all_cut_teach_nothing(loss, scale):
 def test_a_steps_standard_deviation_is_that_of_all_ranks(loss, monkeypatch):
     objective = objective_of(f"stage.loss={loss}", "stage.scale_rewards=batch")
     mine, theirs = [1.0, 0.0, 0.5, 0.0, 2.0, 2.0, 2.0, 1.0], [9.0, 5.0, 1.0, 5.0, 0.0, 0.0, 4.0, 0.0]
-    whole = objective._advantages(torch.tensor([*theirs, *mine]))
+    real = torch.ones(16, dtype=torch.bool)
+    whole = objective._advantages(torch.tensor([*theirs, *mine]), real)
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     monkeypatch.setattr(ranks, "all_gather", lambda value: [theirs, value])
-    assert objective._advantages(torch.tensor(mine)).tolist() == pytest.approx(whole[8:].tolist(), abs=1e-6)
+    assert objective._advantages(torch.tensor(mine), real[:8]).tolist() == pytest.approx(whole[8:].tolist(), abs=1e-6)
+    # a prompt that fills up the batch changes nothing
+    filled = objective._advantages(torch.tensor([*mine, 90.0, 80.0, 7.0, 6.0]), torch.tensor([True] * 8 + [False] * 4))
+    assert filled.tolist() == pytest.approx([*whole[8:].tolist(), 0, 0, 0, 0], abs=1e-6)
     if loss == "grpo":
         every = torch.tensor([*theirs, *mine])
         assert whole[8].item() == pytest.approx((1 - 0.375) / (every.std().item() + 1e-4), abs=1e-5)

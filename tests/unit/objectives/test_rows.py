@@ -220,7 +220,7 @@ def test_ppo_without_padding_is_that_of_padded_rows(tmp_path, method, once, monk
             found = objective._answer_statistics(batch["input_ids"], batch["attention_mask"], batch["labels"])
         rollout = Rollout(
             input_ids_RT=batch["input_ids"], attention_mask_RT=batch["attention_mask"], labels_RT=batch["labels"],
-            old_logprobs_RT=found[0] + 0.1, old_values_RT=found[1] - 0.1, advantages_RT=torch.cos(torch.arange(9.0)).expand(4, 9)[:, : found[0].shape[1]],
+            is_real_R=torch.ones(4, dtype=torch.bool), old_logprobs_RT=found[0] + 0.1, old_values_RT=found[1] - 0.1, advantages_RT=torch.cos(torch.arange(9.0)).expand(4, 9)[:, : found[0].shape[1]],
             returns_RT=torch.sin(found[1]),
         )  # fmt: skip
         loss, _ = objective.update_loss(rollout)

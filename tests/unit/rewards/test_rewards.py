@@ -120,7 +120,6 @@ def test_rewards_are_mixed_by_name_and_weighted():
         (["reward=number", "model.reward_model=x"], "model.reward_model=x without reward=model"),
         ([], "stage=grpo without a reward"),
         (["reward=[]"], "stage=grpo without a reward"),
-        (["reward=number", "parallel=fsdp2"], "parallel=fsdp2 with stage=grpo"),
         (["reward=number", "stage.num_generations=1"], "stage.num_generations=1: 2 or more: rewards are relative"),
         (["reward=number", "stage.temperature=0"], "stage.temperature=0.0: above 0"),
         (

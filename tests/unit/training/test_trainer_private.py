@@ -18,6 +18,7 @@ from glmtuner.training.trainer import GlmTrainer
 METHODS = {  # name -> parameters, without annotations
     "_determine_best_metric": "(self, metrics, trial)",
     "_finalize_training": "(self, trial, num_train_samples, start_time)",
+    "_get_eval_sampler": "(self, eval_dataset)",
     "_get_grad_norm": "(self, model, grad_norm=None)",
     "_get_learning_rate": "(self)",
     "_get_num_items_in_batch": "(self, batch_samples, device)",
@@ -52,7 +53,7 @@ ATTRIBUTES = {
     "neftune_noise_alpha": "__init__",
 }
 OUR_OWN = {
-    "_divides", "_drop_old_checkpoints", "_end_epoch", "_is_done", "_is_stopping", "_loss_of_batch", "_progress", "_restore", "_session_start", "_share",
+    "_divides", "_drop_old_checkpoints", "_end_epoch", "_evened", "_is_done", "_is_stopping", "_loss_of_batch", "_progress", "_restore", "_session_start", "_share",
 }  # fmt: skip
 
 
