@@ -9,6 +9,9 @@ from glmtuner.errors import DataError
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
+    from numpy import dtype, int64, ndarray
+
+    Indices = ndarray[tuple[int, ...], dtype[int64]]
 
 
 def held_out(rows: "Dataset", dev_ratio: float, seed: int) -> tuple["Dataset", "Dataset"]:
@@ -69,18 +72,35 @@ def mixed(parts: "Sequence[Dataset]", probabilities: Sequence[float], seed: int)
     Without probabilities all records, the datasets one after the other (the Trainer shuffles them). With them, records are
     drawn with these probabilities until one dataset is exhausted; none is drawn twice.
     """
-    from datasets import Dataset, concatenate_datasets, interleave_datasets
+    from datasets import concatenate_datasets
 
+    whole = concatenate_datasets(list(parts)) if len(parts) > 1 else parts[0]
     if not probabilities:
-        whole = concatenate_datasets(list(parts)) if len(parts) > 1 else parts[0]
         return whole, [len(part) / max(len(whole), 1) for part in parts]
+    indices, counts = drawn([len(part) for part in parts], probabilities, seed)
+    return whole.select(indices), [count / max(len(indices), 1) for count in counts]
 
-    def draw_from(sources: "list[Dataset]") -> "Dataset":
-        return interleave_datasets(
-            sources, probabilities=list(probabilities), seed=seed, stopping_strategy="first_exhausted"
-        )
 
-    # the same draw from datasets of their index alone gives the shares; a column added to the rows would copy them all
-    indices = [Dataset.from_dict({"dataset": [index] * len(part)}) for index, part in enumerate(parts)]
-    drawn = list(draw_from(indices)["dataset"])
-    return draw_from(list(parts)), [drawn.count(index) / max(len(drawn), 1) for index in range(len(parts))]
+def drawn(lengths: Sequence[int], probabilities: Sequence[float], seed: int) -> "tuple[Indices, list[int]]":
+    """The rows of concatenated datasets of these lengths, drawn in turn until one of them is exhausted, and how many of each.
+
+    They are those of `interleave_datasets` with `stopping_strategy="first_exhausted"`, which makes a Python integer of each row.
+    """
+    import numpy
+
+    random, taken, parts = numpy.random.default_rng(seed), numpy.zeros(len(lengths), dtype=numpy.int64), []
+    starts = numpy.concatenate(([0], numpy.cumsum(lengths)[:-1]))
+    while (taken < lengths).all():
+        block = random.choice(len(lengths), size=1000, p=probabilities)
+        indices = numpy.empty(len(block), dtype=numpy.int64)
+        ends = []
+        for number, length in enumerate(lengths):
+            places = numpy.flatnonzero(block == number)
+            indices[places] = starts[number] + taken[number] + numpy.arange(len(places))
+            if taken[number] + len(places) >= length:
+                ends.append(places[length - taken[number] - 1] + 1)
+            taken[number] += len(places)
+        parts.append(indices[: min(ends, default=len(block))])
+    rows = numpy.concatenate(parts)
+    which = numpy.searchsorted(starts, rows, side="right") - 1
+    return rows, numpy.bincount(which, minlength=len(lengths)).tolist()
