@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from glmtuner.data.catalog import find
 from glmtuner.data.columns import adds_something, looks_needed, needed_message, turn_keys
+from glmtuner.data.files import LocalFiles
 from glmtuner.data.formats import parser
+from glmtuner.data.hub_sets import HubSet
 from glmtuner.data.raw import Row
 from glmtuner.data.read import read
 from glmtuner.data.records import BadRecord, Example, Message, is_empty, mark_of
@@ -55,6 +58,8 @@ class Loaded:
     `examples` is lazy, and `bad` and `columns` grow as it is consumed, so that a dataset is never in memory as a whole.
     """
 
+    source: LocalFiles | HubSet
+    max_examples: int | None
     examples: Iterator[Example]
     bad: list[SkippedRecord]
     files: dict[str, str]  # file or hub id -> sha256 or commit
@@ -84,22 +89,47 @@ def load(
     max_examples = min((limit for limit in (max_samples, spec.num_samples) if limit is not None), default=None)
     bad: list[SkippedRecord] = []
     columns: dict[str, None] = {}
-    examples = _examples(spec, source, max_examples, bad, columns)
-    return Loaded(examples, bad, source.fingerprint() if checksums else {}, source.size(), columns)
+    examples = _some_examples(spec, source, max_examples, bad, columns)
+    return Loaded(
+        source, max_examples, examples, bad, source.fingerprint() if checksums else {}, source.size(), columns
+    )
 
 
-def _examples(
+def _some_examples(
     spec: DatasetSpec,
     source: Iterable[Row],
     max_examples: int | None,
     bad: list[SkippedRecord],
     columns: dict[str, None],
 ) -> Iterator[Example]:
+    """The examples; raises DataError at the end if there was none."""
+    is_empty = True
+    for example in islice(examples_of(spec, source, bad, columns), max_examples):
+        is_empty = False
+        yield example
+    if is_empty:
+        raise without_good_records(spec, bad)
+
+
+def without_good_records(spec: DatasetSpec, bad: Sequence[SkippedRecord]) -> DataError:
+    """The error for a dataset whose records are all broken."""
+    return DataError(
+        f"dataset {spec.name!r}: {_count_text(bad)} and no good one: {_first_reasons(bad)}; they are read as "
+        f"formatting={spec.formatting}; fix them, or formatting and columns in {spec.origin}"
+    )
+
+
+def examples_of(
+    spec: DatasetSpec,
+    source: Iterable[Row],
+    bad: list[SkippedRecord],
+    columns: dict[str, None],
+) -> Iterator[Example]:
+    """The examples of the good records of a source; `bad` takes the broken ones, `columns` the columns that hold something."""
     parse, mark = parser(spec.formatting), spec.columns.get("weight", "")
     has_turns = spec.formatting in ("sharegpt", "messages")
     # an entry that names its columns has chosen what to leave out, and a path was looked through before
     allowed = {*spec.columns.values(), *spec.ignore_columns} if spec.default_columns else None
-    num_examples = 0
     for label, number, raw in source:
         try:
             if isinstance(raw, BadRecord):
@@ -120,14 +150,6 @@ def _examples(
             if needed := [name for name in needed if adds_something(name, raw[name], example)]:
                 raise DataError(needed_message(spec, label, number, sorted(needed)))
         yield example
-        num_examples += 1
-        if num_examples == max_examples:
-            return
-    if not num_examples:
-        raise DataError(
-            f"dataset {spec.name!r}: {_count_text(bad)} and no good one: {_first_reasons(bad)}; they are read as "
-            f"formatting={spec.formatting}; fix them, or formatting and columns in {spec.origin}"
-        )
 
 
 def check_bad_record_limit(bad: Sequence[SkippedRecord], max_bad_records: int) -> None:

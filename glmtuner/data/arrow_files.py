@@ -4,7 +4,7 @@ are left out again."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +43,16 @@ class Unread:
 UNREAD = Unread()
 
 
-def parquet_records(path: Path, columns: Collection[str] | None = None) -> Numbered:
-    """The rows of a parquet file, a batch at a time."""
+def parquet_records(
+    path: Path, columns: Collection[str] | None = None, row_groups: Sequence[int] | None = None
+) -> Numbered:
+    """The rows of a parquet file, or of some of its row groups, a batch at a time."""
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(_source(path)) as file:
-            yield from _numbered(file.iter_batches(batch_size=ROWS_AT_A_TIME), columns)
+            groups = None if row_groups is None else [*row_groups]
+            yield from _numbered(file.iter_batches(batch_size=ROWS_AT_A_TIME, row_groups=groups), columns)
     except BROKEN as error:
         raise Unreadable(f"is not a readable parquet file: {reason_of(error)}") from None
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from glmtuner.console import say
 from glmtuner.data.fetch import digest
-from glmtuner.data.raw import Row, Unreadable, reason_of
+from glmtuner.data.pieces import PIECE_BYTES, Count, Piece, Span, grouped, numbers_before, span_records, spans_of
+from glmtuner.data.raw import Numbered, Row, Unreadable, reason_of
 from glmtuner.data.readers import Columns, file_records, is_data_file, legal_suffixes
 from glmtuner.data.records import names_of
 from glmtuner.data.streams import check_regular, data_suffix
@@ -45,16 +46,49 @@ class LocalFiles:
     def __iter__(self) -> Iterator[Row]:
         is_empty = True
         for label, path in self.paths.items():
-            try:
-                for number, raw in file_records(path, self.columns):
-                    is_empty = False
-                    yield Row(label, number, raw)
-            except Unreadable as error:
-                raise DataError(f"dataset {self.name!r}: {label} {error}") from error
-            except OSError as error:
-                raise DataError(f"dataset {self.name!r}: {label} cannot be read: {reason_of(error)}") from error
+            for row in self._rows(label, file_records(path, self.columns)):
+                is_empty = False
+                yield row
         if is_empty:
-            raise DataError(f"dataset {self.name!r}: no records in {', '.join(self.paths)}")
+            raise self.without_records()
+
+    def _rows(self, label: str, records: Numbered) -> Iterator[Row]:
+        try:
+            for number, raw in records:
+                yield Row(label, number, raw)
+        except Unreadable as error:
+            raise DataError(f"dataset {self.name!r}: {label} {error}") from error
+        except OSError as error:
+            raise DataError(f"dataset {self.name!r}: {label} cannot be read: {reason_of(error)}") from error
+
+    def without_records(self) -> DataError:
+        """The error for files in which there is no record."""
+        return DataError(f"dataset {self.name!r}: no records in {', '.join(self.paths)}")
+
+    def pieces(self, size: int = PIECE_BYTES) -> list[Piece]:
+        """The pieces that the files can be read in."""
+        return grouped((span for label, path in self.paths.items() for span in spans_of(label, path, size)), size)
+
+    def rows_of(self, span: Span, first: int, count: Count) -> Iterator[Row]:
+        """The rows of a span, of which the first has the number `first` + 1; raises DataError."""
+        path = self.paths[span.label]
+        records = (
+            file_records(path, self.columns)
+            if span.end is None
+            else span_records(path, span, self.columns, first, count)
+        )
+        for row in self._rows(span.label, records):
+            if span.end is None:
+                count.number = row.number
+            yield row
+
+    def numbers_before(self, piece: Piece) -> dict[str, int]:
+        """For each file of a piece, how many numbers its records before the piece take."""
+        found: dict[str, int] = {}
+        for span in piece:
+            if span.label not in found:
+                found[span.label] = numbers_before(self.paths[span.label], span) if span.start else 0
+        return found
 
     def size(self) -> int:
         """The size of the files in bytes."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.offline import advice as offline_advice
 from glmtuner.config.offline import offline_folder
 from glmtuner.data.arrow_files import ROWS_AT_A_TIME, rows_of_table
+from glmtuner.data.pieces import PIECE_BYTES, Count, Piece, Span
 from glmtuner.data.raw import Row, reason_of
 from glmtuner.data.readers import Columns
 from glmtuner.errors import DataError
@@ -38,12 +39,35 @@ class HubSet:
 
     def __iter__(self) -> Iterator[Row]:
         if not len(self.dataset):
-            raise DataError(f"dataset {self.name!r}: no records in {self.label}")
+            raise self.without_records()
         number = 0
         for table in self.dataset.with_format("arrow").iter(ROWS_AT_A_TIME):
             for _, raw in rows_of_table(table, self.columns):
                 number += 1
                 yield Row(self.label, number, raw)
+
+    def without_records(self) -> DataError:
+        """The error for a split in which there is no record."""
+        return DataError(f"dataset {self.name!r}: no records in {self.label}")
+
+    def pieces(self, size: int = PIECE_BYTES) -> list[Piece]:
+        """The pieces that the records can be read in."""
+        rows, total = len(self.dataset), self.size()
+        each = max(ROWS_AT_A_TIME, rows * size // max(total, 1))
+        starts = range(0, rows, each)
+        return [(Span(self.label, start, min(start + each, rows), total * each // rows),) for start in starts]
+
+    def rows_of(self, span: Span, first: int, count: Count) -> Iterator[Row]:
+        """The rows of a span, of which the first has the number `first` + 1."""
+        part = self.dataset.select(range(span.start, int(span.end or 0)))
+        for table in part.with_format("arrow").iter(ROWS_AT_A_TIME):
+            for _, raw in rows_of_table(table, self.columns):
+                count.number += 1
+                yield Row(self.label, first + count.number, raw)
+
+    def numbers_before(self, piece: Piece) -> dict[str, int]:
+        """How many records stand before a piece."""
+        return {self.label: piece[0].start}
 
     def size(self) -> int:
         """The size of all records in bytes, as Arrow stores them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +13,7 @@ from glmtuner.data.csv_files import csv_records
 from glmtuner.data.json_stream import array_records, broken
 from glmtuner.data.raw import Numbered, Unreadable, as_record, decoded, message_of, parsed, reason_of
 from glmtuner.data.records import BadRecord, shown
-from glmtuner.data.streams import check_regular, data_suffix, open_utf8, read_errors
+from glmtuner.data.streams import BOMS, check_regular, data_suffix, open_utf8, read_errors
 
 Columns = Collection[str] | None  # None: all
 BLANK = b"\xef\xbb\xbf \t\r\n"  # white space, and the byte order mark before it
@@ -47,17 +47,17 @@ def _layout(path: Path) -> Callable[[BinaryIO], Numbered]:
         first = list(islice((line for line in file if line.strip(BLANK)), 2))
     if len(first) < 2:
         is_array = bool(first) and first[0].lstrip(BLANK).startswith(b"[")
-        return array_records if is_array else _document_records if is_named_json else _line_records
+        return array_records if is_array else _document_records if is_named_json else line_records
     if _is_json(first[0]):
-        return _line_records
+        return line_records
     if first[0].lstrip(BLANK).startswith(b"["):
         return array_records
     if is_named_json:
         return _document_records
     if not _is_json(first[1]):
         with open_utf8(path, is_json=True) as file:
-            return _document_records if _is_json(file.read()) else _line_records
-    return _line_records
+            return _document_records if _is_json(file.read()) else line_records
+    return line_records
 
 
 def _begins_with_bracket(path: Path) -> bool:
@@ -68,9 +68,9 @@ def _begins_with_bracket(path: Path) -> bool:
     return head.lstrip(BLANK).startswith(b"[")
 
 
-def _line_records(file: BinaryIO) -> Numbered:
-    """The object on each line; a line that is not an object is a bad record, and blank lines are skipped."""
-    for number, line in enumerate(file, start=1):
+def line_records(lines: Iterable[bytes], first: int = 1) -> Numbered:
+    """The object on each line, numbered from `first`; a line that is not an object is a bad record, and blank lines are skipped."""
+    for number, line in enumerate(lines, start=first):
         text = decoded(line, f" of line {number}").strip(" \t\r\n")
         if not text:
             continue
@@ -103,10 +103,24 @@ def _document_records(file: BinaryIO) -> Numbered:
 def text_records(path: Path, columns: Columns = None) -> Numbered:
     """The lines of a plain text file as records with one column, `text`; blank lines are skipped."""
     with open_utf8(path) as file:
-        for number, line in enumerate(file, start=1):
-            text = decoded(line, f" of line {number}").rstrip("\n")
-            if text.strip():
-                yield number, {"text": text.rstrip("\r")}
+        yield from text_lines(file)
+
+
+def text_lines(lines: Iterable[bytes], first: int = 1) -> Numbered:
+    """Lines as records with one column, `text`, numbered from `first`; blank lines are skipped."""
+    for number, line in enumerate(lines, start=first):
+        text = decoded(line, f" of line {number}").rstrip("\n")
+        if text.strip():
+            yield number, {"text": text.rstrip("\r")}
+
+
+def reads_lines(path: Path) -> bool:
+    """Whether an uncompressed file is read line by line, as it is on the disk, so that it can be read from any line on."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head.startswith((*BOMS,)) or b"\x00" in head:  # UTF-16 and UTF-32 are recoded from their beginning
+        return False
+    return data_suffix(path) == ".txt" or _layout(path) is line_records
 
 
 READERS: dict[str, Callable[[Path, Columns], Numbered]] = {

@@ -12,7 +12,8 @@ from glmtuner.console import say
 from glmtuner.data import DatasetSpec, find
 from glmtuner.data.catalog import at_modelscope
 from glmtuner.data.encode import Encoder
-from glmtuner.data.prepare import Prepared, held_out, mixed, prepare
+from glmtuner.data.mixing import held_out, mixed
+from glmtuner.data.prepare import Prepared, prepare
 from glmtuner.data.weights import COLUMNS, times
 from glmtuner.errors import DataError
 from glmtuner.run_folder.folder import RunFolder

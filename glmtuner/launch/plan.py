@@ -130,7 +130,7 @@ def show_plan(context: RunContext, trainer: "GlmTrainer", device: "torch.device"
             rows.append(("ranks", ranks_summary(ranks)))
         kind = "records"
         if isinstance(train_rows, Packs):
-            filled = sum(train_rows.lengths) / (len(train_rows) * train_rows.capacity)
+            filled = int(train_rows.lengths.sum(dtype="int64")) / (len(train_rows) * train_rows.capacity)
             rows.append(("packed", f"{len(train_rows):,} rows of {train_rows.capacity:,} tokens, {filled:.1%} full"))
             kind = "packed rows"
         rows.append(("steps", steps_summary(arguments, len(train_rows), kind, run.parallel.ranks_per_row)))

@@ -18,7 +18,7 @@ from glmtuner.data.fetch import download
 from glmtuner.data.hub_sets import failure_message
 from glmtuner.data.modelscope_sets import modelscope_copy
 from glmtuner.data.splits import dataset_entries
-from glmtuner.data.tokenized import COUNTS
+from glmtuner.data.tokenized import files_of_entry
 from glmtuner.errors import CheckpointError, ConfigError, DataError
 from glmtuner.families.hub import from_hub, read_config, source_of, with_retries
 from glmtuner.families.hub_files import model_files, small_files
@@ -258,9 +258,9 @@ def encode_all(jobs: Iterable[Composed], folder: Path) -> None:
             continue
         seen.add(key)
         for name, rows in _encode(composed):
-            say(f"dataset {name}: rows in {rows.parent}")
-            for path in (rows, rows.with_name(COUNTS)):
-                made[_key(folder, path)] = entry_of(path, "made of the files in this folder", rows.parent.name)
+            say(f"dataset {name}: rows in {rows}")
+            for path in files_of_entry(rows):
+                made[_key(folder, path)] = entry_of(path, "made of the files in this folder", rows.name)
     for path in _files_below(folder / PLACES["HF_DATASETS_CACHE"]):
         if path.suffix == ".arrow" or path.name == "dataset_info.json":
             made[_key(folder, path)] = entry_of(path, "made of the files in this folder", "")
@@ -268,7 +268,7 @@ def encode_all(jobs: Iterable[Composed], folder: Path) -> None:
 
 
 def _encode(composed: Composed) -> Iterator[tuple[str, Path]]:
-    """The name of each of the job's datasets, and the file with its rows."""
+    """The name of each of the job's datasets, and the folder with its rows."""
     run, stage = composed.run, learning_stage(composed.run)
     specs = dataset_entries(run, catalogue_dirs(composed))
     family, _ = resolve_family(run, read_config(run.model))
@@ -278,7 +278,8 @@ def _encode(composed: Composed) -> Iterator[tuple[str, Path]]:
     tokenizer = load_tokenizer(run.model, run.data.new_tokens)
     _, template = resolve_template(run, family, tokenizer, None)
     for part in stage.datasets(run, specs, template, tokenizer).prepared:
-        yield part.spec.name, Path(part.rows.cache_files[0]["filename"])
+        if part.folder is not None:
+            yield part.spec.name, part.folder
 
 
 def total_size(files: Iterable[Entry]) -> int:

@@ -12,7 +12,7 @@ from glmtuner.config.paths import PACKAGE_DATA
 from glmtuner.data import Loaded, load
 from glmtuner.data.columns import description
 from glmtuner.data.encode import Encoder
-from glmtuner.data.prepare import PLAIN_TEXT, check_kinds
+from glmtuner.data.piecewise import PLAIN_TEXT, check_kinds
 from glmtuner.data.preview import Row, decode, parts_of, sample_of, served_prompt
 from glmtuner.data.spec import DatasetSpec
 from glmtuner.data.splits import dataset_entries

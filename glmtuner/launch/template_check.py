@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from glmtuner.config.schema import Run
 from glmtuner.console import say
 from glmtuner.data.encode import Encoder
-from glmtuner.data.prepare import PLAIN_TEXT
+from glmtuner.data.piecewise import PLAIN_TEXT
 from glmtuner.data.preview import Row, decode, learned_ranges, sample_of, served_prompt
 from glmtuner.data.records import Example, Message
 from glmtuner.errors import ConfigError, GlmtunerError

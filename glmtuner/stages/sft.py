@@ -43,7 +43,7 @@ class Sft(LearningStage):
     def datasets(
         self, run: Run, specs: "dict[str, DatasetSpec]", template: "Template", tokenizer: "PreTrainedTokenizerBase"
     ) -> "Datasets":
-        from glmtuner.data.prepare import with_earlier_answers
+        from glmtuner.data.mixing import with_earlier_answers
         from glmtuner.data.splits import datasets_of
 
         datasets = datasets_of(run, specs, self.encoder(run, template, tokenizer))

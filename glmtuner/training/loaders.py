@@ -53,7 +53,7 @@ class LoadingTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(rows)
         group_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(group_size, lengths=lengths_of(rows))
+        return LengthGroupedSampler(group_size, lengths=lengths_of(rows).tolist())
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """On several ranks, every row of an epoch is learned once: accelerate would repeat rows to fill the last batches.

@@ -21,9 +21,10 @@ from glmtuner.data import find
 from glmtuner.data import prepare as preparing
 from glmtuner.data.blocks import BlockEncoder
 from glmtuner.data.encode import Encoder
+from glmtuner.data.encoding import THREADS, encoded_batches
 from glmtuner.data.feedback import FeedbackEncoder
 from glmtuner.data.pairs import PairEncoder
-from glmtuner.data.prepare import ROWS, THREADS, cache_root, prepare
+from glmtuner.data.prepare import cache_root, prepare
 from glmtuner.data.prompts import PromptEncoder
 from glmtuner.data.records import Example, Message
 from glmtuner.errors import DataError
@@ -83,7 +84,7 @@ def test_rows_come_in_the_records_order(tmp_path, tokenizer, name):
     assert encoded.rows["answer"][:] == [f"答案 {number}" for number in range(2500)]
     assert (encoded.counts.records, encoded.counts.tokens) == (2500, sum(map(len, encoded.rows["input_ids"])))
     (file,) = encoded.rows.cache_files  # memory-mapped from there
-    assert file["filename"].endswith(ROWS)
+    assert file["filename"].endswith("/rows-00000.arrow")
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
@@ -167,7 +168,7 @@ def test_an_engine_changes_no_byte(tmp_path, monkeypatch, capsys, kind, template
         monkeypatch.setattr(bpe.Engine, "_encode_supported", spied(bpe.Engine._encode_supported, used))
         batches = iter([examples[:80], examples[80:160], examples[160:]])
         engine_json = preparing.serialized(tokenizer) if engines else None
-        tables, counts = zip(*preparing._encoded(batches, encoder, None, engine_json), strict=True)
+        tables, counts = zip(*encoded_batches(batches, encoder, None, engine_json), strict=True)
         written.append(([table.to_pylist() for table in tables], counts))
         assert bool(used) is (engines and template in ("glm4", "chatglm"))  # the others ask the tokenizer themselves
         assert bpe.engine_of(tokenizer) is None  # it is gone with the work
@@ -231,15 +232,17 @@ def test_a_killed_process_leaves_no_half_cache(tmp_path, tokenizer):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's threads are not in a forked process
         prepared(tmp_path, tokenizer, encoder=fails_at(5, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    (half,) = left()
-    assert half.startswith(".")
+    (entry,) = left()
+    files = {path.name for path in (cache_root() / "tokenized" / entry).iterdir()}
+    assert files and all(name.startswith(".") for name in files)  # nothing that is taken for a piece
     assert len(prepared(tmp_path, tokenizer).rows) == 2500
-    (whole,) = left()
-    assert half.startswith(f".{whole}.")
+    assert left() == [entry]
+    files = {path.name for path in (cache_root() / "tokenized" / entry).iterdir()}
+    assert files == {"rows-00000.arrow", "hashes-00000", "piece-00000.json", "counts.json"}
 
 
 def test_all_broken_records_are_counted_and_no_more_is_encoded(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(preparing, "_encode", lambda encoder, examples: pytest.fail("encoded"))
+    monkeypatch.setattr("glmtuner.data.encoding.encode_batch", lambda encoder, examples: pytest.fail("encoded"))
     with pytest.raises(
         DataError, match=r"'a\.json': 3 broken records and data\.max_bad_records=2: .*max_bad_records=3"
     ):

@@ -20,6 +20,25 @@ def test_every_sample_is_in_one_pack_that_is_no_fuller_than_it_may_be(seed):
     assert len(packs) <= -(-sum(lengths) // 64) * 1.05 + 1  # best-fit decreasing leaves little room
 
 
+@pytest.mark.parametrize("count", [1, 7, 2000])
+def test_packs_are_those_of_a_search_through_all_open_packs(count):
+    draw = random.Random(count)
+    lengths = [draw.choice((draw.randint(1, 90), draw.randint(40, 60))) for _ in range(count)]
+    expected: list[list[int]] = []
+    for place in sorted(range(count), key=lambda place: -lengths[place]):
+        rooms = [90 - sum(lengths[other] for other in pack) - lengths[place] for pack in expected]
+        fitting = [room for room in rooms if room >= 0]
+        if not fitting:
+            expected.append([place])
+        else:
+            expected[rooms.index(min(fitting))].append(place)
+    packs = packed(lengths, 90)
+    assert len(packs) == len(expected)
+    assert sorted(sum(lengths[place] for place in pack) for pack in packs) == sorted(
+        sum(lengths[place] for place in pack) for pack in expected
+    )
+
+
 def test_a_sample_goes_where_least_room_is_left():
     assert packed([5, 4, 3, 2], 7) == [[0, 3], [1, 2]]
     assert packed([], 8) == []
@@ -28,7 +47,7 @@ def test_a_sample_goes_where_least_room_is_left():
 def test_packs_are_read_as_rows_of_the_dataset_whatever_their_order():
     rows = Dataset.from_dict({"input_ids": [[n] * n for n in range(1, 9)], "labels": [[n] * n for n in range(1, 9)]})
     packs = Packs(rows.select(range(7, -1, -1)), capacity=9)
-    assert lengths_of(packs.rows) == packs.lengths == list(range(8, 0, -1))
+    assert lengths_of(packs.rows).tolist() == packs.lengths.tolist() == list(range(8, 0, -1))
     assert [sum(len(row["input_ids"]) for row in packs[pack]) for pack in range(len(packs))] == [9, 9, 9, 9]
     assert packs.__getitems__([1, 0]) == [packs[1], packs[0]]
     assert Packs(rows, capacity=2).capacity == 8  # no sample is cut

@@ -9,7 +9,8 @@ import pytest
 from stand_ins import write_parity
 
 from glmtuner.data.encode import Encoder
-from glmtuner.data.prepare import as_arrow, with_earlier_answers
+from glmtuner.data.encoding import as_arrow
+from glmtuner.data.mixing import with_earlier_answers
 from glmtuner.data.records import Example, Message
 from glmtuner.data.weights import label_weights, without_weights
 from glmtuner.errors import ConfigError
