@@ -8,7 +8,8 @@ GlmtunerError                exit code 2; the message is one paragraph: what is 
 │   └── FolderBusy           a run folder that another process is using
 ├── PreflightError           a run that would train nothing, or produce garbage
 └── TrainingError            a training that took no optimizer step
-    └── Diverged             a training whose numbers are no longer finite
+    ├── Diverged             a training whose numbers are no longer finite
+    └── RankLost             a training one of whose ranks has gone; exit code 1
 """
 
 from collections.abc import Iterable
@@ -44,6 +45,14 @@ class TrainingError(GlmtunerError):
 
 class Diverged(TrainingError):
     """A training whose losses, gradients or weights are no longer finite: the same values end the same way again."""
+
+
+class RankLost(TrainingError):
+    """A rank was killed, has failed, or cannot be reached any more."""
+
+    def __init__(self, reason: str, *, unreachable: bool = False) -> None:
+        super().__init__(reason)
+        self.unreachable = unreachable  # its machine, as if the network was cut
 
 
 class UnknownName(ConfigError):

@@ -1,6 +1,6 @@
 """`python -m glmtuner …`: arguments in, exit code out; the only place that turns GlmtunerErrors into messages.
 
-0 done; 2 the user's mistake; 1 a crash, or a sweep with failed jobs; 130 Ctrl-C; 140 and 143 a run that SIGUSR2 or SIGTERM
+0 done; 2 the user's mistake; 1 a crash, a rank that has gone, or a sweep with failed jobs; 130 Ctrl-C; 140 and 143 a run that SIGUSR2 or SIGTERM
 stopped, with a checkpoint.
 """
 
@@ -18,9 +18,9 @@ from glmtuner.cli.options import hydra_flags, parse_options
 from glmtuner.cli.streams import ReaderGone, results_in_files
 from glmtuner.config.offline import adopt_offline
 from glmtuner.console import complain, end_live_region, plain
-from glmtuner.distributed import ranks
+from glmtuner.distributed import heartbeat, ranks
 from glmtuner.distributed.preemption import Preempted
-from glmtuner.errors import ConfigError, GlmtunerError
+from glmtuner.errors import ConfigError, GlmtunerError, RankLost
 
 SIGPIPE = 13  # signal.SIGPIPE, which Windows does not have
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GlmtunerError as error:
         if ranks.should_report(error):
             complain(f"glmtuner: {error}")
-        return 2
+        return 1 if isinstance(error, RankLost) else 2
     except ranks.RankFailed as failed:
         if failed.code not in (1, 2):  # otherwise the rank has reported its error
             complain(f"glmtuner: {failed}; the same command with the same trainer.output_dir resumes")
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped.call_previous_handler()
         return stopped.exit_code
     except KeyboardInterrupt:
+        heartbeat.leave("stopped by Ctrl-C")
         if ranks.is_main() and not ranks.is_started_by_glmtuner():
             complain("glmtuner: stopped; the same command with the same trainer.output_dir resumes")
         return 130

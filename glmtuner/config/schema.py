@@ -112,6 +112,7 @@ class Parallel:
 
     name: str
     processes: int | None = None
+    lost_after: float | None = 40.0
 
     several: typing.ClassVar[bool] = True  # one process per GPU, if there are several
     sharded: typing.ClassVar[bool] = False  # does each process hold only a shard of every weight?
@@ -121,6 +122,11 @@ class Parallel:
         if self.processes is not None and self.processes < 1:
             raise ConfigError(
                 f"parallel.processes={self.processes}: 1 or more, or null for one per GPU of this machine"
+            )
+        if self.lost_after is not None and not 10 <= self.lost_after <= 3600:
+            raise ConfigError(
+                f"parallel.lost_after={self.lost_after:g}: 10 to 3600 seconds in which another machine has not answered, or null to wait "
+                "for it as long as trainer.ddp_timeout says"
             )
 
     @property

@@ -8,10 +8,12 @@ import atexit
 import ctypes
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from glmtuner.distributed import accelerator
+from glmtuner.console import complain
+from glmtuner.distributed import accelerator, heartbeat
 from glmtuner.distributed.preemption import SIGNALS
 from glmtuner.distributed.visible import visible_gpus
 from glmtuner.errors import ConfigError, GlmtunerError
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from glmtuner.config.schema import Parallel
 
 T = TypeVar("T")
+MEETING_SECONDS = 60.0  # after which a rank says that it waits for the others to start
 GRACE_SECONDS = 60.0  # in which the other ranks may save and exit after one was preempted
 # Exit codes of a rank that was killed. A rank never ends with one of them because another rank failed.
 KILLED_CODES = [
@@ -52,15 +56,32 @@ def adopt_slurm_env() -> None:
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "WORLD_SIZE": tasks,
         "LOCAL_WORLD_SIZE": str(max(int(tasks) // nodes, 1)),
-        "MASTER_ADDR": first_host(os.environ["SLURM_STEP_NODELIST"]) if nodes > 1 else "127.0.0.1",
+        "MASTER_ADDR": address_of(first_host(os.environ["SLURM_STEP_NODELIST"])) if nodes > 1 else "127.0.0.1",
         "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 40000)),
     }
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a SLURM node list such as `node[3-5,9]`."""
-    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return hosts.stdout.split()[0]
+    """The first host of a SLURM node list such as `gpu[03-05,9]`; scontrol is not asked, which containers do not have."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if first is None:
+        raise ConfigError(f"SLURM_STEP_NODELIST={nodes}: no list of nodes; start the ranks by srun")
+    return re.sub(r"\[([^\]]*)\]", lambda group: re.split("[-,]", group[1])[0], first[0])
+
+
+def address_of(host: str) -> str:
+    """The name of a node where it can be resolved, else the address (NodeAddr) that SLURM has for it."""
+    with suppress(OSError):
+        socket.getaddrinfo(host, None)
+        return host
+    with suppress(OSError):
+        told = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, check=False).stdout
+        if (address := re.search(r"\bNodeAddr=(\S+)", told)) is not None:
+            return address[1]
+    raise ConfigError(
+        f"the first node of this job, {host}, is no host name that {socket.gethostname()} can resolve, and scontrol tells no address of "
+        "it; set MASTER_ADDR, MASTER_PORT, RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE for each task"
+    )
 
 
 def rank() -> int:
@@ -216,8 +237,11 @@ def free_port() -> int:
 # -- in a rank ---------------------------------------------------------------------------------------------------
 
 
-def init_process_group(trainer: "Trainer") -> None:
-    """Join the process group of the ranks; does nothing in a run of one process."""
+def init_process_group(trainer: "Trainer", lost_after: float | None) -> None:
+    """Join the process group of the ranks; does nothing in a run of one process.
+
+    With `lost_after` the run ends when a rank has gone, or its machine has not answered for so many seconds.
+    """
     if "WORLD_SIZE" not in os.environ or world_size() == 1:
         return
     import torch
@@ -227,8 +251,31 @@ def init_process_group(trainer: "Trainer") -> None:
         return
     if not trainer.use_cpu:
         accelerator.set_device()
-    torch.distributed.init_process_group(
-        accelerator.collective_backends(use_cpu=trainer.use_cpu), timeout=timedelta(seconds=trainer.ddp_timeout)
+    timeout = timedelta(seconds=trainer.ddp_timeout)
+    backends = accelerator.collective_backends(use_cpu=trainer.use_cpu)
+    waiting = threading.Timer(MEETING_SECONDS, complain, [meeting_problem(f"has waited {MEETING_SECONDS:.0f} s for")])
+    waiting.daemon = True
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        waiting.start()
+    try:
+        torch.distributed.init_process_group(backends, timeout=timeout)
+    except torch.distributed.DistError as error:
+        reason = meeting_problem(f"has not met, within trainer.ddp_timeout={trainer.ddp_timeout} s,")
+        raise ConfigError(f"{reason} ({' '.join(str(error).split())[:200]})") from error
+    finally:
+        waiting.cancel()
+    if lost_after is not None:
+        heartbeat.start(
+            rank(), world_size(), lost_after, share_from_rank0, all_gather, ends=not is_started_by_glmtuner()
+        )
+
+
+def meeting_problem(what: str) -> str:
+    """A sentence about ranks that this one has not met."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return (
+        f"rank {rank()} of {world_size()} on {socket.gethostname()} {what} the other ranks at {place}: start the command on every "
+        "node, and check that this address can be reached from all of them"
     )
 
 
@@ -251,7 +298,10 @@ def destroy_process_group() -> None:
     """Leave the process group, after a barrier."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        try:
+            torch.distributed.barrier()
+        finally:
+            heartbeat.leave()
         torch.distributed.destroy_process_group()
 
 
@@ -328,6 +378,16 @@ def broadcast_from_rank0(compute: Callable[[], T]) -> T:
         raise ReportedByRank0(result[1])
     value: T = result[0]
     return value
+
+
+def share_from_rank0(value: T | None) -> T:
+    """What rank 0 has called this with, on every rank."""
+    import torch
+
+    shared: list[Any] = [value]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    given: T = shared[0]
+    return given
 
 
 def all_gather(value: T) -> list[T]:

@@ -14,7 +14,7 @@ from glmtuner.config.schema import Run, Tracker
 from glmtuner.console import say
 from glmtuner.data.spec import DatasetSpec
 from glmtuner.data.splits import dataset_entries, longest_row
-from glmtuner.distributed import ranks
+from glmtuner.distributed import heartbeat, ranks
 from glmtuner.distributed.pause import Paused
 from glmtuner.distributed.preemption import Preempted
 from glmtuner.distributed.visible import visible_gpus
@@ -34,7 +34,7 @@ from glmtuner.launch.parts import Parts
 from glmtuner.launch.places import catalogue_dirs, output_folder
 from glmtuner.launch.plan import show_plan, write_description
 from glmtuner.launch.reference import with_reference_logprobs
-from glmtuner.launch.rehearsal import rehearse
+from glmtuner.launch.rehearsal import one_line, rehearse
 from glmtuner.launch.resume import checkpoint_to_resume, differences, differences_when_continued, lies_in
 from glmtuner.launch.template_check import check_first_rows, check_template
 from glmtuner.launch.training import initialize_method, make_trainer, numeric, train
@@ -69,29 +69,48 @@ def launch(
     check_benchmarks(run.benchmark)
     if (count := ranks.processes_to_start(run.parallel)) > 1:
         return launch_ranks(composed, RunFolder(output_dir or output_folder(composed)), count)
-    ranks.init_process_group(run.trainer)
+    ranks.init_process_group(run.trainer, run.parallel.lost_after)
     tracker = run.tracker if ranks.is_main() else Tracker(name="none")
     folder, resumes, checkpoint = ranks.broadcast_from_rank0(
         lambda: acquire(output_dir or output_folder(composed), composed, ranks.world_size())
     )
     for sentence in unused_values(run):
         say(sentence)
+
     try:
-        with counted_hours(run, folder):
+        with recording_failure(composed, folder, tracker), counted_hours(run, folder):
             metrics = run_in_folder(composed, specs, folder, tracker, resumes, checkpoint, parts or Parts())
     except Paused as paused:
         say(f"{folder.path}: {paused}")
         return {}
-    except Exception as error:
-        tracker.abandon()
-        if folder.path.is_dir():
-            folder.record_failure(error, composed.overrides, first_wins=ranks.world_size() > 1)
-        raise
     finally:
         folder.unlock()
     if run.trainer.push_to_hub and ranks.is_main():
         upload(run.trainer, folder, run.finetuning.saved_as)
     return metrics
+
+
+@contextmanager
+def recording_failure(composed: Composed, folder: RunFolder, tracker: Tracker) -> Iterator[None]:
+    """Within it, an error is recorded in the folder and told to the other ranks; so is a rank that has gone, for which this one ends."""
+
+    def record(error: Exception) -> None:
+        if folder.path.is_dir():
+            folder.record_failure(error, composed.overrides, first_wins=ranks.world_size() > 1)
+        tracker.abandon()
+
+    with heartbeat.told_of_loss(record):
+        try:
+            yield
+        except Paused:
+            raise
+        except Exception as error:
+            cause = heartbeat.cause_of(error)
+            record(cause or error)
+            if cause is not None:
+                raise cause from error
+            heartbeat.leave(None if isinstance(error, ranks.ReportedByRank0) else one_line(error))
+            raise
 
 
 def computes_on_gpu(run: Run) -> bool:

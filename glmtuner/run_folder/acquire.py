@@ -25,7 +25,7 @@ RESUME_IGNORED_KEYS = (
     "data.overwrite_cache", "data.preprocessing_num_workers", "data.tiktoken_engine", "model.cache_dir", "model.use_auth_token",
     "plugins", "benchmark.data_dir", "benchmark.include_path", "tracker.name", "tracker.project", "tracker.entity", "tracker.group", "tracker.job_type", "tracker.tags", "tracker.log_artifact", "tracker.tracking_uri", "tracker.workspace",
     "budget.gpu_hours", "budget.cpu_hours", "budget.money", "budget.price_per_gpu_hour", "budget.price_per_cpu_hour",
-    "budget.currency", "budget.watts", "budget.forecast",
+    "budget.currency", "budget.watts", "budget.forecast", "parallel.lost_after",
 )  # fmt: skip
 
 
