@@ -119,7 +119,7 @@ def processes_to_start(parallel: "Parallel") -> int:
 
 
 def refuse_strategies_of_accelerate() -> None:
-    """Raise ConfigError where `accelerate launch` asks for a strategy of its own, which transformers would use unasked."""
+    """Raise ConfigError where `accelerate launch` asks for a strategy of its own, which transformers reads from the environment."""
     for strategy in ("deepspeed", "fsdp", "megatron_lm", "parallelism_config"):
         name = f"ACCELERATE_USE_{strategy.upper()}"
         if os.environ.get(name, "").lower() in ("1", "true"):

@@ -140,6 +140,11 @@ def test_every_loss_of_a_stage_has_a_rule():
             )
 
 
+def test_a_recorded_strategy_that_was_removed_is_cited():
+    (use,) = registry().uses_of({"parallel.name": "zero3"}, "parallel")
+    assert use.cite == ["rajbhandari2020zero"]
+
+
 def test_every_model_of_the_presets_is_known():
     for name in presets("model"):
         source = yaml.safe_load((conf_dir() / f"model/{name}.yaml").read_text(encoding="utf-8"))["model_name_or_path"]
