@@ -30,7 +30,9 @@ INTEGERS = (torch.uint8, torch.int8)
 
 def adapted(run: Any, in_shares: bool) -> tuple[Any, list[Any]]:
     """The run's model, quantized, with a LoRA that changes it, and its blocks."""
-    model = load_model(run.model, None, run.quant, torch.device("cpu"), torch.float32, sharded=True, in_shares=in_shares)
+    model = load_model(
+        run.model, None, run.quant, torch.device("cpu"), torch.float32, sharded=True, in_shares=in_shares
+    )
     run.quant.prepare(model)
     family = family_from_structure(model)
     targets = [*family.lora_targets, *(["experts"] if hasattr(model.config, "num_local_experts") else [])]
@@ -62,7 +64,13 @@ def learned(model: Any, ids: torch.Tensor) -> tuple[float, dict[str, torch.Tenso
 def of_shards(folder: str, bits: int) -> dict[str, Any]:
     """What is compared of the model in a folder."""
     run = compose(
-        ["model=causal_lm", f"model.model_name_or_path={folder}", "data.dataset=belle_sample", f"quant=int{bits}", "parallel=fsdp2"]
+        [
+            "model=causal_lm",
+            f"model.model_name_or_path={folder}",
+            "data.dataset=belle_sample",
+            f"quant=int{bits}",
+            "parallel=fsdp2",
+        ]
     ).run
     ids = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(1))
     whole, _ = adapted(run, in_shares=False)
@@ -72,8 +80,8 @@ def of_shards(folder: str, bits: int) -> dict[str, Any]:
     kept = [value.glmtuner_share.rows for value in model.parameters() if value.dtype in INTEGERS]
     loaded = sum(rows.untyped_storage().nbytes() for rows in kept)
     shard_model(run, model, blocks)
-    shards = {name: value for name, value in model.named_parameters() if value.dtype in INTEGERS}
-    scales = [value for name, value in model.named_parameters() if name.rpartition(".")[2] == "scales"]
+    scales = {name: value for name, value in model.named_parameters() if name.rpartition(".")[2] == "scales"}
+    shards = [value for name, value in model.named_parameters() if value.dtype in INTEGERS and name not in scales]
     loss, found = learned(model, ids)
     largest = {
         name: ((found[name] - value).abs().max() / value.abs().max()).item() for name, value in gradients.items()
@@ -82,8 +90,8 @@ def of_shards(folder: str, bits: int) -> dict[str, Any]:
         "loss": loss - wanted, "gradient": max(largest.values()), "gradients": [len(gradients), len(found)],
         "tensors": [len(packed), len(kept), len(shards)], "scales": len(scales),
         "whole": sum(value.nbytes for value in packed), "loaded": loaded,
-        "sharded": sum(value.to_local().untyped_storage().nbytes() for value in shards.values() if isinstance(value, DTensor)),
-        "scales_sharded": sum(value.to_local().nbytes for value in scales), "scales_whole": sum(value.nbytes for value in scales),
+        "sharded": sum(value.to_local().untyped_storage().nbytes() for value in shards),
+        "scales_sharded": sum(value.to_local().nbytes for value in scales.values()), "scales_whole": sum(value.nbytes for value in scales.values()),
     }  # fmt: skip
 
 

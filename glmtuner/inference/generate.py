@@ -239,6 +239,7 @@ def _continued(
 def _sequences(model: "PreTrainedModel", prompts: Sequence[Sequence[int]], pad_id: int, **decoding: Any) -> Any:
     """What transformers' `generate` returns for prompts of one batch, padded on the left, with these values of its config."""
     import torch
+    from torch.distributed.fsdp import FSDPModule
     from transformers import GenerationConfig
 
     from glmtuner.models.unwrap import unwrapped
@@ -265,8 +266,10 @@ def _sequences(model: "PreTrainedModel", prompts: Sequence[Sequence[int]], pad_i
     try:
         with torch.no_grad():
             return generator_of(model).generate(
-                input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-            )
+                input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
+                # transformers would keep ranks with shards in step itself, within a call; `in_step` does so over all calls
+                **({"synced_gpus": False} if isinstance(model, FSDPModule) else {}),
+            )  # fmt: skip
     finally:
         model.train(was_training)
 

@@ -142,7 +142,7 @@ class QuantizeExperts(ConversionOps):
                     found[path] = stand_in(found[path])
             else:
                 others[path] = value
-        converted = self.linear.convert(others, *arguments, **options) if others else {}
+        converted: dict[str, Any] = self.linear.convert(others, *arguments, **options) if others else {}
         if self.quantizer.in_shares:
             converted = {path: keep_share(value) for path, value in converted.items()}
         return found | converted

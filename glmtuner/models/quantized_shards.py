@@ -22,16 +22,16 @@ from glmtuner.distributed.shares import SHARE, Share, rows_of_rank, share_of, st
 from glmtuner.models.sizes import SCALES
 
 
-def keep_share(value: nn.Parameter) -> nn.Parameter:
+def keep_share(value: Any) -> Any:
     """A quantized weight as bitsandbytes has it, with this rank's rows alone; other parameters as they are."""
     if isinstance(value, Params4bit):
         state: Any = value.quant_state
         state.absmax = stand_in_of_scales(state.absmax)
     elif isinstance(value, Int8Params):
-        value.SCB = stand_in_of_scales(value.SCB)  # type: ignore[arg-type]  # quantized, it has them
+        value.SCB = stand_in_of_scales(value.SCB)
     else:
         return value
-    made: nn.Parameter = stand_in(value)
+    made: Any = stand_in(value)
     if isinstance(made, Int8Params):
         made.CB = made.data
     return made
@@ -46,13 +46,15 @@ def stand_in_of_scales(scales: torch.Tensor) -> torch.Tensor:
 
 def as_parameters(model: nn.Module) -> None:
     """Make plain parameters of all quantized weights and their scales, in place; nothing in a model without them."""
-    for module in [*model.modules()]:
+    modules: list[Any] = [*model.modules()]
+    for module in modules:
         if isinstance(module, Linear4bit):
-            state: Any = module.weight.quant_state
-            _register(module, state.absmax, _forward_4bit)
+            weight: Any = module.weight
+            _register(module, weight.quant_state.absmax, _forward_4bit)
         elif isinstance(module, Linear8bitLt):
             if module.weight.CB is not None:  # no forward pass has taken them yet
                 module.init_8bit_state()
+            assert module.state.SCB is not None
             _register(module, module.state.SCB, _forward_8bit)
             module.state.CB = module.state.SCB = None
         elif hasattr(module, "scales_as_parameter"):  # of experts

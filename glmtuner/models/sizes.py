@@ -37,8 +37,9 @@ def sizes_of(model: "nn.Module") -> "dict[torch.Tensor, int]":
         scales = module._parameters.get(SCALES)
         if scales is not None and not scales.requires_grad:  # of a quantized value that is sharded
             sizes[scales] = 0
-            if (state := getattr(module, "quant_state", None)) is not None:
-                sizes[module._parameters["weight"]] = math.prod(state.shape)
+            weight = module._parameters.get("weight")
+            if weight is not None and (state := getattr(module, "quant_state", None)) is not None:
+                sizes[weight] = math.prod(state.shape)
     return sizes
 
 

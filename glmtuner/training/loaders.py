@@ -95,7 +95,8 @@ class LoadingTrainer(Trainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
         """transformers' sampler of the rows themselves."""
-        return super()._get_eval_sampler(eval_dataset.rows if isinstance(eval_dataset, PaddedRows) else eval_dataset)
+        rows: Any = eval_dataset.rows if isinstance(eval_dataset, PaddedRows) else eval_dataset
+        return super()._get_eval_sampler(rows)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """transformers' loader, which it keeps for the next evaluation if its workers persist.
@@ -103,7 +104,7 @@ class LoadingTrainer(Trainer):
         Batches of an objective are filled up as in the training: its loss may be one of all rows of a batch.
         """
         load = super().get_eval_dataloader
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         loader = load(rows) if self.objective is None else self._evened(rows, load)
         self.share_rows(loader)
         draw_base_seed(loader)

@@ -32,7 +32,7 @@ GRPO = ("stage=grpo", ASKED, "reward=[number,length]", "reward.length.buffer_tok
 ACCUMULATED = "trainer.gradient_accumulation_steps=2"
 CELLS: dict[str, Sequence[str]] = {
     "sft-lora": PREDICTS,
-    "sft-lora-int4": PREDICTS,
+    "sft-lora-int4": (*PREDICTS, "trainer.save_steps=2"),
     "sft-lora-int8": PREDICTS,
     "sft-p_tuning": PREDICTS,
     "sft-p_tuning-int4": PREDICTS,
@@ -62,6 +62,7 @@ CELLS: dict[str, Sequence[str]] = {
 }  # fmt: skip
 # architecture -> whether it has experts that are quantized, too
 SHARDED = {"llama": False, "mixtral": True, "qwen3_next": True}
+RESUMED = "sft-lora-int4"  # is also resumed after its second step
 SMALL = ("sft-lora-int4", "rm-lora", "kto-lora", "ppo-lora")
 Cells = list[dict[str, Any]]
 
@@ -70,7 +71,13 @@ def words_of(name: str, count: int, parallel: str, here: Path) -> list[str]:
     """The command line of a cell for so many ranks; of one that needs a reward model, that of the same kind by one process."""
     stage, method, *more = name.split("-")
     quant = [f"quant={each}" for each in more if each.startswith("int")]
-    words = [*WORDS, f"finetuning={method}", *quant, *CELLS[name], *(["finetuning.lora_dropout=0"] if method == "lora" else [])]
+    words = [
+        *WORDS,
+        f"finetuning={method}",
+        *quant,
+        *CELLS[name],
+        *(["finetuning.lora_dropout=0"] if method == "lora" else []),
+    ]
     if stage == "ppo":
         words.append(f"model.reward_model={here / 'one' / name.replace('ppo', 'rm')}")
     rows = 8 // count // (2 if ACCUMULATED in words else 1)
@@ -111,7 +118,15 @@ class Ranks:
         missing = [name for name in names if not (self.here / "one" / name / "metrics.json").is_file()]
         if missing:
             start(self.here, [{"words": words_of(name, 1, "none", self.here)} for name in missing], 1)
-        start(self.here, [{"words": words_of(name, count, parallel, self.here)} for name in names], count)
+        cells: Cells = [{"words": words_of(name, count, parallel, self.here)} for name in names]
+        place = self.here / f"{parallel}-{count}"
+        undisturbed, resumed = place / RESUMED, place / f"{RESUMED}-resumed"
+        checkpoint = f"trainer.resume_from_checkpoint={undisturbed / 'checkpoints/checkpoint-2'}"
+        words = words_of(RESUMED, count, parallel, self.here)[:-1]
+        start(self.here, [*cells, {"words": [*words, checkpoint, f"trainer.output_dir={resumed}"]}], count)
+        for name in ("adapter/adapter_model.safetensors", "predictions.jsonl", "losses.jsonl"):
+            assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes(), name
+        assert [line["step"] for line in lines(resumed / "history.jsonl") if "loss" in line] == [3, 4]
         problems = {}
         for name in names:
             try:
@@ -130,7 +145,9 @@ class Ranks:
                 out = str(self.here / f"shards-{name}-{bits}-{count}.json")
                 cells.append({"shards": str(self.here / "models" / name), "bits": bits, "out": out})
         start(self.here, cells, count)
-        return {f"{Path(cell['shards']).name}-{cell['bits']}": json.loads(Path(cell["out"]).read_text()) for cell in cells}
+        return {
+            f"{Path(cell['shards']).name}-{cell['bits']}": json.loads(Path(cell["out"]).read_text()) for cell in cells
+        }
 
 
 def close(found: Any, wanted: Any, tolerance: float = 1e-5, relative: float = 1e-4) -> Any:
@@ -190,7 +207,10 @@ def check_shards(found: dict[str, Any], count: int) -> None:
         for own in every:
             assert abs(own["loss"]) < 1e-5 and own["gradient"] < 1e-5, (name, own)
             tensors = own["tensors"]
-            assert tensors[0] == tensors[1] == tensors[2] == own["scales"] > 0 and len({*own["gradients"]}) == 1, (name, own)
+            assert tensors[0] == tensors[1] == tensors[2] == own["scales"] > 0 and len({*own["gradients"]}) == 1, (
+                name,
+                own,
+            )
             # a row of a weight that cannot be divided is at most one more on a rank
             for key in ("loaded", "sharded"):
                 assert own[key] <= own["whole"] / count + tensors[0] * 64, (name, key, own)

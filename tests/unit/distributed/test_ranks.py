@@ -116,6 +116,15 @@ def test_one_process_a_gpu_is_started_unless_typed(monkeypatch: pytest.MonkeyPat
     assert ranks.processes_to_start(compose(["model=tiny_glm", *words]).run.parallel) == count
 
 
+def test_work_is_divided_so_that_every_rank_does_as_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ranks.turns(3) == [0, 1, 2] and ranks.turns(0) == []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for count, wanted in ((5, [[0, 4], [1, None], [2, None], [3, None]]), (3, [[0], [1], [2], [None]])):
+        for rank, own in enumerate(wanted):
+            monkeypatch.setenv("RANK", str(rank))
+            assert ranks.turns(count) == own
+
+
 def test_a_rank_starts_no_more_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert ranks.processes_to_start(compose(["parallel=ddp"]).run.parallel) == 1

@@ -18,7 +18,7 @@ from glmtuner.launch.register import register_presets
 from glmtuner.models.value_head import ValueHead, save_head
 from glmtuner.objectives.grpo import GrpoObjective
 from glmtuner.objectives.objective import Weights
-from glmtuner.objectives.rollouts import RewardModelScores, random_states
+from glmtuner.objectives.rollouts import RewardModelScores, random_states, shuffled
 
 register_presets()
 PROMPTS = [[5, 6, 7], [8, 9]]
@@ -269,6 +269,19 @@ def test_a_steps_standard_deviation_is_that_of_all_ranks(loss, monkeypatch):
     if loss == "grpo":
         every = torch.tensor([*theirs, *mine])
         assert whole[8].item() == pytest.approx((1 - 0.375) / (every.std().item() + 1e-4), abs=1e-5)
+
+
+def test_rows_that_fill_up_a_batch_come_last_and_are_left_out_where_no_rank_has_others(monkeypatch):
+    real = torch.tensor([True, False, True, False, True, False, False, False])
+    for seed in range(5):
+        torch.manual_seed(seed)
+        (whole,) = shuffled(real, None)
+        assert {*whole.tolist()} == {*range(8)} and real[whole].tolist() == [True] * 3 + [False] * 5
+        parts = shuffled(real, 2)
+        assert [len(part) for part in parts] == [2, 2] and sorted(torch.cat(parts)[:3].tolist()) == [0, 2, 4]
+    monkeypatch.setattr(ranks, "all_gather", lambda value: [value, 3])  # another rank has five rows
+    assert len(shuffled(real, 2)) == 3
+    assert len({tuple(shuffled(torch.ones(4, dtype=torch.bool), None)[0].tolist()) for _ in range(20)}) > 5
 
 
 def test_what_is_drawn_depends_on_seed_step_and_place_among_all_ranks(monkeypatch):

@@ -156,6 +156,21 @@ def test_whitening():
     assert not white[~mask].any()
     kept = losses.whitened(values, mask, shift_mean=False)
     assert kept[mask].mean().item() == pytest.approx(values[mask].mean().item(), abs=1e-5)
+    halves = [(values[:2], mask[:2]), (values[2:], mask[2:])]  # as of two ranks, which add up what the formula sums
+    asked: list[list[torch.Tensor]] = []
+    for _ in range(3):  # the sums of a pass over both halves are known in the next one
+        known, found = asked, []
+        asked = []
+        for part, part_mask in halves:
+            own: list[torch.Tensor] = []
+
+            def total(value, own=own, known=known):
+                own.append(value)
+                return sum(each[len(own) - 1] for each in known) if known else value
+
+            found.append(losses.whitened(part, part_mask, total=total))
+            asked.append(own)
+    torch.testing.assert_close(torch.cat(found), white)
     alone = losses.whitened(torch.tensor([[5.0]]), torch.tensor([[True]]))
     assert alone.item() == 0  # one token has no variance, and no division by zero
 
