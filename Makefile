@@ -57,9 +57,12 @@ test-latest: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(LATEST) transformers
 	PYTHONPATH=$(LATEST) $(BIN)/python tests/architectures/matrix.py
 
+# on two clusters of two nodes each, one for each worker of pytest
 test-slurm: $(READY)
-	SLURM_CONF=$$(scripts/local_slurm.sh start .slurm) $(BIN)/python -m pytest tests/slurm; \
-	status=$$?; scripts/local_slurm.sh stop .slurm; exit $$status
+	export OMP_NUM_THREADS=1 SLURM_CONFS; \
+	SLURM_CONFS="$$(scripts/local_slurm.sh start .slurm/1) $$(SLURMCTLD_PORT=16827 SLURMD_PORT=16828 scripts/local_slurm.sh start .slurm/2)"; \
+	$(BIN)/python -m pytest tests/slurm --numprocesses 2 --dist loadfile --no-loadscope-reorder; status=$$?; \
+	SLURMCTLD_PORT=16827 scripts/local_slurm.sh stop .slurm/2; scripts/local_slurm.sh stop .slurm/1; exit $$status
 
 # beside the environment, not in it: with Triton installed other libraries do other things
 test-liger: $(READY)

@@ -66,12 +66,10 @@ def lines(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def processes_of(job: str) -> list[int]:
-    """The processes of submitit that run this SLURM job."""
+def job_processes() -> dict[int, set[str]]:
+    """The processes of submitit that run jobs of this SLURM, which may be one of several, with their environment variables."""
     listed = subprocess.run(["pgrep", "-f", "python.* -m submitit.core._submit"], capture_output=True, text=True)
-    array, _, task = job.partition("_")
-    wanted = {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"} if task else {f"SLURM_JOB_ID={array}"}
-    found = []
+    found, own = {}, os.environ.get("SLURM_CONF")
     for pid in listed.stdout.split():
         try:
             if not Path(f"/proc/{pid}/comm").read_text().startswith("python"):
@@ -79,9 +77,16 @@ def processes_of(job: str) -> list[int]:
             environment = {*Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")}
         except OSError:
             continue
-        if wanted <= environment:
-            found.append(int(pid))
+        if own is None or f"SLURM_CONF={own}" in environment:
+            found[int(pid)] = environment
     return found
+
+
+def processes_of(job: str) -> list[int]:
+    """The processes of submitit that run this SLURM job."""
+    array, _, task = job.partition("_")
+    wanted = {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={task}"} if task else {f"SLURM_JOB_ID={array}"}
+    return [pid for pid, environment in job_processes().items() if wanted <= environment]
 
 
 def folders(sweep: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from glmtuner.console import complain
@@ -201,7 +203,27 @@ class Heartbeat:
         recording = threading.Thread(target=_tell, args=(loss,), daemon=True)
         recording.start()
         recording.join(ENDING_SECONDS)
+        if speaks and loss.unreachable:
+            end_cut_off_agent()
         end_process()
+
+
+def end_cut_off_agent() -> None:
+    """End torchrun, this process's parent, where it waits for a rendezvous that this machine does not reach, and may restart nothing.
+
+    It waits in a call that neither its own timeouts nor SIGTERM end, and would keep this machine for as long.
+    """
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
+        return
+    place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    with suppress(OSError):
+        socket.create_connection(place, timeout=CONNECT_SECONDS).close()
+        return
+    with suppress(OSError):  # gone, or not Linux
+        agent = os.getppid()
+        if any(name in Path(f"/proc/{agent}/cmdline").read_bytes() for name in (b"torch", b"accelerate")):
+            complain(f"process {agent}, which started this rank, waits for {place[0]}:{place[1]}, and is killed")
+            os.kill(agent, signal.SIGKILL)
 
 
 def end_process() -> NoReturn:
@@ -279,11 +301,11 @@ def start(
     gather: Callable[[str], list[str]],
     *,
     ends: bool,
-) -> None:
-    """Connect the ranks; `share` gives all of them what rank 0 calls it with, `gather` the values of all of them.
+) -> Heartbeat | None:
+    """Connect the ranks, and return this one's heartbeat; `share` gives all of them what rank 0 calls it with, `gather` the values of all of them.
 
     Without `ends` this process is not ended when a rank has gone, which the process that started it sees. Where a rank does not reach
-    rank 0, nothing is watched, which rank 0 says.
+    rank 0, nothing is watched, which rank 0 says, and None is returned.
     """
     global _current
     own = Peer(rank, socket.gethostname(), os.getpid())
@@ -307,13 +329,14 @@ def start(
                 f"{problems[0]} ({', '.join(meeting.addresses)}; {len(problems)} of {count - 1} do not), as behind a firewall: a rank that "
                 "has gone is waited for as long as trainer.ddp_timeout says"
             )
-        return
+        return None
     for each in connections:
         each.link.setblocking(False)
         each.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             each.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(lost_after * 1000))
     _current = Heartbeat(own, connections, lost_after, ends)
+    return _current
 
 
 def listen(count: int) -> socket.socket:

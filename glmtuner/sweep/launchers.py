@@ -7,10 +7,11 @@ import copy
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,10 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as SubmititSlurm
 from omegaconf import OmegaConf
 
-from glmtuner.console import say
+from glmtuner.console import complain, say
+from glmtuner.distributed.heartbeat import told_of_loss
 from glmtuner.distributed.visible import only, visible_gpus
-from glmtuner.errors import ConfigError
+from glmtuner.errors import ConfigError, RankLost
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.locks import try_lock
 from glmtuner.run_folder.redaction import redact_value
@@ -105,6 +107,9 @@ class SlurmLauncher(SubmititSlurm):
     """
 
     places: dict[int, tuple[Path, str]]  # the sweep's folder and the name of the job's, by its number
+    puts_back: (
+        bool  # a job of which a machine cannot be reached; what follows a job of a detached sweep does that itself
+    )
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         assert self.config is not None
@@ -177,6 +182,7 @@ class SlurmLauncher(SubmititSlurm):
             state[HydraConfig].cfg = without_secrets(hydra_config.cfg)
         pickled = copy.copy(self)  # submitit writes it to disk
         pickled.params, pickled.config = {}, without_secrets(self.config)
+        pickled.puts_back = not detached
         pickled.places = {number: (root.absolute(), names[number]) for number, _ in fresh}
         try:
             return executor.map_array(
@@ -209,12 +215,29 @@ class SlurmLauncher(SubmititSlurm):
             raise SystemExit(1)  # ends the other tasks
         how = INTERRUPTED
         try:
-            done = super().__call__(*arguments)
+            with told_of_loss(put_back) if counts and self.puts_back else nullcontext():
+                done = super().__call__(*arguments)
             how = DONE
         finally:
             if counts:
                 end_attempt(root, name, how)
         return JobReturn(overrides=done.overrides, status=done.status, _return_value=done._return_value)
+
+
+def put_back(loss: RankLost) -> None:
+    """Put this SLURM job back into the queue if a machine of it cannot be reached: SLURM itself notices that minutes later.
+
+    Until then it would take the end of rank 0 for a failure of the job.
+    """
+    if not loss.unreachable:
+        return
+    done = subprocess.run(["scontrol", "requeue", own_job_id()], capture_output=True, text=True, check=False)
+    if done.returncode:
+        complain(
+            f"SLURM did not put job {own_job_id()} back into the queue ({done.stderr.strip()}); type the same command"
+        )
+    else:
+        say(f"SLURM job {own_job_id()} goes back into the queue")
 
 
 SETUP_VARIABLE = "GLMTUNER_SETUP_{}"  # a shell line of the user that holds a secret

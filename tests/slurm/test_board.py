@@ -1,4 +1,4 @@
-"""A board on a real SLURM of one node (`make test-slurm`): a sweep is submitted from it, stopped with a checkpoint, and continued."""
+"""A board on a real SLURM (`make test-slurm`): a sweep is submitted from it, stopped with a checkpoint, and continued."""
 
 import os
 import subprocess

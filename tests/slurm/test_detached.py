@@ -1,4 +1,4 @@
-"""Detached sweeps on a real SLURM of one node (`make test-slurm`): nobody waits for them, and their report is written all the same."""
+"""Detached sweeps on a real SLURM (`make test-slurm`): nobody waits for them, and their report is written all the same."""
 
 import json
 import os

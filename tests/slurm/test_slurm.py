@@ -1,4 +1,4 @@
-"""A sweep on a real SLURM of one node (`make test-slurm`): preempted, killed, started again, and equal to an undisturbed one."""
+"""A sweep on a real SLURM (`make test-slurm`): preempted, killed, started again, and equal to an undisturbed one."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import wandb_file
+from slurm_cluster import job_processes
 
 from glmtuner.run_folder.folder import job_folders
 
@@ -105,12 +106,6 @@ def begun(sweep: Path, logged: int, name: str = "") -> Path | None:
     return next((f for f in found if name in f.name and lines(f) >= logged and not (f / "metrics.json").exists()), None)
 
 
-def job_processes() -> list[int]:
-    """The processes of submitit's jobs."""
-    listed = subprocess.run(["pgrep", "-f", "python.* -m submitit.core._submit"], capture_output=True, text=True)
-    return [int(pid) for pid in listed.stdout.split() if Path(f"/proc/{pid}/comm").read_text().startswith("python")]
-
-
 def same(sweep: Path, other: Path) -> None:
     assert [folder.name for folder in folders(sweep)] == [folder.name for folder in folders(other)]
     for mine, theirs in zip(folders(sweep), folders(other), strict=True):
@@ -173,7 +168,7 @@ def test_a_killed_job_is_tried_again_and_nothing_finished_is(here: Path, undistu
     sweep = here / "outputs/sweeps/killed"
     driver.jobs()
     wait(lambda: begun(sweep, 5))
-    victim = wait(job_processes)[0]
+    victim = min(wait(job_processes))
     os.kill(victim, signal.SIGKILL)
     assert driver.end() == 1, driver.said()
     assert "3 finished" in driver.said() and "1 failed" in driver.said()
@@ -207,7 +202,7 @@ def test_a_task_that_dies_ends_its_job_and_the_sweep_goes_on_with_it(here: Path)
     driver = Driver(here, *words)
     sweep = here / "outputs/sweeps/task_killed"
     wait(lambda: begun(sweep, 5))
-    (second,) = [pid for pid in job_processes() if b"SLURM_PROCID=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    (second,) = [pid for pid, environment in job_processes().items() if "SLURM_PROCID=1" in environment]
     os.kill(second, signal.SIGKILL)
     assert driver.end() == 1, driver.said()
     again = Driver(here, *words)

@@ -1,4 +1,4 @@
-"""A race on a real SLURM of one node: its command killed, a job put back, and the decisions of one undisturbed process."""
+"""A race on a real SLURM: its command killed, a job put back, and the decisions of one undisturbed process."""
 
 import json
 import os
