@@ -29,6 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark_board import BOARD, TENSORBOARD, TRACKIO
 from benchmark_board import GOALS as BOARD_GOALS
 from benchmark_board import measure as measure_board
+from benchmark_data import GOAL_LLAMAFACTORY as DATA_GOAL
+from benchmark_data import GOAL_MIB, GOAL_TOKENIZERS, TOKENIZERS
+from benchmark_data import measure as measure_data
 from benchmark_sweep import APART, GOAL_LLAMAFACTORY, GOALS, SHARED
 from benchmark_sweep import measure as measure_sweep
 
@@ -46,6 +49,7 @@ PARTS = (
     "startup",
     "config_error",
     "preprocessing",
+    "data",
     "training",
     "prediction",
     "preference",
@@ -183,6 +187,12 @@ def table_rows(measured: dict[str, dict[str, list[dict[str, float]]]]) -> list[R
         ("many_per_second", f"file to rows, {COPIES} times the file"),
     ):
         add("preprocessing", what, "records/s", name, OURS, THEIRS, **higher_is_better, at_least=5.0)
+    for against, goal in ((THEIRS, DATA_GOAL), (TOKENIZERS, GOAL_TOKENIZERS)):
+        add(
+            "data", "generated file to rows", "records/s", "per_second", OURS, against, **higher_is_better, at_least=goal
+        )  # fmt: skip
+    if peaks := series("data", OURS, "peak_mib"):
+        rows.append(bound_row("data", "generated file to rows, peak memory of a process", "MiB", peaks, under=GOAL_MIB))
     rate = ("training", "training", "tokens/s", "tokens_per_second")
     add(*rate, OURS, THEIRS, **higher_is_better, at_least=2.0)
     add(*rate, OURS, THEIRS_FAST, **higher_is_better, at_least=1.3)
@@ -346,6 +356,7 @@ class Bench:
     repeats: int
     seed: int = 0  # of the model that is made
     before: Path | None = None  # another checkout, for the sweep's jobs one after another
+    generated: int = 200_000  # records of the part `data`
     measured: dict[str, dict[str, list[dict[str, float]]]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     count: int = 0
@@ -518,6 +529,9 @@ class Bench:
             )
 
         self.take_turns("preprocessing", {OURS: ours, THEIRS: theirs})
+
+    def data(self) -> None:
+        measure_data(self, OURS, THEIRS, self.generated)
 
     def training(self) -> None:
         """One epoch over the same records: tokens without padding, divided by the seconds of `Trainer.train`."""
@@ -1078,6 +1092,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cutoff", type=count_of, default=256, help="tokens of a row at most (%(default)s)")
     parser.add_argument("--predict", type=count_of, default=96, help="records to answer (%(default)s)")
     parser.add_argument("--max-new-tokens", type=count_of, default=128, help="of an answer (%(default)s)")
+    parser.add_argument("--records", type=count_of, default=200_000, help="generated for the part data (%(default)s)")
     parser.add_argument(
         "--data",
         type=Path,
@@ -1133,6 +1148,7 @@ def main() -> None:
         repeats=options.repeats,
         seed=options.seed,
         before=options.before.resolve() if options.before else None,
+        generated=options.records,
     )
     shutil.rmtree(folder / "runs", ignore_errors=True)
     bench.about |= {"machine": machine(options.threads), "load": load, "data": data.name}

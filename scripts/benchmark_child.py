@@ -7,6 +7,7 @@ llamafactory_ run in LLaMA-Factory's environment, so modules are imported inside
 import argparse
 import contextlib
 import json
+import os
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -290,6 +291,49 @@ def glmtuner_prepare(settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("rows"):
         Path(settings["rows"]).write_text(json.dumps(rows))
     return {**measured, "records": len(rows), "tokens": sum(len(ids) for ids, _ in rows)}
+
+
+def glmtuner_rows(settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds from the data file to the memory-mapped rows, without imports and loading the tokenizer; the largest peak memory."""
+    import resource
+
+    import datasets  # noqa: F401 - as in glmtuner_prepare
+    import tiktoken  # noqa: F401
+
+    from glmtuner.stages.sft import Sft
+
+    original, measured = Sft.datasets, {}
+
+    def timed(self: Any, run: Any, specs: Any, template: Any, tokenizer: Any) -> Any:
+        started = time.perf_counter()
+        data = original(self, run, specs, template, tokenizer)
+        measured.update(seconds=time.perf_counter() - started, records=len(data.train))
+        raise MeasurementDone
+
+    Sft.datasets = timed
+    with contextlib.suppress(MeasurementDone):
+        command_line(settings["overrides"])
+    peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return {**measured, "peak_mib": max(peaks)}
+
+
+def tokenizers_batches(settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds that the tokenizers library takes to encode all texts of a file, a thousand records at a time, on its own threads."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    from itertools import islice
+
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(settings["model"]) / "tokenizer.json"))
+    seconds, records = 0.0, 0
+    with open(settings["file"], encoding="utf-8") as file:
+        while lines := list(islice(file, 1000)):
+            texts = [turn["content"] for line in lines for turn in json.loads(line)["messages"]]
+            started = time.perf_counter()
+            tokenizer.encode_batch(texts, add_special_tokens=False)
+            seconds += time.perf_counter() - started
+            records += len(lines)
+    return {"seconds": seconds, "records": records}
 
 
 def glmtuner_predict(settings: dict[str, Any]) -> dict[str, Any]:
@@ -666,7 +710,7 @@ def llamafactory_prepare(settings: dict[str, Any]) -> dict[str, Any]:
 ROLES = {
     role.__name__: role
     for role in (
-        make_model, cut_records, bare_loop, glmtuner_prepare, glmtuner_predict, glmtuner_packed, llamafactory_prepare, new_model,
+        make_model, cut_records, bare_loop, glmtuner_prepare, glmtuner_rows, tokenizers_batches, glmtuner_predict, glmtuner_packed, llamafactory_prepare, new_model,
         glmtuner_pairs, glmtuner_preference, trl_preference, glmtuner_prompts,
         glmtuner_grpo, trl_grpo, glmtuner_benchmarks, harness_benchmarks,
     )

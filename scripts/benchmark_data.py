@@ -1,4 +1,7 @@
-"""Generate records of any number for the benchmark of preprocessing: conversations in Chinese and English, about 1 kB each."""
+"""The part `data` of benchmark.py: generated conversations in Chinese and English, about 1 kB each, from the file to the rows.
+
+By itself it writes such a file: `python scripts/benchmark_data.py 10000000 records.jsonl`.
+"""
 
 import argparse
 import json
@@ -6,9 +9,14 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 SAMPLES = Path(__file__).resolve().parent.parent / "glmtuner/assets/data"
 SEED = 42
+TOKENIZERS = "encode_batch of tokenizers, the same texts"
+GOAL_LLAMAFACTORY, GOAL_TOKENIZERS, GOAL_MIB = 5.0, 1 / 1.5, 2048.0
+LENGTH = 1024  # tokens of a prompt, of an answer, and of LLaMA-Factory's row: little is cut
+SHARE = 10  # LLaMA-Factory gets one in so many records
 CHARACTERS = 520  # of a record's turns, on average: nearly 1 kB in UTF-8
 
 
@@ -60,8 +68,45 @@ def write(path: Path, count: int) -> int:
     return path.stat().st_size
 
 
+def measure(bench: Any, ours: str, theirs: str, count: int) -> None:
+    """Measure records a second from the file to the rows, and those of the tokenizers library alone; rates and peak memory."""
+    data = bench.folder / "data"
+    sizes = {"generated": write(data / "generated.jsonl", count)}
+    sizes["generated_part"] = write(data / "generated_part.jsonl", max(count // SHARE, 1))
+    info = json.loads((data / "dataset_info.json").read_text(encoding="utf-8"))
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    for name in sizes:
+        columns = {"messages": "messages"}
+        info[name] = {"file_name": f"{name}.jsonl", "formatting": "sharegpt", "columns": columns, "tags": tags}
+    (data / "dataset_info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+    bench.about["data_part"] = {"records": count, "bytes": sizes["generated"]}
+
+    def rates(role: str, folder: Path, **settings: Any) -> dict[str, float]:
+        result, ended = bench.child(role, folder, **settings)
+        peak = result.get("peak_mib", ended.peak_mib)
+        return {"per_second": result["records"] / result["seconds"], "peak_mib": peak, "cpu_seconds": ended.cpu_seconds}
+
+    def by_glmtuner() -> dict[str, float]:
+        folder = bench.fresh("data ours")
+        lengths = ("data.max_source_length", "data.max_target_length")
+        typed = [each for each in bench.overrides(folder, "generated") if not each.startswith(lengths)]
+        typed += [*(f"{name}={LENGTH}" for name in lengths), f"data.preprocessing_num_workers={bench.threads}"]
+        return rates("glmtuner_rows", folder, overrides=typed)
+
+    def by_llamafactory() -> dict[str, float]:
+        folder = bench.fresh("data llamafactory")
+        more = {"cutoff_len": LENGTH, "preprocessing_num_workers": bench.threads}
+        return rates("llamafactory_prepare", folder, arguments=bench.arguments(folder, "generated_part", **more))
+
+    def by_tokenizers() -> dict[str, float]:
+        file = str(data / "generated.jsonl")
+        return rates("tokenizers_batches", bench.fresh("data tokenizers"), model=str(bench.model), file=file)
+
+    bench.take_turns("data", {ours: by_glmtuner, theirs: by_llamafactory, TOKENIZERS: by_tokenizers})
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("count", type=int, help="records")
     parser.add_argument("path", type=Path, help="the file to write, .jsonl")
     options = parser.parse_args()
