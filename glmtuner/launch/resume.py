@@ -24,7 +24,7 @@ KNOB = "trainer.resume_from_checkpoint"
 MAY_CHANGE = (
     "name", "objective", "model.plot_loss", "generation.*", "metric.*", "tracker.*", "parallel.*",
     "trainer.resume_from_checkpoint", "trainer.max_steps", "trainer.num_train_epochs",
-    "trainer.logging_*", "trainer.log_*", "trainer.eval_*", "trainer.save_*", "trainer.per_device_eval_batch_size",
+    "trainer.logging_*", "trainer.log_*", "trainer.eval_*", "trainer.save_*", "trainer.async_save", "trainer.per_device_eval_batch_size",
     "trainer.do_eval", "trainer.do_predict", "trainer.predict_with_generate", "trainer.prediction_loss_only",
     "trainer.*_full_eval", "trainer.load_best_model_at_end", "trainer.metric_for_best_model", "trainer.greater_is_better",
     "trainer.early_stopping_*",
@@ -206,11 +206,11 @@ def _shown(value: Any) -> str:
 
 def require_same_optimizer(checkpoint: Path, optimizer: "torch.optim.Optimizer", name: str) -> None:
     """Raise CheckpointError where a checkpoint's optimizer state is not of this optimizer, which has taken a step on one layer."""
-    import torch
+    from glmtuner.training.optimizer_state import LAYOUT, read_file
 
-    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    saved = read_file(checkpoint)
     before, now = (
-        {str(entry) for entries in state["state"].values() for entry in entries}
+        {str(entry) for part in ("state", LAYOUT) for entries in state.get(part, {}).values() for entry in entries}
         for state in (saved, optimizer.state_dict())
     )
     state = optimizer.state_dict()

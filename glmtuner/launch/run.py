@@ -26,7 +26,7 @@ from glmtuner.launch.arguments import training_arguments
 from glmtuner.launch.between_jobs import base_key_of
 from glmtuner.launch.build import load_trainable_model, resolve_family, resolve_template
 from glmtuner.launch.checks import check_base, check_liger, check_liger_runs, check_shared_heads, check_whole_batch
-from glmtuner.launch.device import device_of, place_model, reuse_memory
+from glmtuner.launch.device import device_of, place_model, return_memory, reuse_memory
 from glmtuner.launch.inputs import start_hashing
 from glmtuner.launch.libraries import load_libraries
 from glmtuner.launch.memory_check import needs_checkpointing
@@ -197,6 +197,8 @@ def set_up(
     family, finetuning = resolve_family(run, model_config)
 
     load_libraries(compiles=needs_compiler(run), trains=True)
+    if in_shares := run.parallel.loads_shares and ranks.world_size() > 1:
+        return_memory()
     if run.model.rope_scaling is not None:
         from glmtuner.models.load import load_config
 
@@ -237,7 +239,7 @@ def set_up(
         device,
         tokenizer,
         parts.load_model,
-        in_shares=run.parallel.loads_shares and ranks.world_size() > 1,
+        in_shares=in_shares,
     )
     if data.train is not None:
         check_positions(model, longest_row(data.train))
@@ -248,7 +250,7 @@ def set_up(
     initialize_method(context, device, resumes, checkpoint)
     keep_originals(model)
     objective = stage.objective(context)
-    if device.type == "cpu" and run.trainer.do_train and run.data.packing:
+    if device.type == "cpu" and run.trainer.do_train and run.data.packing and not in_shares:
         reuse_memory()
 
     if ranks.is_main():
