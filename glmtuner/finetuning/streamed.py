@@ -99,6 +99,7 @@ def plan_of_model(model: "PreTrainedModel", folder: Path, left_out: Sequence[str
 
     `left_out` are beginnings of names.
     """
+    from huggingface_hub import get_torch_storage_size, split_state_dict_into_shards_factory
     from transformers import modeling_utils
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -107,17 +108,23 @@ def plan_of_model(model: "PreTrainedModel", folder: Path, left_out: Sequence[str
     state = described({name: value for name, value in model.state_dict().items() if not name.startswith((*left_out,))})
     files: dict[str, File] = {}
     planned: Described = {}
-    before = modeling_utils.safe_save_file
+    before = modeling_utils.safe_save_file, modeling_utils.split_torch_state_dict_into_shards
 
     def take_down(tensors: Described, path: str, metadata: Mapping[str, str]) -> None:
         files[Path(path).name] = File.of(tensors, metadata)
         planned.update(tensors)
 
-    modeling_utils.safe_save_file = take_down  # type: ignore[assignment]
+    def split(tensors: Described, **options: Any) -> Any:
+        """As `split_torch_state_dict_into_shards`, which takes tensors without values for views of storages of their own."""
+        return split_state_dict_into_shards_factory(
+            tensors, get_storage_size=get_torch_storage_size, get_storage_id=lambda each: each.untyped_storage()._cdata, **options
+        )
+
+    modeling_utils.safe_save_file, modeling_utils.split_torch_state_dict_into_shards = take_down, split  # type: ignore[assignment]
     try:
         model.save_pretrained(folder, state_dict=dict(state))
     finally:
-        modeling_utils.safe_save_file = before
+        modeling_utils.safe_save_file, modeling_utils.split_torch_state_dict_into_shards = before
     if not is_converted(model):
         return Plan(files, [[name] for name in state if name in planned])
     kept = modeling_utils.remove_tied_weights_from_state_dict(dict(state), model)

@@ -1,5 +1,6 @@
 """The checkpoint that trainer.resume_from_checkpoint names, and whether this run may continue its training."""
 
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,14 @@ from glmtuner.config.schema import Run, key_defaults
 from glmtuner.console import say
 from glmtuner.errors import CheckpointError, ConfigError, did_you_mean
 from glmtuner.run_folder.acquire import RESUME_IGNORED_KEYS, differing_keys
-from glmtuner.run_folder.checkpoints import checkpoint_problem, checkpoints, latest_complete_checkpoint, step_of
+from glmtuner.run_folder.checkpoints import (
+    checkpoint_problem,
+    checkpoints,
+    latest_complete_checkpoint,
+    saved_ranks,
+    saved_rows,
+    step_of,
+)
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import CHECKPOINTS, MARKER
 
@@ -37,6 +45,8 @@ MAY_CHANGE = (
 )  # fmt: skip
 # Of the keys above, those that change the rest of the schedule, which is said.
 CHANGES_SCHEDULE = ("trainer.max_steps", "trainer.num_train_epochs")
+# Of which only the product with the number of processes matters, as `require_same_rows` checks.
+BATCH_KEYS = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
 MAX_LISTED = 6
 
 
@@ -70,7 +80,47 @@ def checkpoint_to_resume(run: Run, config: DictConfig, folder: Path, ranks: int)
             "type another trainer.output_dir"
         )
     require_same_training(run, config, checkpoint)
+    require_same_rows(run, config, checkpoint, ranks)
     return checkpoint
+
+
+def rows_per_step(run: Run, ranks: int) -> int:
+    """The rows of an optimizer step of so many processes."""
+    trainer = run.trainer
+    return (
+        trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * ranks // run.parallel.ranks_per_row
+    )
+
+
+def require_same_rows(run: Run, config: DictConfig, checkpoint: Path, ranks: int) -> None:
+    """Raise CheckpointError where so many processes learn other rows in a step than those that wrote the checkpoint did."""
+    source = run_folder_of(str(checkpoint))
+    before, saved = saved_ranks(checkpoint), RunFolder(source).config() if source is not None else None
+    rows = saved_rows(checkpoint)
+    if rows is None and saved is not None:  # of an earlier version, and of as many processes
+        shared = int(_value(saved, "parallel.sequence") or 1)
+        rows = math.prod(int(_value(saved, key) or 1) for key in BATCH_KEYS) * before // shared
+    now, group = rows_per_step(run, ranks), run.parallel.ranks_per_row
+    changed = [] if saved is None else [key for key in BATCH_KEYS if _value(saved, key) != _value(config, key)]
+    listed = [_comparison(key, saved, config) for key in changed if saved is not None]
+    listed += [f"processes are {before} there and {ranks} here"] if ranks != before else []
+    if rows is not None and rows != now:
+        own, left = divmod(rows * group, ranks)
+        advice = (
+            f"with {ranks} processes, {' times '.join(BATCH_KEYS)} must be {own}"
+            if not left
+            else f"{ranks} processes cannot share {rows} rows equally: run a number that divides them"
+        )
+        raise CheckpointError(
+            f"{KNOB}={checkpoint} is of a training with {rows} rows in an optimizer step, and this run has {now} ({'; '.join(listed)}); "
+            f"{advice}, or start from its weights with a fresh optimizer: model.checkpoint_dir={checkpoint}"
+        )
+    if run.trainer.train_sampling_strategy == "group_by_length" and changed:
+        raise CheckpointError(
+            f"{KNOB}={checkpoint} with trainer.train_sampling_strategy=group_by_length: batches of similar length are drawn for the rows "
+            f"of a process, of which there are others now ({'; '.join(listed)}), so the order of the data would be another one; type the "
+            f"values of the checkpoint's run and {before} processes"
+        )
 
 
 def lies_in(checkpoint: Path, folder: Path) -> bool:
@@ -185,7 +235,18 @@ def differences(saved: DictConfig, config: DictConfig) -> list[str]:
 
 def differences_when_continued(saved: DictConfig, config: DictConfig) -> list[str]:
     """The keys for whose other values a training is not continued from a checkpoint that the user names."""
-    return [key for key in differences(saved, config) if not may_change(key)]
+    return [key for key in differences(saved, config) if not may_change(key) and key not in BATCH_KEYS]
+
+
+def how_to_continue(folder: RunFolder, config: DictConfig, checkpoint: Path | None) -> str:
+    """What to add to the refusal of a folder whose unfinished run could be continued with these values; may be empty."""
+    if checkpoint is not None or not folder.is_run or folder.is_finished or not checkpoints(folder.path):
+        return ""
+    try:
+        different = differences_when_continued(folder.config(complete=True), config)
+    except CheckpointError:
+        return ""
+    return "" if different else f", or {KNOB}=true to go on from its latest checkpoint with these values"
 
 
 def _value(config: DictConfig, key: str) -> Any:

@@ -19,7 +19,7 @@ from glmtuner.distributed.pause import Paused
 from glmtuner.distributed.preemption import Preempted
 from glmtuner.distributed.shares import take_shares
 from glmtuner.distributed.visible import visible_gpus
-from glmtuner.errors import ConfigError
+from glmtuner.errors import CheckpointError, ConfigError, FolderBusy
 from glmtuner.families.hub import read_config
 from glmtuner.inference.context import RunContext
 from glmtuner.launch.arguments import training_arguments
@@ -36,7 +36,14 @@ from glmtuner.launch.places import catalogue_dirs, output_folder
 from glmtuner.launch.plan import show_plan, write_description
 from glmtuner.launch.reference import with_reference_logprobs
 from glmtuner.launch.rehearsal import rehearse
-from glmtuner.launch.resume import checkpoint_to_resume, differences, differences_when_continued, lies_in
+from glmtuner.launch.resume import (
+    checkpoint_to_resume,
+    differences,
+    differences_when_continued,
+    how_to_continue,
+    lies_in,
+    require_same_rows,
+)
 from glmtuner.launch.template_check import check_first_rows, check_template
 from glmtuner.launch.training import initialize_method, make_trainer, numeric, train
 from glmtuner.launch.upload import create_repository, upload
@@ -128,11 +135,20 @@ def acquire(path: Path, composed: Composed, count: int) -> tuple[RunFolder, bool
     checkpoint = checkpoint_to_resume(run, composed.config, path, count)
     is_own = checkpoint is not None and lies_in(checkpoint, path)
     compare = differences_when_continued if is_own else differences
-    return (
-        RunFolder(path),
-        acquire_run_folder(path, composed.config, run.trainer.overwrite_output_dir, compare),
-        checkpoint,
-    )
+    folder = RunFolder(path)
+    try:
+        resumes = acquire_run_folder(path, composed.config, run.trainer.overwrite_output_dir, compare)
+    except FolderBusy:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{how_to_continue(folder, composed.config, checkpoint)}") from None
+    if resumes and run.trainer.do_train and (latest := latest_complete_checkpoint(path, count)[0]) is not None:
+        try:
+            require_same_rows(run, composed.config, latest, count)
+        except CheckpointError:
+            folder.unlock()
+            raise
+    return folder, resumes, checkpoint
 
 
 def launch_ranks(composed: Composed, folder: RunFolder, count: int) -> dict[str, float]:

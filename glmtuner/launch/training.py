@@ -17,7 +17,7 @@ from glmtuner.launch.device import place_model
 from glmtuner.launch.optimizations import TrainingBatches
 from glmtuner.launch.pause import evaluate_pause, pause_of
 from glmtuner.launch.resume import lies_in
-from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, step_of
+from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, saved_ranks, step_of
 from glmtuner.run_folder.folder import RunFolder, is_out_of_memory
 from glmtuner.run_folder.names import EVALUATIONS, KEPT
 from glmtuner.stages.stage import learning_stage
@@ -103,6 +103,11 @@ def train(
             if checkpoint.is_relative_to(context.folder.path)
             else f"resumed from {checkpoint}"
         )
+        if (before := saved_ranks(checkpoint)) != ranks.world_size():
+            say(
+                f"number of processes: {ranks.world_size()}, {before} until here: the rows of every step are the same, what is drawn at "
+                "random from here on, such as dropout, is not"
+            )
         trainer.args.eval_on_start = False
     assert data.train is not None and trainer.train_dataset is not None
     first_row = data.train[0]
