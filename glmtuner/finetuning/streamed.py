@@ -117,7 +117,10 @@ def plan_of_model(model: "PreTrainedModel", folder: Path, left_out: Sequence[str
     def split(tensors: Described, **options: Any) -> Any:
         """As `split_torch_state_dict_into_shards`, which takes tensors without values for views of storages of their own."""
         return split_state_dict_into_shards_factory(
-            tensors, get_storage_size=get_torch_storage_size, get_storage_id=lambda each: each.untyped_storage()._cdata, **options
+            tensors,
+            get_storage_size=get_torch_storage_size,
+            get_storage_id=lambda each: each.untyped_storage()._cdata,
+            **options,
         )
 
     modeling_utils.safe_save_file, modeling_utils.split_torch_state_dict_into_shards = take_down, split  # type: ignore[assignment]

@@ -215,10 +215,16 @@ def check_fit(
 
 
 def require_finite(tensors: "Mapping[str, torch.Tensor]", source: object) -> None:
-    """Raise CheckpointError if any of these values is NaN or infinite."""
+    """Raise CheckpointError if any of these values is NaN or infinite; a collective where they are shards."""
+    from torch.distributed.tensor import DTensor
+
+    from glmtuner.distributed import ranks
     from glmtuner.models.load import is_finite
 
-    spoiled = [name for name, value in tensors.items() if not is_finite(value)]
+    own = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+    spoiled = [name for name, value in own.items() if not is_finite(value)]
+    if any(isinstance(value, DTensor) for value in tensors.values()):
+        spoiled = sorted({name for names in ranks.all_gather(spoiled) for name in names})
     if spoiled:
         raise CheckpointError(
             f"{source} holds values that are NaN or infinite, in {len(spoiled)} of {len(tensors)} tensors (such as "
