@@ -398,6 +398,7 @@ class Trainer(TrainerArguments):
     logging_dir: str | None = None
     early_stopping_patience: int | None = None
     early_stopping_threshold: float = 0.0
+    async_save: bool = False
     layerwise_lr_decay: float | None = None
 
     def __post_init__(self) -> None:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from glmtuner.config.groups import Finetuning, ModelFamily, preset
 from glmtuner.finetuning.trained import (
-    TRAINED,
     VALUE_HEAD,
     freeze_all,
+    holds_trained,
     load_model_folder,
     make_trainable,
     restore_trained,
@@ -47,7 +47,7 @@ class Full(Finetuning):
         save_trained(model, folder)
 
     def restore(self, model: "PreTrainedModel", folder: Path) -> None:
-        if (folder / TRAINED).is_file():
+        if holds_trained(folder):
             restore_trained(model, folder)
         else:
             load_model_folder(model, folder)

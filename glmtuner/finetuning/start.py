@@ -25,7 +25,7 @@ from glmtuner.finetuning.merge import merged_adapter
 from glmtuner.finetuning.new_rows import require_new_rows
 from glmtuner.finetuning.p_tuning import PUBLISHED_PREFIX, prefix_settings
 from glmtuner.finetuning.peft import REFUSED, peft_settings, peft_types
-from glmtuner.finetuning.trained import TRAINED, assign, load_folder, load_tensors, names_in
+from glmtuner.finetuning.trained import assign, holds_trained, load_folder, load_trained, names_in
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import ADAPTER, KEPT, MODEL
 
@@ -102,7 +102,7 @@ def checkpoint_in(path: str) -> Checkpoint:
                     f"model.checkpoint_dir={path} holds a {settings['peft_type']} adapter, which cannot be loaded: {reason}"
                 )
             return Checkpoint(kind, candidate)
-        if (candidate / TRAINED).is_file():
+        if holds_trained(candidate):
             return Checkpoint(CHANGED, candidate)
         if [*candidate.glob("model*.safetensors"), *candidate.glob("pytorch_model*.bin")]:
             return Checkpoint(_kind_by_names(names_in(candidate)), candidate)
@@ -271,8 +271,7 @@ def adapter_to_resume(
 def _merged(model: "PreTrainedModel", family: ModelFamily, checkpoint: Checkpoint) -> "PreTrainedModel":
     if checkpoint.kind is not CHANGED:
         return merged_adapter(model, family, checkpoint.folder)
-    trained = checkpoint.folder / TRAINED
-    saved = load_tensors(trained) if trained.is_file() else load_folder(checkpoint.folder)
+    saved = load_trained(checkpoint.folder) if holds_trained(checkpoint.folder) else load_folder(checkpoint.folder)
     parameters = dict(model.named_parameters())
     assign({name: parameters[name] for name in saved if name in parameters}, saved, checkpoint.folder)
     return model

@@ -10,6 +10,7 @@ from glmtuner.distributed.shares import cast
 from glmtuner.errors import CheckpointError
 from glmtuner.families.weight_files import tensor_shapes, weight_files
 from glmtuner.run_folder.folder import is_out_of_memory
+from glmtuner.run_folder.names import SHARDS
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRAINED = "trained.safetensors"
+IN_SHARDS = "model."  # the beginning of the names of trained parameters in the shards of a checkpoint
 VALUE_HEAD = "value_head"  # a module that an objective adds to the model, and saves itself
 
 
@@ -135,9 +137,43 @@ def save_trained(model: "nn.Module", folder: Path) -> None:
     save_tensors(trained_parameters(model), folder / TRAINED)
 
 
+def holds_trained(folder: Path) -> bool:
+    """Whether a checkpoint has the trained parameters by their names in the model: in one file, or in the shards of its ranks."""
+    if (folder / TRAINED).is_file():
+        return True
+    if not (folder / SHARDS).is_dir():
+        return False
+    from glmtuner.distributed.shard_files import shapes_in
+
+    return any(name.startswith(IN_SHARDS) for name in shapes_in(folder))
+
+
+def load_trained(folder: Path) -> "dict[str, torch.Tensor]":
+    """The trained parameters in a checkpoint that `holds_trained`, whole, on the CPU; raises CheckpointError."""
+    if (folder / TRAINED).is_file():
+        return load_tensors(folder / TRAINED)
+    from glmtuner.distributed.shard_files import read_whole
+
+    return read_whole(folder, IN_SHARDS)
+
+
 def restore_trained(model: "nn.Module", folder: Path) -> None:
-    """Copy `trained.safetensors` into the model's trained parameters; raises CheckpointError if names or shapes differ."""
-    assign(trained_parameters(model), load_tensors(folder / TRAINED), folder)
+    """Copy what `holds_trained` found into the model's trained parameters; raises CheckpointError if names or shapes differ.
+
+    A collective where the model is sharded: each rank reads its rows.
+    """
+    if (folder / TRAINED).is_file():
+        assign(trained_parameters(model), load_tensors(folder / TRAINED), folder)
+        return
+    from glmtuner.distributed.shard_files import read, shapes_in
+
+    parameters = trained_parameters(model)
+    shapes = {
+        name.removeprefix(IN_SHARDS): shape for name, shape in shapes_in(folder).items() if name.startswith(IN_SHARDS)
+    }
+    check_fit(parameters, shapes, folder)
+    read({f"{IN_SHARDS}{name}": parameter.detach() for name, parameter in parameters.items()}, folder)
+    require_finite(parameters, folder)
 
 
 def assign(parameters: "Mapping[str, torch.Tensor]", saved: "Mapping[str, torch.Tensor]", folder: Path) -> None:
@@ -156,10 +192,13 @@ def assign(parameters: "Mapping[str, torch.Tensor]", saved: "Mapping[str, torch.
             parameter.copy_(value)
 
 
-def check_fit(parameters: "Mapping[str, torch.Tensor]", saved: "Mapping[str, torch.Tensor]", folder: Path) -> None:
-    """Raise CheckpointError unless the saved values have the parameters' names and shapes; all differences are reported."""
+def check_fit(
+    parameters: "Mapping[str, torch.Tensor]", saved: "Mapping[str, torch.Tensor | torch.Size]", folder: Path
+) -> None:
+    """Raise CheckpointError unless the saved values, or shapes, have the parameters' names and shapes; all differences are reported."""
     missing, unexpected = sorted(parameters.keys() - saved.keys()), sorted(saved.keys() - parameters.keys())
-    reshaped = [name for name in parameters.keys() & saved.keys() if parameters[name].shape != saved[name].shape]
+    shapes = {name: getattr(value, "shape", value) for name, value in saved.items()}
+    reshaped = [name for name in parameters.keys() & saved.keys() if parameters[name].shape != shapes[name]]
     if missing or unexpected or reshaped:
         differences = [
             f"{len(names)} {difference} (such as {names[0]})"
@@ -176,10 +215,16 @@ def check_fit(parameters: "Mapping[str, torch.Tensor]", saved: "Mapping[str, tor
 
 
 def require_finite(tensors: "Mapping[str, torch.Tensor]", source: object) -> None:
-    """Raise CheckpointError if any of these values is NaN or infinite."""
+    """Raise CheckpointError if any of these values is NaN or infinite; a collective where they are shards."""
+    from torch.distributed.tensor import DTensor
+
+    from glmtuner.distributed import ranks
     from glmtuner.models.load import is_finite
 
-    spoiled = [name for name, value in tensors.items() if not is_finite(value)]
+    own = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+    spoiled = [name for name, value in own.items() if not is_finite(value)]
+    if any(isinstance(value, DTensor) for value in tensors.values()):
+        spoiled = sorted({name for names in ranks.all_gather(spoiled) for name in names})
     if spoiled:
         raise CheckpointError(
             f"{source} holds values that are NaN or infinite, in {len(spoiled)} of {len(tensors)} tensors (such as "
@@ -238,7 +283,7 @@ def weights_in(folder: Path, model: "PreTrainedModel") -> "dict[str, torch.Tenso
         return {name: value for name, value in saved.items() if name in names}
     import torch
 
-    loaded, info = _loaded(model, folder, torch.float32)
+    loaded, info = loaded_as(model, folder, torch.float32)
     left_out = {*info["missing_keys"]}
     return {name: value.detach() for name, value in own_parameters(loaded).items() if name not in left_out}
 
@@ -252,7 +297,7 @@ def is_converted(model: "PreTrainedModel") -> bool:
     return bool(known or getattr(model, "_weight_conversions", None))
 
 
-def _loaded(model: "PreTrainedModel", folder: Path, dtype: "torch.dtype") -> "tuple[PreTrainedModel, dict[str, Any]]":
+def loaded_as(model: "PreTrainedModel", folder: Path, dtype: "torch.dtype") -> "tuple[PreTrainedModel, dict[str, Any]]":
     """A model of the same class with a folder's weights, and what transformers says about them; raises CheckpointError."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -270,16 +315,17 @@ def _loaded(model: "PreTrainedModel", folder: Path, dtype: "torch.dtype") -> "tu
 
 
 @contextmanager
-def gathered(model: "nn.Module", everything: bool) -> Iterator[None]:
+def gathered(model: "nn.Module", everything: bool, beginning: str = "") -> Iterator[None]:
     """While this lasts, rank 0 has full parameters on the CPU in place of its shards, and can save them.
 
-    The trained ones, or all if `everything`. A collective: every rank must enter it. A model that is not sharded stays as it
-    is.
+    The trained ones, or all if `everything`, whose names begin with `beginning`. A collective: every rank must enter it. A model that
+    is not sharded stays as it is.
     """
     from torch import nn
 
     full = {
-        shard: nn.Parameter(value, shard.requires_grad) for shard, value in full_parameters(model, everything).items()
+        shard: nn.Parameter(value, shard.requires_grad)
+        for shard, value in full_parameters(model, everything, beginning).items()
     }
     replaced = [
         (module, name, parameter)
@@ -296,16 +342,20 @@ def gathered(model: "nn.Module", everything: bool) -> Iterator[None]:
             module.register_parameter(name, shard)
 
 
-def full_parameters(model: "nn.Module", everything: bool) -> "dict[nn.Parameter, torch.Tensor]":
+def full_parameters(model: "nn.Module", everything: bool, beginning: str = "") -> "dict[nn.Parameter, torch.Tensor]":
     """Shard -> the full parameter on the CPU, for the trained parameters of a sharded model, or all; on rank 0 only.
 
-    A collective: every rank must call it.
+    They are gathered one after the other. A collective: every rank must call it.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import FSDPModule
+    from glmtuner.distributed import ranks
+    from glmtuner.finetuning.streamed import is_sharded, whole
 
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
-        return {}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not everything)
-    state: dict[str, Any] = get_model_state_dict(model, options=options)  # empty except on rank 0
-    return {parameter: state[name] for name, parameter in model.named_parameters() if name in state}
+    full: dict[nn.Parameter, torch.Tensor] = {}
+    if not is_sharded(model):
+        return full
+    for name, parameter in model.named_parameters():
+        if name.startswith(beginning) and (everything or parameter.requires_grad):
+            value = whole(parameter)
+            if ranks.is_main():
+                full[parameter] = value.cpu()
+    return full

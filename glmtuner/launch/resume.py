@@ -1,5 +1,6 @@
 """The checkpoint that trainer.resume_from_checkpoint names, and whether this run may continue its training."""
 
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,14 @@ from glmtuner.config.schema import Run, key_defaults
 from glmtuner.console import say
 from glmtuner.errors import CheckpointError, ConfigError, did_you_mean
 from glmtuner.run_folder.acquire import RESUME_IGNORED_KEYS, differing_keys
-from glmtuner.run_folder.checkpoints import checkpoint_problem, checkpoints, latest_complete_checkpoint, step_of
+from glmtuner.run_folder.checkpoints import (
+    checkpoint_problem,
+    checkpoints,
+    latest_complete_checkpoint,
+    saved_ranks,
+    saved_rows,
+    step_of,
+)
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import CHECKPOINTS, CONFIG, MARKER
 from glmtuner.run_folder.saved_config import read_values
@@ -26,7 +34,7 @@ KNOB = "trainer.resume_from_checkpoint"
 MAY_CHANGE = (
     "name", "objective", "model.plot_loss", "generation.*", "metric.*", "tracker.*", "parallel.*",
     "trainer.resume_from_checkpoint", "trainer.max_steps", "trainer.num_train_epochs",
-    "trainer.logging_*", "trainer.log_*", "trainer.eval_*", "trainer.save_*", "trainer.per_device_eval_batch_size",
+    "trainer.logging_*", "trainer.log_*", "trainer.eval_*", "trainer.save_*", "trainer.async_save", "trainer.per_device_eval_batch_size",
     "trainer.do_eval", "trainer.do_predict", "trainer.predict_with_generate", "trainer.prediction_loss_only",
     "trainer.*_full_eval", "trainer.load_best_model_at_end", "trainer.metric_for_best_model", "trainer.greater_is_better",
     "trainer.early_stopping_*",
@@ -39,6 +47,8 @@ MAY_CHANGE = (
 )  # fmt: skip
 # Of the keys above, those that change the rest of the schedule, which is said.
 CHANGES_SCHEDULE = ("trainer.max_steps", "trainer.num_train_epochs")
+# Of which only the product with the number of processes matters, as `require_same_rows` checks.
+BATCH_KEYS = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
 MAX_LISTED = 6
 
 
@@ -72,7 +82,47 @@ def checkpoint_to_resume(run: Run, config: DictConfig, folder: Path, ranks: int)
             "type another trainer.output_dir"
         )
     require_same_training(run, config, checkpoint)
+    require_same_rows(run, config, checkpoint, ranks)
     return checkpoint
+
+
+def rows_per_step(run: Run, ranks: int) -> int:
+    """The rows of an optimizer step of so many processes."""
+    trainer = run.trainer
+    return (
+        trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * ranks // run.parallel.ranks_per_row
+    )
+
+
+def require_same_rows(run: Run, config: DictConfig, checkpoint: Path, ranks: int) -> None:
+    """Raise CheckpointError where so many processes learn other rows in a step than those that wrote the checkpoint did."""
+    source = run_folder_of(str(checkpoint))
+    before, saved = saved_ranks(checkpoint), RunFolder(source).config() if source is not None else None
+    rows = saved_rows(checkpoint)
+    if rows is None and saved is not None:  # of an earlier version, and of as many processes
+        shared = int(_value(saved, "parallel.sequence") or 1)
+        rows = math.prod(int(_value(saved, key) or 1) for key in BATCH_KEYS) * before // shared
+    now, group = rows_per_step(run, ranks), run.parallel.ranks_per_row
+    changed = [] if saved is None else [key for key in BATCH_KEYS if _value(saved, key) != _value(config, key)]
+    listed = [_comparison(key, saved, config) for key in changed if saved is not None]
+    listed += [f"processes are {before} there and {ranks} here"] if ranks != before else []
+    if rows is not None and rows != now:
+        own, left = divmod(rows * group, ranks)
+        advice = (
+            f"with {ranks} processes, {' times '.join(BATCH_KEYS)} must be {own}"
+            if not left
+            else f"{ranks} processes cannot share {rows} rows equally: run a number that divides them"
+        )
+        raise CheckpointError(
+            f"{KNOB}={checkpoint} is of a training with {rows} rows in an optimizer step, and this run has {now} ({'; '.join(listed)}); "
+            f"{advice}, or start from its weights with a fresh optimizer: model.checkpoint_dir={checkpoint}"
+        )
+    if run.trainer.train_sampling_strategy == "group_by_length" and changed:
+        raise CheckpointError(
+            f"{KNOB}={checkpoint} with trainer.train_sampling_strategy=group_by_length: batches of similar length are drawn for the rows "
+            f"of a process, of which there are others now ({'; '.join(listed)}), so the order of the data would be another one; type the "
+            f"values of the checkpoint's run and {before} processes"
+        )
 
 
 def lies_in(checkpoint: Path, folder: Path) -> bool:
@@ -198,7 +248,18 @@ def differences(saved: DictConfig, config: DictConfig) -> list[str]:
 
 def differences_when_continued(saved: DictConfig, config: DictConfig) -> list[str]:
     """The keys for whose other values a training is not continued from a checkpoint that the user names."""
-    return [key for key in differences(saved, config) if not may_change(key)]
+    return [key for key in differences(saved, config) if not may_change(key) and key not in BATCH_KEYS]
+
+
+def how_to_continue(folder: RunFolder, config: DictConfig, checkpoint: Path | None) -> str:
+    """What to add to the refusal of a folder whose unfinished run could be continued with these values; may be empty."""
+    if checkpoint is not None or not folder.is_run or folder.is_finished or not checkpoints(folder.path):
+        return ""
+    try:
+        different = differences_when_continued(folder.config(complete=True), config)
+    except CheckpointError:
+        return ""
+    return "" if different else f", or {KNOB}=true to go on from its latest checkpoint with these values"
 
 
 def _value(config: DictConfig, key: str) -> Any:
@@ -219,11 +280,11 @@ def _shown(value: Any) -> str:
 
 def require_same_optimizer(checkpoint: Path, optimizer: "torch.optim.Optimizer", name: str) -> None:
     """Raise CheckpointError where a checkpoint's optimizer state is not of this optimizer, which has taken a step on one layer."""
-    import torch
+    from glmtuner.training.optimizer_state import LAYOUT, read_file
 
-    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    saved = read_file(checkpoint)
     before, now = (
-        {str(entry) for entries in state["state"].values() for entry in entries}
+        {str(entry) for part in ("state", LAYOUT) for entries in state.get(part, {}).values() for entry in entries}
         for state in (saved, optimizer.state_dict())
     )
     state = optimizer.state_dict()

@@ -18,14 +18,14 @@ from glmtuner.distributed import heartbeat, ranks
 from glmtuner.distributed.pause import Paused
 from glmtuner.distributed.preemption import Preempted
 from glmtuner.distributed.visible import visible_gpus
-from glmtuner.errors import ConfigError
+from glmtuner.errors import CheckpointError, ConfigError, FolderBusy
 from glmtuner.families.hub import read_config
 from glmtuner.inference.context import RunContext
 from glmtuner.launch.arguments import training_arguments
 from glmtuner.launch.between_jobs import base_key_of
 from glmtuner.launch.build import load_trainable_model, resolve_family, resolve_template
 from glmtuner.launch.checks import check_base, check_liger, check_liger_runs, check_shared_heads, check_whole_batch
-from glmtuner.launch.device import device_of, place_model, reuse_memory, shard_model
+from glmtuner.launch.device import device_of, place_model, return_memory, reuse_memory, shard_model
 from glmtuner.launch.inputs import start_hashing
 from glmtuner.launch.libraries import load_libraries
 from glmtuner.launch.memory_check import needs_checkpointing
@@ -35,7 +35,14 @@ from glmtuner.launch.places import catalogue_dirs, output_folder
 from glmtuner.launch.plan import show_plan, write_description
 from glmtuner.launch.reference import with_reference_logprobs
 from glmtuner.launch.rehearsal import one_line, rehearse
-from glmtuner.launch.resume import checkpoint_to_resume, differences, differences_when_continued, lies_in
+from glmtuner.launch.resume import (
+    checkpoint_to_resume,
+    differences,
+    differences_when_continued,
+    how_to_continue,
+    lies_in,
+    require_same_rows,
+)
 from glmtuner.launch.template_check import check_first_rows, check_template
 from glmtuner.launch.training import initialize_method, make_trainer, numeric, train
 from glmtuner.launch.upload import create_repository, upload
@@ -145,11 +152,20 @@ def acquire(path: Path, composed: Composed, count: int) -> tuple[RunFolder, bool
     checkpoint = checkpoint_to_resume(run, composed.config, path, count)
     is_own = checkpoint is not None and lies_in(checkpoint, path)
     compare = differences_when_continued if is_own else differences
-    return (
-        RunFolder(path),
-        acquire_run_folder(path, composed.config, run.trainer.overwrite_output_dir, compare),
-        checkpoint,
-    )
+    folder = RunFolder(path)
+    try:
+        resumes = acquire_run_folder(path, composed.config, run.trainer.overwrite_output_dir, compare)
+    except FolderBusy:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{how_to_continue(folder, composed.config, checkpoint)}") from None
+    if resumes and run.trainer.do_train and (latest := latest_complete_checkpoint(path, count)[0]) is not None:
+        try:
+            require_same_rows(run, composed.config, latest, count)
+        except CheckpointError:
+            folder.unlock()
+            raise
+    return folder, resumes, checkpoint
 
 
 def launch_ranks(composed: Composed, folder: RunFolder, count: int) -> dict[str, float]:
@@ -214,6 +230,8 @@ def set_up(
     family, finetuning = resolve_family(run, model_config)
 
     load_libraries(compiles=needs_compiler(run), trains=True)
+    if in_shares := run.parallel.sharded and ranks.world_size() > 1:
+        return_memory()
     if run.model.rope_scaling is not None:
         from glmtuner.models.load import load_config
 
@@ -254,7 +272,7 @@ def set_up(
         device,
         tokenizer,
         parts.load_model,
-        in_shares=run.parallel.sharded and ranks.world_size() > 1,
+        in_shares=in_shares,
     )
     if data.train is not None:
         check_positions(model, longest_row(data.train))
@@ -265,7 +283,7 @@ def set_up(
     initialize_method(context, device, resumes, checkpoint)
     keep_originals(model)
     objective = stage.objective(context)
-    if device.type == "cpu" and run.trainer.do_train and run.data.packing:
+    if device.type == "cpu" and run.trainer.do_train and run.data.packing and not in_shares:
         reuse_memory()
 
     if ranks.is_main():

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from glmtuner.console import complain, say
 from glmtuner.distributed import ranks
@@ -17,7 +17,7 @@ from glmtuner.launch.device import place_model
 from glmtuner.launch.optimizations import TrainingBatches
 from glmtuner.launch.pause import evaluate_pause, pause_of
 from glmtuner.launch.resume import lies_in
-from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, step_of
+from glmtuner.run_folder.checkpoints import latest_complete_checkpoint, saved_ranks, step_of
 from glmtuner.run_folder.folder import RunFolder, is_out_of_memory
 from glmtuner.run_folder.names import EVALUATIONS, KEPT
 from glmtuner.stages.stage import learning_stage
@@ -76,6 +76,7 @@ def make_trainer(
         ),
         early_stopping=EarlyStopping(patience, threshold) if patience is not None else None,
         plain_lines=bool(run.trainer.disable_tqdm),
+        async_save=run.trainer.async_save,
     )
 
 
@@ -102,6 +103,11 @@ def train(
             if checkpoint.is_relative_to(context.folder.path)
             else f"resumed from {checkpoint}"
         )
+        if (before := saved_ranks(checkpoint)) != ranks.world_size():
+            say(
+                f"number of processes: {ranks.world_size()}, {before} until here: the rows of every step are the same, what is drawn at "
+                "random from here on, such as dropout, is not"
+            )
         trainer.args.eval_on_start = False
     assert data.train is not None and trainer.train_dataset is not None
     first_row = data.train[0]
@@ -209,55 +215,105 @@ def save_trained(context: RunContext, objective: "Objective | None") -> None:
 
     Whatever fails, the trained parameters are kept.
     """
-    from glmtuner.finetuning.trained import differing, gathered, misread
+    from glmtuner.finetuning.streamed import is_sharded
+    from glmtuner.finetuning.trained import gathered
 
     model, finetuning = context.model, context.finetuning
     final = context.folder / finetuning.saved_as
     partial = final.with_name(f".{final.name}.partial")
-    with gathered(model, everything=finetuning.saved_as == "model"):
-        if ranks.is_main():
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                finetuning.save(model, partial)
-                context.tokenizer.save_pretrained(partial)
-                if objective is not None:
-                    objective.save(partial)
-                if finetuning.saved_as == "model":
-                    wrong = differing(model, partial)
-                else:
-                    wrong = misread(model, lambda: finetuning.restore(model, partial))
-                if wrong:
-                    raise CheckpointError(
-                        f"the weights read back from {partial} are not the trained ones ({len(wrong)} differ, such as {wrong[0]}); "
-                        "check the disk, and type the same command again"
-                    )
-            except Exception as error:
-                kept = keep_trained(context, partial)
-                if isinstance(error, GlmtunerError):
-                    raise CheckpointError(f"{error}; {kept}") from error
-                if isinstance(error, OSError) or is_out_of_memory(error):  # whose sentences are made elsewhere
-                    complain(kept)
-                    raise
-                reason = " ".join(str(error).split())[:300]
-                raise CheckpointError(
-                    f"{partial} could not be written ({type(error).__name__}: {reason}); {kept}"
-                ) from error
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+    if finetuning.saved_as == "model" and is_sharded(model):
+        save_in_stream(context, objective, partial)
+    else:
+        with gathered(model, everything=finetuning.saved_as == "model"):
+            if ranks.is_main():
+                save_gathered(context, objective, partial)
+    if ranks.is_main():
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
     ranks.barrier()
 
 
-def keep_trained(context: RunContext, partial: Path) -> str:
+def save_gathered(context: RunContext, objective: "Objective | None", partial: Path) -> None:
+    """Write and verify the folder of the trained weights on this rank, which has them whole."""
+    from glmtuner.finetuning.trained import TRAINED, differing, misread, save_tensors, trained_parameters
+
+    model, finetuning = context.model, context.finetuning
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        finetuning.save(model, partial)
+        context.tokenizer.save_pretrained(partial)
+        if objective is not None:
+            objective.save(partial)
+        if finetuning.saved_as == "model":
+            wrong = differing(model, partial)
+        else:
+            wrong = misread(model, lambda: finetuning.restore(model, partial))
+        require_none_differ(wrong, partial)
+    except Exception as error:
+        kept = keep_trained(context, partial, lambda path: save_tensors(trained_parameters(model), path / TRAINED))
+        raise_and_tell(error, partial, kept)
+
+
+def save_in_stream(context: RunContext, objective: "Objective | None", partial: Path) -> None:
+    """Write and verify the folder of a sharded model that was trained whole, of which each rank gathers one layer at a time.
+
+    A collective, which raises the error of any rank on every rank.
+    """
+    from glmtuner.finetuning.streamed import Failures, differing_on_ranks, save_model, save_tensors_of_ranks
+    from glmtuner.finetuning.trained import TRAINED, VALUE_HEAD, gathered, trained_parameters
+
+    model, failures = context.model, Failures()
+    try:
+        if ranks.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        save_model(model, partial, [f"{VALUE_HEAD}."])
+        with gathered(model, everything=False, beginning=f"{VALUE_HEAD}."), failures.kept():
+            if ranks.is_main():
+                context.tokenizer.save_pretrained(partial)
+                if objective is not None:
+                    objective.save(partial)
+        failures.settle()
+        require_none_differ(differing_on_ranks(model, partial), partial)
+    except Exception as error:
+        kept = keep_trained(
+            context, partial, lambda path: save_tensors_of_ranks(trained_parameters(model), path / TRAINED)
+        )
+        if not ranks.is_main():
+            raise ranks.ReportedByRank0(str(error)) from error
+        raise_and_tell(error, partial, kept)
+
+
+def require_none_differ(wrong: list[str], partial: Path) -> None:
+    """Raise CheckpointError if weights that were read back differ from the trained ones."""
+    if wrong:
+        raise CheckpointError(
+            f"the weights read back from {partial} are not the trained ones ({len(wrong)} differ, such as {wrong[0]}); "
+            "check the disk, and type the same command again"
+        )
+
+
+def raise_and_tell(error: Exception, partial: Path, kept: str) -> NoReturn:
+    """Raise the error of a folder that could not be written, with the sentence about what is kept."""
+    if isinstance(error, GlmtunerError):
+        raise CheckpointError(f"{error}; {kept}") from error
+    if isinstance(error, OSError) or is_out_of_memory(error):  # whose sentences are made elsewhere
+        complain(kept)
+        raise error
+    reason = " ".join(str(error).split())[:300]
+    raise CheckpointError(f"{partial} could not be written ({type(error).__name__}: {reason}); {kept}") from error
+
+
+def keep_trained(context: RunContext, partial: Path, save: "Callable[[Path], None]") -> str:
     """Write the trained parameters by their names in the model, where the folder to save could not be; returns a sentence."""
-    from glmtuner.finetuning.trained import TRAINED, save_tensors, trained_parameters
+    from glmtuner.finetuning.trained import TRAINED
 
     kept = context.folder / KEPT
     try:
         try:
-            save_tensors(trained_parameters(context.model), kept / TRAINED)
+            save(kept)
         except OSError:  # a full disk: the unfinished folder makes room
             shutil.rmtree(partial, ignore_errors=True)
-            save_tensors(trained_parameters(context.model), kept / TRAINED)
+            save(kept)
     except Exception as error:
         shutil.rmtree(kept, ignore_errors=True)
         last = latest_complete_checkpoint(context.folder.path, ranks.world_size())[0]

@@ -19,6 +19,17 @@ def mark_complete(folder: Path, about: dict[str, Any]) -> None:
     write_json(folder / MARKER, {**about, "files": sizes})
 
 
+def saved_ranks(folder: Path) -> int:
+    """The number of processes that wrote a complete checkpoint; raises CheckpointError where its marker is damaged."""
+    return int(read_json(folder / MARKER).get("ranks", 1))
+
+
+def saved_rows(folder: Path) -> int | None:
+    """The rows of an optimizer step of the run that wrote a complete checkpoint; None of earlier versions."""
+    rows = read_json(folder / MARKER).get("rows_per_step")
+    return None if rows is None else int(rows)
+
+
 REQUIRED_FILES = {
     "optimizer.pt": "optimizer state",
     "scheduler.pt": "scheduler state",
@@ -41,8 +52,8 @@ def checkpoint_problem(folder: Path, ranks: int | None = None) -> str | None:
             return f"it has no {content} ({name})"
     if not list(folder.glob("rng_state*.pth")):
         return "it has no RNG state (rng_state.pth)"
-    if ranks not in (None, saved_by):
-        return f"it was saved by {saved_by} processes, and this run has {ranks}"
+    if ranks not in (None, saved_by) and "rows_per_step" not in about:
+        return f"it was saved by {saved_by} processes, by a version for which this run must have as many, and it has {ranks}"
     for name, size in sizes.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -33,5 +33,6 @@ RUN_ENTRIES = (  # everything that a run writes into its folder, except for LOCK
     CHECKPOINTS, EVALUATIONS, ADAPTER, MODEL, KEPT, FAILED, OUTPUT, LOSSES, REFERENCE, RECORDS, PROGRESS,
     PAUSES, PRUNED, BENCHMARKS, SAMPLED, TIMINGS, PLAN, *TRACKERS,
 )  # fmt: skip
+SHARDS = "shards"  # in a checkpoint: what its ranks wrote, each its own part
 PARTIAL = ".partial"  # a file or folder is written as `.<name>.partial` and renamed
 MARKER = "complete.json"  # the last file written into a checkpoint: its files and their sizes

@@ -43,7 +43,7 @@ def reward_weights(context: "RunContext", path: str) -> "Weights":
     """The reward model as parameter values for this run's model; raises CheckpointError where the weights below them differ."""
     from glmtuner.finetuning.adapter import further_settings, lora_settings, read_lora_config
     from glmtuner.finetuning.start import LORA, adapter_to_resume, checkpoints_of, lineage
-    from glmtuner.finetuning.trained import TRAINED
+    from glmtuner.finetuning.trained import holds_trained
     from glmtuner.objectives.objective import Weights
 
     source = run_folder_of(path)
@@ -55,7 +55,7 @@ def reward_weights(context: "RunContext", path: str) -> "Weights":
             f"model.template={reward_template}"
         )
     *below, reward = lineage(path)
-    if (reward.folder / TRAINED).is_file():
+    if holds_trained(reward.folder):
         raise CheckpointError(
             f"{misfit}: {reward.folder} holds only the parameters that its run trained; name the folder of the finished run, whose "
             "model/ is complete"

@@ -90,9 +90,11 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         optimizers_of_run: Optimizers | None = None,
         early_stopping: EarlyStopping | None = None,
         plain_lines: bool = False,
+        async_save: bool = False,
         **kwargs: Any,
     ) -> None:
         self.sharded, self.sequence = sharded, sequence
+        self.async_save, self.pending = async_save, None
         if sharded:
             # Gradients are reduced and sharded after every batch of an accumulation: unsharded ones would take the memory
             # of a whole model.
@@ -197,7 +199,9 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
             self.flops
         )  # counted on the model as it is before it is wrapped, and before the clock runs: it takes a second
         with self.progress.shown():
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+            self.finish_saving()
+            return output
 
     # -- history -----------------------------------------------------------------------------------------------------
 

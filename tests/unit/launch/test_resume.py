@@ -88,7 +88,8 @@ def test_what_is_no_checkpoint(run_folder: Path, tmp_path: Path) -> None:
     assert "there is no folder" in refused("True", new, output_dir=str(new))
     foreign = refused(run_folder / "checkpoints/checkpoint-6", new)
     assert "glmtuner has not saved it, or not completely" in foreign and f"model.checkpoint_dir={run_folder}" in foreign
-    assert "saved by 1 processes, and this run has 2" in refused(run_folder / "checkpoints/checkpoint-4", new, ranks=2)
+    older = refused(run_folder / "checkpoints/checkpoint-4", new, ranks=2)
+    assert "saved by 1 processes, by a version for which this run must have as many, and it has 2" in older
     (run_folder / "checkpoints/checkpoint-4/optimizer.pt").unlink()
     assert "as with trainer.save_only_model=true" in refused(run_folder / "checkpoints/checkpoint-4", new)
     assert resumed(run_folder, new) == run_folder / "checkpoints/checkpoint-2"
@@ -111,6 +112,32 @@ def test_a_checkpoint_of_a_strategy_that_was_removed(run_folder: Path, tmp_path:
     assert "its run had parallel=zero3: DeepSpeed was removed" in told and "type parallel=fsdp2" in told
     last = named if named.startswith("checkpoints") else "checkpoints/checkpoint-6"
     assert f"type model.checkpoint_dir={run_folder / last} " in told
+
+
+def test_other_numbers_of_processes_that_learn_the_same_rows_in_a_step(run_folder: Path, tmp_path: Path) -> None:
+    four, new = run_folder / "checkpoints/checkpoint-4", tmp_path / "second"
+    batch = COMPOSED.run.trainer.per_device_train_batch_size
+    mark_complete(four, {"step": 4, "ranks": 6, "rows_per_step": 6 * batch})
+    assert resumed(four, new, ranks=6) == four
+    assert resumed(four, new, ranks=3, gradient_accumulation_steps=2) == four
+    assert resumed(four, new, ranks=1, per_device_train_batch_size=3 * batch, gradient_accumulation_steps=2) == four
+    told = refused(four, new, ranks=3)
+    assert (
+        f"{6 * batch} rows in an optimizer step, and this run has {3 * batch} (processes are 6 there and 3 here)"
+        in told
+    )
+    product = "trainer.per_device_train_batch_size times trainer.gradient_accumulation_steps"
+    assert f"with 3 processes, {product} must be {2 * batch}, or start" in told
+    assert f"5 processes cannot share {6 * batch} rows equally" in refused(four, new, ranks=5)
+    told = refused(four, new, ranks=6, gradient_accumulation_steps=2)
+    assert "trainer.gradient_accumulation_steps is 1 there and 2 here" in told and "processes are" not in told
+    lengths = {"train_sampling_strategy": "group_by_length"}
+    saved = OmegaConf.create(SAVED)
+    saved.trainer.train_sampling_strategy = "group_by_length"
+    (run_folder / "config.yaml").write_text(OmegaConf.to_yaml(saved), encoding="utf-8")
+    assert resumed(four, new, ranks=6, **lengths) == four
+    told = refused(four, new, ranks=3, gradient_accumulation_steps=2, **lengths)
+    assert "the order of the data would be another one; type the values of the checkpoint's run and 6 processes" in told
 
 
 def test_training_must_be_asked_for(run_folder: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ ATTRIBUTES = {
     "neftune_noise_alpha": "__init__",
 }
 OUR_OWN = {
-    "_divides", "_drop_old_checkpoints", "_end_epoch", "_evened", "_is_done", "_is_stopping", "_loss_of_batch", "_progress", "_restore", "_session_start", "_share",
+    "_complete", "_divides", "_drop_old_checkpoints", "_end_epoch", "_evened", "_is_done", "_is_stopping", "_loss_of_batch", "_optimizer_shards", "_progress", "_restore", "_session_start", "_share",
 }  # fmt: skip
 
 
