@@ -64,6 +64,7 @@ CELLS: dict[str, Sequence[str]] = {
 SHARDED = {"llama": False, "mixtral": True, "qwen3_next": True}
 RESUMED = "sft-lora-int4"  # is also resumed after its second step
 SMALL = ("sft-lora-int4", "rm-lora", "kto-lora", "ppo-lora")
+FOUR = ("sft-full-beams", "dpo-full", "kto-freeze-accumulated", "orpo-p_tuning-int8", "grpo-lora")
 Cells = list[dict[str, Any]]
 
 
@@ -119,14 +120,17 @@ class Ranks:
         if missing:
             start(self.here, [{"words": words_of(name, 1, "none", self.here)} for name in missing], 1)
         cells: Cells = [{"words": words_of(name, count, parallel, self.here)} for name in names]
-        place = self.here / f"{parallel}-{count}"
-        undisturbed, resumed = place / RESUMED, place / f"{RESUMED}-resumed"
-        checkpoint = f"trainer.resume_from_checkpoint={undisturbed / 'checkpoints/checkpoint-2'}"
-        words = words_of(RESUMED, count, parallel, self.here)[:-1]
-        start(self.here, [*cells, {"words": [*words, checkpoint, f"trainer.output_dir={resumed}"]}], count)
-        for name in ("adapter/adapter_model.safetensors", "predictions.jsonl", "losses.jsonl"):
-            assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes(), name
-        assert [line["step"] for line in lines(resumed / "history.jsonl") if "loss" in line] == [3, 4]
+        undisturbed = self.here / f"{parallel}-{count}" / RESUMED
+        resumed = undisturbed.with_name(f"{RESUMED}-resumed")
+        if RESUMED in names:
+            *words, _ = words_of(RESUMED, count, parallel, self.here)
+            checkpoint = f"trainer.resume_from_checkpoint={undisturbed / 'checkpoints/checkpoint-2'}"
+            cells.append({"words": [*words, checkpoint, f"trainer.output_dir={resumed}"]})
+        start(self.here, cells, count)
+        if RESUMED in names:
+            for file in ("adapter/adapter_model.safetensors", "predictions.jsonl", "losses.jsonl"):
+                assert (resumed / file).read_bytes() == (undisturbed / file).read_bytes(), file
+            assert [line["step"] for line in lines(resumed / "history.jsonl") if "loss" in line] == [3, 4]
         problems = {}
         for name in names:
             try:
@@ -194,6 +198,11 @@ def rank_runs(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 
 def test_two_sharded_ranks_learn_and_answer_as_one_process_does(rank_runs: Ranks) -> None:
     rank_runs.compared(SMALL, "fsdp2", 2)
+
+
+@pytest.mark.heavy
+def test_four_sharded_ranks_learn_and_answer_as_one_process_does(rank_runs: Ranks) -> None:
+    rank_runs.compared(FOUR, "fsdp2", 4)
 
 
 @pytest.mark.heavy
