@@ -57,8 +57,7 @@ HEAVY = {
     ),
     "test_what_stages_and_quantizations_do_to_the_base_is_undone": ("words0", "words3", "words4"),
     "test_prediction": tuple(f"{name}-{batch}" for name in TEMPLATES for batch in (1, 8)),
-    "test_fsdp2_learns_preferences_as_one_process_does": ("dpo-full-preference_sample", "kto-lora-feedback_sample"),
-    "test_two_ranks_learn_what_one_process_learns": ("dapo",),
+    "test_every_stage_and_method_on_ranks_is_that_of_one_process": (),
     "test_runs_of_several_ranks_are_those_of_one_process": (
         "packs, two groups, accumulated", "fsdp2, two groups", "four ranks a row, checkpointing", "int4",
     ),

@@ -20,6 +20,7 @@ from glmtuner.cli.main import main
 from glmtuner.config.compose import compose
 from glmtuner.distributed import ranks
 from glmtuner.families.structure import family_from_structure
+from glmtuner.finetuning import p_tuning
 from glmtuner.finetuning.lora import Lora
 from glmtuner.launch.device import shard_model
 from glmtuner.launch.register import register_presets
@@ -98,6 +99,7 @@ def of_shards(folder: str, bits: int) -> dict[str, Any]:
 def run_cells(cells: list[dict[str, Any]]) -> int:
     """Run the cells in their order; returns 1 where one has failed, after which the ranks are no longer in step."""
     leave, ranks.destroy_process_group = ranks.destroy_process_group, lambda: None
+    p_tuning.DROPOUT = 0.0  # ranks draw masks of their own
     for cell in cells:
         try:
             if "words" in cell:

@@ -52,7 +52,8 @@ def as_parameters(model: nn.Module) -> None:
             weight: Any = module.weight
             _register(module, weight.quant_state.absmax, _forward_4bit)
         elif isinstance(module, Linear8bitLt):
-            if module.weight.CB is not None:  # no forward pass has taken them yet
+            held: Any = module.weight
+            if held.CB is not None:  # no forward pass has taken them yet
                 module.init_8bit_state()
             assert module.state.SCB is not None
             _register(module, module.state.SCB, _forward_8bit)

@@ -102,6 +102,7 @@ class GrpoObjective(Objective):
     """
 
     takes_optimizer_steps: ClassVar[bool] = True
+    reads_counted: ClassVar[bool] = True
 
     def __init__(
         self,

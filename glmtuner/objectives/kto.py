@@ -1,6 +1,6 @@
 """Kahneman-Tversky optimization."""
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ class KtoSettings(Protocol):
 
 class KtoObjective(ReferenceObjective):
     """The value of single answers under prospect theory."""
+
+    reads_counted: ClassVar[bool] = True
 
     def __init__(self, model: "PreTrainedModel", settings: KtoSettings) -> None:
         super().__init__(model, settings.precompute_reference)

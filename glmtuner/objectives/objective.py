@@ -57,6 +57,9 @@ class Objective:
     """
 
     takes_optimizer_steps: ClassVar[bool] = False  # does `update` replace the trainer's forward and backward pass?
+    reads_counted: ClassVar[bool] = (
+        False  # is its loss of a row computed from other rows, so that it has to know which count?
+    )
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
@@ -143,6 +146,14 @@ def counted(batch: Mapping[str, Any], rows: int, device: torch.device) -> torch.
     """Which rows of a batch count, bool, [rows]."""
     mask_R: torch.Tensor = batch.get(COUNTED, torch.ones(rows, dtype=torch.bool)).to(device)
     return mask_R
+
+
+def take_counted(objective: Objective, batch: dict[str, Any]) -> torch.Tensor | None:
+    """Which rows of the batch count, None if all do; they are left in the batch for an objective that reads them."""
+    is_counted_R: torch.Tensor | None = batch.get(COUNTED)
+    if not objective.reads_counted:
+        batch.pop(COUNTED, None)
+    return is_counted_R
 
 
 def of_counted(measured: RowMetrics, is_counted_R: torch.Tensor) -> RowMetrics:

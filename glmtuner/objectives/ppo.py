@@ -100,6 +100,7 @@ class PpoObjective(Objective):
     """
 
     takes_optimizer_steps: ClassVar[bool] = True
+    reads_counted: ClassVar[bool] = True
 
     def __init__(
         self,

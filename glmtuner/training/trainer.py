@@ -19,7 +19,7 @@ from glmtuner.distributed.pause import Pause
 from glmtuner.kernels.fast_paths import NO_COMMON_BEGINNINGS, FastPath
 from glmtuner.memory.checkpointing import enable_checkpointing
 from glmtuner.models.sizes import parameter_count
-from glmtuner.objectives.objective import COUNTED, of_counted
+from glmtuner.objectives.objective import COUNTED, of_counted, take_counted
 from glmtuner.run_folder.files import write_text
 from glmtuner.run_folder.folder import RunFolder
 from glmtuner.run_folder.names import LOSSES
@@ -257,7 +257,8 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             if self.objective is not None:
-                weight_B = inputs.pop("weight", None)  # rows that do not count are dropped with `gather_rows`
+                weight_B = inputs.pop("weight", None)
+                take_counted(self.objective, inputs)  # `gather_rows` drops the rows that do not count
                 loss_B, measured = self.objective.loss(model, inputs)
                 weighted = {} if weight_B is None else {"weight": weight_B}
                 metrics = {"loss": loss_B if weight_B is None else loss_B * weight_B, **weighted, **measured}
@@ -351,9 +352,9 @@ class GlmTrainer(CheckpointingTrainer, LoadingTrainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         if self.objective is None:
             return self._share(self.weighted_sum(model, inputs), **kwargs)
-        weight_B = inputs.pop("weight", None)
+        weight_B, is_counted_B = inputs.pop("weight", None), take_counted(self.objective, inputs)
         loss_B, measured = self.objective.loss(model, inputs)
-        if (is_counted_B := inputs.get(COUNTED)) is not None:
+        if is_counted_B is not None:
             measured = of_counted(measured, is_counted_B)
             weight_B = is_counted_B.float() if weight_B is None else weight_B * is_counted_B
         self.measured.add(measured)

@@ -145,33 +145,6 @@ def test_every_rank_ends_with_the_best_checkpoint(here: Path, best_of_one: Path,
     assert mine["predict_rouge-l"] == theirs["predict_rouge-l"]
 
 
-PREFERENCES = [
-    ("rm", "lora", "preference_sample"), ("dpo", "full", "preference_sample"), ("orpo", "freeze", "preference_sample"),
-    ("kto", "lora", "feedback_sample"),
-]  # fmt: skip
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize(("stage", "method", "dataset"), PREFERENCES)
-def test_fsdp2_learns_preferences_as_one_process_does(here: Path, stage: str, method: str, dataset: str) -> None:
-    """Of sharded weights a reference's values are exchanged shard by shard; a reward is computed beside the model's own output."""
-    words = [
-        f"stage={stage}", f"finetuning={method}", "model=tiny_glm", "tracker=none", f"data.dataset={dataset}", "data.max_samples=20",
-        "data.dev_ratio=0.2", "data.max_source_length=48", "data.max_target_length=16", "trainer.learning_rate=1e-3",
-        "trainer.max_steps=4", "trainer.logging_steps=1", "trainer.disable_tqdm=true", "trainer.do_eval=true", "trainer.use_cpu=true",
-        *(["finetuning.lora_dropout=0"] if method == "lora" else []),
-    ]  # fmt: skip
-    # several batches are evaluated: the second one's reference comes after a pass that leaves weights gathered
-    sizes = ("trainer.per_device_train_batch_size", "trainer.per_device_eval_batch_size")
-    finish(start(here, *words, f"{sizes[0]}=4", f"{sizes[1]}=2", f"trainer.output_dir={stage}_one"))
-    two = [f"{sizes[0]}=2", f"{sizes[1]}=1", "parallel=fsdp2", "parallel.processes=2"]
-    finish(start(here, *words, *two, f"trainer.output_dir={stage}_two"))
-    mine, theirs = lines(here / f"{stage}_two"), lines(here / f"{stage}_one")
-    assert [line.keys() for line in mine] == [line.keys() for line in theirs] and len(mine) == 5
-    for line, wanted in zip(mine, theirs, strict=True):
-        assert line == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-
-
 def wait_for(condition: Callable[[], object]) -> None:
     until = time.monotonic() + 600
     while not condition():
