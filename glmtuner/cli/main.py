@@ -1,7 +1,7 @@
 """`python -m glmtuner …`: arguments in, exit code out; the only place that turns GlmtunerErrors into messages.
 
-0 done; 2 the user's mistake; 1 a crash, a rank that has gone, or a sweep with failed jobs; 130 Ctrl-C; 140 and 143 a run that SIGUSR2 or SIGTERM
-stopped, with a checkpoint.
+0 done; 2 the user's mistake; 1 a crash, a rank that has gone, or a sweep with failed jobs; 130 Ctrl-C; 140 and 143 a run that
+SIGUSR2 or SIGTERM stopped, with a checkpoint.
 """
 
 import argparse
