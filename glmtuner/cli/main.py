@@ -28,8 +28,8 @@ SIGPIPE = 13  # signal.SIGPIPE, which Windows does not have
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    ranks.adopt_slurm_env()
     try:
+        ranks.adopt_slurm_env()
         check_encodable(arguments)
         if arguments[:1] != ["doctor"]:  # which says what is wrong with the folder
             adopt_offline()

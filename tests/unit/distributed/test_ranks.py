@@ -150,6 +150,10 @@ def test_tasks_of_several_nodes_meet_at_the_first_of_them(monkeypatch: pytest.Mo
     assert (
         met == ["localhost", "192.0.2.7"] and os.environ["LOCAL_WORLD_SIZE"] == "2"
     )  # by its name, by SLURM's address
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.9")  # as set in the user's script
+    ranks.adopt_slurm_env()
+    assert os.environ["MASTER_ADDR"] == "192.0.2.9"
     with pytest.raises(ConfigError, match=r"nowhere\.invalid, is no host name .* set MASTER_ADDR"):
         ranks.address_of("nowhere.invalid")
 
