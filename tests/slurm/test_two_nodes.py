@@ -117,6 +117,11 @@ def processes_on(place: Path) -> dict[int, str]:
     return found
 
 
+def has_no_srun(place: Path) -> bool:
+    """Whether the attempt before has gone: its srun ends the step some seconds later, and the new one has the same number."""
+    return not place.exists() or "srun" not in processes_on(place).values()
+
+
 def test_a_machine_that_crashes_and_a_node_that_is_taken_down_are_survived_by_requeue(
     tmp_path: Path, alone: Callable[[], Path]
 ) -> None:
@@ -153,14 +158,13 @@ def test_a_machine_that_crashes_and_a_node_that_is_taken_down_are_survived_by_re
         assert re.match(
             r"rank 1 on node02 \(process \d+\) cannot be reached from node01, .* no answer for 10 s", reason
         )
-        # the old srun ends the step 12 seconds after it has lost a task, and the new one would have the same number
-        wait(lambda: "srun" not in processes_on(first).values())
+        wait(lambda: has_no_srun(first))
         restarts, logged = 2, lines(folder)
         hurry(job)
         wait(lambda: lines(folder) > logged + 5)
     subprocess.run(["scontrol", "update", "NodeName=node02", "State=DOWN", "Reason=taken"], check=True)
     wait(lambda: state_of(job) == "PENDING")
-    wait(lambda: is_idle("node02"))
+    wait(lambda: is_idle("node02") and has_no_srun(first))
     hurry(job)
     assert waiting.wait(600) == 0, log.read_text()
     assert len(json.loads((folder / "provenance.json").read_text())["resumed"]) == restarts
