@@ -71,6 +71,7 @@ stop() {
     done
   fi
   for daemon in "${nodes[@]/#/slurmd-}" slurmctld munged; do
+    [ "$daemon" != munged ] || ! pgrep -x slurmctld >/dev/null || continue # another SLURM of this machine needs it
     [ -f "$dir/$daemon.pid" ] || continue
     pid=$(cat "$dir/$daemon.pid")
     kill "$pid" 2>/dev/null || true
