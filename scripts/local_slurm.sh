@@ -71,6 +71,7 @@ stop() {
     done
   fi
   for daemon in "${nodes[@]/#/slurmd-}" slurmctld munged; do
+    [ "$daemon" != munged ] || ! pgrep -x slurmctld >/dev/null || continue # another SLURM of this machine needs it
     [ -f "$dir/$daemon.pid" ] || continue
     pid=$(cat "$dir/$daemon.pid")
     kill "$pid" 2>/dev/null || true
@@ -104,20 +105,21 @@ if ! munge -n >/dev/null 2>&1; then
 fi
 
 remove_network
+processors=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which counts threads of OpenMP
 memory=$(awk '/MemTotal/ {print int($2 / 1024 * 0.45)}' /proc/meminfo) # of each node
 lines=()
 controller="$host"
 if make_network >&2; then
   controller="$host($subnet.1)"
   for node in "${nodes[@]}"; do
-    lines+=("NodeName=$node NodeAddr=$(address "$node") Port=${SLURMD_PORT:-16818} CPUs=$(nproc) RealMemory=$memory")
+    lines+=("NodeName=$node NodeAddr=$(address "$node") Port=${SLURMD_PORT:-16818} CPUs=$processors RealMemory=$memory")
   done
 else
   echo "network namespaces are not permitted here: the nodes of this SLURM are two daemons on 127.0.0.0/8" >&2
   remove_network
   for node in "${nodes[@]}"; do
     number=$((10#${node#node}))
-    lines+=("NodeName=$node NodeHostname=$host NodeAddr=127.0.0.$((number + 1)) Port=$((${SLURMD_PORT:-16818} + number - 1)) CPUs=$(nproc) RealMemory=$memory")
+    lines+=("NodeName=$node NodeHostname=$host NodeAddr=127.0.0.$((number + 1)) Port=$((${SLURMD_PORT:-16818} + number - 1)) CPUs=$processors RealMemory=$memory")
   done
 fi
 cat >"$dir/slurm.conf" <<CONF
@@ -133,7 +135,7 @@ SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=$((memory / 4))
 MpiDefault=none
 JobRequeue=1
-KillWait=10
+KillWait=5
 ReturnToService=2
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 SlurmUser=root

@@ -1,7 +1,7 @@
 """`python -m glmtuner …`: arguments in, exit code out; the only place that turns GlmtunerErrors into messages.
 
-0 done; 2 the user's mistake; 1 a crash, a rank that has gone, or a sweep with failed jobs; 130 Ctrl-C; 140 and 143 a run that SIGUSR2 or SIGTERM
-stopped, with a checkpoint.
+0 done; 2 the user's mistake; 1 a crash, a rank that has gone, or a sweep with failed jobs; 130 Ctrl-C; 140 and 143 a run that
+SIGUSR2 or SIGTERM stopped, with a checkpoint.
 """
 
 import argparse
@@ -28,8 +28,8 @@ SIGPIPE = 13  # signal.SIGPIPE, which Windows does not have
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    ranks.adopt_slurm_env()
     try:
+        ranks.adopt_slurm_env()
         check_encodable(arguments)
         if arguments[:1] != ["doctor"]:  # which says what is wrong with the folder
             adopt_offline()

@@ -6,6 +6,7 @@ machine that cannot be reached stays unacknowledged (TCP_USER_TIMEOUT of Linux).
 long, is silent while its machine answers, which ends nothing and is said.
 """
 
+import atexit
 import hmac
 import json
 import os
@@ -100,6 +101,7 @@ class Heartbeat:
         os.register_at_fork(
             after_in_child=self._close
         )  # else the connection would outlive the rank, in its data workers
+        atexit.register(self.leave)  # a job of a sweep ends without a last collective, while rank 0 still writes
         threading.Thread(target=self._watch, name="heartbeat", daemon=True).start()
 
     def leave(self, failure: str | None = None) -> None:

@@ -56,9 +56,14 @@ def adopt_slurm_env() -> None:
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "WORLD_SIZE": tasks,
         "LOCAL_WORLD_SIZE": str(max(int(tasks) // nodes, 1)),
-        "MASTER_ADDR": address_of(first_host(os.environ["SLURM_STEP_NODELIST"])) if nodes > 1 else "127.0.0.1",
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR") or meeting_place(nodes),
         "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 40000)),
     }
+
+
+def meeting_place(nodes: int) -> str:
+    """The address at which the tasks of a step on so many nodes meet."""
+    return address_of(first_host(os.environ["SLURM_STEP_NODELIST"])) if nodes > 1 else "127.0.0.1"
 
 
 def first_host(nodes: str) -> str:
@@ -80,7 +85,7 @@ def address_of(host: str) -> str:
             return address[1]
     raise ConfigError(
         f"the first node of this job, {host}, is no host name that {socket.gethostname()} can resolve, and scontrol tells no address of "
-        "it; set MASTER_ADDR, MASTER_PORT, RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE for each task"
+        "it; set MASTER_ADDR to its address"
     )
 
 

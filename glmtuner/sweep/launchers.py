@@ -108,7 +108,7 @@ class SlurmLauncher(SubmititSlurm):
 
     places: dict[int, tuple[Path, str]]  # the sweep's folder and the name of the job's, by its number
     puts_back: (
-        bool  # a job of which a machine cannot be reached; what follows a job of a detached sweep does that itself
+        bool  # whether a job is requeued here when a machine is lost; for detached ones what follows them does it
     )
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

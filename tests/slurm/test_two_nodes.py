@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,13 @@ def same_losses(folder: Path, wanted: Path, steps: int) -> None:
         assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
-def node(action: str, name: str, *words: str) -> None:
-    subprocess.run(["scontrol", "update", f"NodeName={name}", f"State={action}", *words], check=True)
+def is_idle(name: str) -> bool:
+    """Whether the node is free; one that is down is brought back, if it does not come back by itself."""
+    command = ["sinfo", "--noheader", "--Node", f"--nodes={name}", "--format=%T"]
+    state = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if state.startswith("down"):
+        subprocess.run(["scontrol", "update", f"NodeName={name}", "State=RESUME"], check=False, capture_output=True)
+    return state == "idle"
 
 
 @pytest.mark.parametrize(
@@ -90,24 +96,30 @@ def test_one_run_on_two_nodes_learns_what_one_process_learns(tmp_path: Path, alo
         assert json.loads((folder / "checkpoints/checkpoint-12/complete.json").read_text())["ranks"] == 2
 
 
+def cluster() -> str:
+    """What the devices and namespaces of this SLURM are called after: the port of its controller."""
+    return "slurm" + re.search(r"SlurmctldPort=(\d+)", Path(os.environ["SLURM_CONF"]).read_text())[1]
+
+
 def start_node(name: str) -> None:
     script, state = ROOT / "scripts/local_slurm.sh", Path(os.environ["SLURM_CONF"]).parent
-    subprocess.run([script, "node", state, name], check=True)
+    environment = {**os.environ, "SLURMCTLD_PORT": cluster().removeprefix("slurm")}
+    subprocess.run([script, "node", state, name], check=True, env=environment)
 
 
-def processes_on(host: str) -> list[int]:
-    """The processes of SLURM on a node, whose host name is its own: the daemon, its steps, and what they run."""
-    own = {f"SLURMD_NODENAME={host}".encode()}
-    found = []
+def processes_on(place: Path) -> dict[int, str]:
+    """The processes of a node, by its network namespace, and what they are called: its daemon, steps, and what they run."""
+    inside, found = f"net:[{place.stat().st_ino}]", {}
     for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = {*(path / "environ").read_bytes().split(b"\0")}
-            daemon = (path / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if own <= words or (daemon[0].endswith(b"slurmd") and host.encode() in daemon):
-            found.append(int(path.name))
+        with suppress(OSError):
+            if os.readlink(path / "ns/net") == inside:
+                found[int(path.name)] = (path / "comm").read_text().strip()
     return found
+
+
+def has_no_srun(place: Path) -> bool:
+    """Whether the attempt before has gone: its srun ends the step some seconds later, and the new one has the same number."""
+    return not place.exists() or "srun" not in processes_on(place).values()
 
 
 def test_a_machine_that_crashes_and_a_node_that_is_taken_down_are_survived_by_requeue(
@@ -128,14 +140,14 @@ def test_a_machine_that_crashes_and_a_node_that_is_taken_down_are_survived_by_re
         command = [sys.executable, "-m", "glmtuner", "-m", *words, "hydra/launcher=slurm", *NODES]
         waiting = subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=file, stderr=file)
     job = wait(lambda: re.search(r"job 0 is SLURM job (\S+):", log.read_text()))[1]
-    port = os.environ.get("SLURMCTLD_PORT", "16817")
+    first, second = (Path(f"/run/netns/{cluster()}-{name}") for name in ("node01", "node02"))
     restarts = 1
     (folder,) = wait(lambda: [each.path for each in job_folders(sweep) if lines(each.path) > 11])
-    if Path(f"/run/netns/slurm{port}-node02").exists():
-        cable = ["ip", "link", "set", f"s{port}-node02"]
+    if second.exists():
+        cable = ["ip", "link", "set", f"{cluster().replace('slurm', 's')}-node02"]
         try:
             subprocess.run([*cable, "down"], check=True)
-            for process in processes_on("node02"):
+            for process in processes_on(second):
                 os.kill(process, signal.SIGKILL)
             # put back long before SLURM's own SlurmdTimeout of five minutes; it waits for the node to say that it has ended there
             wait(lambda: state_of(job) in ("PENDING", "COMPLETING"), 60)
@@ -146,12 +158,13 @@ def test_a_machine_that_crashes_and_a_node_that_is_taken_down_are_survived_by_re
         assert re.match(
             r"rank 1 on node02 \(process \d+\) cannot be reached from node01, .* no answer for 10 s", reason
         )
+        wait(lambda: has_no_srun(first))
         restarts, logged = 2, lines(folder)
         hurry(job)
         wait(lambda: lines(folder) > logged + 5)
-    node("DOWN", "node02", "Reason=taken")
+    subprocess.run(["scontrol", "update", "NodeName=node02", "State=DOWN", "Reason=taken"], check=True)
     wait(lambda: state_of(job) == "PENDING")
-    node("RESUME", "node02")
+    wait(lambda: is_idle("node02") and has_no_srun(first))
     hurry(job)
     assert waiting.wait(600) == 0, log.read_text()
     assert len(json.loads((folder / "provenance.json").read_text())["resumed"]) == restarts

@@ -128,16 +128,17 @@ if os.fork() == 0:
     time.sleep(600)  # a worker that reads data
 with heartbeat.told_of_loss(lambda loss: print("recorded:", loss)):
     print("up", flush=True)
-    time.sleep(600)  # in a collective
+    {then}
 """
+WAITS = "time.sleep(600)  # in a collective"
 
 
-def rank_zero() -> tuple["subprocess.Popen[str]", socket.socket]:
+def rank_zero(then: str = WAITS) -> tuple["subprocess.Popen[str]", socket.socket]:
     """A process that waits as rank 0, with a worker, and rank 1's end of their connection."""
     mine, theirs = socket.socketpair()
     with theirs:
         started = subprocess.Popen(
-            [sys.executable, "-c", RANK, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True,
+            [sys.executable, "-c", RANK.format(then=then), str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     assert started.stdout is not None and started.stdout.readline() == "up\n"
@@ -160,6 +161,19 @@ def test_a_process_that_waits_ends_with_the_reason_once_a_rank_has_gone() -> Non
     said, complaint = waiting.communicate()
     assert said.startswith("recorded: rank 1 on b (process 101) has ended without a word")
     assert complaint.startswith("glmtuner: rank 1 on b (process 101) has ended") and "Traceback" not in complaint
+
+
+@pytest.mark.parametrize("then", ["sys.exit(0)", "raise ValueError"])
+def test_a_process_that_ends_takes_its_leave(then: str) -> None:
+    ending, link = rank_zero(then)
+    received = b""
+    try:
+        while part := link.recv(4096):
+            received += part
+    finally:
+        end(ending)
+        link.close()
+    assert json.loads(received.splitlines()[-1]) == {"bye": True}
 
 
 def test_a_killed_rank_is_lost_although_its_workers_live() -> None:

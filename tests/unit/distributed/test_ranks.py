@@ -147,6 +147,73 @@ def test_the_tasks_of_srun_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ranks.is_main() and ranks.world_size() == 4
 
 
+SCONTROL = """#!/bin/sh
+test "$1 $2 $3" = "show node gpu01.invalid" && echo "   NodeAddr=192.0.2.7 NodeHostName=gpu01"
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script of sh")
+def test_tasks_of_several_nodes_meet_at_the_first_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    slurm = {"STEP_NUM_TASKS": "6", "STEP_NUM_NODES": "3", "PROCID": "5", "LOCALID": "1", "JOB_ID": "7"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    met = []
+    for nodes in ("localhost,b", "gpu0[1-2,7].invalid"):
+        for name in OWN:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("SLURM_STEP_NODELIST", nodes)
+        ranks.adopt_slurm_env()
+        met.append(os.environ["MASTER_ADDR"])
+    assert (
+        met == ["localhost", "192.0.2.7"] and os.environ["LOCAL_WORLD_SIZE"] == "2"
+    )  # by its name, by SLURM's address
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.9")  # as set in the user's script
+    ranks.adopt_slurm_env()
+    assert os.environ["MASTER_ADDR"] == "192.0.2.9"
+    with pytest.raises(ConfigError, match=r"nowhere\.invalid, is no host name .* set MASTER_ADDR"):
+        ranks.address_of("nowhere.invalid")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[01-03,07]", "gpu01"),
+        ("n[9-11],m2", "n9"),
+        ("rack[1-2]n[03-04]", "rack1n03"),
+        ("h[3,1]", "h3"),
+        ("x,y", "x"),
+    ],
+)
+def test_the_first_host_of_a_list(nodes: str, first: str) -> None:  # tests/slurm asks scontrol for the same lists
+    assert ranks.first_host(nodes) == first
+
+
+def test_seconds_without_an_answer_have_a_range() -> None:
+    assert compose(["parallel=ddp", "parallel.lost_after=null"]).run.parallel.lost_after is None
+    assert compose(["parallel=ddp", "parallel.lost_after=90"]).run.parallel.lost_after == 90
+    with pytest.raises(ConfigError, match=r"parallel\.lost_after=5: 10 to 3600 seconds .*trainer\.ddp_timeout"):
+        compose(["parallel=ddp", "parallel.lost_after=5"])
+
+
+def test_ranks_that_do_not_meet_say_where_they_wait(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ranks, "MEETING_SECONDS", 1.0)
+    port = ranks.free_port()
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    trainer = compose(["parallel=ddp", "trainer.ddp_timeout=3", "trainer.use_cpu=true"]).run.trainer
+    place = rf"the other ranks at 127\.0\.0\.1:{port}: start the command on every node"
+    with pytest.raises(ConfigError, match=rf"rank 1 of 2 on .* has not met, within trainer\.ddp_timeout=3 s, {place}"):
+        ranks.init_process_group(trainer, None)
+    assert "has waited 1 s for the other ranks at" in capsys.readouterr().err
+
+
 def test_a_batch_script_without_srun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "0")
