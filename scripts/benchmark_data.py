@@ -83,8 +83,9 @@ def measure(bench: Any, ours: str, theirs: str, count: int) -> None:
 
     def rates(role: str, folder: Path, **settings: Any) -> dict[str, float]:
         result, ended = bench.child(role, folder, **settings)
+        rate, cpu_rate = (result["records"] / result[name] for name in ("seconds", "cpu"))
         peak = result.get("peak_mib", ended.peak_mib)
-        return {"per_second": result["records"] / result["seconds"], "peak_mib": peak, "cpu_seconds": ended.cpu_seconds}
+        return {"per_second": rate, "per_cpu_second": cpu_rate, "peak_mib": peak}
 
     def by_glmtuner() -> dict[str, float]:
         folder = bench.fresh("data ours")

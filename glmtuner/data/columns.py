@@ -270,8 +270,9 @@ def turn_keys(raw: Mapping[str, Any], spec: DatasetSpec) -> Iterator[str]:
         value = as_rows(raw.get(name))
         for turn in value if isinstance(value, list) else [value]:
             if isinstance(turn, dict):
-                read = known | keys_read(turn, spec)
-                yield from (f"{name}.{other}" for other in turn.keys() - read if not is_empty(turn[other]))
+                if others := turn.keys() - known:  # most turns have none
+                    others -= keys_read(turn, spec)
+                yield from (f"{name}.{other}" for other in others if not is_empty(turn[other]))
 
 
 def refuse_needed(

@@ -61,9 +61,9 @@ class Prepared:
     files: dict[str, str]  # file or hub id -> sha256 or commit
     bad: list[SkippedRecord]
     columns: list[str]  # those that hold something
+    folder: Path  # the cache's entry
     first: list[Example] = field(default_factory=list)  # the first records, for a look at their rows
     hashes: bytes = b""  # `record_hash` of each record that was read, in their order
-    folder: Path | None = None  # the cache's entry
 
     def about(self) -> dict[str, Any]:
         """The dataset's entry in provenance.json."""
@@ -101,9 +101,8 @@ def prepare(spec: DatasetSpec, data: Data, encoder: Encoder, *, hub_cache: str |
     counts = Counts(**cached["counts"])
     if not counts.weighted:
         rows = without_weights(rows)
-    return Prepared(
-        spec, rows, counts, loaded.files, bad, cached["columns"], first, hashes_of_entry(folder, cached), folder
-    )
+    hashes = hashes_of_entry(folder, cached)
+    return Prepared(spec, rows, counts, loaded.files, bad, cached["columns"], folder, first, hashes)
 
 
 def _encode_into(

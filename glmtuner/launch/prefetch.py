@@ -278,8 +278,7 @@ def _encode(composed: Composed) -> Iterator[tuple[str, Path]]:
     tokenizer = load_tokenizer(run.model, run.data.new_tokens)
     _, template = resolve_template(run, family, tokenizer, None)
     for part in stage.datasets(run, specs, template, tokenizer).prepared:
-        if part.folder is not None:
-            yield part.spec.name, part.folder
+        yield part.spec.name, part.folder
 
 
 def total_size(files: Iterable[Entry]) -> int:

@@ -191,7 +191,7 @@ class Template:
         ids_of = dict(zip(texts, encode_text(tokenizer, texts), strict=True))
         controls = [piece.text for piece in distinct if piece.kind in kinds]
         controls += [piece.stop for piece in distinct if piece.stop]
-        id_of = {token: control_id(tokenizer, token, self.name) for token in (*controls, self.stop)}
+        id_of = {token: control_id(tokenizer, token, self.name) for token in dict.fromkeys((*controls, self.stop))}
         empty: Ids = next(iter(ids_of.values()), [])[:0]  # a list, or an array
         encoded = []
         for pieces, messages in zip(pieces_of, conversations, strict=True):

@@ -126,7 +126,7 @@ def test_the_folder_holds_what_the_run_needs_and_says_so(filled: tuple[Path, str
     assert names["config.json"]["revision"] == "1" * 40 and names["config.json"]["source"].endswith("/org/tiny")
     digest = hashlib.sha256((ASSETS / "tiny_glm/model.safetensors").read_bytes()).hexdigest()
     assert names["model.safetensors"]["sha256"] == digest
-    assert sum(path.startswith("tokenized/") and path.endswith("rows.arrow") for path in files) == 2
+    assert sum(path.startswith("tokenized/") and path.endswith("rows-00000.arrow") for path in files) == 2
     assert said.splitlines()[-1].startswith("without a network: GLMTUNER_OFFLINE=")
 
 
@@ -202,11 +202,11 @@ def test_a_damaged_file_is_named_and_fetched_again(filled: tuple[Path, str], tmp
     blob = weights.resolve()
     content = blob.read_bytes()
     blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    (rows, *_) = (here / "F/tokenized").rglob("rows.arrow")
+    (rows, *_) = (here / "F/tokenized").rglob("rows-00000.arrow")
     rows.write_bytes(b"short")
     bad = command(here, "prefetch", "--verify", "F", env={})
     assert bad.returncode == 2 and "2 of " in bad.stderr and "model.safetensors: sha256" in bad.stderr
-    assert "rows.arrow: 5 bytes instead of" in bad.stderr and "Traceback" not in bad.stderr
+    assert "rows-00000.arrow: 5 bytes instead of" in bad.stderr and "Traceback" not in bad.stderr
     again = command(here, "prefetch", "--folder", "F", *WORDS, env=hub)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "model.safetensors is damaged (sha256" in again.stdout and "1 of them to download" in again.stdout

@@ -1,6 +1,7 @@
 """The benchmark script: its arithmetic, its table and its page; nothing is timed here."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +149,24 @@ def test_an_unknown_part_is_named_with_the_legal_ones() -> None:
 
 def test_parts_are_methods_of_the_bench() -> None:
     assert all(callable(getattr(benchmark.Bench, part)) for part in benchmark.PARTS)
+
+
+def test_generated_records_are_conversations_of_a_kilobyte_in_two_languages_and_no_two_texts_are_alike() -> None:
+    generated = [*script("benchmark_data").records(300)]
+    assert generated[:50] == [*script("benchmark_data").records(50)]  # the same at each run
+    sizes = [len(json.dumps(record, ensure_ascii=False).encode()) for record in generated]
+    assert 850 < sum(sizes) / len(sizes) < 1050
+    turns = [record["messages"] for record in generated]
+    assert all([turn["role"] for turn in each] == ["user", "assistant"] * (len(each) // 2) for each in turns)
+    texts = [turn["content"] for each in turns for turn in each]
+    assert len({*texts}) == len(texts)
+    chinese = sum("一" <= character <= "龥" for text in texts for character in text)
+    assert 0.05 < chinese / sum(map(len, texts)) < 0.3  # a quarter of the bytes
+
+
+def test_the_part_data_is_held_against_both_goals() -> None:
+    rates = {benchmark.OURS: 5000.0, benchmark.THEIRS: 1000.0, benchmark.TOKENIZERS: 7600.0}
+    measured = {"data": {name: [{"per_second": rate, "peak_mib": 3000.0}] for name, rate in rates.items()}}
+    assert [(row.against, row.met) for row in benchmark.table_rows(measured)] == [
+        (benchmark.THEIRS, True), (benchmark.TOKENIZERS, False), ("", False),
+    ]  # fmt: skip
