@@ -48,7 +48,10 @@ def same(folder: Path, whole: Path, after: int) -> None:
             )
     mine, theirs = (load_file(path / "model/model.safetensors") for path in (folder, whole))
     assert mine.keys() == theirs.keys()
-    assert max((mine[name] - theirs[name]).abs().max() for name in theirs) < 1e-5
+    # AdamW divides by the size of a gradient: where that is nearly zero, its rounding moves a weight, which no loss shows
+    assert (
+        sum((mine[name] - theirs[name]).abs().sum() for name in theirs) / sum(map(torch.numel, theirs.values())) < 1e-7
+    )
 
 
 def test_two_three_one_and_four_ranks_go_on_from_each_other_to_the_same_losses(here: Path, whole: Path) -> None:
