@@ -40,7 +40,8 @@ def same(folder: Path, whole: Path, after: int) -> None:
     found = lines(folder)[-len(wanted) :]
     assert [line["step"] for line in found] == [line["step"] for line in wanted] and wanted
     for mine, theirs in zip(found, wanted, strict=True):
-        for key, value in theirs.items():
+        for key in theirs.keys() - {"epoch"}:  # within an epoch, that of transformers counts batches, of one rank
+            value = theirs[key]
             assert mine[key] == pytest.approx(value, rel=1e-4 if key == "grad_norm" else 0, abs=1e-5), (
                 key,
                 mine,
