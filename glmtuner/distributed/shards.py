@@ -36,3 +36,18 @@ def forget_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether every rank has its shards of the model's parameters alone, by `fully_shard`."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor with the shards of all ranks, on the device of their collectives; any other as it is. A collective."""
+    if not isinstance(value, DTensor):
+        return value.detach()
+    gathered: torch.Tensor = value.detach().to(value.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+    return gathered

@@ -16,31 +16,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 from glmtuner.console import say
 from glmtuner.distributed import ranks
+from glmtuner.distributed.shards import whole
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedModel
 
 LAYER = re.compile(r"^.*?\.\d+(?=\.)")  # the beginning of a name, with the number of the layer
 Described = dict[str, "torch.Tensor"]  # on the meta device
-
-
-def is_sharded(model: "nn.Module") -> bool:
-    """Whether every rank has its shards of the model's parameters alone, by `fully_shard`."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def whole(value: "torch.Tensor") -> "torch.Tensor":
-    """A tensor with the shards of all ranks, on the device of their collectives; any other as it is. A collective."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(value, DTensor):
-        return value.detach()
-    gathered: torch.Tensor = value.detach().to(value.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
-    return gathered
 
 
 def described(tensors: "Mapping[str, torch.Tensor]") -> Described:

@@ -348,7 +348,7 @@ def full_parameters(model: "nn.Module", everything: bool, beginning: str = "") -
     They are gathered one after the other. A collective: every rank must call it.
     """
     from glmtuner.distributed import ranks
-    from glmtuner.finetuning.streamed import is_sharded, whole
+    from glmtuner.distributed.shards import is_sharded, whole
 
     full: dict[nn.Parameter, torch.Tensor] = {}
     if not is_sharded(model):

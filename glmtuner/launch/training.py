@@ -215,7 +215,7 @@ def save_trained(context: RunContext, objective: "Objective | None") -> None:
 
     Whatever fails, the trained parameters are kept.
     """
-    from glmtuner.finetuning.streamed import is_sharded
+    from glmtuner.distributed.shards import is_sharded
     from glmtuner.finetuning.trained import gathered
 
     model, finetuning = context.model, context.finetuning

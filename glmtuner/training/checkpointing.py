@@ -133,7 +133,8 @@ class CheckpointingTrainer(Trainer):
 
     def _complete(self, partial_folder: Path, final: Path, step: int, best: str | None) -> None:
         """Mark a checkpoint complete, and give it its name; on rank 0, maybe while later steps are taken."""
-        rows = self.get_total_train_batch_size(self.args)
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        rows = batch * ranks.world_size() // self.sequence
         mark_complete(partial_folder, {"step": step, "ranks": ranks.world_size(), "rows_per_step": rows})
         shutil.rmtree(final, ignore_errors=True)
         partial_folder.rename(final)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
 from glmtuner.distributed.shard_files import has_shards, read, shapes_in
 from glmtuner.errors import CheckpointError
@@ -18,18 +19,42 @@ LAYOUT = "in_shards"  # in that file: of each parameter, which of its values are
 def state_in_shards(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors of the state, by names for the shards, and the rest of it, for a file: settings, and values that are no tensors."""
+    """The tensors of the state, by names for the shards, and the rest of it, for a file: settings, and values that are no tensors.
+
+    Raises CheckpointError where each rank of a sharded model has values of its own that are no shards, as bitsandbytes' optimizers do.
+    """
     state = _state_of(model, optimizer)
+    sharded = {name for name, value in model.named_parameters() if isinstance(value, DTensor)}
     tensors: dict[str, torch.Tensor] = {}
     rest: dict[str, Any] = {"param_groups": state["param_groups"], "state": {}, LAYOUT: {}}
     for name, values in state["state"].items():
         for key, value in values.items():
+            if name in sharded and (isinstance(value, dict) or (is_plain(value) and value.numel() > 1)):
+                raise CheckpointError(
+                    f"the optimizer keeps values of its own on each process ({name}: {key}), which a checkpoint of shards cannot hold; type "
+                    "trainer.optim=adamw_torch, or trainer.save_only_model=true"
+                )
             if isinstance(value, torch.Tensor):
                 tensors[f"{BEGINNING}{name}.{key}"] = value
                 rest[LAYOUT].setdefault(name, []).append(key)
             else:
                 rest["state"].setdefault(name, {})[key] = value
     return tensors, rest
+
+
+def is_plain(value: object) -> bool:
+    """Whether it is a tensor that a rank holds whole."""
+    return isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+
+
+def _set_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, whole: bool) -> None:
+    """Load a state by the names of the parameters; of groups without parameters torch would drop the settings."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    options = StateDictOptions(full_state_dict=whole, ignore_frozen_params=True)
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=state, options=options)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        if not group["params"]:
+            group.update(own)
 
 
 def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -60,8 +85,7 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: P
     named = (
         saved if all(isinstance(key, str) for key in saved["state"]) else by_names(saved, model, optimizer, checkpoint)
     )
-    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
-    set_optimizer_state_dict(model, optimizer, optim_state_dict=named, options=options)
+    _set_state(model, optimizer, named, whole=True)
 
 
 def _load_shards(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any], checkpoint: Path) -> None:
@@ -82,8 +106,7 @@ def _load_shards(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict
     for name, values in saved["state"].items():
         state["state"].setdefault(name, {}).update(values)
     state["param_groups"] = saved["param_groups"]
-    options = StateDictOptions(ignore_frozen_params=True)
-    set_optimizer_state_dict(model, optimizer, optim_state_dict=state, options=options)
+    _set_state(model, optimizer, state, whole=False)
 
 
 def by_names(

@@ -116,13 +116,14 @@ def test_an_optimizer_state_of_ranks_in_one_process(saved: Path) -> None:
         groups = [
             [value for path, value in model.named_parameters() if ("norm" in path) == norm] for norm in (False, True)
         ]
-        optimizer = torch.optim.AdamW([{"params": group} for group in groups])
+        optimizer = torch.optim.AdamW([*({"params": group} for group in groups), {"params": [], "lr": 0.5}])
         assert is_by_names(saved / layout)
         load_state(model, optimizer, saved / layout)
         for path, parameter in model.named_parameters():
             for key, value in optimizer.state[parameter].items():
                 assert torch.equal(value, wanted[f"optimizer.{path}.{key}"]), (layout, path, key)
-        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+        assert [group["weight_decay"] for group in optimizer.param_groups[:2]] == [0.1, 0.0]
+        assert optimizer.param_groups[2]["lr"] == 0.5 and "betas" in optimizer.param_groups[2]  # without parameters
     assert not is_by_names(saved / "by-number")
     with pytest.raises(CheckpointError, match="holds the state of another optimizer"):
         load_state(model, torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9), saved / "shards")
