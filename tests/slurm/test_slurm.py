@@ -119,9 +119,7 @@ def same(sweep: Path, other: Path) -> None:
         assert timeless[0] == timeless[1]
 
 
-def test_jobs_that_are_requeued_or_signalled_before_a_time_limit_end_like_their_undisturbed_twins(
-    here: Path, undisturbed: Path
-) -> None:
+def test_a_requeued_job_ends_like_its_undisturbed_twin(here: Path, undisturbed: Path) -> None:
     words = [word for word in WORDS if word != "tracker=none"]
     driver = Driver(here, *words, "tracker=wandb", "name=requeued")
     sweep = here / "outputs/sweeps/requeued"
@@ -130,19 +128,10 @@ def test_jobs_that_are_requeued_or_signalled_before_a_time_limit_end_like_their_
     number = 0 if "seed-1" in folder.name else 1
     subprocess.run(["scontrol", "requeue", jobs[number]], check=True)
     hurry(jobs[number])
-    signalled = wait(lambda: begun(sweep, 2, "alpaca"))
-    number = 2 if "seed-1" in signalled.name else 3
-    # while the job goes back into the queue scancel waits, and then it would signal the one that has begun anew, too
-    signals = subprocess.Popen(["scancel", "--signal=USR2", jobs[number]], stderr=subprocess.DEVNULL)
-    wait(lambda: put_back(jobs[number]))
-    signals.kill()
-    signals.wait()
-    hurry(jobs[number])
     assert driver.end() == 0, driver.said()
     assert "(4 finished, 0 did not fit into memory, 0 failed)" in driver.said()
     same(sweep, undisturbed)
-    for disturbed in (folder, signalled):
-        assert len(json.loads((disturbed / "provenance.json").read_text())["resumed"]) == 1
+    assert len(json.loads((folder / "provenance.json").read_text())["resumed"]) == 1
     assert "the winner" in (sweep / "report.html").read_text(encoding="utf-8").lower()
     assert (sweep / "leaderboard.csv").read_text(encoding="utf-8").count("\n") == 5
     assert (sweep / "pictures/loss.png").is_file()
@@ -155,6 +144,23 @@ def test_jobs_that_are_requeued_or_signalled_before_a_time_limit_end_like_their_
     assert {session.run.run_group for found in sessions.values() for session in found} == {"requeued"}
     (report,) = sweep.glob("wandb/offline-run-*/*.wandb")
     assert (wandb_file.read(report).run.run_group, wandb_file.read(report).run.job_type) == ("requeued", "report")
+
+
+def test_a_signal_before_the_time_limit_saves_and_requeues(here: Path, undisturbed: Path) -> None:
+    driver = Driver(here, *WORDS, "name=signalled")
+    sweep = here / "outputs/sweeps/signalled"
+    jobs = driver.jobs()
+    folder = wait(lambda: begun(sweep, 2, "belle"))
+    number = 0 if "seed-1" in folder.name else 1
+    # while the job goes back into the queue scancel waits, and then it would signal the one that has begun anew, too
+    signals = subprocess.Popen(["scancel", "--signal=USR2", jobs[number]], stderr=subprocess.DEVNULL)
+    wait(lambda: put_back(jobs[number]))
+    signals.kill()
+    signals.wait()
+    hurry(jobs[number])
+    assert driver.end() == 0, driver.said()
+    same(sweep, undisturbed)
+    assert len(json.loads((folder / "provenance.json").read_text())["resumed"]) == 1
 
 
 def test_a_killed_job_is_tried_again_and_nothing_finished_is(here: Path, undisturbed: Path) -> None:
