@@ -16,7 +16,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 from glmtuner.console import say
 from glmtuner.distributed import ranks
-from glmtuner.distributed.shards import whole
 
 if TYPE_CHECKING:
     import torch
@@ -160,6 +159,8 @@ def save_model(model: "PreTrainedModel", folder: Path, left_out: Sequence[str]) 
     """Write a sharded model's folder, a collective; raises the error of any rank on every rank."""
     from transformers.core_model_loading import revert_weight_conversion
 
+    from glmtuner.distributed.shards import whole
+
     plan: Plan | None = None
     failures = Failures()
     with failures.kept():
@@ -182,6 +183,8 @@ def save_model(model: "PreTrainedModel", folder: Path, left_out: Sequence[str]) 
 
 def save_tensors_of_ranks(tensors: "Mapping[str, torch.Tensor]", path: Path) -> None:
     """Write sharded tensors to one file, one of them gathered at a time; a collective, which raises the error of any rank."""
+    from glmtuner.distributed.shards import whole
+
     failures = Failures()
     with failures.kept():
         if ranks.is_main():

@@ -48,13 +48,14 @@ def is_plain(value: object) -> bool:
 
 
 def _set_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, whole: bool) -> None:
-    """Load a state by the names of the parameters; of groups without parameters torch would drop the settings."""
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    """Load a state by the names of the parameters; groups without any stay as they are, of which torch takes one at most."""
+    groups = list(optimizer.param_groups)
+    optimizer.param_groups[:] = [group for group in groups if group["params"]]
+    filled = [group for group in state["param_groups"] if group["params"]]
     options = StateDictOptions(full_state_dict=whole, ignore_frozen_params=True)
-    set_optimizer_state_dict(model, optimizer, optim_state_dict=state, options=options)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        if not group["params"]:
-            group.update(own)
+    set_optimizer_state_dict(model, optimizer, optim_state_dict={**state, "param_groups": filled}, options=options)
+    loaded = iter(list(optimizer.param_groups))
+    optimizer.param_groups[:] = [next(loaded) if group["params"] else group for group in groups]
 
 
 def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
