@@ -28,8 +28,9 @@ WITHOUT_STATE = {
     "adalomo": "adafactor",
     "grokadamw": "adamw_torch",
 }
-# Optimizers that need whole matrices, or their own copy of every weight, which strategies with shards do not have.
-WHOLE_WEIGHTS = (*OWN, *GALORE, *APOLLO, *SCHEDULE_FREE)
+# Optimizers that need whole matrices, or their own copy of every weight, which strategies with shards do not have, or whose step does not
+# take shards: bitsandbytes' kernels, and the row and column means of transformers' Adafactor.
+WHOLE_WEIGHTS = (*OWN, *GALORE, *APOLLO, *SCHEDULE_FREE, *BITSANDBYTES, "adafactor")
 # The module that an optimizer needs besides torch, and how it is installed.
 PACKAGES: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(BITSANDBYTES, ("bitsandbytes", "pip install bitsandbytes")),

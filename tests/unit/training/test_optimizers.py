@@ -220,6 +220,8 @@ def test_projected_optimizers_hold_what_is_trained_with_its_decay(name: str) -> 
         (["trainer.optim=lomo", "parallel=ddp"], "type parallel=none"),
         (["trainer.optim=muon", "parallel=fsdp2"], "it needs whole weights"),
         (["trainer.optim=muon", "parallel=fsdp2"], "type parallel=ddp, or trainer.optim=adamw_torch"),
+        (["trainer.optim=adafactor", "parallel=fsdp2"], "it needs whole weights"),
+        (["trainer.optim=paged_adamw_8bit", "parallel=fsdp2"], "it needs whole weights"),
         (["trainer.optim=muon", "trainer.optim_args='adjust_lr_fn=x'"], "adjust_lr_fn is match_rms_adamw or original"),
         (["trainer.optim=muon", "trainer.optim_args='ns_step=3'"], "did you mean 'ns_steps'?"),
         (["trainer.optim=muonn"], "did you mean 'muon'?"),
