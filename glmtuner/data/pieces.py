@@ -63,11 +63,13 @@ def grouped(spans: Iterable[Span], size: int) -> list[Piece]:
     """The spans in pieces of at least half of `size` bytes, in their order: cut at a line's end, a span may be smaller than `size`."""
     pieces: list[Piece] = []
     group: list[Span] = []
+    grown = 0
     for span in spans:
         group.append(span)
-        if 2 * sum(each.size for each in group) >= size:
+        grown += span.size
+        if 2 * grown >= size:
             pieces.append(tuple(group))
-            group = []
+            group, grown = [], 0
     return [*pieces, tuple(group)] if group else pieces
 
 
