@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gpu_parts.kernels import loss_and_gradients, models, relative_error, samples, with_lora
+from gpu_parts.models import free, model_overrides, random_models
 from gpu_parts.record import Check
 from gpu_parts.runs import Failed, Training, command, train
 
@@ -33,6 +34,8 @@ def run(check: Check) -> None:
         "full fine-tuning in fp16": (fp16, 0),
         "ddp, one process": (partial(one_rank, kind="ddp"), 0),
         "fsdp2, one process": (partial(one_rank, kind="fsdp2"), 0),
+        "int4 by fsdp2, one process": (partial(quantized_rank, bits=4), 0),
+        "int8 by fsdp2, one process": (partial(quantized_rank, bits=8), 0),
         "full fine-tuning of GLM-Edge-1.5B": (full, 25),
     }
     for what, (measure, seconds) in items.items():
@@ -173,9 +176,74 @@ def fp16(check: Check) -> None:
     )
 
 
+def join_group_of_one(on_gpu: bool) -> None:
+    from torch.distributed import init_process_group
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1
+    )
+
+
+def quantized_rank(check: Check, bits: int) -> None:
+    """Compare loss and gradients of a LoRA on quantized weights that are sharded with those on bitsandbytes' own layers."""
+    from peft import LoraConfig, get_peft_model
+    from torch.distributed import destroy_process_group
+    from torch.distributed.tensor import DTensor
+
+    from glmtuner.config.compose import compose
+    from glmtuner.data.collate import Collator
+    from glmtuner.launch.register import register_presets
+    from glmtuner.models.load import load_model
+    from glmtuner.models.quantized_shards import as_parameters
+    from glmtuner.parallel.fsdp2 import Fsdp2
+
+    register_presets()
+    words = model_overrides("GLM-Edge-1.5B", check.folder / "quantized", check.miniature)
+    run_config = compose([*words, f"quant=int{bits}"]).run
+    dtype = torch.float32 if check.miniature else torch.bfloat16
+    batch = Collator(pad_id=3)(samples(check.miniature))
+    results: list[tuple[float, torch.Tensor]] = []
+    packed: list[torch.Tensor] = []
+    for shards in (False, True):
+        with random_models(check.device):
+            model = load_model(run_config.model, None, run_config.quant, check.device, dtype, sharded=shards)
+        run_config.quant.prepare(model)
+        blocks = list(model.model.layers)
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+        adapted = get_peft_model(model, config).to(check.device).train()
+        if shards:
+            join_group_of_one(check.device.type == "cuda")
+        try:
+            if shards:
+                as_parameters(adapted)
+                Fsdp2(name="fsdp2").shard_model(adapted, blocks)
+                packed = [value for value in adapted.parameters() if value.dtype in (torch.uint8, torch.int8)]
+            inputs = {name: value.to(check.device) for name, value in batch.items()}
+            loss = adapted(**inputs, use_cache=False).loss
+            loss.backward()
+            found = [value.grad for value in adapted.parameters() if value.grad is not None]
+            whole = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in found]
+            results.append((loss.item(), torch.cat([grad.flatten().float() for grad in whole])))
+        finally:
+            if shards:
+                destroy_process_group()
+        del model, adapted
+        free()
+    (expected, gradients), (loss_of_shards, gradients_of_shards) = results
+    error = max(relative_error(gradients_of_shards, gradients), abs(loss_of_shards - expected))
+    check.add(
+        f"int{bits} by fsdp2, one process", error, "difference / gradient", at_most=1e-3, against="bitsandbytes' own layers",
+        note=f"{sum(isinstance(value, DTensor) for value in packed)} of {len(packed)} packed tensors are shards",
+    )  # fmt: skip
+
+
 def one_rank(check: Check, kind: str) -> None:
     """Compare loss and gradients of a model in a process group of one with those of the model alone."""
-    from torch.distributed import destroy_process_group, init_process_group, is_initialized
+    from torch.distributed import destroy_process_group, is_initialized
     from torch.distributed.tensor import DTensor
 
     from glmtuner.data.collate import Collator
@@ -186,12 +254,7 @@ def one_rank(check: Check, kind: str) -> None:
     model = with_lora(models(check.miniature)["GLM"], check.device)
     expected = loss_and_gradients(model, batch, half=True)
     model.zero_grad()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1
-    )
+    join_group_of_one(on_gpu)
     try:
         wrapped: nn.Module = model
         if kind == "ddp":
