@@ -47,7 +47,8 @@ class TwoNodes:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         own = {"object_store_memory": STORE, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **own})
-        self.nodes = [self.add(resources={"single": 1}), self.add()]
+        self.with_single = self.add(resources={"single": 1})
+        self.nodes = [self.with_single, self.add()]
 
     def add(self, **more: Any) -> Any:
         return self.cluster.add_node(num_cpus=2, object_store_memory=STORE, **more)
@@ -69,9 +70,12 @@ class TwoNodes:
         self.nodes.remove(node)
 
     def restore(self) -> None:
+        """Add the nodes that were killed, with what they had; Ray lists a dead one as alive for a while."""
+        if self.with_single not in self.nodes:
+            self.with_single = self.add(resources={"single": 1})
+            self.nodes.append(self.with_single)
         while len(self.nodes) < 2:
-            has_single = any("single" in each["Resources"] for each in nodes_alive(self.cluster.address))
-            self.nodes.append(self.add(resources={} if has_single else {"single": 1}))
+            self.nodes.append(self.add())
 
 
 def nodes_alive(address: str) -> list[dict[str, Any]]:
