@@ -107,7 +107,8 @@ def run_cells(cells: list[dict[str, Any]]) -> int:
             else:
                 register_presets()
                 if not distributed.is_initialized():
-                    ranks.init_process_group(compose(["trainer.use_cpu=true", "data.dataset=belle_sample"]).run.trainer)
+                    run = compose(["trainer.use_cpu=true", "data.dataset=belle_sample"]).run
+                    ranks.init_process_group(run.trainer, run.parallel.lost_after)
                 found, code = of_shards(cell["shards"], cell["bits"]), 0
                 every = ranks.all_gather(found)
                 if ranks.is_main():

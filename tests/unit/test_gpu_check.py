@@ -243,7 +243,7 @@ def test_parts_are_modules_and_share_the_minutes() -> None:
     for name in gpu_check.PARTS:
         assert callable(importlib.import_module(f"gpu_parts.{name}").run)
     groups = gpu_check.groups_of(list(gpu_check.PARTS))
-    assert groups[0] == ["right", "kernels", "whole"] and [name for group in groups for name in group] == list(
+    assert groups[0] == ["right", "kernels", "whole", "ranks"] and [name for group in groups for name in group] == list(
         gpu_check.PARTS
     )
     assert sum(map(gpu_check.group_seconds, groups)) == 60 * gpu_check.MINUTES
