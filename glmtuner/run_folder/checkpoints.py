@@ -21,13 +21,23 @@ def mark_complete(folder: Path, about: dict[str, Any]) -> None:
 
 def saved_ranks(folder: Path) -> int:
     """The number of processes that wrote a complete checkpoint; raises CheckpointError where its marker is damaged."""
-    return int(read_json(folder / MARKER).get("ranks", 1))
+    return _counted(folder, "ranks") or 1
 
 
 def saved_rows(folder: Path) -> int | None:
-    """The rows of an optimizer step of the run that wrote a complete checkpoint; None of earlier versions."""
-    rows = read_json(folder / MARKER).get("rows_per_step")
-    return None if rows is None else int(rows)
+    """The rows of an optimizer step of the run that wrote a complete checkpoint, None of earlier versions; raises CheckpointError."""
+    return _counted(folder, "rows_per_step")
+
+
+def _counted(folder: Path, name: str) -> int | None:
+    """What a checkpoint's marker counts under a name, at least 1; None where it does not."""
+    about = read_json(folder / MARKER)
+    value = about.get(name) if isinstance(about, dict) else ""
+    if value is None:
+        return None
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{folder / MARKER} is damaged ({name} is {value!r}); use another checkpoint")
+    return int(value)
 
 
 REQUIRED_FILES = {
@@ -43,8 +53,8 @@ def checkpoint_problem(folder: Path, ranks: int | None = None) -> str | None:
         return f"incomplete: it has no {MARKER}"
     try:
         about = read_json(folder / MARKER)
-        sizes, saved_by = about["files"], about.get("ranks", 1)
-        sizes = {str(name): int(size) for name, size in sizes.items()}
+        sizes = {str(name): int(size) for name, size in about["files"].items()}
+        saved_by, rows = saved_ranks(folder), saved_rows(folder)
     except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
         return f"its {MARKER} is damaged"
     for name, content in REQUIRED_FILES.items():
@@ -52,7 +62,7 @@ def checkpoint_problem(folder: Path, ranks: int | None = None) -> str | None:
             return f"it has no {content} ({name})"
     if not list(folder.glob("rng_state*.pth")):
         return "it has no RNG state (rng_state.pth)"
-    if ranks not in (None, saved_by) and "rows_per_step" not in about:
+    if ranks not in (None, saved_by) and rows is None:
         return f"it was saved by {saved_by} processes, by a version for which this run must have as many, and it has {ranks}"
     for name, size in sizes.items():
         if not (folder / name).is_file():

@@ -742,8 +742,13 @@ def test_lines_of_other_types_are_named_and_left_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "about", [{"files": 7}, {"files": {"a": "x"}}, {"files": None}, {"step": 1, "files": {"a": []}}]
-)
+    "about",
+    [
+        {"files": 7}, {"files": {"a": "x"}}, {"files": None}, {"step": 1, "files": {"a": []}}, [1], {"files": {}, "ranks": ""},
+        {"files": {}, "ranks": 0}, {"files": {}, "ranks": True}, {"files": {}, "ranks": 2, "rows_per_step": "8"},
+        {"files": {}, "rows_per_step": 0.5},
+    ],
+)  # fmt: skip
 def test_a_marker_of_other_types_is_a_problem(tmp_path, about):
     folder = checkpoint(tmp_path, 10)
     write_json(folder / MARKER, about)
