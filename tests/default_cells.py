@@ -58,6 +58,7 @@ HEAVY = {
     "test_what_stages_and_quantizations_do_to_the_base_is_undone": ("words0", "words3", "words4"),
     "test_prediction": tuple(f"{name}-{batch}" for name in TEMPLATES for batch in (1, 8)),
     "test_every_stage_and_method_on_ranks_is_that_of_one_process": (),
+    "test_sums_are_learned_by_reward": ("3",),  # a seed
     "test_runs_of_several_ranks_are_those_of_one_process": (
         "packs, two groups, accumulated", "fsdp2, two groups", "four ranks a row, checkpointing", "int4",
     ),
