@@ -132,8 +132,8 @@ class Taken:
     places: "dict[int, list[tuple[nn.Module, str]]]"
     shares: dict[int, Share]
 
-    def give_back(self) -> None:
-        """Put each share into the sharded parameter that has taken its weight's place, on that one's device."""
+    def give_back(self, *, on_cpu: bool) -> None:
+        """Put each share into the sharded parameter that has taken its weight's place, on that one's device or, offloaded, `on_cpu`."""
         from torch import nn
         from torch.distributed.tensor import DTensor
 
@@ -143,7 +143,7 @@ class Taken:
             assert isinstance(sharded, DTensor)
             rows = self.shares.pop(key).rows
             assert rows.shape == sharded.to_local().shape, (name, rows.shape, sharded.to_local().shape)
-            local = rows.to(sharded.dtype).to(sharded.device_mesh.device_type)
+            local = rows.to(sharded.dtype).to("cpu" if on_cpu else sharded.device_mesh.device_type)
             value = DTensor.from_local(
                 local, sharded.device_mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
             )  # fmt: skip

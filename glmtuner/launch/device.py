@@ -74,7 +74,7 @@ def shard_model(run: Run, model: "nn.Module", blocks: "list[nn.Module]") -> None
         as_parameters(model)
     taken = take_shares(model)
     run.parallel.shard_model(model, blocks)
-    taken.give_back()
+    taken.give_back(on_cpu=getattr(run.parallel, "cpu_offload", False))  # else torch refuses the first step
 
 
 def place_model(run: Run, model: "nn.Module", device: "torch.device") -> None:

@@ -32,7 +32,8 @@ class Fsdp2(SharedRows):
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(accelerator.mesh_type(), (torch.distributed.get_world_size(),))
-        policy = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
+        pins = accelerator.mesh_type() != "cpu"  # torch pins memory for an accelerator, and fails without one
+        policy = CPUOffloadPolicy(pin_memory=pins) if self.cpu_offload else OffloadPolicy()
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward, offload_policy=policy)
         fully_shard(model, mesh=mesh, offload_policy=policy)
