@@ -115,7 +115,12 @@ def test_fsdp2_on_the_cpu_learns_what_one_process_learns(here: Path) -> None:
     words = [*WORDS, "finetuning=full", "trainer.gradient_accumulation_steps=2"]
     words = [word for word in words if "lora" not in word]
     finish(start(here, *words, "trainer.per_device_train_batch_size=4", "trainer.output_dir=full"))
-    two = ["trainer.per_device_train_batch_size=2", "parallel=fsdp2", "parallel.processes=2", "parallel.cpu_offload=true"]
+    two = [
+        "trainer.per_device_train_batch_size=2",
+        "parallel=fsdp2",
+        "parallel.processes=2",
+        "parallel.cpu_offload=true",
+    ]
     finish(start(here, *words, *two, "trainer.output_dir=fsdp2"))
     same_losses(here / "fsdp2", here / "full")
     out = finish(
