@@ -33,7 +33,8 @@ def answer_all(context: RunContext, path: Path, is_prediction: bool = False) -> 
     """Write the answers to `path` in order, each as soon as possible; returns their scores.
 
     The answers of an interrupted prediction are reused. Records are divided among the ranks, and each rank writes its own
-    file, which are merged into `path` at the end. A prediction, in contrast to an evaluation during training, shows its progress and may use another engine.
+    file, which are merged into `path` at the end. A prediction, in contrast to an evaluation during training, shows its
+    progress and may use another engine.
     """
 
     from glmtuner.inference.generate import Decoding, answers
